@@ -1,0 +1,23 @@
+"""scikit-learn's handwritten digits, 8x8 pixels: a smoke test, not a result.
+
+  python -m ijckd_jax.main --config configs/digits.py --workdir runs/digits
+
+The data come with scikit-learn.
+"""
+
+from ijckd_jax import config_utils
+from ijckd_jax import experiment
+
+
+def get_config(arg=None):
+  arg = config_utils.parse_arg(
+    arg, teacher='resnet20', student='resnet8', method='ijckd'
+  )
+  config = experiment.default_config(dataset='digits', **arg)
+  config.total_epochs = 20.0
+  config.batch_size = 60
+  config.eval_batch_size = 180
+  config.optimizer.schedule = 'cosine'
+  config.optimizer.warmup_epochs = 1.0
+  config.optimizer.learning_rate = 0.05
+  return config

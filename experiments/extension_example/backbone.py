@@ -1,0 +1,21 @@
+"""A backbone: three strided convolutions."""
+
+import flax.linen as nn
+
+from ijckd_jax import models
+from ijckd_jax import outputs
+
+
+class PlainNet(models.Backbone):
+  """Channels double as the map halves."""
+
+  width: int = 8
+
+  @nn.compact
+  def __call__(self, images, *, train):
+    x, stages = images, []
+    for stage in range(3):
+      x = self.conv(self.width * 2**stage, 3, stride=2 if stage else 1)(x)
+      x = nn.relu(self.norm(train)(x))
+      stages.append(x)
+    return outputs.Features(tuple(stages), x, self.pool(x))

@@ -1,0 +1,47 @@
+"""A method: IJCKD whose features are compared by their angle."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import optax
+
+from ijckd_jax import connectors
+from ijckd_jax import losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """Cross-entropy through the teacher's head, and the cosine of the features.
+
+  Attributes:
+    cosine_weight: weight of one minus the cosine of the pooled features.
+    connector: name of a connector.
+  """
+
+  cosine_weight: float = 1.0
+  connector: str = 'experiments.extension_example.connector:Gated'
+
+  predicts_with = 'teacher'
+  tap = 'stage'
+
+  def build_connector(self, student, teacher):
+    """Returns the connector."""
+    del student
+    return connectors.build(self.connector, teacher)
+
+  def loss(self, student, teacher, batch):
+    """Returns the weighted sum and its terms."""
+    return losses.combine(
+      cross_entropy=(
+        1.0,
+        lambda: losses.cross_entropy(student.logits, batch['label']),
+      ),
+      cosine=(
+        self.cosine_weight,
+        lambda: jnp.mean(
+          optax.losses.cosine_distance(
+            student.connected.pooled, teacher.pooled, epsilon=1e-6
+          )
+        ),
+      ),
+    )

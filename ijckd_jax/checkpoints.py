@@ -1,0 +1,153 @@
+"""Checkpoints of a run: the last few and the best, verified, by Orbax."""
+
+from typing import Any
+import zlib
+
+from etils import epath
+from flax import serialization
+from flax import traverse_util
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from ijckd_jax import config_utils
+
+FORMAT_VERSION = 1
+
+
+class Checkpoints:
+  """The checkpoints of one run, saved in the background.
+
+  A checkpoint holds a state of arrays, the score that ranks it, and a small
+  JSON: format version, checksums, and what the loop wants to remember.
+  """
+
+  def __init__(
+    self,
+    directory: epath.PathLike,
+    *,
+    keep: int,
+    sharding: jax.sharding.Sharding,
+  ):
+    """Opens the folder, which need not be there yet.
+
+    Args:
+      directory: of the checkpoints.
+      keep: how many of the last ones to keep; the best is kept beside them.
+      sharding: where restored arrays are put.
+    """
+    policies = ocp.training.preservation_policies
+    self._sharding = sharding
+    self._orbax = ocp.training.Checkpointer(
+      epath.Path(directory).resolve(),
+      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(
+        1
+      ),
+      preservation_policy=policies.AnyPreservationPolicy(
+        [
+          policies.LatestN(keep),
+          policies.BestN(
+            get_metric_fn=lambda metrics: metrics['score'],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+          ),
+        ]
+      ),
+    )
+
+  @property
+  def last_step(self) -> int | None:
+    """The step of the newest checkpoint; None where there is none."""
+    latest = self._orbax.latest
+    return None if latest is None else latest.step
+
+  @property
+  def best_step(self) -> int | None:
+    """The step of the best score, of equals the last; None without a score."""
+    scored = [
+      (checkpoint.metrics['score'], checkpoint.step)
+      for checkpoint in self._orbax.checkpoints
+      if checkpoint.metrics
+    ]
+    return max(scored)[1] if scored else None
+
+  def save(
+    self, step: int, state: Any, *, score: float | None, memo: dict[str, Any]
+  ) -> None:
+    """Starts to write a checkpoint; returns when the state may be changed.
+
+    Args:
+      step: of the state; a step that is there already is left as it is.
+      state: flax.struct dataclass of arrays.
+      score: what ranks it, higher is better; None where it was not evaluated.
+      memo: JSON to be had back by `restore`.
+    """
+    if any(known.step == step for known in self._orbax.checkpoints):
+      return
+    tree = serialization.to_state_dict(state)
+    self._orbax.save_async(
+      step,
+      tree,
+      force=True,
+      metrics=None if score is None else {'score': score},
+      custom_metadata={
+        'format_version': FORMAT_VERSION,
+        'checksums': _checksums(tree),
+        'memo': memo,
+      },
+    )
+
+  def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+    """Returns a checkpoint's state and memo.
+
+    Args:
+      step: one that there is.
+      like: a state with the same structure, of arrays or their shapes.
+
+    Raises:
+      config_utils.UserError: it is of another format, does not fit `like`, or
+        its data is damaged.
+    """
+    where = f'the checkpoint {self._orbax.directory / str(step)}'
+    meta = self._orbax.metadata(step).custom_metadata or {}
+    if meta.get('format_version') != FORMAT_VERSION:
+      raise config_utils.UserError(
+        f'{where} has format {meta.get("format_version")}; this version of '
+        f'ijckd_jax reads {FORMAT_VERSION}'
+      )
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding),
+      serialization.to_state_dict(like),
+    )
+    try:
+      tree = self._orbax.load(step, abstract)
+    except (OSError, ValueError, KeyError) as error:
+      message = str(error).splitlines()[0]
+      raise config_utils.UserError(
+        f'{where} cannot be read: {message}'
+      ) from error
+    for key, checksum in _checksums(tree).items():
+      if meta['checksums'].get(key) != checksum:
+        raise config_utils.UserError(
+          f'{where} is damaged: {key} is not what was saved; remove it to '
+          'continue from the one before'
+        )
+    return serialization.from_state_dict(like, tree), meta['memo']
+
+  def wait(self) -> None:
+    """Returns when everything is on the disk."""
+    self._orbax.wait()
+
+  def close(self) -> None:
+    """Waits and frees what was held."""
+    self._orbax.close()
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+  """Returns the CRC-32 of each array; Orbax does not verify what it reads."""
+  flat = traverse_util.flatten_dict(tree, sep='/')
+  return {
+    key: zlib.crc32(np.ascontiguousarray(value).tobytes())
+    for key, value in flat.items()
+    if value is not None
+  }

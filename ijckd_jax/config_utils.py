@@ -1,0 +1,339 @@
+"""Names, durations and typed fields: what stands between a config and code."""
+
+import argparse
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import difflib
+import importlib
+import itertools
+import json
+import os
+import runpy
+import sys
+
+from absl import flags
+import ml_collections
+from ml_collections import config_flags
+
+
+class UserError(ValueError):
+  """A request that cannot be met; the message says what is allowed."""
+
+
+def unknown(kind: str, name: str, known: Sequence[str]) -> UserError:
+  """Returns the error for a `name` that is not among the `known` ones."""
+  nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+  hint = f'; did you mean {nearest[0]!r}?' if nearest else ';'
+  return UserError(
+    f'unknown {kind} {name!r}{hint} known: {", ".join(sorted(known))}'
+  )
+
+
+def resolve(kind: str, name: str, table: Mapping[str, object]):
+  """Returns what `name` stands for.
+
+  Args:
+    kind: what is looked for ('backbone', 'method', ...), for the message.
+    name: a key of `table`, or `package.module:Name` for an object outside it.
+    table: known names; a value that is a string is itself such a reference,
+      imported only when it is asked for.
+
+  Raises:
+    UserError: the name is unknown, or what it points at cannot be imported.
+  """
+  target = table.get(name)
+  if target is not None and not isinstance(target, str):
+    return target
+  reference = target or name
+  module_name, separator, attribute = reference.partition(':')
+  if not separator or not all(module_name.split('.')):
+    raise UserError(
+      f'{unknown(kind, name, list(table))}; or package.module:Name'
+    )
+  try:
+    module = importlib.import_module(module_name)
+  except ModuleNotFoundError as error:
+    if not f'{module_name}.'.startswith(f'{error.name}.'):
+      raise  # The module is there; something that it imports is not.
+    raise UserError(
+      f'{kind} {name!r}: there is no module {module_name!r}; it must be '
+      'importable from where this command runs'
+    ) from error
+  if not hasattr(module, attribute):
+    known = [key for key in vars(module) if not key.startswith('_')]
+    raise unknown(f'{kind} in {module_name}', attribute, known)
+  return getattr(module, attribute)
+
+
+def reference(value: object, table: Mapping[str, object]) -> str:
+  """Returns the name under which `resolve` finds the class of `value`."""
+  cls = type(value)
+  for name, known in table.items():
+    if known is cls:
+      return name
+  return f'{cls.__module__}:{cls.__qualname__}'
+
+
+def parse_arg(arg: str | None, **defaults: str) -> ml_collections.ConfigDict:
+  """Reads a config file's argument, `key=value,key=value`.
+
+  Args:
+    arg: what stands after the colon in `--config FILE:ARG`, or None.
+    **defaults: every key that the file takes, with its default.
+
+  Raises:
+    UserError: a part is not `key=value`, or its key is not among `defaults`.
+  """
+  values = dict(defaults)
+  for part in (arg or '').split(','):
+    if not part:
+      continue
+    key, separator, value = part.partition('=')
+    if not separator:
+      raise UserError(
+        f'config argument {part!r}: give key=value, with a key of '
+        f'{", ".join(defaults)}'
+      )
+    if key not in defaults:
+      raise unknown('config argument', key, list(defaults))
+    values[key] = value
+  return ml_collections.ConfigDict(values)
+
+
+def section(cls: type, name: str) -> ml_collections.ConfigDict:
+  """Returns a config section: `name`, and the fields of `cls` by default."""
+  values = {field.name: field.default for field in dataclasses.fields(cls)}
+  return ml_collections.ConfigDict({'name': name, **values})
+
+
+def instantiate(kind: str, cls: type, config: Mapping[str, object]):
+  """Returns `cls` with the fields that a config section holds.
+
+  Raises:
+    UserError: the section has a field that `cls` does not know.
+  """
+  fields = {field.name: field for field in dataclasses.fields(cls)}
+  values = {key: value for key, value in config.items() if key != 'name'}
+  for key in values:
+    if key not in fields:
+      raise UserError(
+        f'{kind} {config["name"]!r} has no field {key!r}; it has: '
+        f'{", ".join(fields) or "none"} (choose another {kind} by '
+        f'--config FILE:{kind}=NAME, which brings its own fields)'
+      )
+  return cls(**values)
+
+
+UNITS = ('epochs', 'steps', 'examples')
+
+
+def duration(config: Mapping[str, object], what: str) -> tuple[str, float]:
+  """Returns the unit and the value of a config's duration.
+
+  Args:
+    config: holds `<what>_epochs`, `<what>_steps` and `<what>_examples`; 0 means
+      not given.
+    what: 'total', 'warmup', ...
+
+  Returns:
+    ('epochs', 2.5), for example; ('steps', 0) where none is given.
+
+  Raises:
+    UserError: more than one is given, or one is negative.
+  """
+  given = [
+    (unit, config[f'{what}_{unit}'])
+    for unit in UNITS
+    if config[f'{what}_{unit}']
+  ]
+  if len(given) > 1:
+    names = ' and '.join(f'{what}_{unit}={value}' for unit, value in given)
+    raise UserError(f'{names}: give one and set the others to 0')
+  unit, value = given[0] if given else ('steps', 0)
+  if value < 0:
+    raise UserError(f'{what}_{unit}={value}: a duration cannot be negative')
+  return unit, value
+
+
+def to_steps(
+  config: Mapping[str, object],
+  what: str,
+  *,
+  num_examples: int,
+  batch_size: int,
+  times: int = 1,
+) -> int:
+  """Returns so many `times` the duration `what` of a config, in whole steps.
+
+  Args:
+    config: as `duration` takes it.
+    what: as `duration` takes it.
+    num_examples: examples in an epoch.
+    batch_size: examples in a step.
+    times: 3 gives the step at which the third such period ends.
+
+  Returns:
+    Steps, rounded to the nearest and at least one a time; 0 where no duration
+    is given.
+  """
+  unit, value = duration(config, what)
+  if not value:
+    return 0
+  examples = {'epochs': num_examples, 'steps': batch_size, 'examples': 1}
+  return max(times, round(times * value * examples[unit] / batch_size))
+
+
+def period_ends(
+  config: Mapping[str, object],
+  what: str,
+  *,
+  num_examples: int,
+  batch_size: int,
+  total_steps: int,
+) -> frozenset[int]:
+  """Returns the steps at which periods of the duration `what` end."""
+  ends = set()
+  for times in itertools.count(1):
+    end = to_steps(
+      config,
+      what,
+      num_examples=num_examples,
+      batch_size=batch_size,
+      times=times,
+    )
+    if not end or end > total_steps:
+      return frozenset(ends)
+    ends.add(end)
+
+
+def epoch_end(epoch: float, num_examples: int, batch_size: int) -> int:
+  """Returns the step at which an epoch (counted from 1) ends."""
+  return round(epoch * num_examples / batch_size)
+
+
+def flatten(tree: Mapping[str, object], prefix: str = '') -> dict[str, object]:
+  """Returns nested mappings as one, with dotted keys."""
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping | ml_collections.ConfigDict):
+      flat.update(flatten(value, f'{prefix}{key}.'))
+    else:
+      flat[f'{prefix}{key}'] = value
+  return flat
+
+
+def load(reference: str) -> ml_collections.ConfigDict:
+  """Returns what `get_config` of a config file gives.
+
+  A config file is Python code, and it is run.
+
+  Args:
+    reference: `FILE`, or `FILE:ARG` for a `get_config` that takes an argument.
+
+  Raises:
+    UserError: there is no such file, it has no `get_config`, or it does not
+      take the argument.
+  """
+  path, separator, arg = reference.partition(':')
+  if not os.path.isfile(path):
+    raise UserError(f'there is no config file {path!r}')
+  get_config = runpy.run_path(path).get('get_config')
+  if get_config is None:
+    raise UserError(f'{path} has no get_config()')
+  return get_config(arg) if separator else get_config()
+
+
+def apply_flags(
+  config: ml_collections.ConfigDict, overrides: Sequence[str]
+) -> None:
+  """Sets the fields of a config that a command line names.
+
+  Args:
+    config: is changed.
+    overrides: `--config.FIELD=VALUE`, or these two apart.
+
+  Raises:
+    UserError: a flag is not of this form, a field is not there, or a value is
+      not of the field's type.
+  """
+  for flag in overrides:
+    if flag.startswith('--config.'):
+      _check_field(config, flag.removeprefix('--config.').partition('=')[0])
+    elif flag.startswith('-'):
+      raise UserError(f'unknown flag {flag!r} (see --help)')
+  values = flags.FlagValues()
+  program = ['', *overrides]
+  config_flags.DEFINE_config_dict(
+    'config', config, flag_values=values, sys_argv=program
+  )
+  try:
+    rest = values(program)[1:]
+  except (flags.Error, TypeError, ValueError) as error:
+    raise UserError(' '.join(str(error).split())) from error
+  if rest:
+    raise UserError(f'unexpected {rest[0]!r} (see --help)')
+
+
+def override(
+  config: ml_collections.ConfigDict, values: Mapping[str, object]
+) -> None:
+  """Sets fields of a config by their dotted names.
+
+  Raises:
+    UserError: there is no such field, or the value is of another type.
+  """
+  for name, value in values.items():
+    _check_field(config, name)
+    try:
+      config.update_from_flattened_dict({name: value})
+    except (TypeError, ValueError) as error:
+      raise UserError(f'{name}={value!r}: {error}') from error
+
+
+def _check_field(config, name):
+  """Raises unless a config has a field of that dotted name."""
+  known = list(flatten(config))
+  if name not in known:
+    section = name.rpartition('.')[0]
+    near = [key for key in known if key.rpartition('.')[0] == section]
+    raise unknown('config field', name, near or known)
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+  """Returns the config as stable, readable JSON."""
+  return json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
+
+
+def differences(
+  old: Mapping[str, object], new: Mapping[str, object]
+) -> list[str]:
+  """Returns a line `field: old -> new` for every field that differs."""
+  old = flatten(json.loads(json.dumps(old)))
+  new = flatten(json.loads(json.dumps(new)))
+  return [
+    f'{key}: {old.get(key, "(none)")!r} -> {new.get(key, "(none)")!r}'
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key)
+  ]
+
+
+class ArgumentParser(argparse.ArgumentParser):
+  """argparse, with one line instead of a page for a mistake."""
+
+  def error(self, message):
+    raise UserError(f'{message} (see {self.prog} --help)')
+
+
+def run_command(command: Callable[[list[str]], int | None]) -> None:
+  """Runs a command on `sys.argv` and exits.
+
+  A UserError becomes one line on standard error and exit code 2.
+  """
+  try:
+    code = command(sys.argv[1:])
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    code = 2
+  sys.exit(code or 0)

@@ -1,0 +1,182 @@
+"""Connectors: from the student's features to the teacher's space.
+
+A connector ends in a ReLU where the teacher's features cannot be negative and
+in none where they can (`signed`): a connector that ends in a ReLU could never
+reach the negative half of a signed representation.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ijckd_jax import config_utils
+
+# PyTorch's default start of convolutions and linear layers: uniform in
+# +-1/sqrt(fan_in).
+TORCH_DEFAULT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+KAIMING_FAN_OUT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+
+
+class Connector(nn.Module):
+  """`__call__(x, *, train)`: (B, H, W, C_s) to (B, H, W, features).
+
+  Attributes:
+    features: channels of the teacher's representation.
+    signed: whether that representation can be negative.
+    takes: 'map', the student's last map, or 'pooled', its pooled features as a
+      map of 1x1.
+    axis_name: mapped axis over which batch norm is synchronised, or None.
+    dtype: dtype of the computation.
+  """
+
+  features: int
+  signed: bool = False
+  takes: str = 'map'
+  axis_name: str | None = None
+  dtype: Any = jnp.float32
+
+  def conv(self, features, kernel=1, init=TORCH_DEFAULT, **kwargs):
+    """Returns a convolution that keeps the map's size."""
+    return nn.Conv(
+      features,
+      (kernel, kernel),
+      padding=kernel // 2,
+      kernel_init=init,
+      dtype=self.dtype,
+      **{'use_bias': False, **kwargs},
+    )
+
+  def norm(self, x, train):
+    """Applies a batch norm with PyTorch's epsilon and momentum."""
+    return nn.BatchNorm(
+      use_running_average=not train,
+      momentum=0.9,
+      epsilon=1e-5,
+      axis_name=self.axis_name,
+      dtype=self.dtype,
+    )(x)
+
+  def last(self, x):
+    """Applies the activation that matches the target's sign."""
+    return x if self.signed else nn.relu(x)
+
+
+class Identity(Connector):
+  """Nothing but the last activation; channel counts must be equal."""
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    if x.shape[-1] != self.features:
+      raise config_utils.UserError(
+        f"connector 'identity' needs equal channel counts, but the student "
+        f'has {x.shape[-1]} and the teacher {self.features}; try '
+        "'bottleneck' or 'conv1x1'"
+      )
+    return self.last(x)
+
+
+class Linear(Connector):
+  """A 1x1 convolution with bias and nothing after it: always signed."""
+
+  def __post_init__(self):
+    self.signed = True
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    return self.conv(self.features, use_bias=True)(x)
+
+
+class Conv1x1(Connector):
+  """A 1x1 convolution and batch norm.
+
+  Attributes:
+    torch_init: start from PyTorch's default, not from the official
+      N(0, 2/C_out).
+
+  Source: SRRL, Yang et al. 2021, https://openreview.net/forum?id=ZzwDy_wiWv.
+  """
+
+  torch_init: bool = False
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    init = TORCH_DEFAULT if self.torch_init else KAIMING_FAN_OUT
+    return self.last(self.norm(self.conv(self.features, init=init)(x), train))
+
+
+class Bottleneck(Connector):
+  """1x1, 3x3 and 1x1 convolutions at 1/factor of the teacher's width.
+
+  Attributes:
+    factor: the inner width is features // factor.
+
+  Source: SimKD, Chen et al. 2022, https://arxiv.org/abs/2203.14001.
+  """
+
+  factor: int = 2
+  depthwise = False
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    if not 1 <= self.factor <= self.features:
+      raise config_utils.UserError(
+        f'factor={self.factor}: a bottleneck on {self.features} channels takes '
+        f'a factor from 1 to {self.features}'
+      )
+    width = self.features // self.factor
+    groups = width if self.depthwise else 1
+    x = nn.relu(self.norm(self.conv(width)(x), train))
+    x = self.conv(width, 3, feature_group_count=groups)(x)
+    x = nn.relu(self.norm(x, train))
+    return self.last(self.norm(self.conv(self.features)(x), train))
+
+
+class DepthwiseBottleneck(Bottleneck):
+  """The bottleneck with a depthwise 3x3 convolution."""
+
+  depthwise = True
+
+
+class Mlp(Connector):
+  """Two linear layers with batch norm, on pooled features, at full width."""
+
+  takes: str = 'pooled'
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    x = nn.relu(self.norm(self.conv(self.features)(x), train))
+    return self.last(self.norm(self.conv(self.features)(x), train))
+
+
+CONNECTORS = {
+  'bottleneck': Bottleneck,
+  'bottleneck_depthwise': DepthwiseBottleneck,
+  'conv1x1': Conv1x1,
+  'identity': Identity,
+  'linear': Linear,
+  'mlp': Mlp,
+}
+
+
+def build(name: str, teacher, *, factor: int | None = None, **fields):
+  """Returns the connector called `name` for a teacher's representation.
+
+  Args:
+    name: a key of CONNECTORS, or `package.module:Name`.
+    teacher: outputs.Shapes of the teacher.
+    factor: width divisor, for connectors that have one.
+    **fields: further fields of the connector, such as `takes`.
+
+  Raises:
+    config_utils.UserError: there is no such connector.
+  """
+  cls = config_utils.resolve('connector', name, CONNECTORS)
+  known = {field.name for field in dataclasses.fields(cls)}
+  if factor is not None and 'factor' in known:
+    fields['factor'] = factor
+  takes = fields.get('takes', cls.takes)
+  target = teacher.final if takes == 'map' else teacher.pooled
+  return cls(features=target.shape[-1], signed=teacher.signed, **fields)

@@ -1,0 +1,346 @@
+"""The data sets by name, and what each must be.
+
+A data set is a frozen dataclass, in a module of its own as `Dataset`, whose
+fields can be set in a config. It has these attributes:
+
+  image_shape: (H, W, C) of its uint8 images.
+  class_names: K names.
+  mean, std: C numbers each, of pixels scaled to [0, 1].
+  crop_padding: zero padding in pixels of the training crop; 0 for none.
+  flip: whether training images are mirrored at random.
+
+and one function, `load(split) -> Arrays`, for 'train', 'validation' and 'test'
+('validation' is held out of 'train', and empty where no part is asked for).
+
+What tfds knows under a name is a `TfdsDataset` with those attributes filled in;
+arrays from Python are an `ArrayDataset`.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import contextlib
+import dataclasses
+import io
+import os
+import pathlib
+import tempfile
+import zlib
+
+import numpy as np
+
+from ijckd_jax import config_utils
+
+DATASETS = {
+  'cifar10': 'ijckd_jax.datasets.cifar:Cifar10',
+  'cifar100': 'ijckd_jax.datasets.cifar:Cifar100',
+  'digits': 'ijckd_jax.datasets.digits:Dataset',
+  'fashion_mnist': 'ijckd_jax.datasets.fashion_mnist:Dataset',
+  'fashion_pairs_100': 'ijckd_jax.datasets.fashion_pairs:Dataset',
+}
+
+SPLITS = ('train', 'validation', 'test')
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+  """Images in memory: uint8 (N, H, W, C), and labels: int32 (N,)."""
+
+  images: np.ndarray
+  labels: np.ndarray
+
+  def __len__(self):
+    return len(self.labels)
+
+  def take(self, indices: np.ndarray) -> 'Arrays':
+    """Returns the examples at `indices`, in their order."""
+    return Arrays(self.images[indices], self.labels[indices])
+
+
+def get(name: str) -> type:
+  """Returns the data set class called `name`, or at `package.module:Name`."""
+  return config_utils.resolve('dataset', name, DATASETS)
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsDataset:
+  """A data set of tfds, once prepared; subclasses fill in the attributes.
+
+  Attributes:
+    data_dir: tfds's data directory; '' is tfds's default.
+    validation_fraction: part of every class's training images to hold out.
+    crop_padding, flip: see the module's docstring.
+    tfds_name: the name under which tfds stores it.
+  """
+
+  data_dir: str = ''
+  validation_fraction: float = 0.0
+  crop_padding: int = 0
+  flip: bool = False
+
+  def __post_init__(self):
+    if not 0 <= self.validation_fraction < 1:
+      raise config_utils.UserError(
+        f'validation_fraction={self.validation_fraction}: give a part of the '
+        'training images, at least 0 and less than 1'
+      )
+
+  def load(self, split: str) -> Arrays:
+    """Returns the images and labels of a split.
+
+    Raises:
+      UserError: there is no such split, or the data set is not prepared.
+    """
+    check_split(split)
+    if split == 'test':
+      return from_tfds(self.tfds_name, self.data_dir, 'test', self.image_shape)
+    arrays = from_tfds(self.tfds_name, self.data_dir, 'train', self.image_shape)
+    train, validation = hold_out(arrays, self.validation_fraction)
+    return train if split == 'train' else validation
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class ArrayDataset:
+  """A data set from arrays. Labels of -1, in `train` only, mean unlabelled."""
+
+  train: Arrays
+  test: Arrays
+  validation: Arrays | None = None
+  class_names: Sequence[str]
+  mean: Sequence[float]
+  std: Sequence[float]
+  crop_padding: int = 0
+  flip: bool = False
+
+  def __post_init__(self):
+    for split in SPLITS:
+      arrays = getattr(self, split)
+      if arrays is None and split == 'validation':
+        continue
+      images, labels = np.asarray(arrays.images), np.asarray(arrays.labels)
+      if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+        raise config_utils.UserError(
+          f'{split} images are {images.dtype} {images.shape}; they must be '
+          'uint8 (N, H, W, C), N at least 1'
+        )
+      if images.shape[1:] != self.image_shape:
+        raise config_utils.UserError(
+          f'{split} images are {images.shape[1:]}, those of train are '
+          f'{self.image_shape}'
+        )
+      if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu':
+        raise config_utils.UserError(
+          f'{split} labels are {labels.dtype} {labels.shape}; they must be '
+          f'integers ({len(images)},), one for each image'
+        )
+      lowest = -1 if split == 'train' else 0
+      if labels.min() < lowest or labels.max() >= len(self.class_names):
+        raise config_utils.UserError(
+          f'{split} labels go from {labels.min()} to {labels.max()}; with '
+          f'{len(self.class_names)} class_names they must lie in '
+          f'[{lowest}, {len(self.class_names) - 1}]'
+        )
+    channels = self.image_shape[-1]
+    if len(self.mean) != channels or len(self.std) != channels:
+      raise config_utils.UserError(
+        f'{len(self.mean)} means and {len(self.std)} stds for {channels} '
+        'channels; give one each per channel'
+      )
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(H, W, C)."""
+    return tuple(self.train.images.shape[1:])
+
+  def fingerprint(self) -> int:
+    """Returns a checksum of the arrays, by which a run knows them again."""
+    checksum = 0
+    for split in SPLITS:
+      arrays = self.load(split)
+      for array in (arrays.images, arrays.labels):
+        checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+    return checksum
+
+  def load(self, split: str) -> Arrays:
+    """Returns the images and labels of a split."""
+    check_split(split)
+    arrays = getattr(self, split) or self.train.take(slice(0))
+    return Arrays(np.asarray(arrays.images), arrays.labels.astype(np.int32))
+
+
+def check_split(split: str) -> None:
+  """Raises UserError where there is no such split."""
+  if split not in SPLITS:
+    raise config_utils.unknown('split', split, SPLITS)
+
+
+def hold_out(arrays: Arrays, fraction: float) -> tuple[Arrays, Arrays]:
+  """Splits off a fixed `fraction` of every class: (the rest, the held-out).
+
+  The choice depends on the data alone, never on a run's seed, so that runs of
+  different seeds are selected on the same images. Both keep their order.
+
+  Raises:
+    UserError: `fraction` is so small or large that one of the two is empty.
+  """
+  # RandomState's streams, unlike Generator's, are promised never to change.
+  random = np.random.RandomState(0)
+  held = np.zeros(len(arrays), bool)
+  for label in np.unique(arrays.labels):
+    members = random.permutation(np.flatnonzero(arrays.labels == label))
+    held[members[: round(fraction * len(members))]] = True
+  if fraction and (held.all() or not held.any()):
+    raise config_utils.UserError(
+      f'validation_fraction={fraction} of {len(arrays)} training images leaves '
+      'none to train on or none to validate on'
+    )
+  return arrays.take(~held), arrays.take(held)
+
+
+def _root(data_dir: str) -> pathlib.Path:
+  from tensorflow_datasets.core import constants
+
+  return pathlib.Path(data_dir or constants.DATA_DIR).expanduser()
+
+
+def find(name: str, data_dir: str):
+  """Returns tfds's builder of a prepared data set, or None.
+
+  Raises:
+    UserError: it is there, but stored so that only TensorFlow can read it.
+  """
+  import tensorflow_datasets as tfds
+
+  try:
+    builder = tfds.core.read_only_builder.builder_from_files(
+      name, data_dir=os.path.expanduser(data_dir) or None
+    )
+  except tfds.core.registered.DatasetNotFoundError:
+    return None
+  formats = [format.value for format in builder.info.available_file_formats()]
+  if 'array_record' not in formats:
+    raise config_utils.UserError(
+      f'{name} is stored as {", ".join(formats)} in {builder.data_dir}, and '
+      'only array_record is read without TensorFlow; choose another data_dir '
+      'to prepare it in, or delete that folder'
+    )
+  return builder
+
+
+def from_tfds(
+  name: str, data_dir: str, split: str, image_shape: Sequence[int]
+) -> Arrays:
+  """Reads a split of a prepared data set into memory.
+
+  Args:
+    name: tfds's name.
+    data_dir: tfds's data directory; '' is tfds's default.
+    split: 'train' or 'test'.
+    image_shape: (H, W, C) that the images must have.
+
+  Raises:
+    UserError: it is not prepared, or is not what is expected.
+  """
+  builder = find(name, data_dir)
+  if builder is None:
+    where = f' --data_dir {data_dir}' if data_dir else ''
+    raise config_utils.UserError(
+      f'{name} is not prepared in {_root(data_dir)}; run: python -m '
+      f'ijckd_jax.datasets.prepare {name}{where} (or, with the original files '
+      'in a folder DIR, the same with --source DIR)'
+    )
+  source = builder.as_data_source(split)
+  # One call for all of them: record by record, reading takes four times longer.
+  examples = source.__getitems__(range(len(source)))
+  images = np.stack([example['image'] for example in examples])
+  if images.shape[1:] != tuple(image_shape):
+    raise config_utils.UserError(
+      f'{builder.data_dir} holds images of {images.shape[1:]}, not '
+      f'{tuple(image_shape)}: it is another data set called {name}'
+    )
+  labels = np.array([example['label'] for example in examples], np.int32)
+  return Arrays(images, labels)
+
+
+def write(
+  builder_cls: type,
+  data_dir: str,
+  splits: Mapping[str, Mapping[str, Sequence]],
+  names: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+  """Writes arrays as a tfds data set, with neither TensorFlow nor network.
+
+  It is written aside and moved into place when complete, so that nothing half
+  written is ever found; where another process was faster, its copy stays.
+
+  Args:
+    builder_cls: tfds's builder class, for name, version and features.
+    data_dir: tfds's data directory; '' is tfds's default.
+    splits: for each split its features by name; 'image' is uint8
+      (N, H, W, C), the others have N entries.
+    names: class names of those label features that have none yet.
+
+  Raises:
+    UserError: the directory cannot be written.
+  """
+  from PIL import Image
+  import tensorflow_datasets as tfds
+  import tqdm
+
+  total = sum(len(columns['image']) for columns in splits.values())
+  progress = tqdm.tqdm(total=total, desc=builder_cls.name, disable=None)
+
+  with tfds.core.registered.skip_registration():
+
+    class Builder(builder_cls):
+      name = builder_cls.name
+      # Nothing is downloaded; tfds's search for checksums beside this module
+      # needs importlib_resources, which it does not install.
+      url_infos = None
+
+      def _split_generators(self, dl_manager):
+        return {
+          split: self._generate_examples(columns)
+          for split, columns in splits.items()
+        }
+
+      def _generate_examples(self, columns):
+        for key, row in enumerate(zip(*columns.values(), strict=True)):
+          example = dict(zip(columns, row, strict=True))
+          # tfds encodes arrays by TensorFlow, but PIL images without.
+          image = example['image']
+          example['image'] = Image.fromarray(
+            image[..., 0] if image.shape[-1] == 1 else image
+          )
+          progress.update()
+          yield key, example
+
+  root = _root(data_dir)
+  try:
+    root.mkdir(parents=True, exist_ok=True)
+    # tfds writes aside too, but under a name from Python's global generator:
+    # two processes that seeded it alike would write into one folder.
+    with (
+      progress,
+      tempfile.TemporaryDirectory(prefix='incomplete.', dir=root) as temporary,
+    ):
+      builder = Builder(data_dir=temporary, file_format='array_record')
+      for feature, values in (names or {}).items():
+        builder.info.features[feature].names = values
+      # It would tell of the folder written aside, and draw bars into logs.
+      with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+      ):
+        builder.download_and_prepare()
+      final = root / pathlib.Path(builder.data_dir).relative_to(temporary)
+      final.parent.mkdir(exist_ok=True)
+      try:
+        os.rename(builder.data_dir, final)
+      except OSError:
+        if not final.is_dir():
+          raise
+  except OSError as error:
+    raise config_utils.UserError(
+      f'cannot write {builder_cls.name} under {root}: {error}; give a '
+      'directory that can be written as data_dir'
+    ) from error

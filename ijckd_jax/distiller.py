@@ -1,0 +1,201 @@
+"""Student, connector, head, teacher and method, bound into pure functions."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ijckd_jax import config_utils
+from ijckd_jax import network as network_lib
+from ijckd_jax import outputs
+from ijckd_jax import teachers
+
+
+@dataclasses.dataclass(frozen=True)
+class Distiller:
+  """What a step needs to know, apart from arrays.
+
+  Attributes:
+    network: the student's parts.
+    method: the objective, see methods.
+    teacher: whom it learns from; None for a method that needs none.
+    num_classes: K.
+  """
+
+  network: network_lib.Network
+  method: Any
+  teacher: teachers.Teacher | None
+  num_classes: int
+
+  @property
+  def reuses_head(self) -> bool:
+    """Whether the teacher's head makes the student's prediction."""
+    return self.method.predicts_with == 'teacher'
+
+  def init(
+    self, key: jax.Array, image_shape: tuple[int, int, int]
+  ) -> dict[str, Any]:
+    """Returns fresh 'params' and 'batch_stats' of what is trained."""
+    backbone_key, connector_key, head_key = jax.random.split(key, 3)
+    net = self.network
+    images = jnp.zeros((1, *image_shape), jnp.uint8)
+    x = net.preprocessing(images)
+    features, parts = self._init(net.backbone, backbone_key, x)
+    modules = {'backbone': parts}
+    if net.connector is not None:
+      if net.connector.takes == 'pooled':
+        x = features.pooled[:, None, None, :]
+      else:
+        size = net.connect_size
+        x = jnp.zeros((1, *size, features.final.shape[-1]))
+      _, modules['connector'] = self._init(net.connector, connector_key, x)
+    params = {name: part['params'] for name, part in modules.items()}
+    if not self.reuses_head:
+      params['head'] = net.backbone.init_head(
+        head_key, features.pooled.shape[-1], self.num_classes
+      )
+    return {
+      'params': params,
+      'batch_stats': {
+        name: part['batch_stats'] for name, part in modules.items()
+      },
+    }
+
+  def _init(self, module, key, x):
+    result, variables = module.init_with_output(key, x, train=False)
+    return result, {
+      kind: variables.get(kind, {}) for kind in network_lib.COLLECTIONS
+    }
+
+  def student(self, variables, frozen, images: jax.Array):
+    """Runs the student in training on the shared view.
+
+    Args:
+      variables: its 'params' and 'batch_stats'.
+      frozen: the teacher's arrays (Teacher.frozen); None without a teacher.
+      images: (B, H, W, C) uint8.
+
+    Returns:
+      outputs.Outputs and the updated batch statistics.
+    """
+    net = self.network
+    features, backbone_stats = network_lib.run(
+      net.backbone,
+      network_lib.part(variables, 'backbone'),
+      net.preprocessing(images),
+      train=True,
+    )
+    batch_stats = {'backbone': backbone_stats}
+    connected = None
+    if net.connector is not None:
+      connected, batch_stats['connector'] = net.connect(
+        network_lib.part(variables, 'connector'),
+        features,
+        frozen['pool'],
+        frozen['head'],
+        train=True,
+      )
+    if self.reuses_head:
+      logits = connected.logits
+    else:
+      head = variables['params']['head']
+      logits = network_lib.classify(head, features.pooled)
+    result = outputs.Outputs(
+      features.stages, features.final, features.pooled, logits, connected
+    )
+    return result, batch_stats
+
+  @property
+  def deployed_network(self) -> network_lib.Network:
+    """The network that predicts alone.
+
+    A connector that only served training is not in it.
+    """
+    if self.reuses_head:
+      return self.network
+    return dataclasses.replace(self.network, connector=None, connect_size=None)
+
+  def deployed(self, variables, frozen) -> dict[str, Any]:
+    """Returns the variables of `deployed_network`.
+
+    Args:
+      variables: the student's 'params' and 'batch_stats'.
+      frozen: the teacher's arrays, whose head and pool become the student's
+        where its head is reused.
+    """
+    if self.reuses_head:
+      return {
+        'params': {**variables['params'], 'head': frozen['head']},
+        'batch_stats': variables['batch_stats'],
+        'pool': frozen['pool'],
+      }
+    kept = {
+      kind: {k: v for k, v in variables[kind].items() if k != 'connector'}
+      for kind in network_lib.COLLECTIONS
+    }
+    return {**kept, 'pool': {}}
+
+
+def bind(
+  *,
+  backbone,
+  preprocessing,
+  method,
+  teacher: teachers.Teacher | None,
+  image_shape: tuple[int, int, int],
+  num_classes: int,
+  axis_name: str | None,
+  dtype,
+) -> Distiller:
+  """Returns the Distiller of a pair, with the connector that the method wants.
+
+  Args:
+    backbone: the student's.
+    preprocessing: the student's.
+    method: the objective.
+    teacher: required unless the method says `needs_teacher = False`.
+    image_shape: (H, W, C) of the shared view.
+    num_classes: K of the data set.
+    axis_name: mapped axis over which batch norm is synchronised, or None.
+    dtype: of the connector's computation.
+
+  Raises:
+    config_utils.UserError: the pair does not fit; nothing has been compiled.
+  """
+  connector, connect_size, pool = None, None, teachers.average_pool
+  if teacher is not None:
+    target = teacher.shapes(image_shape)
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
+    features = jax.eval_shape(
+      lambda x: backbone.init_with_output(
+        jax.random.key(0), preprocessing(x), train=False
+      )[0],
+      images,
+    )
+    source = outputs.Shapes(
+      features.stages,
+      features.final,
+      features.pooled,
+      backbone.signed,
+      backbone.pools_map,
+    )
+    connector = method.build_connector(source, target)
+    pool = teacher.pool
+  if connector is not None:
+    connector = connector.clone(axis_name=axis_name, dtype=dtype)
+    if connector.takes == 'map':
+      if not teacher.pools_map:
+        raise config_utils.UserError(
+          f'teacher {teacher.name} does not pool its map, so a student cannot '
+          "be matched there: use a connector on pooled features ('mlp')"
+        )
+      sizes = zip(source.final.shape[1:3], target.final.shape[1:3], strict=True)
+      connect_size = tuple(min(pair) for pair in sizes)
+  network = network_lib.Network(
+    backbone, preprocessing, connector, connect_size, pool
+  )
+  distiller = Distiller(network, method, teacher, num_classes)
+  # What does not fit is said now, not after its teacher has been trained.
+  jax.eval_shape(lambda: distiller.init(jax.random.key(0), image_shape))
+  return distiller

@@ -1,0 +1,199 @@
+"""Evaluation of networks on whole splits, and of bundles by command.
+
+python -m ijckd_jax.evaluate --bundle runs/digits --dataset digits
+"""
+
+import argparse
+from collections.abc import Callable
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import numpy as np
+
+from ijckd_jax import config_utils
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """What a network, and its teacher if there is one, do on a split.
+
+  Attributes:
+    metrics: 'top1', 'top5' (for more than 5 classes), 'nll', 'ece', and where
+      there is a teacher 'agreement' with it and 'kl' to it.
+    confusion: (K, K) counts, true class by predicted.
+    predictions: (N,) predicted classes of this process's examples.
+    indices: (N,) which examples these are.
+    teacher: the same of the teacher; None where there is none.
+  """
+
+  metrics: dict[str, float]
+  confusion: np.ndarray
+  predictions: np.ndarray
+  indices: np.ndarray
+  teacher: 'Evaluation | None' = None
+
+
+def make_evaluator(
+  network, *, mapper, batch_size: int, teacher=None
+) -> Callable[[Any, Any, Any], Evaluation]:
+  """Returns a compiled evaluation that counts every example once.
+
+  Args:
+    network: network.Network.
+    mapper: parallel.Mapper.
+    batch_size: rows of all devices together.
+    teacher: teachers.Teacher to compare with, or None.
+
+  Returns:
+    A function of the network's variables, the teacher's arrays as the mapper
+    placed them (None without a teacher) and datasets.Arrays.
+  """
+  import jax
+
+  from ijckd_jax import input_pipeline
+  from ijckd_jax import metrics
+  from ijckd_jax import steps
+
+  p_eval_step = mapper.map(
+    functools.partial(steps.eval_step, network=network, teacher_fn=teacher),
+    rows_in=(False, False, True),
+    rows_out=True,
+  )
+
+  def evaluate(variables, frozen, arrays) -> Evaluation:
+    variables = mapper.replicate(variables)
+    totals, rows = None, []
+    for batch in input_pipeline.eval_batches(
+      arrays,
+      batch_size=batch_size,
+      process_index=jax.process_index(),
+      num_processes=jax.process_count(),
+    ):
+      sums, predicted = p_eval_step(variables, frozen, mapper.shard(batch))
+      sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+      if totals is None:
+        totals = sums
+      else:
+        totals = jax.tree.map(np.add, totals, sums)
+      predicted = mapper.rows(predicted)
+      rows.append(
+        {
+          name: values[batch['mask']]
+          for name, values in {**predicted, 'index': batch['index']}.items()
+        }
+      )
+    joined = {name: np.concatenate([r[name] for r in rows]) for name in rows[0]}
+
+    def evaluation(name, more, below):
+      return Evaluation(
+        {**metrics.summarize(totals[name]), **more},
+        totals[name]['confusion'].astype(np.int64),
+        joined[name],
+        joined['index'],
+        below,
+      )
+
+    if teacher is None:
+      return evaluation('student', {}, None)
+    pair = metrics.summarize_pair(totals['pair'])
+    return evaluation('student', pair, evaluation('teacher', {}, None))
+
+  return evaluate
+
+
+def main(argv: list[str]) -> None:
+  """Runs the command."""
+  parser = config_utils.ArgumentParser(
+    prog='python -m ijckd_jax.evaluate',
+    description='Evaluates a bundle, by itself, on a data set.',
+  )
+  parser.add_argument(
+    '--bundle', required=True, help='folder of a bundle, or of a finished run'
+  )
+  parser.add_argument(
+    '--dataset',
+    help='name or package.module:Name; default: what the bundle was trained on',
+  )
+  parser.add_argument(
+    '--dataset_fields', help='key=value,key=value; default: as in training'
+  )
+  parser.add_argument('--data_dir', help='where the data sets lie')
+  parser.add_argument(
+    '--split', default='test', choices=('train', 'validation', 'test')
+  )
+  parser.add_argument('--teacher', help='bundle or run to compare with')
+  parser.add_argument(
+    '--batch_size', type=int, help='default: as in the run that made the bundle'
+  )
+  parser.add_argument('--json', action='store_true', help='print JSON')
+  flags = parser.parse_args(argv)
+
+  from ijckd_jax import bundles
+  from ijckd_jax import parallel
+
+  bundle = bundles.load(flags.bundle)
+  dataset = _dataset(bundle, flags)
+  num_classes = len(dataset.class_names)
+  if num_classes != len(bundle.class_names):
+    raise config_utils.UserError(
+      f'the bundle tells {len(bundle.class_names)} classes apart, but the data '
+      f'set has {num_classes}'
+    )
+  if dataset.image_shape[-1] != bundle.image_shape[-1]:
+    raise config_utils.UserError(
+      f'the bundle reads images of {bundle.image_shape[-1]} channels, but the '
+      f"data set's have {dataset.image_shape[-1]}"
+    )
+  teacher = flags.teacher and bundles.load(flags.teacher).teacher()
+  arrays = dataset.load(flags.split)
+  if not len(arrays):
+    raise config_utils.UserError(f'the split {flags.split!r} is empty')
+  mapper = parallel.Mapper()
+  evaluator = make_evaluator(
+    bundle.network,
+    mapper=mapper,
+    batch_size=flags.batch_size or bundle.info.get('eval_batch_size', 256),
+    teacher=teacher or None,
+  )
+  frozen = mapper.replicate(teacher.frozen) if teacher else None
+  result = evaluator(bundle.variables, frozen, arrays)
+  named = {'student' if teacher else 'network': result.metrics}
+  if teacher:
+    named['teacher'] = result.teacher.metrics
+  if flags.json:
+    print(json.dumps({'examples': len(arrays), **named}))
+    return
+  print(f'{len(arrays)} examples of {flags.split}')
+  for name, values in named.items():
+    shown = '  '.join(f'{key} {value:.6f}' for key, value in values.items())
+    print(f'{name}: {shown}')
+
+
+def _dataset(bundle, flags: argparse.Namespace):
+  """Returns the data set that the flags ask for."""
+  from ijckd_jax import datasets
+
+  made_on = dict(bundle.info.get('dataset', {}))
+  name = flags.dataset or made_on.get('name')
+  if not name:
+    raise config_utils.UserError('the bundle names no data set: give --dataset')
+  cls = datasets.get(name)
+  fields = config_utils.section(cls, name)
+  if name == made_on.get('name'):
+    fields.update(made_on)
+  given = config_utils.parse_arg(
+    flags.dataset_fields, **{key: '' for key in fields if key != 'name'}
+  )
+  for key, value in given.items():
+    if value:
+      kind = type(fields[key])
+      fields[key] = value == 'True' if kind is bool else kind(value)
+  if flags.data_dir is not None:
+    fields.data_dir = flags.data_dir
+  return config_utils.instantiate('dataset', cls, fields)
+
+
+if __name__ == '__main__':
+  config_utils.run_command(main)

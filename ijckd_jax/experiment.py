@@ -1,0 +1,311 @@
+"""From a config to everything that a run is made of, before anything runs."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from ijckd_jax import augment
+from ijckd_jax import bundles
+from ijckd_jax import config_utils
+from ijckd_jax import datasets
+from ijckd_jax import distiller as distiller_lib
+from ijckd_jax import methods
+from ijckd_jax import models
+from ijckd_jax import network
+from ijckd_jax import optim
+from ijckd_jax import parallel
+from ijckd_jax import teachers
+
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+
+
+def default_config(
+  *,
+  dataset: str | None,
+  teacher: str,
+  student: str,
+  method: str = 'ijckd',
+) -> ml_collections.ConfigDict:
+  """Returns a config with every field that there is, each with its default.
+
+  Durations have three fields, of which one is given and the others are 0:
+  `<what>_epochs`, `<what>_steps` and `<what>_examples`.
+
+  Args:
+    dataset: name or reference (datasets.DATASETS); fills `config.dataset`. None
+      for arrays that are given from Python.
+    teacher: the teacher's backbone (models.BACKBONES).
+    student: the student's backbone.
+    method: name or reference (methods.METHODS); fills `config.method`.
+  """
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  if dataset is None:
+    config.dataset = {'name': 'arrays', 'fingerprint': 0}
+  else:
+    config.dataset = config_utils.section(datasets.get(dataset), dataset)
+  config.teacher = {
+    'backbone': teacher,
+    'checkpoint': '',  # A bundle or a run; empty: train the teacher first.
+    'learning_rate': 0.05,
+    'total_epochs': 0.0,  # All three 0: as long as the student.
+    'total_steps': 0,
+    'total_examples': 0,
+  }
+  config.student = {'backbone': student}
+  config.method = config_utils.section(methods.get(method), method)
+  config.optimizer = optim.default_config()
+  config.batch_size = 64  # Of all devices and processes together.
+  config.eval_batch_size = 256
+  config.accumulation = 1  # Parts in which a device works through its rows.
+  config.ema_decay = 0.0  # 0: no moving average.
+  config.sync_batch_norm = False  # False: statistics per device, averaged.
+  config.dtype = 'float32'
+  for what, epochs in (
+    ('total', 0.0),
+    ('log', 1.0),
+    ('eval', 1.0),
+    ('checkpoint', 0.0),  # Beside those at each evaluation.
+  ):
+    config[f'{what}_epochs'] = epochs
+    config[f'{what}_steps'] = 0
+    config[f'{what}_examples'] = 0
+  config.keep_checkpoints = 2  # The last ones; the best is kept beside them.
+  config.bundle = 'last'  # Or 'best', by the validation split or the test set.
+  config.mapper = 'pmap'
+  config.num_cpu_devices = 1
+  config.writers = ()  # package.module:Name of further metric writers.
+  return config
+
+
+def teacher_config(
+  config: ml_collections.ConfigDict,
+) -> ml_collections.ConfigDict:
+  """Returns the config by which a run trains its own teacher."""
+  own = ml_collections.ConfigDict(config.to_dict())
+  own.student.backbone = config.teacher.backbone
+  own.method = config_utils.section(methods.get('ce'), 'ce')
+  own.optimizer.learning_rate = config.teacher.learning_rate
+  if config_utils.duration(config.teacher, 'total')[1]:
+    for unit in config_utils.UNITS:
+      own[f'total_{unit}'] = config.teacher[f'total_{unit}']
+  for field in own.teacher:
+    own.teacher[field] = type(own.teacher[field])()
+  return own
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """What a run is made of, but for arrays.
+
+  Attributes:
+    config: the config that it was made from.
+    dataset: see datasets.
+    distiller: student, teacher and method.
+    judge: the teacher that the student is compared with at the end, also by
+      methods that learn without one; None where there is none.
+    augmentation: of the training images.
+    mapper: see parallel.
+    dtype: of the computation.
+  """
+
+  config: ml_collections.ConfigDict
+  dataset: Any
+  distiller: distiller_lib.Distiller
+  judge: teachers.Teacher | None
+  augmentation: augment.Augmentation
+  mapper: parallel.Mapper
+  dtype: Any
+
+  def total_steps(self, num_examples: int) -> int:
+    """Returns the steps of the run."""
+    return config_utils.to_steps(
+      self.config,
+      'total',
+      num_examples=num_examples,
+      batch_size=self.config.batch_size,
+    )
+
+  def period_ends(self, what: str, num_examples: int) -> frozenset[int]:
+    """Returns the steps at which `what` ('log', 'eval', ...) is due."""
+    return config_utils.period_ends(
+      self.config,
+      what,
+      num_examples=num_examples,
+      batch_size=self.config.batch_size,
+      total_steps=self.total_steps(num_examples),
+    )
+
+  def optimizer(
+    self, num_examples: int
+  ) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Returns the optimizer, and its learning rate by step."""
+    schedule = optim.make_schedule(
+      self.config.optimizer,
+      num_examples=num_examples,
+      batch_size=self.config.batch_size,
+      total_steps=self.total_steps(num_examples),
+    )
+    return optim.make_optimizer(self.config.optimizer, schedule), schedule
+
+
+def build(
+  config: ml_collections.ConfigDict,
+  *,
+  dataset: Any = None,
+  teacher: teachers.Teacher | None = None,
+) -> Experiment:
+  """Returns the experiment that a config describes; nothing runs or compiles.
+
+  Args:
+    config: see `default_config`.
+    dataset: overrides `config.dataset`.
+    teacher: overrides `config.teacher`. Where neither names one, and the method
+      needs one, the teacher is abstract: shapes in place of arrays.
+
+  Raises:
+    config_utils.UserError: something in the config is wrong.
+  """
+  if config.dtype not in DTYPES:
+    raise config_utils.unknown('dtype', config.dtype, list(DTYPES))
+  dtype = DTYPES[config.dtype]
+  if dataset is None:
+    dataset = config_utils.instantiate(
+      'dataset', datasets.get(config.dataset.name), config.dataset
+    )
+  method = config_utils.instantiate(
+    'method', methods.get(config.method.name), config.method
+  )
+  _check_numbers(config)
+  axis_name = parallel.AXIS if config.sync_batch_norm else None
+  height, width, _ = dataset.image_shape
+  preprocessing = augment.Preprocessing(
+    tuple(dataset.mean), tuple(dataset.std), (height, width)
+  )
+  backbone = models.build(
+    config.student.backbone,
+    truncated=method.tap == 'stage',
+    axis_name=axis_name,
+    dtype=dtype,
+  )
+  needs_teacher = getattr(method, 'needs_teacher', True)
+  if teacher is None and config.teacher.checkpoint:
+    teacher = load_teacher(config, dtype)
+  elif teacher is None and needs_teacher:
+    teacher = _abstract_teacher(config, dataset, preprocessing, dtype)
+  if teacher is not None:
+    _check_classes(teacher, dataset)
+  distiller = distiller_lib.bind(
+    backbone=backbone,
+    preprocessing=preprocessing,
+    method=method,
+    teacher=teacher if needs_teacher else None,
+    image_shape=tuple(dataset.image_shape),
+    num_classes=len(dataset.class_names),
+    axis_name=axis_name,
+    dtype=dtype,
+  )
+  return Experiment(
+    config=config,
+    dataset=dataset,
+    distiller=distiller,
+    judge=teacher,
+    augmentation=augment.Augmentation(dataset.crop_padding, dataset.flip),
+    mapper=parallel.Mapper(config.mapper),
+    dtype=dtype,
+  )
+
+
+def load_teacher(config: ml_collections.ConfigDict, dtype) -> teachers.Teacher:
+  """Returns the teacher that `config.teacher` points at.
+
+  Raises:
+    config_utils.UserError: there is none, or it has another backbone.
+  """
+  path = config.teacher.checkpoint
+  bundle = bundles.load(path, dtype=dtype)
+  if config.teacher.backbone not in ('', bundle.backbone_name):
+    raise config_utils.UserError(
+      f'the teacher in {path} is a {bundle.backbone_name}, but the config '
+      f'says teacher.backbone={config.teacher.backbone}'
+    )
+  return bundle.teacher()
+
+
+def _abstract_teacher(config, dataset, preprocessing, dtype):
+  """Returns the teacher that is yet to be trained, as shapes."""
+  backbone = models.build(config.teacher.backbone, dtype=dtype)
+  pool = bundles.pool_of(config.teacher.backbone)
+  net = network.Network(backbone, preprocessing, None, None, pool)
+  images = jnp.zeros((1, *dataset.image_shape), jnp.uint8)
+
+  def variables():
+    key = jax.random.key(0)
+    features, made = backbone.init_with_output(
+      key, preprocessing(images), train=False
+    )
+    num_features = features.pooled.shape[-1]
+    head = backbone.init_head(key, num_features, len(dataset.class_names))
+    return {
+      'params': {'backbone': made['params'], 'head': head},
+      'batch_stats': {'backbone': made.get('batch_stats', {})},
+      'pool': {},
+    }
+
+  return bundles.Bundle(
+    network=net,
+    variables=jax.eval_shape(variables),
+    backbone_name=config.teacher.backbone,
+    pool_name=config.teacher.backbone,
+    image_shape=tuple(dataset.image_shape),
+    class_names=tuple(dataset.class_names),
+    info={},
+  ).teacher()
+
+
+def _check_classes(teacher, dataset):
+  num_classes = len(dataset.class_names)
+  if teacher.num_classes != num_classes:
+    raise config_utils.UserError(
+      f'teacher {teacher.name} tells {teacher.num_classes} classes apart, but '
+      f'the data set has {num_classes}: take a teacher trained on it'
+    )
+
+
+def _check_numbers(config):
+  """Raises where a number of the config cannot be."""
+  for what in ('total', 'log', 'eval', 'checkpoint'):
+    _, value = config_utils.duration(config, what)
+    if what != 'checkpoint' and not value:
+      raise config_utils.UserError(
+        f'no {what}_epochs, {what}_steps or {what}_examples: give one'
+      )
+  if config.mapper not in parallel.MAPPERS:
+    raise config_utils.unknown('mapper', config.mapper, parallel.MAPPERS)
+  if config.bundle not in ('last', 'best'):
+    raise config_utils.unknown('bundle', config.bundle, ('last', 'best'))
+  num_devices = jax.device_count()
+  for name in ('batch_size', 'eval_batch_size'):
+    if config[name] < 1 or config[name] % num_devices:
+      raise config_utils.UserError(
+        f'{name}={config[name]}: it must be a positive multiple of the '
+        f'{num_devices} devices'
+      )
+  rows = config.batch_size // num_devices
+  if config.accumulation < 1 or rows % config.accumulation:
+    raise config_utils.UserError(
+      f'accumulation={config.accumulation}: it must divide the {rows} rows '
+      'that a device gets of a batch'
+    )
+  if not 0 <= config.ema_decay < 1:
+    raise config_utils.UserError(
+      f'ema_decay={config.ema_decay}: it must be in [0, 1)'
+    )
+  if config.keep_checkpoints < 1:
+    raise config_utils.UserError(
+      f'keep_checkpoints={config.keep_checkpoints}: it must be at least 1'
+    )

@@ -1,0 +1,304 @@
+"""The loop over steps: feed, count, evaluate, save, stop."""
+
+import dataclasses
+import functools
+import logging
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from ijckd_jax import checkpoints as checkpoints_lib
+from ijckd_jax import evaluate
+from ijckd_jax import experiment as experiment_lib
+from ijckd_jax import input_pipeline
+from ijckd_jax import metric_writer
+from ijckd_jax import steps
+from ijckd_jax import train_state
+
+STOPPED = (
+  'training stops, and the last good checkpoint is kept. Lower the learning '
+  'rate, or clip the gradient (optimizer.clip_norm)'
+)
+
+logger = logging.getLogger('ijckd_jax')
+
+
+class Interrupted(KeyboardInterrupt):
+  """The run was asked to stop; it has saved, and continues when run again."""
+
+
+class Diverged(RuntimeError):
+  """A metric of training is not finite."""
+
+
+class StopSignals:
+  """Turns SIGINT and SIGTERM into a request that the loop looks at.
+
+  A second signal is no longer caught.
+  """
+
+  def __init__(self):
+    self.requested = False
+    self._before = {}
+
+  def __enter__(self):
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGINT, signal.SIGTERM):
+        self._before[number] = signal.signal(number, self._request)
+    return self
+
+  def __exit__(self, *_):
+    self._restore()
+
+  def _request(self, number, frame):
+    del number, frame
+    self.requested = True
+    self._restore()
+
+  def _restore(self):
+    while self._before:
+      signal.signal(*self._before.popitem())
+
+
+@dataclasses.dataclass
+class Progress:
+  """What a loop remembers beside the state; a checkpoint's memo.
+
+  Attributes:
+    sums: [sum, count] of each metric since the last row was written.
+    examples: trained on while `seconds` were counted.
+    seconds: spent in training steps, without the first one of a process (which
+      compiles), evaluations and saves.
+  """
+
+  sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+  examples: int = 0
+  seconds: float = 0.0
+
+  @property
+  def images_per_second(self) -> float:
+    """Training speed; not a number where none was measured."""
+    return self.examples / self.seconds if self.seconds else float('nan')
+
+
+@dataclasses.dataclass
+class Loop:
+  """Trains from a step to the last one.
+
+  Attributes:
+    experiment: what is trained.
+    splits: datasets.Arrays by 'train', 'validation' and 'test'.
+    store: of the checkpoints.
+    writer: of the metrics.
+    frozen: the teacher's arrays, placed; None without a teacher.
+    key: the run's key.
+    name: what the progress line calls the run.
+  """
+
+  experiment: experiment_lib.Experiment
+  splits: dict[str, Any]
+  store: checkpoints_lib.Checkpoints
+  writer: metric_writer.Writers
+  frozen: Any
+  key: jax.Array
+  name: str
+
+  def run(
+    self,
+    state: train_state.TrainState,
+    start: int,
+    progress: Progress,
+    stop: StopSignals,
+  ) -> train_state.TrainState:
+    """Returns the state after the last step.
+
+    Args:
+      state: after `start` steps, placed by the mapper; it is donated.
+      start: steps made before.
+      progress: what was remembered at that step; it is updated.
+      stop: checked after each step.
+
+    Raises:
+      Diverged: a metric is not finite; nothing has been saved since.
+      Interrupted: a stop was asked for; the state is saved.
+    """
+    exp, config = self.experiment, self.experiment.config
+    num_examples = len(self.splits['train'])
+    total_steps = exp.total_steps(num_examples)
+    due = {
+      what: exp.period_ends(what, num_examples) | {total_steps}
+      for what in ('log', 'eval', 'checkpoint')
+    }
+    tx, schedule = exp.optimizer(num_examples)
+    p_train_step = exp.mapper.map(
+      functools.partial(
+        steps.train_step,
+        distiller=exp.distiller,
+        tx=tx,
+        augmentation=exp.augmentation,
+        ema_decay=config.ema_decay,
+        num_pieces=config.accumulation,
+      ),
+      rows_in=(False, False, True, False),
+      donate=0,
+    )
+    evaluator = evaluate.make_evaluator(
+      exp.distiller.deployed_network,
+      mapper=exp.mapper,
+      batch_size=config.eval_batch_size,
+    )
+    split = self.ranking_split
+    rows = config.batch_size // jax.process_count()
+    first_row = rows * jax.process_index()
+    batches = input_pipeline.train_batches(
+      self.splits['train'],
+      batch_size=config.batch_size,
+      seed=config.seed,
+      start_step=start,
+      num_steps=total_steps,
+      rows=slice(first_row, first_row + rows),
+    )
+    pending, clock = [], None
+    with _ProgressLine(self.name, start, total_steps) as line:
+      for step, batch in enumerate(batches, start + 1):
+        state, sums = p_train_step(
+          state, self.frozen, exp.mapper.shard(batch), self.key
+        )
+        pending.append((step, sums))
+        line.advance()
+        log, evaluation, save = (
+          step in due[what] for what in ('log', 'eval', 'checkpoint')
+        )
+        if not (
+          log or evaluation or save or stop.requested or step == start + 1
+        ):
+          continue
+        before = dict(examples=progress.examples, seconds=progress.seconds)
+        _add(progress.sums, pending)
+        if clock is not None:
+          progress.examples += len(pending) * config.batch_size
+          progress.seconds += time.perf_counter() - clock
+        pending = []
+        epoch = step * config.batch_size / num_examples
+        if log:
+          row = {
+            'epoch': epoch,
+            'train/learning_rate': float(schedule(step - 1)),
+          }
+          row |= {
+            f'train/{name}': total / count if count else float('nan')
+            for name, (total, count) in progress.sums.items()
+          }
+          if progress.seconds > before['seconds']:
+            row['train/images_per_second'] = (
+              progress.examples - before['examples']
+            ) / (progress.seconds - before['seconds'])
+          self.writer.write(step, row)
+          line.show(step, row)
+          progress.sums = {}
+        score = None
+        if evaluation:
+          variables = exp.distiller.deployed(state.evaluated, self.frozen)
+          result = evaluator(variables, None, self.splits[split]).metrics
+          score = result['top1']
+          row = {f'{split}/{name}': value for name, value in result.items()}
+          self.writer.write(step, {'epoch': epoch, **row})
+          line.show(step, row)
+        if evaluation or save or stop.requested:
+          _check_finite(step, state)
+          self.writer.flush()
+          memo = dataclasses.asdict(progress)
+          self.store.save(step, state, score=score, memo=memo)
+        if stop.requested and step < total_steps:
+          self.store.wait()
+          raise Interrupted(
+            f'stopped after step {step} of {total_steps}; it is saved, and the '
+            'same command continues from there'
+          )
+        clock = time.perf_counter()
+    return state
+
+  @property
+  def ranking_split(self) -> str:
+    """The split whose accuracy ranks the checkpoints."""
+    return 'validation' if len(self.splits['validation']) else 'test'
+
+
+def _add(sums: dict[str, list[float]], pending) -> None:
+  """Adds steps' metrics, which it waits for, to the running sums."""
+  for step, metrics in jax.device_get(pending):
+    bad = [
+      f'{name} = {total}'
+      for name, (total, _) in metrics.items()
+      if not np.isfinite(total)
+    ]
+    if bad:
+      raise Diverged(f'step {step}: {", ".join(bad)}; {STOPPED}')
+    for name, (total, count) in metrics.items():
+      running = sums.setdefault(name, [0.0, 0.0])
+      running[0] += float(total)
+      running[1] += float(count)
+
+
+def _check_finite(step: int, state: train_state.TrainState) -> None:
+  """Raises where a parameter is not finite: such a state must not be saved."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+    if not np.isfinite(np.asarray(leaf)).all():
+      raise Diverged(
+        f'step {step}: params{jax.tree_util.keystr(path)} is not finite; '
+        f'{STOPPED}'
+      )
+
+
+class _ProgressLine:
+  """A tqdm line on a terminal, log lines elsewhere."""
+
+  def __init__(self, name, start, total):
+    self._name = name
+    self._total = total
+    self._bar = None
+    if sys.stderr.isatty():
+      self._bar = tqdm.tqdm(
+        desc=name, initial=start, total=total, unit='step', dynamic_ncols=True
+      )
+    self._shown = {}
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    if self._bar is not None:
+      self._bar.close()
+
+  def advance(self):
+    """Counts a step."""
+    if self._bar is not None:
+      self._bar.update()
+
+  def show(self, step, row):
+    """Shows the newest of a row's numbers that a reader watches."""
+    names = {
+      'epoch': ('epoch', '{:.1f}'),
+      'train/loss': ('loss', '{:.4f}'),
+      'train/accuracy': ('accuracy', '{:.4f}'),
+      'validation/top1': ('validation top-1', '{:.4f}'),
+      'test/top1': ('test top-1', '{:.4f}'),
+      'train/images_per_second': ('images/s', '{:.0f}'),
+    }
+    new = {
+      label: form.format(row[name])
+      for name, (label, form) in names.items()
+      if name in row
+    }
+    if self._bar is not None:
+      self._shown |= new
+      self._bar.set_postfix(self._shown)
+    else:
+      text = '  '.join(f'{label} {value}' for label, value in new.items())
+      logger.info('%s step %d/%d  %s', self._name, step, self._total, text)

@@ -1,0 +1,120 @@
+"""Losses and what they are made of: arrays in, scalars out, in float32."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Returns the cross-entropy of labelled rows, summed, over the batch size.
+
+  Dividing by all rows, labelled or not, makes the mean over shards equal to the
+  mean over the batch.
+
+  Args:
+    logits: (B, K).
+    labels: (B,) int32; -1 for an unlabelled row.
+  """
+  rows = optax.losses.softmax_cross_entropy_with_integer_labels(
+    logits.astype(jnp.float32), jnp.maximum(labels, 0)
+  )
+  return jnp.mean(jnp.where(labels >= 0, rows, 0.0))
+
+
+def mean_squared_error(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Returns the mean over all elements of (x - y)^2; shapes must be equal."""
+  if x.shape != y.shape:
+    raise ValueError(f'shapes differ: {x.shape} and {y.shape}')
+  return jnp.mean(jnp.square(x.astype(jnp.float32) - y.astype(jnp.float32)))
+
+
+def distillation(
+  student_logits: jax.Array, teacher_logits: jax.Array, temperature: float
+) -> jax.Array:
+  """Returns T^2 KL(teacher || student) of softened predictions, over B rows.
+
+  The factor T^2 keeps the gradient's size when the temperature changes.
+
+  Args:
+    student_logits: (B, K).
+    teacher_logits: (B, K).
+    temperature: T, both are divided by it before the softmax.
+
+  Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531.
+  """
+  log_student, log_teacher = (
+    jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+    for logits in (student_logits, teacher_logits)
+  )
+  rows = optax.losses.kl_divergence_with_log_targets(log_student, log_teacher)
+  return temperature**2 * jnp.mean(rows)
+
+
+def adaptive_average_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+  """Returns a map averaged to `size`, with PyTorch's overlapping bins.
+
+  Output row i averages input rows floor(i H / h) to ceil((i+1) H / h) - 1.
+
+  Args:
+    x: (B, H, W, C).
+    size: (h, w), any two sizes.
+
+  Returns:
+    (B, h, w, C) of x's dtype; `x` itself where it has that size.
+  """
+  if x.shape[1:3] == tuple(size):
+    return x
+  rows, columns = (
+    _averaging_matrix(old, new)
+    for old, new in zip(x.shape[1:3], size, strict=True)
+  )
+  # In bfloat16 the weights of a bin do not add up to one.
+  pooled = jnp.einsum(
+    'bhwc,ih,jw->bijc',
+    x.astype(jnp.float32),
+    rows.astype(np.float32),
+    columns.astype(np.float32),
+    precision='highest',
+  )
+  return pooled.astype(x.dtype)
+
+
+def _averaging_matrix(old: int, new: int) -> np.ndarray:
+  """Returns (new, old) weights of each bin's mean."""
+  index = np.arange(new)
+  start = index * old // new
+  end = -(-(index + 1) * old // new)
+  inside = (np.arange(old) >= start[:, None]) & (np.arange(old) < end[:, None])
+  return inside / inside.sum(axis=1, keepdims=True)
+
+
+def feature_distance(connected, teacher, site: str) -> jax.Array:
+  """Returns the mean squared error between two representations.
+
+  Args:
+    connected: outputs.Connected of the student.
+    teacher: outputs.Outputs of the teacher.
+    site: 'map', where a larger teacher's map is averaged down to the student's
+      size first, or 'pooled'.
+  """
+  if site == 'pooled':
+    return mean_squared_error(connected.pooled, teacher.pooled)
+  target = adaptive_average_pool(teacher.final, connected.map.shape[1:3])
+  return mean_squared_error(connected.map, target)
+
+
+def combine(
+  **terms: tuple[float, Callable[[], jax.Array]],
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Returns the weighted sum of terms, and each term that was computed.
+
+  A term of weight zero is not computed: zero times infinity is not a number.
+
+  Args:
+    **terms: (weight, function that gives the unweighted term) by name.
+  """
+  values = {name: term() for name, (weight, term) in terms.items() if weight}
+  return sum(terms[name][0] * value for name, value in values.items()), values

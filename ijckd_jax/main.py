@@ -1,0 +1,82 @@
+"""Trains and distils what a config file says.
+
+python -m ijckd_jax.main --config configs/digits.py --workdir runs/digits
+"""
+
+import logging
+import os
+import sys
+
+from ijckd_jax import config_utils
+
+USAGE = """\
+usage: python -m ijckd_jax.main --config FILE[:key=value,...] --workdir DIR
+                                [--config.FIELD=VALUE ...] [--overwrite]
+
+Trains the teacher (unless the config points at one), distils the student, and
+writes checkpoints, metrics, a report and the student's bundle to DIR. The same
+command continues a run that was stopped, and shows one that is finished.
+
+  --config FILE        a file of configs/, or your own (Python code, which is
+                       run); what stands after a colon goes to its get_config,
+                       such as method=kd
+  --config.FIELD=VALUE sets a field: --config.total_epochs=3
+                       --config.optimizer.learning_rate=0.1
+  --workdir DIR        the run's folder
+  --overwrite          start anew where DIR holds a run; a teacher in it that
+                       was trained under the same settings is kept
+  --help               this text"""
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command; returns its exit code."""
+  if '--help' in argv or '-h' in argv:
+    print(USAGE)
+    return 0
+  config, workdir, overwrite = _parse(argv)
+  logging.basicConfig(format='%(message)s')
+  logging.getLogger('ijckd_jax').setLevel(logging.INFO)
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+  import jax
+
+  if config.num_cpu_devices != 1:
+    jax.config.update('jax_num_cpu_devices', config.num_cpu_devices)
+
+  from ijckd_jax import loop
+  from ijckd_jax import report
+  from ijckd_jax import train
+
+  try:
+    result = train.train_and_evaluate(config, workdir, overwrite=overwrite)
+  except loop.Interrupted as error:
+    print(error, file=sys.stderr)
+    return 130
+  except loop.Diverged as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 1
+  print(report.table(result.summary))
+  print(f'\n{workdir}/report.md shows more; the student is in {workdir}/bundle')
+  return 0
+
+
+def _parse(argv: list[str]):
+  """Returns config, workdir and whether to overwrite.
+
+  Raises:
+    config_utils.UserError: a flag, the file or a field is wrong; in one line.
+  """
+  parser = config_utils.ArgumentParser(
+    prog='python -m ijckd_jax.main', add_help=False, allow_abbrev=False
+  )
+  parser.add_argument('--config', required=True)
+  parser.add_argument('--workdir', required=True)
+  parser.add_argument('--overwrite', action='store_true')
+  known, overrides = parser.parse_known_args(argv)
+  config = config_utils.load(known.config)
+  config_utils.apply_flags(config, overrides)
+  return config, known.workdir, known.overwrite
+
+
+if __name__ == '__main__':
+  config_utils.run_command(main)

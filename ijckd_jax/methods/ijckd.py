@@ -1,0 +1,77 @@
+"""IJCKD: learn the teacher's representation, and predict with its classifier.
+
+Source: Li et al. 2023, "Knowledge Distillation Under Ideal Joint Classifier
+Assumption", https://arxiv.org/abs/2304.11004.
+"""
+
+import dataclasses
+
+from ijckd_jax import config_utils
+from ijckd_jax import connectors
+from ijckd_jax import losses
+
+SITES = ('map', 'pooled')
+TAPS = ('stage', 'final')
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """Cross-entropy, logit and feature matching, through the teacher's head.
+
+  Attributes:
+    cross_entropy_weight: weight of the labels' cross-entropy.
+    logit_weight: weight of the logits' squared error, mean over B K.
+    feature_weight: weight of the features' squared error, mean over all
+      elements.
+    feature_site: where features are compared: 'map', before the pool, or
+      'pooled', after it.
+    connector: name in connectors.CONNECTORS, or `package.module:Name`.
+    factor: width divisor of the bottleneck connectors.
+    tap: 'stage', the student's last stage, or 'final', the map it would pool.
+  """
+
+  cross_entropy_weight: float = 1.0
+  logit_weight: float = 1.0
+  feature_weight: float = 1.0
+  feature_site: str = 'map'
+  connector: str = 'bottleneck'
+  factor: int = 2
+  tap: str = 'stage'
+
+  predicts_with = 'teacher'
+
+  def __post_init__(self):
+    if self.feature_site not in SITES:
+      raise config_utils.unknown('feature_site', self.feature_site, SITES)
+    if self.tap not in TAPS:
+      raise config_utils.unknown('tap', self.tap, TAPS)
+
+  def build_connector(self, student, teacher):
+    """Returns the connector; it must give a map where maps are compared."""
+    del student
+    connector = connectors.build(self.connector, teacher, factor=self.factor)
+    if connector.takes == 'pooled' and self.feature_site == 'map':
+      raise config_utils.UserError(
+        f'connector {self.connector!r} works on pooled features, so there is '
+        "no map to compare: set method.feature_site='pooled'"
+      )
+    return connector
+
+  def loss(self, student, teacher, batch):
+    """Returns the weighted sum and its terms."""
+    return losses.combine(
+      cross_entropy=(
+        self.cross_entropy_weight,
+        lambda: losses.cross_entropy(student.logits, batch['label']),
+      ),
+      logit=(
+        self.logit_weight,
+        lambda: losses.mean_squared_error(student.logits, teacher.logits),
+      ),
+      feature=(
+        self.feature_weight,
+        lambda: losses.feature_distance(
+          student.connected, teacher, self.feature_site
+        ),
+      ),
+    )

@@ -1,0 +1,40 @@
+"""KD: match the teacher's softened predictions.
+
+Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network",
+https://arxiv.org/abs/1503.02531; weights as in RepDistiller's tables.
+"""
+
+import dataclasses
+
+from ijckd_jax import losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """Cross-entropy and T^2 KL(teacher || student), by the student's own head."""
+
+  cross_entropy_weight: float = 0.1
+  distillation_weight: float = 0.9
+  temperature: float = 4.0
+
+  predicts_with = 'own'
+  tap = 'final'
+
+  def build_connector(self, student, teacher):
+    """Returns None: logits need no connector."""
+    del student, teacher
+
+  def loss(self, student, teacher, batch):
+    """Returns the weighted sum and its terms."""
+    return losses.combine(
+      cross_entropy=(
+        self.cross_entropy_weight,
+        lambda: losses.cross_entropy(student.logits, batch['label']),
+      ),
+      distillation=(
+        self.distillation_weight,
+        lambda: losses.distillation(
+          student.logits, teacher.logits, self.temperature
+        ),
+      ),
+    )

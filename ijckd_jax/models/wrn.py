@@ -1,0 +1,62 @@
+"""Wide residual networks: batch norm and ReLU before each convolution.
+
+Source: Zagoruyko and Komodakis 2016, "Wide Residual Networks",
+https://arxiv.org/abs/1605.07146.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ijckd_jax import outputs
+from ijckd_jax.models import backbone
+
+
+class WideResNet(backbone.Backbone):
+  """A WRN of depth 6n+4 for images of any size.
+
+  Its stages are raw sums, before the next batch norm and ReLU; `final` is the
+  last one after them. Truncated, it has no last batch norm, and `final` is the
+  raw sum.
+
+  Attributes:
+    depth: 16, 40, ...
+    widen: factor on the widths of the three stages.
+  """
+
+  depth: int = 16
+  widen: int = 1
+
+  @property
+  def signed(self):
+    return self.truncated
+
+  def init_head(self, key, num_features, num_classes):
+    head = super().init_head(key, num_features, num_classes)
+    return {**head, 'bias': jnp.zeros_like(head['bias'])}
+
+  @nn.compact
+  def __call__(self, images, *, train):
+    num_blocks, remainder = divmod(self.depth - 4, 6)
+    if remainder:
+      raise ValueError(f'depth {self.depth} is not 6n+4')
+    x = self.conv(16, 3, name='conv1')(images)
+    stages = [x]
+    for stage, width in enumerate((16, 32, 64), 1):
+      for block in range(num_blocks):
+        stride = 2 if stage > 1 and block == 0 else 1
+        name = f'block{stage}_{block}'
+        x = self.block(x, width * self.widen, stride, train, name)
+      stages.append(x)
+    if not self.truncated:
+      x = nn.relu(self.norm(train, name='bn1')(x))
+    return outputs.Features(tuple(stages), x, self.pool(x))
+
+  def block(self, x, width, stride, train, name):
+    """Applies two pre-activated convolutions; a shortcut is activated too."""
+    activated = nn.relu(self.norm(train, name=f'{name}_bn1')(x))
+    y = self.conv(width, 3, stride, name=f'{name}_conv1')(activated)
+    y = nn.relu(self.norm(train, name=f'{name}_bn2')(y))
+    y = self.conv(width, 3, name=f'{name}_conv2')(y)
+    if x.shape[-1] != width:
+      x = self.conv(width, 1, stride, name=f'{name}_shortcut')(activated)
+    return x + y

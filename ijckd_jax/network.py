@@ -1,0 +1,128 @@
+"""A deployable classifier: backbone, connector, pool and head."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ijckd_jax import augment
+from ijckd_jax import connectors
+from ijckd_jax import losses
+from ijckd_jax import models
+from ijckd_jax import outputs
+
+COLLECTIONS = ('params', 'batch_stats')
+
+
+def classify(head: dict[str, jax.Array], pooled: jax.Array) -> jax.Array:
+  """Returns the logits (B, K) float32 of a linear head on (B, D)."""
+  # The default precision of a TPU's product is bfloat16's.
+  return (
+    jnp.dot(pooled.astype(jnp.float32), head['kernel'], precision='highest')
+    + head['bias']
+  )
+
+
+def run(module, variables, x, *, train: bool):
+  """Applies a backbone or connector.
+
+  Args:
+    module: called as `module(x, train=train)`.
+    variables: its 'params' and 'batch_stats'.
+    x: its input.
+    train: whether batch norm uses, and updates, the batch's statistics.
+
+  Returns:
+    What the module returns, and its batch statistics (updated in training).
+  """
+  if not train:
+    return module.apply(variables, x, train=False), variables['batch_stats']
+  result, changed = module.apply(
+    variables, x, train=True, mutable=['batch_stats']
+  )
+  return result, changed.get('batch_stats', {})
+
+
+def part(variables, name: str):
+  """Returns one part's collections out of a network's variables."""
+  return {kind: variables[kind].get(name, {}) for kind in COLLECTIONS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """How a classifier's parts are joined; its arrays are kept apart.
+
+  Variables are `{'params': {'backbone', 'connector', 'head'}, 'batch_stats':
+  {'backbone', 'connector'}, 'pool'}`; without a connector there is none.
+
+  Attributes:
+    backbone: from images to a map and a representation.
+    preprocessing: from uint8 images to the backbone's input.
+    connector: from the backbone's features to the head's, or None.
+    connect_size: (h, w) to which the map is averaged before the connector.
+    pool: `(variables of the pool, map) -> pooled`; of the teacher's backbone
+      where there is a connector.
+  """
+
+  backbone: models.Backbone
+  preprocessing: augment.Preprocessing
+  connector: connectors.Connector | None
+  connect_size: tuple[int, int] | None
+  pool: Callable[[Any, jax.Array], jax.Array]
+
+  def connect(self, variables, features, pool_variables, head, *, train):
+    """Returns outputs.Connected and the connector's batch statistics."""
+    if self.connector.takes == 'pooled':
+      x = features.pooled[:, None, None, :]
+    else:
+      x = losses.adaptive_average_pool(features.final, self.connect_size)
+    x, batch_stats = run(self.connector, variables, x, train=train)
+    if self.connector.takes == 'pooled':
+      x, pooled = None, x[:, 0, 0, :].astype(jnp.float32)
+    else:
+      pooled = self.pool(pool_variables, x)
+    logits = classify(head, pooled)
+    return outputs.Connected(x, pooled, logits), batch_stats
+
+  def __call__(self, variables, images: jax.Array) -> outputs.Outputs:
+    """Returns the Outputs of preprocessed images, in inference.
+
+    Of a network with a connector, `final` and `pooled` are those after it: what
+    its head reads.
+    """
+    head = variables['params']['head']
+    features, _ = run(
+      self.backbone, part(variables, 'backbone'), images, train=False
+    )
+    if self.connector is None:
+      logits = classify(head, features.pooled)
+      return outputs.Outputs(
+        features.stages, features.final, features.pooled, logits
+      )
+    connected, _ = self.connect(
+      part(variables, 'connector'),
+      features,
+      variables['pool'],
+      head,
+      train=False,
+    )
+    final = features.final if connected.map is None else connected.map
+    return outputs.Outputs(
+      features.stages, final, connected.pooled, connected.logits
+    )
+
+  @property
+  def signed(self) -> bool:
+    """Whether `final` can be negative."""
+    if self.connector is None:
+      return self.backbone.signed
+    return self.connector.signed
+
+  @property
+  def pools_map(self) -> bool:
+    """Whether `pooled` is a function of `final`."""
+    if self.connector is None:
+      return self.backbone.pools_map
+    return self.connector.takes == 'map'

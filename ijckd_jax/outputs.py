@@ -1,0 +1,77 @@
+"""What networks hand to methods: arrays, and the shapes of them."""
+
+import dataclasses
+from typing import Any
+
+from flax import struct
+import jax
+
+
+@struct.dataclass
+class Features:
+  """What a backbone returns.
+
+  Attributes:
+    stages: the maps at the end of each stage, (B, H, W, C) each.
+    final: the map that is pooled, (B, H, W, C).
+    pooled: the representation that the head reads, (B, D) float32.
+  """
+
+  stages: tuple[jax.Array, ...]
+  final: jax.Array
+  pooled: jax.Array
+
+
+@struct.dataclass
+class Connected:
+  """A student seen through its connector and the teacher's pool and head.
+
+  Attributes:
+    map: the connector's output (B, H, W, C_t); None where the connector takes
+      pooled features.
+    pooled: the student's representation in the teacher's space, (B, D_t).
+    logits: the teacher's head on `pooled`, (B, K).
+  """
+
+  map: jax.Array | None
+  pooled: jax.Array
+  logits: jax.Array
+
+
+@struct.dataclass
+class Outputs:
+  """What a method sees of a network: its features, logits and connection.
+
+  Attributes:
+    stages: as in Features.
+    final: as in Features.
+    pooled: as in Features.
+    logits: the network's prediction (B, K) float32, by whichever head makes it.
+    connected: a student's Connected; None for teachers and for students that
+      have no connector.
+  """
+
+  stages: tuple[jax.Array, ...]
+  final: jax.Array
+  pooled: jax.Array
+  logits: jax.Array
+  connected: Connected | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+  """What a method may know of a network before anything runs.
+
+  Attributes:
+    stages: ShapeDtypeStructs of Features.stages.
+    final: ShapeDtypeStruct of the map that is tapped.
+    pooled: ShapeDtypeStruct of the pooled features.
+    signed: whether `final` can be negative.
+    pools_map: whether `pooled` is a function of `final`.
+  """
+
+  stages: tuple[Any, ...]
+  final: Any
+  pooled: Any
+  signed: bool = False
+  pools_map: bool = True

@@ -1,0 +1,142 @@
+"""One step on one device. Collectives go over parallel.AXIS, and only here."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ijckd_jax import distiller as distiller_lib
+from ijckd_jax import metrics
+from ijckd_jax import parallel
+from ijckd_jax import train_state as train_state_lib
+
+AUGMENTATION_STREAM = 0
+
+
+def train_step(
+  state: train_state_lib.TrainState,
+  frozen: Any,
+  batch: dict[str, jax.Array],
+  key: jax.Array,
+  *,
+  distiller: distiller_lib.Distiller,
+  tx: optax.GradientTransformation,
+  augmentation,
+  ema_decay: float,
+  num_pieces: int,
+) -> tuple[train_state_lib.TrainState, dict[str, tuple]]:
+  """Makes one update from this device's rows of the batch.
+
+  Args:
+    state: the state before; its buffers may be taken over.
+    frozen: the teacher's arrays, never donated; None without a teacher.
+    batch: 'image' uint8 (B, H, W, C), 'label', 'index' and 'epoch' int32 (B,).
+    key: the run's key.
+    distiller: the pair and the method.
+    tx: the optimizer.
+    augmentation: `(key, images, epochs, indices) -> images`.
+    ema_decay: of the moving average, where the state holds one.
+    num_pieces: parts in which the rows are worked through, gradients averaged;
+      batch norm sees one part at a time.
+
+  Returns:
+    The state after, and (sum, count) of each metric over all devices.
+  """
+  images = augmentation(
+    jax.random.fold_in(key, AUGMENTATION_STREAM),
+    batch['image'],
+    batch['epoch'],
+    batch['index'],
+  )
+  batch = {**batch, 'image': images}
+
+  def loss_fn(params, batch_stats, teacher, rows):
+    variables = {'params': params, 'batch_stats': batch_stats}
+    student, batch_stats = distiller.student(variables, frozen, rows['image'])
+    total, terms = distiller.method.loss(student, teacher, rows)
+    return total, (batch_stats, terms, student.logits)
+
+  def piece(carry, rows):
+    batch_stats, gradients = carry
+    teacher = None
+    if distiller.teacher is not None:
+      teacher = distiller.teacher(frozen, rows['image'])
+    (total, (batch_stats, terms, logits)), new = jax.value_and_grad(
+      loss_fn, has_aux=True
+    )(state.params, batch_stats, teacher, rows)
+    gradients = jax.tree.map(jnp.add, gradients, new)
+    sums = _sums({'loss': total, **terms}, logits, rows['label'])
+    return (batch_stats, gradients), sums
+
+  carry = (state.batch_stats, jax.tree.map(jnp.zeros_like, state.params))
+  if num_pieces == 1:
+    (batch_stats, gradients), sums = piece(carry, batch)
+  else:
+    pieces = jax.tree.map(
+      lambda x: x.reshape(num_pieces, -1, *x.shape[1:]), batch
+    )
+    (batch_stats, gradients), sums = jax.lax.scan(piece, carry, pieces)
+    gradients = jax.tree.map(lambda g: g / num_pieces, gradients)
+    sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+
+  gradients, batch_stats = jax.lax.pmean(
+    (gradients, batch_stats), parallel.AXIS
+  )
+  sums = jax.lax.psum(sums, parallel.AXIS)
+  # Not summed: it is the same on every device, and is there to be finite.
+  sums['gradient_norm'] = (optax.tree.norm(gradients), jnp.ones(()))
+  updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  ema = state.ema
+  if ema is not None:
+    ema = optax.incremental_update(
+      {'params': params, 'batch_stats': batch_stats}, ema, 1 - ema_decay
+    )
+  state = state.replace(
+    step=state.step + 1,
+    params=params,
+    batch_stats=batch_stats,
+    opt_state=opt_state,
+    ema=ema,
+  )
+  return state, sums
+
+
+def _sums(means, logits, labels):
+  """Returns (sum, count) of means over the rows, and of the accuracy."""
+  count = jnp.asarray(labels.shape[0], jnp.float32)
+  sums = {name: (value * count, count) for name, value in means.items()}
+  labelled = labels >= 0
+  correct = labelled & (jnp.argmax(logits, axis=-1) == labels)
+  sums['accuracy'] = (
+    jnp.sum(correct, dtype=jnp.float32),
+    jnp.sum(labelled, dtype=jnp.float32),
+  )
+  return sums
+
+
+def eval_step(variables, teacher, batch, *, network, teacher_fn):
+  """Evaluates a network that predicts alone, beside a teacher if there is one.
+
+  Args:
+    variables: of the network.
+    teacher: the teacher's arrays (Teacher.frozen), or None.
+    batch: this device's rows, with 'mask'.
+    network: network.Network.
+    teacher_fn: teachers.Teacher, or None.
+
+  Returns:
+    Sums over all devices by 'student', 'teacher' and 'pair' (the latter two
+    where there is a teacher), and rows: the predicted classes (B,) of each.
+  """
+  images, labels, mask = batch['image'], batch['label'], batch['mask']
+  student = network(variables, network.preprocessing(images)).logits
+  sums = {'student': metrics.prediction_sums(student, labels, mask)}
+  rows = {'student': jnp.argmax(student, axis=-1)}
+  if teacher_fn is not None:
+    logits = teacher_fn(teacher, images).logits
+    sums['teacher'] = metrics.prediction_sums(logits, labels, mask)
+    sums['pair'] = metrics.pair_sums(student, logits, mask)
+    rows['teacher'] = jnp.argmax(logits, axis=-1)
+  return jax.lax.psum(sums, parallel.AXIS), rows

@@ -1,0 +1,97 @@
+"""Teachers: frozen classifiers with a linear head, whoever wrote them."""
+
+from collections.abc import Callable
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ijckd_jax import augment
+from ijckd_jax import config_utils
+from ijckd_jax import outputs
+
+
+def count(tree: Any) -> int:
+  """Returns the number of elements in a tree of arrays or their shapes."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def average_pool(variables, final: jax.Array) -> jax.Array:
+  """Returns the global average of a map; it has no variables."""
+  del variables
+  return jnp.mean(final.astype(jnp.float32), axis=(1, 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """A pure function with a linear head, and what a student must know of it.
+
+  Attributes:
+    apply: `(variables, images) -> outputs.Outputs` in inference mode, on images
+      that `preprocessing` made.
+    variables: its arrays, a pytree; `head` and `pool_variables` apart.
+    head: 'kernel' (D, K) and 'bias' (K,): `apply` gives `pooled @ kernel +
+      bias` as logits.
+    preprocessing: from the shared uint8 view to its input.
+    name: what reports call it.
+    pool: `(pool_variables, map) -> pooled`.
+    pool_name: 'average', or the name of the backbone whose pool it is.
+    pool_variables: arrays of the pool.
+    signed: whether its `final` can be negative.
+    pools_map: whether `pooled` is `pool(final)`.
+    num_params: by 'backbone', 'connector' and 'head'; None: all `variables` are
+      counted as the backbone's.
+  """
+
+  apply: Callable[[Any, jax.Array], outputs.Outputs]
+  variables: Any
+  head: dict[str, jax.Array]
+  preprocessing: augment.Preprocessing
+  name: str = 'teacher'
+  pool: Callable[[Any, jax.Array], jax.Array] = average_pool
+  pool_name: str = 'average'
+  pool_variables: Any = dataclasses.field(default_factory=dict)
+  signed: bool = True
+  pools_map: bool = True
+  num_params: dict[str, int] | None = None
+
+  def __post_init__(self):
+    if self.num_params is None:
+      counts = {'backbone': count(self.variables), 'connector': 0}
+      counts['head'] = count(self.head)
+      object.__setattr__(self, 'num_params', counts)
+
+  @property
+  def num_classes(self) -> int:
+    """K, of the head."""
+    return self.head['bias'].shape[0]
+
+  @property
+  def frozen(self) -> dict[str, Any]:
+    """All its arrays, as the steps take them."""
+    return {
+      'network': self.variables,
+      'head': self.head,
+      'pool': self.pool_variables,
+    }
+
+  def __call__(self, frozen, images: jax.Array) -> outputs.Outputs:
+    """Returns the Outputs of the uint8 view (B, H, W, C)."""
+    result = self.apply(frozen['network'], self.preprocessing(images))
+    return jax.lax.stop_gradient(result)
+
+  def shapes(self, image_shape: tuple[int, int, int]) -> outputs.Shapes:
+    """Returns the shapes of its outputs for images (H, W, C), unrun."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
+    result = jax.eval_shape(self, self.frozen, images)
+    width = result.pooled.shape[-1]
+    if self.head['kernel'].shape != (width, self.num_classes):
+      raise config_utils.UserError(
+        f'teacher {self.name}: its head is {self.head["kernel"].shape}, but '
+        f'its pooled features are {width} wide'
+      )
+    return outputs.Shapes(
+      result.stages, result.final, result.pooled, self.signed, self.pools_map
+    )

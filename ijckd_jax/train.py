@@ -1,0 +1,327 @@
+"""Runs: a teacher, a student, what they were worth, what is kept."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import math
+import platform
+import tempfile
+from typing import Any
+
+from etils import epath
+import jax
+import ml_collections
+
+from ijckd_jax import bundles
+from ijckd_jax import checkpoints
+from ijckd_jax import config_utils
+from ijckd_jax import evaluate
+from ijckd_jax import experiment
+from ijckd_jax import loop
+from ijckd_jax import metric_writer
+from ijckd_jax import models
+from ijckd_jax import report
+from ijckd_jax import teachers
+from ijckd_jax import train_state
+from ijckd_jax import workdirs
+
+INIT_STREAM = 1
+SPLITS = ('train', 'validation', 'test')
+
+logger = logging.getLogger('ijckd_jax')
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What a run leaves.
+
+  Attributes:
+    state: after the last step; None where a finished run was found.
+    history: rows of `metrics.jsonl`.
+    bundle: the network, self-contained.
+    summary: as in `summary.json`.
+  """
+
+  state: train_state.TrainState | None
+  history: list[dict[str, float]]
+  bundle: bundles.Bundle
+  summary: dict[str, Any]
+
+
+def distill(
+  *,
+  teacher: str | epath.PathLike | teachers.Teacher,
+  student: str,
+  data: Any,
+  method: str = 'ijckd',
+  workdir: epath.PathLike | None = None,
+  settings: Mapping[str, Any] | None = None,
+  writers: Sequence[metric_writer.MetricWriter] = (),
+  overwrite: bool = False,
+) -> Result:
+  """Distils a student from Python, as `main` does from a config.
+
+  Args:
+    teacher: folder of a bundle or a run; a teachers.Teacher; or the name of a
+      backbone, which is then trained first.
+    student: name of a backbone (models.BACKBONES), or `package.module:Name`.
+    data: name of a data set (datasets.DATASETS), `package.module:Name`, or a
+      datasets.ArrayDataset.
+    method: name of a method (methods.METHODS), or `package.module:Name`.
+    workdir: the run's folder; None keeps nothing on the disk.
+    settings: other fields of the config by their dotted names, such as
+      {'total_epochs': 30.0, 'method.factor': 4}; see
+      experiment.default_config.
+    writers: trackers of the student's metrics.
+    overwrite: start anew where the folder holds another run.
+
+  Returns:
+    The state after training, the history, the bundle and the summary.
+
+  Raises:
+    config_utils.UserError: something asked for is unknown or does not fit.
+    loop.Diverged: a metric is not finite.
+  """
+  named = isinstance(data, str)
+  config = experiment.default_config(
+    dataset=data if named else None,
+    teacher='',
+    student=student,
+    method=method,
+  )
+  if not named:
+    config.dataset.fingerprint = data.fingerprint()
+  if isinstance(teacher, teachers.Teacher):
+    config.teacher.backbone = teacher.name
+  elif str(teacher) in models.BACKBONES or ':' in str(teacher):
+    config.teacher.backbone, teacher = str(teacher), None
+  else:
+    config.teacher.checkpoint, teacher = str(teacher), None
+  config_utils.override(config, settings or {})
+  with tempfile.TemporaryDirectory() as scratch:
+    return train_and_evaluate(
+      config,
+      scratch if workdir is None else workdir,
+      dataset=None if named else data,
+      teacher=teacher,
+      writers=writers,
+      overwrite=overwrite,
+    )
+
+
+def train_and_evaluate(
+  config: ml_collections.ConfigDict,
+  workdir: epath.PathLike,
+  *,
+  dataset: Any = None,
+  teacher: teachers.Teacher | None = None,
+  writers: Sequence[metric_writer.MetricWriter] = (),
+  overwrite: bool = False,
+) -> Result:
+  """Trains a student, and its teacher first if there is none yet.
+
+  A run that was stopped continues; one that is finished is returned.
+
+  Args:
+    config: see experiment.default_config.
+    workdir: the run's folder; a teacher that is trained goes to `teacher/`.
+    dataset: overrides `config.dataset`.
+    teacher: overrides `config.teacher`.
+    writers: further writers of the student's metrics.
+    overwrite: start anew where the folder holds a run. A teacher in it that was
+      trained by the same config is kept.
+
+  Raises:
+    config_utils.UserError: the config, the data or the folder is not right.
+    loop.Diverged: a metric is not finite.
+    loop.Interrupted: SIGINT or SIGTERM came; everything is saved.
+  """
+  workdir = epath.Path(workdir)
+  exp = experiment.build(config, dataset=dataset, teacher=teacher)
+  runs = [(exp, workdir)]
+  if exp.distiller.teacher and not (teacher or config.teacher.checkpoint):
+    own = experiment.teacher_config(config)
+    runs.insert(
+      0, (experiment.build(own, dataset=exp.dataset), workdir / 'teacher')
+    )
+  factories = [
+    config_utils.resolve('writer', name, {}) for name in config.writers
+  ]
+  splits = {split: exp.dataset.load(split) for split in SPLITS}
+  for run, _ in runs:
+    run.optimizer(len(splits['train']))  # Raises where durations do not fit.
+  workdirs.claim(
+    [(folder, run.config) for run, folder in runs], overwrite=overwrite
+  )
+  with loop.StopSignals() as stop:
+    if len(runs) == 2:
+      trained = _run(*runs[0], splits, (), stop)
+      exp = experiment.build(
+        config, dataset=exp.dataset, teacher=trained.bundle.teacher()
+      )
+    extra = [factory(config.to_dict(), str(workdir)) for factory in factories]
+    return _run(exp, workdir, splits, (*writers, *extra), stop)
+
+
+def _run(exp, workdir, splits, writers, stop) -> Result:
+  """Trains one network on loaded data, or returns it where it is finished."""
+  metrics_file = workdir / workdirs.METRICS
+  if workdirs.is_finished(workdir):
+    logger.info('%s: already finished', workdir)
+    return Result(
+      state=None,
+      history=metric_writer.read_rows(metrics_file),
+      bundle=bundles.load(workdir, dtype=exp.dtype),
+      summary=workdirs.read_json(workdir / workdirs.SUMMARY),
+    )
+  config, mapper = exp.config, exp.mapper
+  logger.info(
+    '%s: %s by %s on %s',
+    workdir,
+    config.student.backbone,
+    config.method.name,
+    config.dataset.name,
+  )
+  key = jax.random.key(config.seed)
+  state = train_state.create(
+    jax.jit(exp.distiller.init, static_argnums=1)(
+      jax.random.fold_in(key, INIT_STREAM), tuple(exp.dataset.image_shape)
+    ),
+    exp.optimizer(len(splits['train']))[0],
+    with_ema=config.ema_decay > 0,
+  )
+  frozen = None if exp.judge is None else mapper.replicate(exp.judge.frozen)
+  store = checkpoints.Checkpoints(
+    workdir / workdirs.CHECKPOINTS,
+    keep=config.keep_checkpoints,
+    sharding=mapper.replicated,
+  )
+  start, progress = store.last_step or 0, loop.Progress()
+  if start:
+    state, memo = store.restore(start, state)
+    progress = loop.Progress(**memo)
+    logger.info('%s: continues after step %d', workdir, start)
+  else:
+    state = mapper.replicate(state)
+  writer = metric_writer.Writers(
+    [
+      metric_writer.JsonLinesWriter(metrics_file, resume_step=start),
+      metric_writer.TensorBoardWriter(
+        workdir / workdirs.TENSORBOARD, resume_step=start
+      ),
+      *writers,
+    ]
+  )
+  training = loop.Loop(
+    experiment=exp,
+    splits=splits,
+    store=store,
+    writer=writer,
+    frozen=frozen,
+    key=mapper.replicate(key),
+    name='student' if exp.distiller.teacher else config.student.backbone,
+  )
+  try:
+    state = training.run(state, start, progress, stop)
+    writer.flush()
+  finally:
+    writer.close()
+    store.wait()
+  history = metric_writer.read_rows(metrics_file)
+  bundle, summary = _finish(training, workdir, state, progress, history)
+  store.close()
+  return Result(state, history, bundle, summary)
+
+
+def _finish(training, workdir, state, progress, history):
+  """Evaluates the last and the best state, and writes what is kept."""
+  exp, store, frozen = training.experiment, training.store, training.frozen
+  distiller, config = exp.distiller, exp.config
+  test = training.splits['test']
+  evaluator = evaluate.make_evaluator(
+    distiller.deployed_network,
+    mapper=exp.mapper,
+    batch_size=config.eval_batch_size,
+    teacher=exp.judge,
+  )
+  states = {'last': state}
+  if store.best_step != int(state.step):
+    states['best'], _ = store.restore(store.best_step, state)
+  variables = {
+    name: distiller.deployed(kept.evaluated, frozen)
+    for name, kept in states.items()
+  }
+  if state.ema is not None:
+    raw = {'params': state.params, 'batch_stats': state.batch_stats}
+    variables['last_without_ema'] = distiller.deployed(raw, frozen)
+  results = {
+    name: evaluator(arrays, frozen, test) for name, arrays in variables.items()
+  }
+  student = {name: result.metrics for name, result in results.items()}
+  student.setdefault('best', student['last'])
+  chosen = config.bundle if config.bundle in results else 'last'
+  deployed = jax.device_get(variables[chosen])
+  judged = results[chosen].teacher
+  summary = {
+    'student': student,
+    'best_step': store.best_step,
+    'best_by': training.ranking_split,
+    'teacher': None if judged is None else judged.metrics,
+    'parameters': {
+      'student': bundles.num_params(deployed),
+      'teacher': exp.judge and exp.judge.num_params,
+    },
+    'images_per_second': _or_none(progress.images_per_second),
+    'steps': int(state.step),
+    'test_examples': len(test),
+    'seed': config.seed,
+    'config': config.to_dict(),
+    'versions': {
+      'python': platform.python_version(),
+      **{
+        name: importlib.metadata.version(name)
+        for name in ('ijckd_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
+      },
+    },
+    'devices': [device.device_kind for device in jax.devices()],
+  }
+  bundle = bundles.Bundle(
+    network=distiller.deployed_network,
+    variables=deployed,
+    backbone_name=config.student.backbone,
+    pool_name=(
+      exp.judge.pool_name if distiller.reuses_head else config.student.backbone
+    ),
+    image_shape=tuple(exp.dataset.image_shape),
+    class_names=tuple(exp.dataset.class_names),
+    info={
+      'which': chosen,
+      'test': student[chosen],
+      'dataset': config.dataset.to_dict(),
+      'method': config.method.to_dict(),
+      'teacher': exp.judge and exp.judge.name,
+      'eval_batch_size': config.eval_batch_size,
+      'ijckd_jax': summary['versions']['ijckd_jax'],
+    },
+  )
+  bundle.save(workdir / workdirs.BUNDLE)
+  report.write(
+    workdir,
+    summary=summary,
+    history=history,
+    evaluation=results[chosen],
+    arrays=test,
+    class_names=bundle.class_names,
+  )
+  workdirs.write_text(
+    workdir / workdirs.SUMMARY, json.dumps(summary, indent=2) + '\n'
+  )
+  return bundle, summary
+
+
+def _or_none(value: float) -> float | None:
+  """Returns a number as JSON has it, which knows no NaN."""
+  return value if math.isfinite(value) else None

@@ -1,0 +1,53 @@
+"""What the tests share: small runs on real data, compiled once."""
+
+import os
+
+import jax
+import pytest
+
+from ijckd_jax import experiment
+from ijckd_jax import train
+
+
+@pytest.fixture(scope='session', autouse=True)
+def compilation_cache(tmp_path_factory):
+  """Compiles a program that several tests run, or their children, once."""
+  folder = tmp_path_factory.mktemp('compilation_cache')
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
+  jax.config.update('jax_compilation_cache_dir', str(folder))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+  """Where digits are built, so that nobody's home is written to."""
+  return str(tmp_path_factory.mktemp('data'))
+
+
+@pytest.fixture(scope='session')
+def small_config(data_dir):
+  """Returns a function that gives the config of a run of seconds."""
+
+  def make(method='ijckd', **fields):
+    config = experiment.default_config(
+      dataset='digits', teacher='resnet8', student='resnet8', method=method
+    )
+    config.dataset.data_dir = data_dir
+    config.total_steps = 12
+    config.log_epochs, config.log_steps = 0.0, 5
+    config.eval_epochs, config.eval_steps = 0.0, 4
+    config.batch_size = 48
+    config.eval_batch_size = 120
+    with config.unlocked():
+      config.update_from_flattened_dict(fields)
+    return config
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def finished_run(tmp_path_factory, small_config):
+  """The folder of a finished run, teacher included, and its Result."""
+  workdir = tmp_path_factory.mktemp('runs') / 'finished'
+  return workdir, train.train_and_evaluate(small_config(), workdir)

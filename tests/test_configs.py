@@ -1,0 +1,120 @@
+"""Every config can be loaded and built; nothing is trained."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ijckd_jax import config_utils
+from ijckd_jax import experiment
+from ijckd_jax import parallel
+from ijckd_jax import steps
+from ijckd_jax import train
+from ijckd_jax import train_state
+
+ROOT = pathlib.Path(__file__).parents[1]
+NUM_EXAMPLES = 50_000
+
+
+def trace(config):
+  """Traces a whole training step on one device; returns state and sums."""
+  exp = experiment.build(config)
+  tx, _ = exp.optimizer(NUM_EXAMPLES)
+  shape = tuple(exp.dataset.image_shape)
+
+  def step():
+    key = jax.random.key(0)
+    state = train_state.create(
+      exp.distiller.init(key, shape), tx, with_ema=config.ema_decay > 0
+    )
+    rows = jnp.zeros(config.batch_size, jnp.int32)
+    batch = {name: rows for name in ('label', 'index', 'epoch')}
+    batch['image'] = jnp.zeros((config.batch_size, *shape), jnp.uint8)
+    frozen = None
+    if exp.distiller.teacher is not None:
+      frozen = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), exp.distiller.teacher.frozen
+      )
+    body = functools.partial(
+      steps.train_step,
+      distiller=exp.distiller,
+      tx=tx,
+      augmentation=exp.augmentation,
+      ema_decay=config.ema_decay,
+      num_pieces=config.accumulation,
+    )
+    return jax.vmap(
+      body,
+      in_axes=(None, None, 0, None),
+      out_axes=None,
+      axis_name=parallel.AXIS,
+    )(state, frozen, jax.tree.map(lambda x: x[None], batch), key)
+
+  return jax.eval_shape(step)
+
+
+@pytest.mark.parametrize(
+  'path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda path: path.stem
+)
+def test_config_builds(path):
+  config = config_utils.load(str(path))
+  state, sums = trace(config)
+  assert {'loss', 'accuracy', 'feature', 'logit'} <= sums.keys()
+  assert 'head' not in state.params  # The teacher's is reused, not carried.
+  trace(experiment.teacher_config(config))
+
+
+@pytest.mark.parametrize(
+  'arg',
+  [
+    'teacher=resnet56,student=resnet20,method=kd',
+    'teacher=resnet110,student=resnet32,method=ce',
+    'teacher=wrn_40_2,student=wrn_16_2,method=srrl',
+    'teacher=wrn_40_2,student=wrn_40_1,method=simkd',
+    'teacher=resnet38x2,student=resnet38,method=simkd',
+    'teacher=resnet32x4,student=wrn_16_2',
+  ],
+)
+def test_cifar100_takes_pairs_and_methods(arg):
+  config = config_utils.load(f'{ROOT}/configs/cifar100.py:{arg}')
+  state, _ = trace(config)
+  own_head = config.method.name in ('kd', 'ce', 'srrl')
+  assert ('head' in state.params) == own_head
+
+
+def test_cifar100_is_the_recipe_of_the_tables():
+  config = config_utils.load(f'{ROOT}/configs/cifar100.py')
+  exp = experiment.build(config)
+  assert exp.total_steps(50_000) == 187_500
+  _, schedule = exp.optimizer(50_000)
+  assert [
+    round(float(schedule(round(epoch * 50_000 / 64) + past)), 8)
+    for epoch in (150, 180, 210)
+    for past in (-1, 0)
+  ] == [0.05, 0.005, 0.005, 0.0005, 0.0005, 0.00005]
+
+
+def test_cifar100_exceptions_by_student():
+  """Only their rates are looked at: these backbones may be your own."""
+  for student, rate in (('mobilenet_v2', 0.01), ('resnet8', 0.05)):
+    config = config_utils.load(f'{ROOT}/configs/cifar100.py:student={student}')
+    assert config.optimizer.learning_rate == rate
+    assert config.teacher.learning_rate == 0.05
+
+
+def test_extension_example_runs(tmp_path, data_dir, monkeypatch):
+  monkeypatch.syspath_prepend(ROOT)
+  config = config_utils.load(f'{ROOT}/experiments/extension_example/config.py')
+  config.dataset.data_dir = data_dir
+  config.total_epochs = 0.0
+  config.total_steps = 12
+  result = train.train_and_evaluate(config, tmp_path)
+  assert result.bundle.class_names == tuple('01234')
+  rows = [row for row in result.history if 'train/cosine' in row]
+  assert rows
+  # It is found again by name: the finished run is loaded from its bundle.
+  again = train.train_and_evaluate(config, tmp_path)
+  assert again.bundle.backbone_name.endswith('backbone:PlainNet')
+  assert type(again.bundle.network.connector).__name__ == 'Gated'

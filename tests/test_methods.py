@@ -1,0 +1,618 @@
+"""Methods: one contract for all, and formulas written anew in numpy."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from ijckd_jax import augment
+from ijckd_jax import config_utils
+from ijckd_jax import connectors
+from ijckd_jax import distiller as distiller_lib
+from ijckd_jax import methods
+from ijckd_jax import models
+from ijckd_jax import network
+from ijckd_jax import outputs
+from ijckd_jax import teachers
+
+NUM_CLASSES = 5
+# Compiling takes most of a small test's time.
+FAST_COMPILE = {'xla_backend_optimization_level': 0}
+
+
+def noise(shapes, seed=0):
+  """Returns variables that leave no layer without effect."""
+  rng = np.random.RandomState(seed)
+
+  def leaf(path, shape):
+    values = rng.randn(*shape.shape)
+    if path[-1].key in ('scale', 'var'):
+      values = 1 + np.abs(values) / 2
+    elif path[-1].key == 'kernel':
+      values *= np.sqrt(2 / np.prod(shape.shape[:-1]))
+    return values.astype(np.float32)
+
+  return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def preprocessing(side):
+  return augment.Preprocessing((0.5,), (0.25,), (side, side))
+
+
+@functools.cache
+def make_teacher(name, side):
+  """Returns a teacher full of noise that reads images of `side` pixels."""
+  backbone = models.build(name)
+  x = jnp.zeros((1, side, side, 1))
+  features, shapes = jax.eval_shape(
+    lambda: backbone.init_with_output(jax.random.key(0), x, train=False)
+  )
+  made = noise(shapes)
+  rng = np.random.RandomState(1)
+  width = features.pooled.shape[-1]
+  head = {
+    'kernel': rng.randn(width, NUM_CLASSES).astype(np.float32) / width**0.5,
+    'bias': rng.randn(NUM_CLASSES).astype(np.float32),
+  }
+  net = network.Network(
+    backbone, preprocessing(side), None, None, teachers.average_pool
+  )
+  return teachers.Teacher(
+    apply=net,
+    variables={
+      'params': {'backbone': made['params'], 'head': head},
+      'batch_stats': {'backbone': made['batch_stats']},
+      'pool': {},
+    },
+    head=head,
+    preprocessing=net.preprocessing,
+    signed=backbone.signed,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """Teacher and student by name, and the side of the images that they read."""
+
+  teacher: str = 'resnet14'
+  student: str = 'resnet8'
+  teacher_side: int = 8
+  student_side: int = 8
+
+
+def bind(method, pair=Pair(), **fields):  # noqa: B008
+  """Returns a Distiller and the student's variables, full of noise."""
+  distiller = distiller_lib.bind(
+    **{
+      'backbone': models.build(pair.student, truncated=method.tap == 'stage'),
+      'preprocessing': preprocessing(pair.student_side),
+      'method': method,
+      'teacher': (
+        make_teacher(pair.teacher, pair.teacher_side)
+        if getattr(method, 'needs_teacher', True)
+        else None
+      ),
+      'image_shape': (8, 8, 1),
+      'num_classes': NUM_CLASSES,
+      'axis_name': None,
+      'dtype': jnp.float32,
+      **fields,
+    }
+  )
+  variables = jax.eval_shape(
+    lambda: distiller.init(jax.random.key(0), (8, 8, 1))
+  )
+  return distiller, noise(variables, seed=2)
+
+
+def make_batch(labels=(0, 1, 2, 3, 4, 0)):
+  rng = np.random.RandomState(3)
+  images = rng.randint(0, 256, (len(labels), 8, 8, 1)).astype(np.uint8)
+  return {'image': images, 'label': np.array(labels, np.int32)}
+
+
+def value_and_gradients(distiller, variables, batch):
+  """Returns total, terms, and gradients for the student's and teacher's."""
+  teacher = distiller.teacher
+  frozen = teacher and teacher.frozen
+
+  @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+  def run(params, frozen):
+    def loss(params, frozen):
+      student, _ = distiller.student(
+        {**variables, 'params': params}, frozen, batch['image']
+      )
+      seen = teacher and teacher(frozen, batch['image'])
+      return distiller.method.loss(student, seen, batch)
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+      params, frozen
+    )
+
+  (total, terms), gradients = run(variables['params'], frozen)
+  return total, terms, *gradients
+
+
+def arrays(method, seed=0, *, num_rows=6, teacher_size=2):
+  """Returns Outputs of a student and a teacher, as a Distiller makes them."""
+  rng = np.random.RandomState(seed)
+
+  def normal(*shape):
+    return rng.randn(num_rows, *shape).astype(np.float32)
+
+  connected = normal(2, 2, 4)
+  connected = outputs.Connected(
+    connected, connected.mean((1, 2)), normal(NUM_CLASSES)
+  )
+  if getattr(method, 'connects', 'map') == 'pooled':
+    connected = connected.replace(map=None)
+  final = normal(2, 2, 3)
+  reused = method.predicts_with == 'teacher'
+  student = outputs.Outputs(
+    stages=(normal(4, 4, 2), final),
+    final=final,
+    pooled=final.mean((1, 2)),
+    logits=connected.logits if reused else normal(NUM_CLASSES),
+    connected=connected,
+  )
+  final = normal(teacher_size, teacher_size, 4)
+  teacher = outputs.Outputs(
+    stages=(normal(8, 8, 2), final),
+    final=final,
+    pooled=final.mean((1, 2)),
+    logits=normal(NUM_CLASSES),
+  )
+  return student, teacher
+
+
+def weights_of(method):
+  """Returns the weight of each term that has one, by the term's name."""
+  return {
+    field.name.removesuffix('_weight'): getattr(method, field.name)
+    for field in dataclasses.fields(method)
+    if field.name.endswith('_weight')
+  }
+
+
+@pytest.mark.parametrize('name', methods.METHODS)
+def test_contract(name):
+  cls = methods.get(name)
+  method = cls()
+  assert method.predicts_with in ('teacher', 'own')
+  assert method.tap in ('stage', 'final')
+  assert cls.__doc__
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    method.anything = 1
+  section = config_utils.section(cls, name)
+  for field in dataclasses.fields(cls):
+    assert type(section[field.name]) in (bool, int, float, str), field.name
+  assert config_utils.instantiate('method', cls, section) == method
+  with pytest.raises(config_utils.UserError, match="has no field 'nothing'"):
+    config_utils.instantiate('method', cls, {'name': name, 'nothing': 1})
+
+
+@pytest.mark.parametrize('name', methods.METHODS)
+def test_gradients_reach_all_that_is_trained_and_nothing_else(name):
+  method = methods.get(name)()
+  distiller, variables = bind(method)
+  total, terms, trained, frozen = value_and_gradients(
+    distiller, variables, make_batch()
+  )
+  assert np.isfinite(total) and total > 0
+  assert all(np.isfinite(value) for value in terms.values())
+  weights = weights_of(method)
+  np.testing.assert_allclose(
+    total,
+    sum(weights.get(term, 1.0) * value for term, value in terms.items()),
+    rtol=1e-6,
+  )
+  parts = {'backbone'}
+  if method.predicts_with == 'own':
+    parts.add('head')
+  if distiller.network.connector is not None:
+    parts.add('connector')
+  assert trained.keys() == variables['params'].keys() == parts
+  idle = [
+    jax.tree_util.keystr(path)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(trained)
+    if not np.any(gradient)
+  ]
+  assert not idle
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained))
+  if frozen is not None:
+    leaves = jax.tree.leaves(frozen['network'])
+    assert leaves and not any(np.any(leaf) for leaf in leaves)
+
+
+@pytest.mark.parametrize('name', methods.METHODS)
+def test_a_term_of_weight_zero_is_absent(name):
+  method = methods.get(name)()
+  student, teacher = arrays(method)
+  batch = make_batch()
+  weights = weights_of(method)
+  # Weights that are zero by default are given one.
+  method = dataclasses.replace(
+    method, **{f'{term}_weight': w or 0.5 for term, w in weights.items()}
+  )
+  _, terms = method.loss(student, teacher, batch)
+  assert terms.keys() >= weights.keys()
+  for term in weights if len(weights) > 1 else ():
+    without = dataclasses.replace(method, **{f'{term}_weight': 0.0})
+    total, others = without.loss(student, teacher, batch)
+    assert others.keys() == terms.keys() - {term}
+    for other, value in others.items():
+      assert value == terms[other]
+    np.testing.assert_allclose(
+      total,
+      sum(
+        weights_of(without)[other] * value for other, value in others.items()
+      ),
+      rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize('name', methods.METHODS)
+def test_a_term_of_weight_zero_cannot_spoil_the_others(name):
+  method = methods.get(name)()
+  if 'cross_entropy_weight' not in {f.name for f in dataclasses.fields(method)}:
+    pytest.skip('its cross-entropy has no weight')
+  method = dataclasses.replace(method, cross_entropy_weight=0.0)
+  student, teacher = arrays(method)
+  # Labels out of range make the cross-entropy not a number.
+  batch = {'label': np.full(6, NUM_CLASSES + 3)}
+  total, _ = method.loss(student, teacher, batch)
+  assert np.isfinite(total)
+
+
+@pytest.mark.parametrize('name', methods.METHODS)
+def test_unlabelled_rows_train_on_the_teachers_terms_alone(name):
+  method = methods.get(name)()
+  student, teacher = arrays(method)
+  labels = np.array([0, -1, 2, -1, -1, 1])
+
+  def gradient(method, labels):
+    """Returns those for the student's and the connected logits and map."""
+
+    def loss(logits, connected):
+      seen = student.replace(logits=logits, connected=connected)
+      if method.predicts_with == 'teacher':
+        seen = seen.replace(logits=connected.logits)
+      return method.loss(seen, teacher, {'label': labels})[0]
+
+    return jax.grad(loss, argnums=(0, 1))(student.logits, student.connected)
+
+  mixed = gradient(method, labels)
+  none = gradient(method, np.full(6, -1))
+  for a, b in zip(jax.tree.leaves(mixed), jax.tree.leaves(none), strict=True):
+    np.testing.assert_allclose(a[labels < 0], b[labels < 0], atol=1e-7)
+  if hasattr(method, 'cross_entropy_weight'):
+    alone = dataclasses.replace(method, cross_entropy_weight=0.0)
+    expected = gradient(alone, labels)
+    for a, b in zip(
+      jax.tree.leaves(none), jax.tree.leaves(expected), strict=True
+    ):
+      np.testing.assert_allclose(a, b, atol=1e-7)
+  uses_labels = name != 'simkd'
+  assert uses_labels == any(
+    np.any(np.abs(a - b)[labels >= 0] > 1e-4)
+    for a, b in zip(jax.tree.leaves(mixed), jax.tree.leaves(none), strict=True)
+  )
+
+
+def log_softmax(x, temperature=1.0):
+  return scipy.special.log_softmax(x.astype(np.float64) / temperature, axis=1)
+
+
+def by_hand(student, teacher, labels, *, a=0, g=0, f=0, phi=None, d=0, t=4.0):
+  """Returns a CE + g mse(logits) + f mse(phi(features)) + d T^2 KL."""
+  total = 0.0
+  if a:
+    rows = -log_softmax(student.logits)[np.arange(len(labels)), labels]
+    total += a * rows[labels >= 0].sum() / len(labels)
+  if g:
+    error = student.connected.logits - teacher.logits
+    total += g * (error**2).sum() / error.size
+  if f:
+    error = phi(student.connected) - phi(teacher)
+    total += f * (error**2).sum() / error.size
+  if d:
+    log_p, log_q = (
+      log_softmax(teacher.logits, t),
+      log_softmax(student.logits, t),
+    )
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    total += d * t**2 * kl.mean()
+  return total
+
+
+def the_map(seen):
+  return seen.map if isinstance(seen, outputs.Connected) else seen.final
+
+
+def the_pooled(seen):
+  return seen.pooled
+
+
+TABLE = [
+  ('ce', {}, {'a': 1}),
+  ('ijckd', {}, {'a': 1, 'g': 1, 'f': 1, 'phi': the_map}),
+  (
+    'ijckd',
+    {'feature_site': 'pooled'},
+    {'a': 1, 'g': 1, 'f': 1, 'phi': the_pooled},
+  ),
+  (
+    'ijckd',
+    {'cross_entropy_weight': 0.3, 'logit_weight': 2.0, 'feature_weight': 5.0},
+    {'a': 0.3, 'g': 2, 'f': 5, 'phi': the_map},
+  ),
+  ('simkd', {}, {'f': 1, 'phi': the_map}),
+  ('simkd', {'feature_weight': 3.0}, {'f': 3, 'phi': the_map}),
+  ('srrl', {}, {'a': 1, 'g': 1, 'f': 1, 'phi': the_pooled}),
+  (
+    'srrl',
+    {'connects': 'pooled', 'distillation_weight': 1.0},
+    {'a': 1, 'g': 1, 'f': 1, 'phi': the_pooled, 'd': 1},
+  ),
+  (
+    'srrl',
+    {'logit_weight': 5.0, 'distillation_weight': 2.0, 'temperature': 2.0},
+    {'a': 1, 'g': 5, 'f': 1, 'phi': the_pooled, 'd': 2, 't': 2.0},
+  ),
+  ('kd', {}, {'a': 0.1, 'd': 0.9}),
+  (
+    'kd',
+    {
+      'cross_entropy_weight': 0.5,
+      'distillation_weight': 0.5,
+      'temperature': 1.0,
+    },
+    {'a': 0.5, 'd': 0.5, 't': 1.0},
+  ),
+]
+
+
+@pytest.mark.parametrize('labels', [(0, 1, 2, 3, 4, 0), (0, -1, 2, -1, -1, 1)])
+@pytest.mark.parametrize('name, fields, formula', TABLE)
+def test_formula(name, fields, formula, labels):
+  method = methods.get(name)(**fields)
+  student, teacher = arrays(method)
+  batch = {'label': np.array(labels)}
+  total, _ = method.loss(student, teacher, batch)
+  expected = by_hand(student, teacher, np.array(labels), **formula)
+  np.testing.assert_allclose(total, expected, rtol=1e-5)
+
+
+def test_formulas_cover_all_methods():
+  assert {name for name, *_ in TABLE} == set(methods.METHODS)
+
+
+@pytest.mark.parametrize('name', ['ijckd', 'simkd'])
+def test_a_larger_map_of_the_teacher_is_averaged_down(name):
+  method = methods.get(name)()
+  student, teacher = arrays(method, teacher_size=4)
+  _, terms = method.loss(student, teacher, make_batch())
+  down = teacher.final.reshape(6, 2, 2, 2, 2, 4).mean((2, 4))
+  expected = ((student.connected.map - down) ** 2).mean()
+  np.testing.assert_allclose(terms['feature'], expected, rtol=1e-5)
+
+
+PAIRS = {
+  'equal maps': Pair(),
+  'larger map of the teacher': Pair(teacher_side=16),
+  'larger map of the student': Pair(student_side=24),
+  'wide': Pair(teacher='wrn_16_2', student='wrn_16_1'),
+}
+
+
+@pytest.mark.parametrize('pair', PAIRS.values(), ids=PAIRS)
+def test_simkd_is_ijckd_without_cross_entropy_and_logits(pair):
+  """Their losses and gradients are the same, bit by bit."""
+  ijckd = methods.get('ijckd')(
+    cross_entropy_weight=0.0, logit_weight=0.0, feature_weight=1.0
+  )
+  batch = make_batch()
+  simkd, variables = bind(methods.get('simkd')(), pair)
+  ijckd, others = bind(ijckd, pair)
+  jax.tree.map(np.testing.assert_array_equal, variables, others)
+  expected = value_and_gradients(simkd, variables, batch)
+  result = value_and_gradients(ijckd, variables, batch)
+  assert jax.tree.leaves(expected)
+  jax.tree.map(np.testing.assert_array_equal, result, expected)
+  np.testing.assert_allclose(
+    expected[0], simkd_by_hand(simkd, variables, batch, pair), rtol=1e-4
+  )
+
+
+def simkd_by_hand(distiller, variables, batch, pair):
+  """Returns SimKD's loss from its parts: the smaller map wins."""
+  net, teacher = distiller.network, distiller.teacher
+
+  def train(module, part, x):
+    parts = {kind: variables[kind][part] for kind in variables}
+    result, _ = module.apply(parts, x, train=True, mutable=['batch_stats'])
+    return result
+
+  images = batch['image']
+  features = train(net.backbone, 'backbone', net.preprocessing(images))
+  source = np.asarray(features.stages[-1])
+  target = np.asarray(teacher(teacher.frozen, images).final)
+  side, teacher_side = pair.student_side // 4, pair.teacher_side // 4
+  assert source.shape[1:3] == (side, side)
+  assert target.shape[1:3] == (teacher_side, teacher_side)
+  size = min(side, teacher_side)
+
+  def smaller(x):
+    factor = x.shape[1] // size
+    return x.reshape(len(x), size, factor, size, factor, -1).mean((2, 4))
+
+  connected = np.asarray(train(net.connector, 'connector', smaller(source)))
+  return ((connected - smaller(target)) ** 2).mean()
+
+
+def test_ijckd_reads_the_connected_features_through_the_teachers_head():
+  distiller, variables = bind(methods.get('ijckd')())
+  frozen = distiller.teacher.frozen
+  batch = make_batch()
+  student, _ = distiller.student(variables, frozen, batch['image'])
+  head = frozen['head']
+  pooled = np.asarray(student.connected.map).mean((1, 2))
+  np.testing.assert_allclose(
+    student.logits, pooled @ head['kernel'] + head['bias'], rtol=1e-4, atol=1e-5
+  )
+  np.testing.assert_array_equal(student.logits, student.connected.logits)
+
+
+@pytest.mark.parametrize('connects', ['map', 'pooled'])
+def test_srrl_connects_before_or_after_the_pool(connects):
+  method = methods.get('srrl')(connects=connects)
+  distiller, variables = bind(method)
+  net, frozen = distiller.network, distiller.teacher.frozen
+  batch = make_batch()
+  student, _ = distiller.student(variables, frozen, batch['image'])
+  source = {
+    'map': student.final,
+    'pooled': student.pooled[:, None, None, :],
+  }[connects]
+  connected, _ = net.connector.apply(
+    {kind: variables[kind]['connector'] for kind in variables},
+    source,
+    train=True,
+    mutable=['batch_stats'],
+  )
+  pooled = np.asarray(connected).mean((1, 2))
+  np.testing.assert_allclose(
+    student.connected.pooled, pooled, rtol=1e-4, atol=1e-5
+  )
+  np.testing.assert_allclose(
+    student.connected.logits,
+    pooled @ frozen['head']['kernel'] + frozen['head']['bias'],
+    rtol=1e-4,
+    atol=1e-5,
+  )
+  assert (student.connected.map is None) == (connects == 'pooled')
+  own = variables['params']['head']
+  np.testing.assert_allclose(
+    student.logits,
+    np.asarray(student.pooled) @ own['kernel'] + own['bias'],
+    rtol=1e-4,
+    atol=1e-5,
+  )
+
+
+def teacher_shapes(signed=False):
+  return outputs.Shapes(
+    stages=(),
+    final=jax.ShapeDtypeStruct((1, 2, 2, 8), jnp.float32),
+    pooled=jax.ShapeDtypeStruct((1, 8), jnp.float32),
+    signed=signed,
+  )
+
+
+@pytest.mark.parametrize('signed', [False, True])
+@pytest.mark.parametrize(
+  'name, fields, expected',
+  [
+    ('ce', {}, None),
+    ('kd', {}, None),
+    ('ijckd', {}, connectors.Bottleneck(8, factor=2)),
+    ('ijckd', {'factor': 4}, connectors.Bottleneck(8, factor=4)),
+    ('ijckd', {'connector': 'linear'}, connectors.Linear(8)),
+    (
+      'ijckd',
+      {'connector': 'mlp', 'feature_site': 'pooled'},
+      connectors.Mlp(8),
+    ),
+    ('simkd', {}, connectors.Bottleneck(8, factor=2)),
+    ('simkd', {'factor': 8}, connectors.Bottleneck(8, factor=8)),
+    ('srrl', {}, connectors.Conv1x1(8)),
+    (
+      'srrl',
+      {'connects': 'pooled'},
+      connectors.Conv1x1(8, takes='pooled', torch_init=True),
+    ),
+  ],
+)
+def test_connectors_of_methods(name, fields, expected, signed):
+  connector = methods.get(name)(**fields).build_connector(
+    teacher_shapes(), teacher_shapes(signed)
+  )
+  if expected is not None:
+    expected = expected.clone(signed=signed)
+  assert connector == expected
+
+
+@pytest.mark.parametrize(
+  'name, fields, message',
+  [
+    ('ijckd', {'feature_site': 'maps'}, "feature_site 'maps'.*mean 'map'"),
+    ('ijckd', {'tap': 'stages'}, "tap 'stages'.*mean 'stage'"),
+    ('srrl', {'connects': 'pool'}, "connects 'pool'.*mean 'pooled'"),
+  ],
+)
+def test_wrong_choices_are_said_at_once(name, fields, message):
+  with pytest.raises(config_utils.UserError, match=message):
+    methods.get(name)(**fields)
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({'connector': 'bottleneks'}, "unknown connector.*mean 'bottleneck'"),
+    ({'connector': 'mlp'}, "no map to compare: set method.feature_site='pool"),
+  ],
+)
+def test_wrong_connectors_are_said_when_they_are_built(fields, message):
+  method = methods.get('ijckd')(**fields)
+  with pytest.raises(config_utils.UserError, match=message):
+    method.build_connector(teacher_shapes(), teacher_shapes())
+
+
+def test_a_teacher_that_does_not_pool_its_map_needs_pooled_features():
+  teacher = dataclasses.replace(make_teacher('resnet14', 8), pools_map=False)
+  with pytest.raises(config_utils.UserError, match='does not pool its map'):
+    bind(methods.get('ijckd')(), teacher=teacher)
+  fits = methods.get('ijckd')(connector='mlp', feature_site='pooled')
+  distiller, _ = bind(fits, teacher=teacher)
+  assert distiller.network.connect_size is None
+
+
+def test_unknown_name_names_the_nearest():
+  with pytest.raises(
+    config_utils.UserError, match="unknown method 'simkdd'.*mean 'simkd'"
+  ):
+    methods.get('simkdd')
+
+
+def test_the_terms_are_of_this_device_alone():
+  """Over equal shards, the mean of the totals is the total of the batch."""
+  for name in methods.METHODS:
+    method = methods.get(name)()
+    student, teacher = arrays(method)
+    labels = np.array([0, -1, -1, 3, 4, -1])
+    whole, _ = method.loss(student, teacher, {'label': labels})
+    totals = []
+    for rows in ([0, 1], [2, 3], [4, 5]):
+      one, other = jax.tree.map(lambda x: x[np.array(rows)], (student, teacher))  # noqa: B023
+      totals.append(method.loss(one, other, {'label': labels[rows]})[0])
+    np.testing.assert_allclose(np.mean(totals), whole, rtol=1e-5, err_msg=name)
+
+
+def test_losses_are_float32_whatever_comes_in():
+  for name in methods.METHODS:
+    method = methods.get(name)()
+    student, teacher = jax.tree.map(
+      lambda x: jnp.asarray(x, jnp.bfloat16), arrays(method)
+    )
+    total, terms = method.loss(student, teacher, make_batch())
+    exact, _ = method.loss(
+      *jax.tree.map(lambda x: x.astype(jnp.float32), (student, teacher)),
+      make_batch(),
+    )
+    for value in (total, *terms.values()):
+      assert value.dtype == jnp.float32, name
+    np.testing.assert_array_equal(total, exact, err_msg=name)

@@ -1,0 +1,385 @@
+"""The report says what was measured, and shows what it says."""
+
+import io
+import re
+
+from etils import epath
+import matplotlib
+import numpy as np
+from PIL import Image
+import pytest
+
+from ijckd_jax import datasets
+from ijckd_jax import evaluate
+from ijckd_jax import experiment
+from ijckd_jax import report
+
+WORST = (128, 0, 38)  # The last colour of matplotlib's YlOrRd.
+GREEN, MAGENTA = (0, 255, 0), (255, 0, 255)
+
+
+def make_summary(method='ijckd', teacher=True, **changes):
+  """Returns a summary whose numbers are easy to recognise."""
+  config = experiment.default_config(
+    dataset='digits', teacher='resnet20', student='resnet8', method=method
+  )
+  last = {'top1': 0.7, 'top5': 0.95125, 'nll': 1.23456, 'ece': 0.0625}
+  pair = {'agreement': 0.6, 'kl': 0.54321} if teacher else {}
+  judge = {'top1': 0.9, 'top5': 0.99, 'nll': 0.5, 'ece': 0.015}
+  counts = {'backbone': 7000, 'connector': 400, 'head': 100}
+  return {
+    'student': {'last': last | pair, 'best': last | pair | {'top1': 0.8}},
+    'best_step': 1000,
+    'best_by': 'test',
+    'teacher': judge if teacher else None,
+    'parameters': {
+      'student': counts,
+      'teacher': {'backbone': 19900, 'connector': 0, 'head': 100}
+      if teacher
+      else None,
+    },
+    'images_per_second': 3354.4,
+    'steps': 2000,
+    'test_examples': 10,
+    'seed': 7,
+    'config': config.to_dict(),
+    'versions': {'python': '3.11', 'jax': '0.10'},
+    'devices': ['cpu', 'cpu'],
+  } | changes
+
+
+def make_history(terms=('cross_entropy', 'feature', 'logit'), split='test'):
+  """Returns rows of two epochs, in which the loss falls a hundredfold."""
+  rows = []
+  for epoch, loss in ((1, 10.0), (2, 0.1)):
+    row = {'step': 1000 * epoch, 'epoch': float(epoch)}
+    train = {name: loss / (i + 1) for i, name in enumerate(terms)}
+    train |= {'loss': sum(train.values()), 'accuracy': 0.4 * epoch}
+    train |= {'learning_rate': 0.1, 'gradient_norm': 1.0}
+    rows.append(row | {f'train/{key}': value for key, value in train.items()})
+    rows.append(row | {f'{split}/top1': 0.9 - 0.1 * epoch})
+  return rows
+
+
+def make_evaluation(labels, predictions, num_classes, teacher=None):
+  confusion = np.zeros((num_classes, num_classes), np.int64)
+  np.add.at(confusion, (labels, predictions), 1)
+  top1 = float(np.mean(labels == predictions))
+  indices = np.arange(len(labels))
+  return evaluate.Evaluation(
+    {'top1': top1}, confusion, predictions, indices, teacher
+  )
+
+
+def make_case(num_classes=2, shape=(8, 8, 3), **changes):
+  """Returns arguments of `write` for ten test images, all of them green.
+
+  The student is wrong on images 0, 1 and 2, which are of class 0 and taken for
+  class 1; the teacher on image 3 alone.
+  """
+  labels = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 1], np.int32)
+  judge, predictions = labels.copy(), labels.copy()
+  predictions[:3], judge[3] = 1, 1
+  images = np.zeros((10, *shape), np.uint8)
+  images[...] = GREEN[: shape[-1]] if shape[-1] == 3 else 99
+  teacher = make_evaluation(labels, judge, num_classes)
+  return {
+    'summary': make_summary(),
+    'history': make_history(),
+    'evaluation': make_evaluation(labels, predictions, num_classes, teacher),
+    'arrays': datasets.Arrays(images, labels),
+    'class_names': [f'class {i}' for i in range(num_classes)],
+  } | changes
+
+
+def write(folder, **case):
+  """Writes a report, checks what is true of every report, and returns it."""
+  folder = epath.Path(folder)
+  report.write(folder, **case)
+  text = (folder / 'report.md').read_text()
+  links = re.findall(r'\]\(([^)]*)\)', text)
+  assert links
+  for link in links:
+    assert (folder / link).exists()
+  drawn = {f'plots/{path.name}' for path in (folder / 'plots').iterdir()}
+  assert drawn == {link for link in links if link.startswith('plots/')}
+  for plot in drawn:
+    pixels = read_pixels(folder / plot)
+    assert pixels.shape[0] > 100 and pixels.shape[1] > 100
+    assert pixels.std() > 5  # Blank pages have none.
+  assert {path.name for path in folder.iterdir()} <= {
+    'plots',
+    'report.md',
+    'teacher',
+  }
+  return text
+
+
+def read_pixels(path):
+  return np.asarray(Image.open(io.BytesIO(path.read_bytes())).convert('RGB'))
+
+
+def has_color(pixels, color):
+  if isinstance(color, str):
+    color = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+  return bool(np.any(np.all(pixels == color, axis=-1)))
+
+
+def read_table(text):
+  """Returns the first table's titles and its rows by name."""
+  lines = [line for line in text.splitlines() if line.startswith('|')]
+  cells = [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines]
+  return cells[0][1:], {name: values for name, *values in cells[2:]}
+
+
+def test_table():
+  text = report.table(make_summary())
+  titles, rows = read_table(text)
+  assert titles == [
+    'top-1 %',
+    'top-5 %',
+    'NLL',
+    'ECE %',
+    'agreement %',
+    'KL to teacher',
+  ]
+  assert rows == {
+    'teacher': ['90.00', '99.00', '0.5000', '1.50', '', ''],
+    'student, last': ['70.00', '95.12', '1.2346', '6.25', '60.00', '0.5432'],
+    'student, best by the test set (step 1,000)': [
+      '80.00',
+      '95.12',
+      '1.2346',
+      '6.25',
+      '60.00',
+      '0.5432',
+    ],
+  }
+  widths = {len(line) for line in text.splitlines() if line.startswith('|')}
+  assert len(widths) == 1
+  assert text.split('\n\n')[1].splitlines() == [
+    '- student resnet8: 7,500 parameters (backbone 7,000, connector 400, head '
+    '100)',
+    '- teacher resnet20: 20,000 parameters (backbone 19,900, connector 0, head '
+    '100)',
+    "- the student's share of the teacher's parameters: 37.5%",
+    '- training: 3,354 images per second',
+  ]
+
+
+def test_table_without_a_teacher():
+  text = report.table(make_summary('ce', teacher=False))
+  titles, rows = read_table(text)
+  assert titles == ['top-1 %', 'top-5 %', 'NLL', 'ECE %']
+  assert list(rows) == [
+    'network, last',
+    'network, best by the test set (step 1,000)',
+  ]
+  assert 'teacher' not in text and 'student' not in text
+  assert '- network resnet8: 7,500 parameters' in text
+
+
+def test_table_leaves_out_what_was_not_measured():
+  summary = make_summary(images_per_second=None, best_by='validation')
+  for metrics in (*summary['student'].values(), summary['teacher']):
+    del metrics['top5']
+  text = report.table(summary)
+  titles, rows = read_table(text)
+  assert 'top-5 %' not in titles and len(titles) == 5
+  assert rows['teacher'] == ['90.00', '0.5000', '1.50', '', '']
+  assert 'student, best by validation (step 1,000)' in rows
+  assert text.endswith('- training: not measured')
+
+
+def test_table_shows_the_student_without_its_moving_average():
+  summary = make_summary()
+  raw = summary['student']['last'] | {'top1': 0.65}
+  summary['student']['last_without_ema'] = raw
+  _, rows = read_table(report.table(summary))
+  assert rows['student, last without EMA'][0] == '65.00'
+
+
+@pytest.mark.parametrize('num_classes', [2, 10, 100, 260])
+@pytest.mark.parametrize('shape', [(8, 8, 1), (28, 56, 3)])
+def test_every_number_of_classes(tmp_path, num_classes, shape):
+  case = make_case(num_classes, shape)
+  text = write(tmp_path, **case)
+  plots = {path.name for path in (tmp_path / 'plots').iterdir()}
+  assert plots == {
+    f'{name}.png' for name in ('losses', 'accuracy', 'confusion', 'images')
+  }
+  frequent = '| class 0 → class 1 |       3 |       1 |                   4 |'
+  assert (frequent in text) == (num_classes > 20)
+  assert text.count(' → class ') == (num_classes > 20)
+
+
+def test_headline_and_circumstances(tmp_path):
+  text = write(tmp_path, **make_case())
+  # The two differ on 1 + 3 images: sqrt(4 - 2^2 / 10) / 10 is 0.1897.
+  assert (
+    '**resnet8** was distilled from **resnet20** by **ijckd** on **digits**, '
+    "and predicts through the teacher's own head. The last step, which is "
+    'bundled and shown below, gets **70.00%** of the 10 test images right, the '
+    'teacher **90.00%**: -20.00 points ± 18.97 '
+  ) in text
+  assert 'The student alone is right on 1, the teacher alone on 3.' in text
+  assert 'gets 3 of 10 test images wrong, and the teacher is right on 3' in text
+  assert report.table(make_summary()) in text
+  assert "'Best' was chosen on the test set" in text
+  assert '- seed 7, 2,000 steps' in text
+  assert '- devices: 2 x cpu' in text
+  assert '- versions: python 3.11, jax 0.10' in text
+  assert '\noptimizer.learning_rate = 0.05\n' in text
+
+
+def test_headline_names_the_state_that_is_bundled(tmp_path):
+  summary = make_summary('srrl', best_by='validation')
+  summary['config']['bundle'] = 'best'
+  history = make_history(split='validation')
+  text = write(tmp_path, **make_case(summary=summary, history=history))
+  assert 'The best step, which is bundled' in text
+  assert 'own head' not in text  # SRRL's student has a head of its own.
+  assert 'was chosen on the test set' not in text
+
+
+def test_student_that_only_is_compared_with_a_teacher(tmp_path):
+  text = write(tmp_path, **make_case(summary=make_summary('ce')))
+  assert 'trained by **ce** on **digits**, only judged by **resnet20**' in text
+
+
+def test_without_a_teacher(tmp_path):
+  case = make_case(
+    summary=make_summary('ce', teacher=False),
+    history=make_history(['cross_entropy']),
+  )
+  alone = case['evaluation']
+  case['evaluation'] = make_evaluation(
+    case['arrays'].labels, alone.predictions, 2
+  )
+  case['arrays'].images[0] = MAGENTA
+  text = write(tmp_path, **case)
+  assert 'trained without a teacher by **ce**' in text
+  assert 'The network gets 3 of 10 test images wrong' in text
+  assert 'student' not in text.split('## Circumstances')[0]
+  plots = epath.Path(tmp_path) / 'plots'
+  assert not has_color(read_pixels(plots / 'accuracy.png'), report.TEACHER)
+  assert has_color(read_pixels(plots / 'images.png'), MAGENTA)
+
+
+def test_images_are_those_that_only_the_student_gets_wrong(tmp_path):
+  case = make_case()
+  labels, images = case['arrays'].labels, case['arrays'].images
+  both = np.flatnonzero(labels == 1)[:1]
+  for evaluation in (case['evaluation'], case['evaluation'].teacher):
+    evaluation.predictions[both] = 0
+  images[:3] = MAGENTA
+  write(tmp_path, **case)
+  pixels = read_pixels(epath.Path(tmp_path) / 'plots' / 'images.png')
+  assert has_color(pixels, MAGENTA)
+  assert not has_color(pixels, GREEN)
+
+
+def test_many_wrong_images_are_sampled_from_the_whole_split(tmp_path):
+  labels = np.zeros(100, np.int32)
+  images = np.zeros((100, 4, 4, 3), np.uint8)
+  images[-1] = MAGENTA
+  teacher = make_evaluation(labels, labels, 2)
+  evaluation = make_evaluation(labels, labels + 1, 2, teacher)
+  arrays = datasets.Arrays(images, labels)
+  case = make_case(arrays=arrays, evaluation=evaluation)
+  text = write(tmp_path, **case)
+  assert '24 are shown' in text
+  pixels = read_pixels(epath.Path(tmp_path) / 'plots' / 'images.png')
+  assert has_color(pixels, MAGENTA)
+
+
+@pytest.mark.parametrize('num_classes', [10, 100])
+def test_nothing_wrong(tmp_path, num_classes):
+  case = make_case(num_classes)
+  labels = case['arrays'].labels
+  teacher = make_evaluation(labels, labels, num_classes)
+  case['evaluation'] = make_evaluation(labels, labels, num_classes, teacher)
+  text = write(tmp_path, **case)
+  assert 'gets 0 of 10 test images wrong' in text
+  assert 'nothing to show' in text
+  assert not (tmp_path / 'plots' / 'images.png').exists()
+  assert ('No class was taken for another.' in text) == (num_classes == 100)
+  pixels = read_pixels(epath.Path(tmp_path) / 'plots' / 'confusion.png')
+  assert not has_color(pixels[:, : pixels.shape[1] * 85 // 100], WORST)
+
+
+@pytest.mark.parametrize('num_classes', [2, 100, 260])
+def test_errors_stand_out_in_the_matrix_of_the_one_who_made_them(
+  tmp_path, num_classes
+):
+  case = make_case(num_classes)
+  labels = case['arrays'].labels
+  teacher = make_evaluation(labels, labels, num_classes)
+  predictions = case['evaluation'].predictions
+  case['evaluation'] = make_evaluation(
+    labels, predictions, num_classes, teacher
+  )
+  write(tmp_path, **case)
+  pixels = read_pixels(epath.Path(tmp_path) / 'plots' / 'confusion.png')
+  width = pixels.shape[1]
+  assert has_color(pixels[:, : width * 45 // 100], WORST)
+  assert not has_color(pixels[:, width * 47 // 100 : width * 85 // 100], WORST)
+
+
+def test_curves(tmp_path):
+  text = write(tmp_path, **make_case())
+  plots = epath.Path(tmp_path) / 'plots'
+  pixels = read_pixels(plots / 'losses.png')
+  # Three terms: what is no loss takes no colour.
+  drawn = [has_color(pixels, color) for color in report.TERMS]
+  assert drawn == [True, True, True, False, False]
+  assert has_color(pixels, report.INK)
+  assert 'The scale is logarithmic.' in text
+  assert '(cross_entropy 1, feature 1, logit 1)' in text
+  pixels = read_pixels(plots / 'accuracy.png')
+  for color in (report.STUDENT, report.TEACHER, report.GREY):
+    assert has_color(pixels, color)
+
+
+def test_curves_of_one_row_without_labels_and_of_losses_below_zero(tmp_path):
+  history = make_history(['feature'])[:2]
+  history[0] |= {'train/accuracy': float('nan'), 'train/feature': -3.0}
+  summary = make_summary(steps=1000)
+  text = write(tmp_path, **make_case(history=history, summary=summary))
+  assert 'logarithmic' not in text
+
+
+def test_part_of_a_split_is_called_one(tmp_path):
+  case = make_case()
+  whole = case['evaluation']
+  part = np.array([0, 1, 4, 5])
+  halves = [
+    evaluate.Evaluation(e.metrics, e.confusion, e.predictions[part], part)
+    for e in (whole, whole.teacher)
+  ]
+  case['evaluation'] = evaluate.Evaluation(
+    **vars(halves[0]) | {'teacher': halves[1]}
+  )
+  text = write(tmp_path, **case)
+  assert 'gets 2 of 4 test images of this process wrong' in text
+  assert '±' not in text
+
+
+def test_names_are_text(tmp_path):
+  case = make_case(100)
+  case['class_names'] = ['$\\frac$', 'a|b', *case['class_names'][2:]]
+  assert '| $\\frac$ → a\\|b ' in write(tmp_path, **case)
+
+
+def test_links_to_the_report_of_a_teacher_that_was_trained(tmp_path):
+  link = '(teacher/report.md)'
+  assert link not in write(tmp_path, **make_case())
+  (tmp_path / 'teacher').mkdir()
+  (tmp_path / 'teacher' / 'report.md').write_text('its report')
+  assert link in write(tmp_path, **make_case())
+
+
+def test_settings_of_matplotlib_are_left_alone(tmp_path):
+  before = dict(matplotlib.rcParams)
+  write(tmp_path, **make_case())
+  assert dict(matplotlib.rcParams) == before

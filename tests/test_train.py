@@ -1,0 +1,274 @@
+"""Runs from end to end, on real data."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from ijckd_jax import bundles
+from ijckd_jax import checkpoints
+from ijckd_jax import config_utils
+from ijckd_jax import evaluate
+from ijckd_jax import loop
+from ijckd_jax import metric_writer
+from ijckd_jax import train
+from ijckd_jax import workdirs
+
+TIMES = 'train/images_per_second'
+
+
+def leaves(state):
+  return {
+    jax.tree_util.keystr(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+  }
+
+
+def assert_same_bits(one, other):
+  one, other = leaves(one), leaves(other)
+  assert one.keys() == other.keys()
+  for name, value in one.items():
+    np.testing.assert_array_equal(value, other[name], err_msg=name)
+
+
+def rows_without_times(workdir):
+  rows = metric_writer.read_rows(workdir / workdirs.METRICS)
+  return [{k: v for k, v in row.items() if k != TIMES} for row in rows]
+
+
+class StopAt:
+  """A writer that has the run stopped when a step's row comes."""
+
+  def __init__(self, step, number=signal.SIGINT):
+    self.step = step
+    self.number = number
+
+  def write(self, step, scalars):
+    if step == self.step:
+      os.kill(os.getpid(), self.number)
+
+  def close(self):
+    pass
+
+
+def test_run_leaves_what_it_promises(finished_run):
+  workdir, result = finished_run
+  for folder in (workdir, workdir / 'teacher'):
+    for name in workdirs.CONTENTS:
+      assert (folder / name).exists(), name
+  summary = json.loads((workdir / workdirs.SUMMARY).read_text())
+  assert summary == json.loads(json.dumps(result.summary))
+  steps = [row['step'] for row in result.history if 'train/loss' in row]
+  assert steps == [5, 10, 12]
+  steps = [row['step'] for row in result.history if 'test/top1' in row]
+  assert steps == [4, 8, 12]
+  best = max(row.get('test/top1', 0) for row in result.history)
+  assert summary['student']['best']['top1'] == best
+  last = result.history[-1]['test/top1']
+  assert summary['student']['last']['top1'] == last
+  teacher = json.loads((workdir / 'teacher' / workdirs.SUMMARY).read_text())
+  assert summary['teacher']['top1'] == teacher['student']['last']['top1']
+  assert set(os.listdir(workdir / 'checkpoints')) >= {'8', '12'}
+
+
+def test_logged_terms_add_up_to_the_loss(finished_run):
+  _, result = finished_run
+  rows = [row for row in result.history if 'train/loss' in row]
+  for row in rows:
+    total = sum(
+      row[f'train/{t}'] for t in ('cross_entropy', 'logit', 'feature')
+    )
+    np.testing.assert_allclose(row['train/loss'], total, rtol=1e-5)
+
+
+def test_second_start_finds_the_finished_run(finished_run, small_config):
+  workdir, first = finished_run
+  before = (workdir / workdirs.SUMMARY).stat().st_mtime_ns
+  second = train.train_and_evaluate(small_config(), workdir)
+  assert (workdir / workdirs.SUMMARY).stat().st_mtime_ns == before
+  assert second.state is None
+  assert second.summary['student'] == first.summary['student']
+  assert_same_bits(second.bundle.variables, first.bundle.variables)
+
+
+@pytest.mark.parametrize(
+  'stop_at', [StopAt(5), StopAt(8, signal.SIGTERM)], ids=['log', 'eval']
+)
+def test_stopped_run_continues_to_the_same_bits(
+  finished_run, small_config, tmp_path, stop_at
+):
+  reference_dir, reference = finished_run
+  teacher = bundles.load(reference_dir / 'teacher').teacher()
+  with pytest.raises(loop.Interrupted, match='the same command continues'):
+    train.train_and_evaluate(
+      small_config(), tmp_path, teacher=teacher, writers=[stop_at]
+    )
+  assert not (tmp_path / workdirs.SUMMARY).exists()
+  result = train.train_and_evaluate(small_config(), tmp_path, teacher=teacher)
+  assert_same_bits(result.state, reference.state)
+  assert rows_without_times(tmp_path) == rows_without_times(reference_dir)
+  assert result.summary['student'] == reference.summary['student']
+
+
+def test_seed_decides(finished_run, small_config, tmp_path):
+  workdir, reference = finished_run
+  teacher = bundles.load(workdir / 'teacher').teacher()
+  for seed, same in ((0, True), (1, False)):
+    result = train.train_and_evaluate(
+      small_config(seed=seed), tmp_path / str(seed), teacher=teacher
+    )
+    equal = jax.tree.map(
+      lambda a, b: bool(np.array_equal(a, b)),
+      result.state.params['connector'],
+      reference.state.params['connector'],
+    )
+    assert all(jax.tree.leaves(equal)) == same
+
+
+def test_teacher_is_trained_as_a_run_of_its_own(finished_run, small_config):
+  workdir, _ = finished_run
+  config = json.loads((workdir / 'teacher' / workdirs.CONFIG).read_text())
+  assert config['method'] == {'name': 'ce'}
+  assert config['student']['backbone'] == 'resnet8'
+  assert config['total_steps'] == small_config().total_steps
+
+
+def test_bundle_alone_gives_the_same_accuracy(finished_run, data_dir, capsys):
+  workdir, result = finished_run
+  evaluate.main(
+    ['--bundle', str(workdir), '--dataset', 'digits', '--data_dir', data_dir]
+    + ['--json']
+  )
+  printed = json.loads(capsys.readouterr().out)
+  expected = result.summary['student']['last']
+  assert printed['network']['top1'] == expected['top1']
+  assert printed['network'] == {k: expected[k] for k in printed['network']}
+  evaluate.main(
+    ['--bundle', str(workdir / 'bundle'), '--data_dir', data_dir, '--json']
+    + ['--teacher', str(workdir / 'teacher')]
+  )
+  printed = json.loads(capsys.readouterr().out)
+  assert printed['student']['agreement'] == expected['agreement']
+  assert printed['teacher'] == result.summary['teacher']
+
+
+def test_distilled_student_can_be_the_next_teacher(
+  finished_run, small_config, tmp_path
+):
+  workdir, reference = finished_run
+  config = small_config(total_steps=4)
+  config.teacher.checkpoint = str(workdir)
+  result = train.train_and_evaluate(config, tmp_path)
+  assert not (tmp_path / 'teacher').exists()
+  teacher = result.summary['teacher']
+  expected = reference.summary['student']['last']
+  assert teacher == {name: expected[name] for name in teacher}
+  np.testing.assert_array_equal(
+    result.bundle.variables['params']['head']['kernel'],
+    reference.bundle.variables['params']['head']['kernel'],
+  )
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(
+  finished_run, small_config, tmp_path
+):
+  workdir, _ = finished_run
+  config = small_config()
+  config.teacher.checkpoint = str(workdir / 'teacher')
+  config.optimizer.schedule = 'step'
+  config.optimizer.learning_rate = 0.05
+  # A rate that is fine for a while, then is not.
+  steps_per_epoch = 1437 / config.batch_size
+  config.optimizer.decay_epochs = (9 / steps_per_epoch,)
+  config.optimizer.decay_factor = 1e30
+  with pytest.raises(loop.Diverged, match=r'step 1[12]: .*(nan|inf)'):
+    train.train_and_evaluate(config, tmp_path)
+  kept = sorted(map(int, os.listdir(tmp_path / 'checkpoints')))
+  assert kept[-1] == 8
+  assert not (tmp_path / workdirs.SUMMARY).exists()
+  steps = [
+    row['step'] for row in metric_writer.read_rows(tmp_path / 'metrics.jsonl')
+  ]
+  assert max(steps) <= 10
+
+
+def test_damaged_checkpoint_is_not_used(finished_run, small_config, tmp_path):
+  workdir, _ = finished_run
+  config = small_config(total_steps=4)
+  config.teacher.checkpoint = str(workdir / 'teacher')
+  result = train.train_and_evaluate(config, tmp_path)
+  store = checkpoints.Checkpoints(
+    tmp_path / 'checkpoints',
+    keep=2,
+    sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+  )
+  state, _ = store.restore(4, result.state)
+  assert_same_bits(state, result.state)
+  files = [
+    path
+    for path in (tmp_path / 'checkpoints' / '4').rglob('*')
+    if path.is_file() and path.parent.name == 'd'
+  ]
+  largest = max(files, key=lambda path: path.stat().st_size)
+  data = bytearray(largest.read_bytes())
+  data[len(data) // 2] ^= 1
+  largest.write_bytes(data)
+  with pytest.raises(config_utils.UserError, match='damaged|cannot be read'):
+    store.restore(4, result.state)
+  store.close()
+
+
+def test_ema_is_what_is_evaluated_and_the_raw_student_stands_beside_it(
+  finished_run, small_config, tmp_path
+):
+  workdir, _ = finished_run
+  config = small_config(total_steps=4, ema_decay=0.9)
+  config.teacher.checkpoint = str(workdir / 'teacher')
+  result = train.train_and_evaluate(config, tmp_path)
+  assert {'last', 'last_without_ema'} <= result.summary['student'].keys()
+  kernel = result.bundle.variables['params']['connector']['Conv_0']['kernel']
+  np.testing.assert_array_equal(
+    kernel, result.state.ema['params']['connector']['Conv_0']['kernel']
+  )
+  assert not np.array_equal(
+    kernel, result.state.params['connector']['Conv_0']['kernel']
+  )
+
+
+@pytest.mark.parametrize('method', ['ce', 'kd', 'srrl', 'simkd'])
+def test_every_method_runs(method, finished_run, small_config, tmp_path):
+  workdir, _ = finished_run
+  config = small_config(method, total_steps=4)
+  config.teacher.checkpoint = str(workdir / 'teacher')
+  result = train.train_and_evaluate(config, tmp_path)
+  # Also one that learns alone is compared with the teacher it was given.
+  assert 0 <= result.summary['student']['last']['agreement'] <= 1
+  deployed = result.bundle.variables['params']
+  assert ('connector' in deployed) == (method == 'simkd')
+  assert deployed['head']['kernel'].shape == (64, 10)
+
+
+def test_external_writer_is_fed_and_closed(
+  finished_run, small_config, tmp_path
+):
+  class Tracker:
+    def __init__(self):
+      self.rows = []
+      self.closed = 0
+
+    def write(self, step, scalars):
+      self.rows.append({'step': step, **scalars})
+
+    def close(self):
+      self.closed += 1
+
+  workdir, _ = finished_run
+  config = small_config(total_steps=4)
+  config.teacher.checkpoint = str(workdir / 'teacher')
+  tracker = Tracker()
+  result = train.train_and_evaluate(config, tmp_path, writers=[tracker])
+  assert tracker.rows == result.history
+  assert tracker.closed == 1
