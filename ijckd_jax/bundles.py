@@ -75,7 +75,6 @@ class Bundle:
     """Writes it; the folder appears whole or not at all."""
     directory = epath.Path(directory)
     partial = directory.parent / f'.{directory.name}.{uuid.uuid4().hex}'
-    partial.mkdir(parents=True)
     net = self.network
     connector = None
     if net.connector is not None:
@@ -101,11 +100,17 @@ class Bundle:
     }
     flat = traverse_util.flatten_dict(self.variables, sep='/')
     arrays = {key: np.ascontiguousarray(value) for key, value in flat.items()}
-    (partial / ARRAYS_FILE).write_bytes(safetensors.numpy.save(arrays))
-    (partial / SPEC_FILE).write_text(json.dumps(spec, indent=2) + '\n')
-    if directory.exists():
-      directory.rmtree()
-    partial.rename(directory)
+    try:
+      partial.mkdir(parents=True)
+      (partial / ARRAYS_FILE).write_bytes(safetensors.numpy.save(arrays))
+      (partial / SPEC_FILE).write_text(json.dumps(spec, indent=2) + '\n')
+      if directory.exists():
+        directory.rmtree()
+      partial.rename(directory)
+    except OSError:
+      if partial.exists():
+        partial.rmtree()
+      raise
 
 
 def load(directory: epath.PathLike, *, dtype=jnp.float32) -> Bundle:

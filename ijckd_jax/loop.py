@@ -21,6 +21,8 @@ from ijckd_jax import metric_writer
 from ijckd_jax import steps
 from ijckd_jax import train_state
 
+# How far the host may run ahead of the devices: each step holds its batch.
+MAX_STEPS_AHEAD = 8
 STOPPED = (
   'training stops, and the last good checkpoint is kept. Lower the learning '
   'rate, or clip the gradient (optimizer.clip_norm)'
@@ -171,6 +173,8 @@ class Loop:
           state, self.frozen, exp.mapper.shard(batch), self.key
         )
         pending.append((step, sums))
+        if len(pending) > MAX_STEPS_AHEAD:
+          jax.block_until_ready(pending[-MAX_STEPS_AHEAD])
         line.advance()
         log, evaluation, save = (
           step in due[what] for what in ('log', 'eval', 'checkpoint')

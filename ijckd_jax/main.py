@@ -55,6 +55,13 @@ def main(argv: list[str]) -> int:
   except loop.Diverged as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
+  except OSError as error:
+    print(
+      f'error: {error}; once that is mended, the same command continues from '
+      f'the last checkpoint in {workdir}',
+      file=sys.stderr,
+    )
+    return 1
   print(report.table(result.summary))
   print(f'\n{workdir}/report.md shows more; the student is in {workdir}/bundle')
   return 0

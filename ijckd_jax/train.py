@@ -270,6 +270,7 @@ def _finish(training, workdir, state, progress, history):
     'best_step': store.best_step,
     'best_by': training.ranking_split,
     'teacher': None if judged is None else judged.metrics,
+    'teacher_name': exp.judge and exp.judge.name,
     'parameters': {
       'student': bundles.num_params(deployed),
       'teacher': exp.judge and exp.judge.num_params,
