@@ -272,3 +272,59 @@ def test_external_writer_is_fed_and_closed(
   result = train.train_and_evaluate(config, tmp_path, writers=[tracker])
   assert tracker.rows == result.history
   assert tracker.closed == 1
+
+
+class Recorder:
+  """A tracker that a config names: made from (config, workdir)."""
+
+  made = []
+
+  def __init__(self, config, workdir):
+    self.about = config['student']['backbone'], workdir
+    self.rows = []
+    self.made.append(self)
+
+  def write(self, step, scalars):
+    self.rows.append({'step': step, **scalars})
+
+  def close(self):
+    self.rows.append('closed')
+
+
+def test_config_names_a_writer(finished_run, small_config, tmp_path):
+  workdir, _ = finished_run
+  config = small_config('ce', total_steps=4)
+  config.teacher.checkpoint = str(workdir / 'teacher')
+  config.writers = (f'{__name__}:Recorder',)
+  result = train.train_and_evaluate(config, tmp_path)
+  (tracker,) = Recorder.made
+  assert tracker.about == ('resnet8', str(tmp_path))
+  assert tracker.rows == [*result.history, 'closed']
+
+
+def test_best_is_chosen_on_the_validation_split(
+  finished_run, small_config, tmp_path
+):
+  workdir, _ = finished_run
+  config = small_config(bundle='best', total_steps=32, keep_checkpoints=1)
+  config.dataset.validation_fraction = 0.2
+  config.teacher.checkpoint = str(workdir / 'teacher')
+  # Learns for 24 steps, and is then spoilt.
+  config.optimizer.decay_epochs = (24 * config.batch_size / 1150,)
+  config.optimizer.decay_factor = 20.0
+  result = train.train_and_evaluate(config, tmp_path)
+  scores = {
+    row['step']: row['validation/top1']
+    for row in result.history
+    if 'validation/top1' in row
+  }
+  assert not any('test/top1' in row for row in result.history)
+  best = max(scores, key=lambda step: (scores[step], step))
+  assert result.summary['best_step'] == best < 32
+  kept = {int(path.name) for path in (tmp_path / 'checkpoints').glob('[0-9]*')}
+  assert kept == {best, 32}
+  assert result.summary['best_by'] == 'validation'
+  student = result.summary['student']
+  assert student['best'] != student['last']
+  assert result.bundle.info['which'] == 'best'
+  assert result.bundle.info['test'] == student['best']
