@@ -208,10 +208,7 @@ def pool_of(name: str):
   """Returns the pool called 'average', or that of the backbone of that name."""
   if name == 'average':
     return teachers.average_pool
-  backbone = models.build(name)
-  return lambda variables, final: backbone.apply(
-    variables, final, method='pool'
-  )
+  return network_lib.pool_of(models.build(name))
 
 
 def num_params(variables) -> dict[str, int]:

@@ -9,6 +9,7 @@ import difflib
 import importlib
 import itertools
 import json
+import math
 import os
 import runpy
 import sys
@@ -152,8 +153,10 @@ def duration(config: Mapping[str, object], what: str) -> tuple[str, float]:
     names = ' and '.join(f'{what}_{unit}={value}' for unit, value in given)
     raise UserError(f'{names}: give one and set the others to 0')
   unit, value = given[0] if given else ('steps', 0)
-  if value < 0:
-    raise UserError(f'{what}_{unit}={value}: a duration cannot be negative')
+  if not (math.isfinite(value) and value >= 0):
+    raise UserError(
+      f'{what}_{unit}={value}: a duration is finite and cannot be negative'
+    )
   return unit, value
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ijckd_jax import config_utils
 from ijckd_jax import network as network_lib
 from ijckd_jax import outputs
+from ijckd_jax import parallel
 from ijckd_jax import teachers
 
 
@@ -114,7 +115,12 @@ class Distiller:
     """
     if self.reuses_head:
       return self.network
-    return dataclasses.replace(self.network, connector=None, connect_size=None)
+    return dataclasses.replace(
+      self.network,
+      connector=None,
+      connect_size=None,
+      pool=network_lib.pool_of(self.network.backbone),
+    )
 
   def deployed(self, variables, frozen) -> dict[str, Any]:
     """Returns the variables of `deployed_network`.
@@ -196,6 +202,31 @@ def bind(
     backbone, preprocessing, connector, connect_size, pool
   )
   distiller = Distiller(network, method, teacher, num_classes)
-  # What does not fit is said now, not after its teacher has been trained.
-  jax.eval_shape(lambda: distiller.init(jax.random.key(0), image_shape))
+  if not _trace_terms(distiller, image_shape):
+    raise config_utils.UserError(
+      f'there is nothing to learn: every weight of {method} is zero'
+    )
   return distiller
+
+
+def _trace_terms(distiller, image_shape):
+  """Traces a loss and returns its terms' shapes.
+
+  What does not fit is said now, not after its teacher has been trained.
+  """
+
+  def loss(frozen, images):
+    teacher = None
+    if distiller.teacher is not None:
+      teacher = distiller.teacher(frozen, images)
+    variables = distiller.init(jax.random.key(0), image_shape)
+    student, _ = distiller.student(variables, frozen, images)
+    rows = jnp.zeros(images.shape[0], jnp.int32)
+    batch = {'image': images, 'label': rows, 'index': rows, 'epoch': rows}
+    return distiller.method.loss(student, teacher, batch)[1]
+
+  return jax.eval_shape(
+    jax.vmap(loss, in_axes=(None, 0), axis_name=parallel.AXIS),
+    None if distiller.teacher is None else distiller.teacher.frozen,
+    jax.ShapeDtypeStruct((1, 2, *image_shape), jnp.uint8),
+  )

@@ -198,7 +198,7 @@ def build(
   elif teacher is None and needs_teacher:
     teacher = _abstract_teacher(config, dataset, preprocessing, dtype)
   if teacher is not None:
-    _check_classes(teacher, dataset)
+    _check_teacher(teacher, dataset)
   distiller = distiller_lib.bind(
     backbone=backbone,
     preprocessing=preprocessing,
@@ -239,8 +239,9 @@ def load_teacher(config: ml_collections.ConfigDict, dtype) -> teachers.Teacher:
 def _abstract_teacher(config, dataset, preprocessing, dtype):
   """Returns the teacher that is yet to be trained, as shapes."""
   backbone = models.build(config.teacher.backbone, dtype=dtype)
-  pool = bundles.pool_of(config.teacher.backbone)
-  net = network.Network(backbone, preprocessing, None, None, pool)
+  net = network.Network(
+    backbone, preprocessing, None, None, network.pool_of(backbone)
+  )
   images = jnp.zeros((1, *dataset.image_shape), jnp.uint8)
 
   def variables():
@@ -267,12 +268,18 @@ def _abstract_teacher(config, dataset, preprocessing, dtype):
   ).teacher()
 
 
-def _check_classes(teacher, dataset):
+def _check_teacher(teacher, dataset):
   num_classes = len(dataset.class_names)
   if teacher.num_classes != num_classes:
     raise config_utils.UserError(
       f'teacher {teacher.name} tells {teacher.num_classes} classes apart, but '
       f'the data set has {num_classes}: take a teacher trained on it'
+    )
+  num_channels = len(teacher.preprocessing.mean)
+  if num_channels != dataset.image_shape[-1]:
+    raise config_utils.UserError(
+      f'teacher {teacher.name} reads images of {num_channels} channels, but '
+      f"the data set's have {dataset.image_shape[-1]}"
     )
 
 

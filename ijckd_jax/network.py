@@ -45,6 +45,13 @@ def run(module, variables, x, *, train: bool):
   return result, changed.get('batch_stats', {})
 
 
+def pool_of(backbone: models.Backbone):
+  """Returns a backbone's pool as `(variables of the pool, map) -> pooled`."""
+  return lambda variables, final: backbone.apply(
+    variables, final, method='pool'
+  )
+
+
 def part(variables, name: str):
   """Returns one part's collections out of a network's variables."""
   return {kind: variables[kind].get(name, {}) for kind in COLLECTIONS}

@@ -1,5 +1,7 @@
 """Optimizers and learning-rate schedules, from config sections to optax."""
 
+import collections
+
 import jax
 import ml_collections
 import optax
@@ -62,13 +64,13 @@ def make_schedule(
       f'a warm-up of {warmup} steps does not fit into {total_steps} steps'
     )
   if config.schedule == 'step':
+    boundaries = collections.Counter(
+      config_utils.epoch_end(epoch, num_examples, batch_size) - warmup
+      for epoch in config.decay_epochs
+    )
     main = optax.piecewise_constant_schedule(
       config.learning_rate,
-      {
-        config_utils.epoch_end(epoch, num_examples, batch_size)
-        - warmup: config.decay_factor
-        for epoch in config.decay_epochs
-      },
+      {step: config.decay_factor**times for step, times in boundaries.items()},
     )
   else:
     main = optax.cosine_decay_schedule(

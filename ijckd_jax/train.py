@@ -96,7 +96,7 @@ def distill(
     config.dataset.fingerprint = data.fingerprint()
   if isinstance(teacher, teachers.Teacher):
     config.teacher.backbone = teacher.name
-  elif str(teacher) in models.BACKBONES or ':' in str(teacher):
+  elif models.is_name(str(teacher)):
     config.teacher.backbone, teacher = str(teacher), None
   else:
     config.teacher.checkpoint, teacher = str(teacher), None

@@ -56,6 +56,13 @@ def test_help(command):
     (['--config.method.connector=bottlenek'], "did you mean 'bottleneck'"),
     (['--config.method.connector=mlp'], "feature_site='pooled'"),
     (['--config.method.factor=100'], 'factor=100'),
+    (
+      [
+        f'--config.method.{term}_weight=0'
+        for term in ('cross_entropy', 'logit', 'feature')
+      ],
+      'nothing to learn',
+    ),
     (['--config.dataset.name=digit'], "did you mean 'digits'"),
     (['--config.batch_size=many'], 'batch_size'),
     (['--config.batch_size=0'], 'positive multiple'),
@@ -63,6 +70,7 @@ def test_help(command):
     (['--config.total_steps=5'], 'give one'),
     (['--config.total_epochs=0'], 'give one'),
     (['--config.total_epochs=-1'], 'negative'),
+    (['--config.total_epochs=nan'], 'finite'),
     (['--config.mapper=pmpa'], "did you mean 'pmap'"),
     (['--config.dtype=float16'], "did you mean 'bfloat16'"),
     (['--config.optimizer.name=sdg'], "did you mean 'sgd'"),

@@ -35,6 +35,11 @@ BACKBONES = {
 }
 
 
+def is_name(text: str) -> bool:
+  """Returns whether a text names a backbone, rather than a path."""
+  return text in BACKBONES or (':' in text and '/' not in text)
+
+
 def build(name: str, **settings) -> Backbone:
   """Returns the backbone called `name`, or the one at `package.module:Name`.
 
