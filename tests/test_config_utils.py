@@ -45,8 +45,14 @@ def test_duration(given, unit, value):
       'total_epochs=1.0 and total_steps=2: give one',
     ),
     ({'steps': 2, 'examples': 3}, 'total_steps=2 and total_examples=3'),
-    ({'epochs': -0.5}, 'total_epochs=-0.5: a duration cannot be negative'),
-    ({'steps': -1}, 'total_steps=-1: a duration cannot be negative'),
+    (
+      {'epochs': -0.5},
+      'total_epochs=-0.5: .* cannot be negative',
+    ),
+    (
+      {'steps': -1},
+      'total_steps=-1: .* cannot be negative',
+    ),
   ],
 )
 def test_durations_that_cannot_be(given, message):

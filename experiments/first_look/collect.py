@@ -12,8 +12,8 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 METHODS = {
-  'ijckd': ('IJCKD, through the teacher’s head', '#0072B2'),
-  'ce': ('trained alone (cross-entropy)', '#767676'),
+  'ijckd': ('resnet8 by IJCKD', '#0072B2'),
+  'ce': ('resnet8 alone', '#767676'),
 }
 FIELDS = ('top1', 'nll', 'ece', 'agreement', 'kl')
 
@@ -50,7 +50,7 @@ def draw(results, path):
   ax = fig.add_subplot()
   teacher = 100 * results['teacher']['top1']
   ax.axhline(teacher, color='#D55E00', linestyle='--')
-  ends = [(teacher, f'teacher (resnet20) {teacher:.2f}', '#D55E00')]
+  ends = [(teacher, 'teacher, resnet20', f'{teacher:.2f}', '#D55E00')]
   for method, (label, color) in METHODS.items():
     curves = [
       np.array(result['curve'])
@@ -60,13 +60,14 @@ def draw(results, path):
     for curve in curves:
       ax.plot(curve[:, 0], 100 * curve[:, 1], color=color, linewidth=1.3)
     last = [100 * curve[-1, 1] for curve in curves]
-    spread = f' ± {np.std(last, ddof=1):.2f}' if len(last) > 1 else ''
-    text = f'{label}\n{np.mean(last):.2f}{spread}'
-    ends.append((np.mean(last), text, color))
-  for value, text, color in ends:
+    number = f'{np.mean(last):.2f} ± {np.std(last, ddof=1):.2f}'
+    ends.append((np.mean(last), label, number, color))
+  below = np.inf
+  for value, label, number, color in sorted(ends, reverse=True):
+    below = min(value, below - 2.4)  # Labels must not run into each other.
     ax.annotate(
-      text,
-      (1.01, value),
+      f'{label} {number}',
+      (1.01, below + 1),
       xycoords=('axes fraction', 'data'),
       color=color,
       verticalalignment='center',
@@ -76,6 +77,7 @@ def draw(results, path):
   ax.set_ylabel('test top-1, %')
   ax.set_ylim(bottom=40)
   ax.set_xlim(0, curves[0][-1, 0])
+  ax.xaxis.get_major_locator().set_params(integer=True)
   ax.grid(color='#e5e5e5')
   ax.set_axisbelow(True)
   ax.spines[['top', 'right']].set_visible(False)
