@@ -1,5 +1,6 @@
 """Checkpoints of a run: the last few and the best, verified, by Orbax."""
 
+import contextlib
 from typing import Any
 import zlib
 
@@ -13,6 +14,7 @@ from orbax.checkpoint import v1 as ocp
 from ijckd_jax import config_utils
 
 FORMAT_VERSION = 1
+ADVICE = 'remove its folder to continue from the one before'
 
 
 class Checkpoints:
@@ -36,24 +38,25 @@ class Checkpoints:
       keep: how many of the last ones to keep; the best is kept beside them.
       sharding: where restored arrays are put.
     """
-    policies = ocp.training.preservation_policies
-    self._sharding = sharding
-    self._orbax = ocp.training.Checkpointer(
-      epath.Path(directory).resolve(),
-      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(
-        1
-      ),
-      preservation_policy=policies.AnyPreservationPolicy(
-        [
-          policies.LatestN(keep),
-          policies.BestN(
-            get_metric_fn=lambda metrics: metrics['score'],
-            n=1,
-            keep_checkpoints_without_metrics=False,
-          ),
-        ]
-      ),
+    training = ocp.training
+    best = training.preservation_policies.BestN(
+      get_metric_fn=lambda metrics: metrics['score'],
+      n=1,
+      keep_checkpoints_without_metrics=False,
     )
+    last = training.preservation_policies.LatestN(keep)
+    self._directory = epath.Path(directory).resolve()
+    self._sharding = sharding
+    with self._naming_damage('the checkpoints'):
+      self._orbax = training.Checkpointer(
+        self._directory,
+        save_decision_policy=(
+          training.save_decision_policies.FixedIntervalPolicy(1)
+        ),
+        preservation_policy=(
+          training.preservation_policies.AnyPreservationPolicy([last, best])
+        ),
+      )
 
   @property
   def last_step(self) -> int | None:
@@ -85,17 +88,18 @@ class Checkpoints:
     if any(known.step == step for known in self._orbax.checkpoints):
       return
     tree = serialization.to_state_dict(state)
-    self._orbax.save_async(
-      step,
-      tree,
-      force=True,
-      metrics=None if score is None else {'score': score},
-      custom_metadata={
-        'format_version': FORMAT_VERSION,
-        'checksums': _checksums(tree),
-        'memo': memo,
-      },
-    )
+    with _naming_full_disks():
+      self._orbax.save_async(
+        step,
+        tree,
+        force=True,
+        metrics=None if score is None else {'score': score},
+        custom_metadata={
+          'format_version': FORMAT_VERSION,
+          'checksums': _checksums(tree),
+          'memo': memo,
+        },
+      )
 
   def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
     """Returns a checkpoint's state and memo.
@@ -108,39 +112,70 @@ class Checkpoints:
       config_utils.UserError: it is of another format, does not fit `like`, or
         its data is damaged.
     """
-    where = f'the checkpoint {self._orbax.directory / str(step)}'
-    meta = self._orbax.metadata(step).custom_metadata or {}
-    if meta.get('format_version') != FORMAT_VERSION:
-      raise config_utils.UserError(
-        f'{where} has format {meta.get("format_version")}; this version of '
-        f'ijckd_jax reads {FORMAT_VERSION}'
-      )
+    where = f'the checkpoint {step}'
     abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding),
       serialization.to_state_dict(like),
     )
-    try:
-      tree = self._orbax.load(step, abstract)
-    except (OSError, ValueError, KeyError) as error:
-      message = str(error).splitlines()[0]
+    with self._naming_damage(where):
+      meta = self._orbax.metadata(step).custom_metadata
+      version = meta['format_version']
+      if version == FORMAT_VERSION:
+        tree = self._orbax.load(step, abstract)
+        wrong = [
+          key
+          for key, checksum in _checksums(tree).items()
+          if meta['checksums'].get(key) != checksum
+        ]
+    if version != FORMAT_VERSION:
       raise config_utils.UserError(
-        f'{where} cannot be read: {message}'
-      ) from error
-    for key, checksum in _checksums(tree).items():
-      if meta['checksums'].get(key) != checksum:
-        raise config_utils.UserError(
-          f'{where} is damaged: {key} is not what was saved; remove it to '
-          'continue from the one before'
-        )
+        f'{where} in {self._directory} has format {version}; this version of '
+        f'ijckd_jax reads {FORMAT_VERSION}'
+      )
+    if wrong:
+      raise config_utils.UserError(
+        f'{where} in {self._directory} is damaged: {wrong[0]} is not what was '
+        f'saved; {ADVICE}'
+      )
     return serialization.from_state_dict(like, tree), meta['memo']
 
   def wait(self) -> None:
-    """Returns when everything is on the disk."""
-    self._orbax.wait()
+    """Returns when everything is on the disk.
+
+    Raises:
+      OSError: something could not be written.
+    """
+    with _naming_full_disks():
+      self._orbax.wait()
 
   def close(self) -> None:
     """Waits and frees what was held."""
-    self._orbax.close()
+    with _naming_full_disks():
+      self._orbax.close()
+
+  @contextlib.contextmanager
+  def _naming_damage(self, what: str):
+    """Turns whatever Orbax raises on damaged files into one line."""
+    try:
+      yield
+    except Exception as error:
+      message = ' '.join(f'{type(error).__name__}: {error}'.split())
+      raise config_utils.UserError(
+        f'{what} in {self._directory} cannot be read ({message[:120]}); '
+        f'{ADVICE}'
+      ) from error
+
+
+@contextlib.contextmanager
+def _naming_full_disks():
+  """Turns TensorStore's errors of writing into OSError."""
+  try:
+    yield
+  except ValueError as error:
+    message = ' '.join(str(error).split())
+    raise OSError(
+      f'a checkpoint could not be written: {message[:200]}'
+    ) from error
 
 
 def _checksums(tree: Any) -> dict[str, int]:

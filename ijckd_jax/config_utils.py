@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import dataclasses
 import difflib
 import importlib
-import itertools
 import json
 import math
 import os
 import runpy
 import sys
+import traceback
 
 from absl import flags
 import ml_collections
@@ -30,6 +30,12 @@ def unknown(kind: str, name: str, known: Sequence[str]) -> UserError:
   return UserError(
     f'unknown {kind} {name!r}{hint} known: {", ".join(sorted(known))}'
   )
+
+
+def check_positive(name: str, value: float) -> None:
+  """Raises UserError unless a number is positive and finite."""
+  if not (math.isfinite(value) and value > 0):
+    raise UserError(f'{name}={value}: it must be positive')
 
 
 def resolve(kind: str, name: str, table: Mapping[str, object]):
@@ -105,8 +111,17 @@ def parse_arg(arg: str | None, **defaults: str) -> ml_collections.ConfigDict:
 
 def section(cls: type, name: str) -> ml_collections.ConfigDict:
   """Returns a config section: `name`, and the fields of `cls` by default."""
-  values = {field.name: field.default for field in dataclasses.fields(cls)}
+  values = {field.name: field.default for field in _fields(cls, name)}
   return ml_collections.ConfigDict({'name': name, **values})
+
+
+def _fields(cls, name):
+  """Returns the fields of a method or data set that a name stands for."""
+  if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+    raise UserError(
+      f'{name!r} is no dataclass, as methods and data sets must be'
+    )
+  return dataclasses.fields(cls)
 
 
 def instantiate(kind: str, cls: type, config: Mapping[str, object]):
@@ -115,7 +130,7 @@ def instantiate(kind: str, cls: type, config: Mapping[str, object]):
   Raises:
     UserError: the section has a field that `cls` does not know.
   """
-  fields = {field.name: field for field in dataclasses.fields(cls)}
+  fields = {field.name: field for field in _fields(cls, config['name'])}
   values = {key: value for key, value in config.items() if key != 'name'}
   for key in values:
     if key not in fields:
@@ -181,34 +196,38 @@ def to_steps(
     Steps, rounded to the nearest and at least one a time; 0 where no duration
     is given.
   """
-  unit, value = duration(config, what)
-  if not value:
-    return 0
-  examples = {'epochs': num_examples, 'steps': batch_size, 'examples': 1}
-  return max(times, round(times * value * examples[unit] / batch_size))
+  return round(times * _period(config, what, num_examples, batch_size))
 
 
-def period_ends(
+def is_period_end(
   config: Mapping[str, object],
   what: str,
+  step: int,
   *,
   num_examples: int,
   batch_size: int,
-  total_steps: int,
-) -> frozenset[int]:
-  """Returns the steps at which periods of the duration `what` end."""
-  ends = set()
-  for times in itertools.count(1):
-    end = to_steps(
-      config,
-      what,
-      num_examples=num_examples,
-      batch_size=batch_size,
-      times=times,
-    )
-    if not end or end > total_steps:
-      return frozenset(ends)
-    ends.add(end)
+) -> bool:
+  """Returns whether a period of the duration `what` ends at a step.
+
+  Args:
+    config: as `duration` takes it; where none is given, no period ends.
+    what: as `duration` takes it.
+    step: counted from 1.
+    num_examples: examples in an epoch.
+    batch_size: examples in a step.
+  """
+  period = _period(config, what, num_examples, batch_size)
+  if not period:
+    return False
+  times = round(step / period)
+  return step in {round(t * period) for t in (times - 1, times, times + 1)}
+
+
+def _period(config, what, num_examples, batch_size) -> float:
+  """Returns a duration in steps, at least one; 0 where none is given."""
+  unit, value = duration(config, what)
+  examples = {'epochs': num_examples, 'steps': batch_size, 'examples': 1}
+  return max(1.0, value * examples[unit] / batch_size) if value else 0.0
 
 
 def epoch_end(epoch: float, num_examples: int, batch_size: int) -> int:
@@ -236,16 +255,31 @@ def load(reference: str) -> ml_collections.ConfigDict:
     reference: `FILE`, or `FILE:ARG` for a `get_config` that takes an argument.
 
   Raises:
-    UserError: there is no such file, it has no `get_config`, or it does not
-      take the argument.
+    UserError: there is no such file, or its code fails.
   """
   path, separator, arg = reference.partition(':')
   if not os.path.isfile(path):
     raise UserError(f'there is no config file {path!r}')
-  get_config = runpy.run_path(path).get('get_config')
-  if get_config is None:
-    raise UserError(f'{path} has no get_config()')
-  return get_config(arg) if separator else get_config()
+  try:
+    get_config = runpy.run_path(path).get('get_config')
+    if get_config is None:
+      raise UserError(f'{path} has no get_config()')
+    config = get_config(arg) if separator else get_config()
+  except UserError:
+    raise
+  except Exception as error:  # It is the user's code: anything may be raised.
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    line = getattr(error, 'lineno', None) or (lines or ['?'])[-1]
+    raise UserError(
+      f'{path}, line {line}: {type(error).__name__}: {error}'
+    ) from error
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise UserError(
+      f'{path}: get_config() must return the ml_collections.ConfigDict that '
+      f'experiment.default_config() makes, not {type(config).__name__}'
+    )
+  return config
 
 
 def apply_flags(
@@ -339,4 +373,7 @@ def run_command(command: Callable[[list[str]], int | None]) -> None:
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     code = 2
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
+    code = 130
   sys.exit(code or 0)

@@ -161,6 +161,21 @@ CONNECTORS = {
 }
 
 
+def get(name: str) -> type[Connector]:
+  """Returns the connector class called `name`, or at `package.module:Name`.
+
+  Raises:
+    config_utils.UserError: there is no such connector, or it is something else.
+  """
+  cls = config_utils.resolve('connector', name, CONNECTORS)
+  if not (isinstance(cls, type) and issubclass(cls, Connector)):
+    raise config_utils.UserError(
+      f'{name!r} is not a connector: it must be a subclass of '
+      'connectors.Connector'
+    )
+  return cls
+
+
 def build(name: str, teacher, *, factor: int | None = None, **fields):
   """Returns the connector called `name` for a teacher's representation.
 
@@ -173,10 +188,12 @@ def build(name: str, teacher, *, factor: int | None = None, **fields):
   Raises:
     config_utils.UserError: there is no such connector.
   """
-  cls = config_utils.resolve('connector', name, CONNECTORS)
+  cls = get(name)
   known = {field.name for field in dataclasses.fields(cls)}
   if factor is not None and 'factor' in known:
     fields['factor'] = factor
   takes = fields.get('takes', cls.takes)
-  target = teacher.final if takes == 'map' else teacher.pooled
-  return cls(features=target.shape[-1], signed=teacher.signed, **fields)
+  target, signed = teacher.final, teacher.signed
+  if takes == 'pooled':
+    target, signed = teacher.pooled, teacher.pooled_signed
+  return cls(features=target.shape[-1], signed=signed, **fields)

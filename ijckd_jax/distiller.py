@@ -38,36 +38,8 @@ class Distiller:
     self, key: jax.Array, image_shape: tuple[int, int, int]
   ) -> dict[str, Any]:
     """Returns fresh 'params' and 'batch_stats' of what is trained."""
-    backbone_key, connector_key, head_key = jax.random.split(key, 3)
-    net = self.network
-    images = jnp.zeros((1, *image_shape), jnp.uint8)
-    x = net.preprocessing(images)
-    features, parts = self._init(net.backbone, backbone_key, x)
-    modules = {'backbone': parts}
-    if net.connector is not None:
-      if net.connector.takes == 'pooled':
-        x = features.pooled[:, None, None, :]
-      else:
-        size = net.connect_size
-        x = jnp.zeros((1, *size, features.final.shape[-1]))
-      _, modules['connector'] = self._init(net.connector, connector_key, x)
-    params = {name: part['params'] for name, part in modules.items()}
-    if not self.reuses_head:
-      params['head'] = net.backbone.init_head(
-        head_key, features.pooled.shape[-1], self.num_classes
-      )
-    return {
-      'params': params,
-      'batch_stats': {
-        name: part['batch_stats'] for name, part in modules.items()
-      },
-    }
-
-  def _init(self, module, key, x):
-    result, variables = module.init_with_output(key, x, train=False)
-    return result, {
-      kind: variables.get(kind, {}) for kind in network_lib.COLLECTIONS
-    }
+    num_classes = None if self.reuses_head else self.num_classes
+    return self.network.init(key, image_shape, num_classes)
 
   def student(self, variables, frozen, images: jax.Array):
     """Runs the student in training on the shared view.
@@ -120,6 +92,7 @@ class Distiller:
       connector=None,
       connect_size=None,
       pool=network_lib.pool_of(self.network.backbone),
+      pool_signed=False,
     )
 
   def deployed(self, variables, frozen) -> dict[str, Any]:
@@ -134,7 +107,8 @@ class Distiller:
       return {
         'params': {**variables['params'], 'head': frozen['head']},
         'batch_stats': variables['batch_stats'],
-        'pool': frozen['pool'],
+        # A connector on pooled features stands behind the pool.
+        'pool': frozen['pool'] if self.network.pools_map else {},
       }
     kept = {
       kind: {k: v for k, v in variables[kind].items() if k != 'connector'}
@@ -169,7 +143,8 @@ def bind(
   Raises:
     config_utils.UserError: the pair does not fit; nothing has been compiled.
   """
-  connector, connect_size, pool = None, None, teachers.average_pool
+  connector, connect_size = None, None
+  pool, pool_signed = teachers.average_pool, False
   if teacher is not None:
     target = teacher.shapes(image_shape)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
@@ -185,9 +160,15 @@ def bind(
       features.pooled,
       backbone.signed,
       backbone.pools_map,
+      backbone.pooled_signed,
     )
     connector = method.build_connector(source, target)
-    pool = teacher.pool
+    pool, pool_signed = teacher.pool, teacher.pooled_signed
+  if method.predicts_with == 'teacher' and connector is None:
+    raise config_utils.UserError(
+      f"{method} predicts with the teacher's head, but builds no connector to "
+      "it: return one from build_connector, or say predicts_with = 'own'"
+    )
   if connector is not None:
     connector = connector.clone(axis_name=axis_name, dtype=dtype)
     if connector.takes == 'map':
@@ -199,7 +180,7 @@ def bind(
       sizes = zip(source.final.shape[1:3], target.final.shape[1:3], strict=True)
       connect_size = tuple(min(pair) for pair in sizes)
   network = network_lib.Network(
-    backbone, preprocessing, connector, connect_size, pool
+    backbone, preprocessing, connector, connect_size, pool, pool_signed
   )
   distiller = Distiller(network, method, teacher, num_classes)
   if not _trace_terms(distiller, image_shape):

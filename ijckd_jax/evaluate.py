@@ -14,6 +14,12 @@ import numpy as np
 
 from ijckd_jax import config_utils
 
+BOOLEANS = {
+  **dict.fromkeys(('true', 'True', '1'), True),
+  **dict.fromkeys(('false', 'False', '0'), False),
+}
+READERS = {bool: BOOLEANS.__getitem__, int: int, float: float, str: str}
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -22,7 +28,8 @@ class Evaluation:
   Attributes:
     metrics: 'top1', 'top5' (for more than 5 classes), 'nll', 'ece', and where
       there is a teacher 'agreement' with it and 'kl' to it.
-    confusion: (K, K) counts, true class by predicted.
+    confusion: (K, K) int64, true class by predicted, of this process's
+      labelled examples.
     predictions: (N,) predicted classes of this process's examples.
     indices: (N,) which examples these are.
     teacher: the same of the teacher; None where there is none.
@@ -81,15 +88,20 @@ def make_evaluator(
       rows.append(
         {
           name: values[batch['mask']]
-          for name, values in {**predicted, 'index': batch['index']}.items()
+          for name, values in {
+            **predicted,
+            'index': batch['index'],
+            'label': batch['label'],
+          }.items()
         }
       )
     joined = {name: np.concatenate([r[name] for r in rows]) for name in rows[0]}
+    num_classes = variables['params']['head']['bias'].shape[0]
 
     def evaluation(name, more, below):
       return Evaluation(
         {**metrics.summarize(totals[name]), **more},
-        totals[name]['confusion'].astype(np.int64),
+        _confusion(joined['label'], joined[name], num_classes),
         joined[name],
         joined['index'],
         below,
@@ -101,6 +113,14 @@ def make_evaluator(
     return evaluation('student', pair, evaluation('teacher', {}, None))
 
   return evaluate
+
+
+def _confusion(labels, predictions, num_classes):
+  """Returns (K, K) int64 counts of the labelled examples."""
+  counts = np.zeros((num_classes, num_classes), np.int64)
+  labelled = labels >= 0
+  np.add.at(counts, (labels[labelled], predictions[labelled]), 1)
+  return counts
 
 
 def main(argv: list[str]) -> None:
@@ -127,26 +147,26 @@ def main(argv: list[str]) -> None:
   parser.add_argument(
     '--batch_size', type=int, help='default: as in the run that made the bundle'
   )
+  parser.add_argument(
+    '--trust_code',
+    action='store_true',
+    help='the bundle may name code outside the package, which is imported',
+  )
   parser.add_argument('--json', action='store_true', help='print JSON')
   flags = parser.parse_args(argv)
 
   from ijckd_jax import bundles
   from ijckd_jax import parallel
 
-  bundle = bundles.load(flags.bundle)
+  bundle = bundles.load(flags.bundle, trust_code=flags.trust_code)
+  batch_size = _batch_size(bundle, flags)
   dataset = _dataset(bundle, flags)
-  num_classes = len(dataset.class_names)
-  if num_classes != len(bundle.class_names):
-    raise config_utils.UserError(
-      f'the bundle tells {len(bundle.class_names)} classes apart, but the data '
-      f'set has {num_classes}'
-    )
-  if dataset.image_shape[-1] != bundle.image_shape[-1]:
-    raise config_utils.UserError(
-      f'the bundle reads images of {bundle.image_shape[-1]} channels, but the '
-      f"data set's have {dataset.image_shape[-1]}"
-    )
-  teacher = flags.teacher and bundles.load(flags.teacher).teacher()
+  _check_fits('bundle', bundle, dataset)
+  teacher = None
+  if flags.teacher:
+    judge = bundles.load(flags.teacher, trust_code=flags.trust_code)
+    _check_fits('teacher', judge, dataset)
+    teacher = judge.teacher()
   arrays = dataset.load(flags.split)
   if not len(arrays):
     raise config_utils.UserError(f'the split {flags.split!r} is empty')
@@ -154,8 +174,8 @@ def main(argv: list[str]) -> None:
   evaluator = make_evaluator(
     bundle.network,
     mapper=mapper,
-    batch_size=flags.batch_size or bundle.info.get('eval_batch_size', 256),
-    teacher=teacher or None,
+    batch_size=batch_size,
+    teacher=teacher,
   )
   frozen = mapper.replicate(teacher.frozen) if teacher else None
   result = evaluator(bundle.variables, frozen, arrays)
@@ -171,28 +191,82 @@ def main(argv: list[str]) -> None:
     print(f'{name}: {shown}')
 
 
+def _batch_size(bundle, flags: argparse.Namespace) -> int:
+  """Returns the rows of a batch, which the devices share."""
+  import jax
+
+  batch_size = flags.batch_size
+  if batch_size is None:
+    batch_size = bundle.info.get('eval_batch_size', 256)
+  num_devices = jax.local_device_count()
+  if batch_size < 1 or batch_size % num_devices:
+    raise config_utils.UserError(
+      f'--batch_size {batch_size}: it must be a positive multiple of the '
+      f'{num_devices} devices'
+    )
+  return batch_size
+
+
+def _check_fits(what: str, bundle, dataset) -> None:
+  """Raises where a bundle cannot be evaluated on a data set."""
+  num_classes = len(dataset.class_names)
+  if num_classes != len(bundle.class_names):
+    raise config_utils.UserError(
+      f'the {what} tells {len(bundle.class_names)} classes apart, but the data '
+      f'set has {num_classes}'
+    )
+  if dataset.image_shape[-1] != bundle.image_shape[-1]:
+    raise config_utils.UserError(
+      f'the {what} reads images of {bundle.image_shape[-1]} channels, but the '
+      f"data set's have {dataset.image_shape[-1]}"
+    )
+
+
 def _dataset(bundle, flags: argparse.Namespace):
   """Returns the data set that the flags ask for."""
   from ijckd_jax import datasets
 
-  made_on = dict(bundle.info.get('dataset', {}))
+  made_on = bundle.info.get('dataset', {})
   name = flags.dataset or made_on.get('name')
-  if not name:
+  if not name or not isinstance(name, str):
     raise config_utils.UserError('the bundle names no data set: give --dataset')
+  if not flags.dataset:
+    if name == 'arrays':
+      raise config_utils.UserError(
+        'the bundle was trained on arrays from Python, which it does not hold: '
+        'give --dataset'
+      )
+    if name not in datasets.DATASETS and not flags.trust_code:
+      raise config_utils.UserError(
+        f'the bundle was trained on {name!r}, which is code outside the '
+        'package: give --trust_code to import it, or --dataset'
+      )
   cls = datasets.get(name)
   fields = config_utils.section(cls, name)
   if name == made_on.get('name'):
-    fields.update(made_on)
-  given = config_utils.parse_arg(
-    flags.dataset_fields, **{key: '' for key in fields if key != 'name'}
-  )
-  for key, value in given.items():
-    if value:
-      kind = type(fields[key])
-      fields[key] = value == 'True' if kind is bool else kind(value)
+    config_utils.override(fields, made_on)
+  try:
+    _set_fields(fields, flags.dataset_fields)
+  except config_utils.UserError as error:
+    raise config_utils.UserError(f'--dataset_fields: {error}') from error
   if flags.data_dir is not None:
     fields.data_dir = flags.data_dir
   return config_utils.instantiate('dataset', cls, fields)
+
+
+def _set_fields(fields, arg: str | None) -> None:
+  """Sets the fields that `key=value,key=value` names, by their types."""
+  unset = {key: None for key in fields if key != 'name'}
+  for key, text in config_utils.parse_arg(arg, **unset).items():
+    if text is None:
+      continue
+    kind = type(fields[key])
+    try:
+      fields[key] = READERS[kind](text)
+    except (KeyError, ValueError) as error:
+      raise config_utils.UserError(
+        f'{key}={text!r} is not of type {kind.__name__}'
+      ) from error
 
 
 if __name__ == '__main__':

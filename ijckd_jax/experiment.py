@@ -51,7 +51,9 @@ def default_config(
   config.teacher = {
     'backbone': teacher,
     'checkpoint': '',  # A bundle or a run; empty: train the teacher first.
+    'fingerprint': 0,  # Of its arrays; a run fills it in.
     'learning_rate': 0.05,
+    'seed': 1000,  # Unlike the student's, lest they start alike.
     'total_epochs': 0.0,  # All three 0: as long as the student.
     'total_steps': 0,
     'total_examples': 0,
@@ -90,6 +92,8 @@ def teacher_config(
   own.student.backbone = config.teacher.backbone
   own.method = config_utils.section(methods.get('ce'), 'ce')
   own.optimizer.learning_rate = config.teacher.learning_rate
+  own.seed = config.teacher.seed
+  own.ema_decay = 0.0
   if config_utils.duration(config.teacher, 'total')[1]:
     for unit in config_utils.UNITS:
       own[f'total_{unit}'] = config.teacher[f'total_{unit}']
@@ -130,14 +134,14 @@ class Experiment:
       batch_size=self.config.batch_size,
     )
 
-  def period_ends(self, what: str, num_examples: int) -> frozenset[int]:
-    """Returns the steps at which `what` ('log', 'eval', ...) is due."""
-    return config_utils.period_ends(
+  def is_due(self, what: str, step: int, num_examples: int) -> bool:
+    """Returns whether 'log', 'eval' or 'checkpoint' is due after a step."""
+    return config_utils.is_period_end(
       self.config,
       what,
+      step,
       num_examples=num_examples,
       batch_size=self.config.batch_size,
-      total_steps=self.total_steps(num_examples),
     )
 
   def optimizer(
@@ -227,7 +231,9 @@ def load_teacher(config: ml_collections.ConfigDict, dtype) -> teachers.Teacher:
     config_utils.UserError: there is none, or it has another backbone.
   """
   path = config.teacher.checkpoint
-  bundle = bundles.load(path, dtype=dtype)
+  # A config is code already: what it names, it trusts.
+  trusted = ':' in config.teacher.backbone
+  bundle = bundles.load(path, dtype=dtype, trust_code=trusted)
   if config.teacher.backbone not in ('', bundle.backbone_name):
     raise config_utils.UserError(
       f'the teacher in {path} is a {bundle.backbone_name}, but the config '
@@ -295,7 +301,18 @@ def _check_numbers(config):
     raise config_utils.unknown('mapper', config.mapper, parallel.MAPPERS)
   if config.bundle not in ('last', 'best'):
     raise config_utils.unknown('bundle', config.bundle, ('last', 'best'))
+  if config.seed < 0 or config.teacher.seed < 0:
+    raise config_utils.UserError('a seed cannot be negative')
   num_devices = jax.device_count()
+  if config.num_cpu_devices > 1 and (
+    jax.default_backend() == 'cpu'
+    and config.num_cpu_devices != jax.local_device_count()
+  ):
+    raise config_utils.UserError(
+      f'num_cpu_devices={config.num_cpu_devices}, but JAX has started with '
+      f'{jax.local_device_count()}: from Python, set jax_num_cpu_devices by '
+      'jax.config.update before anything else'
+    )
   for name in ('batch_size', 'eval_batch_size'):
     if config[name] < 1 or config[name] % num_devices:
       raise config_utils.UserError(

@@ -24,8 +24,8 @@ from ijckd_jax import train_state
 # How far the host may run ahead of the devices: each step holds its batch.
 MAX_STEPS_AHEAD = 8
 STOPPED = (
-  'training stops, and the last good checkpoint is kept. Lower the learning '
-  'rate, or clip the gradient (optimizer.clip_norm)'
+  'training stops; checkpoints saved before are kept. Lower the learning rate, '
+  'or clip the gradient (optimizer.clip_norm)'
 )
 
 logger = logging.getLogger('ijckd_jax')
@@ -84,9 +84,9 @@ class Progress:
   seconds: float = 0.0
 
   @property
-  def images_per_second(self) -> float:
-    """Training speed; not a number where none was measured."""
-    return self.examples / self.seconds if self.seconds else float('nan')
+  def images_per_second(self) -> float | None:
+    """Training speed; None where none was measured."""
+    return self.examples / self.seconds if self.seconds else None
 
 
 @dataclasses.dataclass
@@ -133,10 +133,6 @@ class Loop:
     exp, config = self.experiment, self.experiment.config
     num_examples = len(self.splits['train'])
     total_steps = exp.total_steps(num_examples)
-    due = {
-      what: exp.period_ends(what, num_examples) | {total_steps}
-      for what in ('log', 'eval', 'checkpoint')
-    }
     tx, schedule = exp.optimizer(num_examples)
     p_train_step = exp.mapper.map(
       functools.partial(
@@ -177,7 +173,8 @@ class Loop:
           jax.block_until_ready(pending[-MAX_STEPS_AHEAD])
         line.advance()
         log, evaluation, save = (
-          step in due[what] for what in ('log', 'eval', 'checkpoint')
+          step == total_steps or exp.is_due(what, step, num_examples)
+          for what in ('log', 'eval', 'checkpoint')
         )
         if not (
           log or evaluation or save or stop.requested or step == start + 1
@@ -196,8 +193,9 @@ class Loop:
             'train/learning_rate': float(schedule(step - 1)),
           }
           row |= {
-            f'train/{name}': total / count if count else float('nan')
+            f'train/{name}': total / count
             for name, (total, count) in progress.sums.items()
+            if count  # There is no accuracy without labels.
           }
           if progress.seconds > before['seconds']:
             row['train/images_per_second'] = (
@@ -222,8 +220,8 @@ class Loop:
         if stop.requested and step < total_steps:
           self.store.wait()
           raise Interrupted(
-            f'stopped after step {step} of {total_steps}; it is saved, and the '
-            'same command continues from there'
+            f'{self.name} stopped after step {step} of {total_steps}; it is '
+            'saved, and the same command continues from there'
           )
         clock = time.perf_counter()
     return state

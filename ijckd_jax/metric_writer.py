@@ -7,6 +7,8 @@ from typing import Protocol
 
 from etils import epath
 
+from ijckd_jax import config_utils
+
 
 class MetricWriter(Protocol):
   """What a tracker must offer; nothing needs to be inherited."""
@@ -30,7 +32,7 @@ class JsonLinesWriter:
     """
     self._path = epath.Path(path)
     kept = [row for row in read_rows(path) if row['step'] <= resume_step]
-    partial = self._path.with_name(f'.{self._path.name}.partial')
+    partial = self._path.with_name(f'.{self._path.name}.rows.partial')
     partial.write_text(''.join(json.dumps(row) + '\n' for row in kept))
     partial.replace(self._path)
     self._file = self._path.open('a')
@@ -48,16 +50,27 @@ class JsonLinesWriter:
 
 
 def read_rows(path: epath.PathLike) -> list[dict]:
-  """Returns the rows of a metrics file, without a half-written last one."""
+  """Returns the rows of a metrics file, without a half-written last one.
+
+  Raises:
+    config_utils.UserError: another line is not a row.
+  """
   path = epath.Path(path)
   if not path.exists():
     return []
+  lines = path.read_bytes().splitlines(keepends=True)
   rows = []
-  for line in path.read_text().splitlines():
+  for number, line in enumerate(lines, 1):
     try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
+      row = json.loads(line)
+      row['step'] + 0
+    except (KeyError, TypeError, ValueError) as error:
+      if number == len(lines) and not line.endswith(b'\n'):
+        break  # The process was killed as it wrote.
+      raise config_utils.UserError(
+        f'{path}, line {number}: not a row of metrics; mend or remove it'
+      ) from error
+    rows.append(row)
   return rows
 
 
@@ -69,7 +82,7 @@ class TensorBoardWriter:
     import tensorboardX  # Takes a while; only runs that write need it.
 
     self._writer = tensorboardX.SummaryWriter(
-      str(directory), purge_step=resume_step + 1 if resume_step else None
+      str(directory), purge_step=resume_step + 1
     )
 
   def write(self, step, scalars):

@@ -18,19 +18,15 @@ def prediction_sums(
     mask: (B,) bool; False rows are not counted.
 
   Returns:
-    Sums over the counted rows: 'examples', 'top1', 'top5', 'nll' (scalars), of
-    calibration bins by confidence 'bin_examples', 'bin_confidence', 'bin_top1'
-    (15,), and 'confusion' (K, K), true class by predicted.
+    Sums over the counted rows: 'examples', 'top1', 'nll' and, for more than 5
+    classes, 'top5' (scalars), and of calibration bins by confidence
+    'bin_examples', 'bin_confidence', 'bin_top1' (15,).
   """
-  num_classes = logits.shape[-1]
   counted = (mask & (labels >= 0)).astype(jnp.float32)
   labels = jnp.maximum(labels, 0)
   log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
   label_log_probs = jnp.take_along_axis(log_probs, labels[:, None], axis=1)
-  predictions = jnp.argmax(logits, axis=-1)
-  correct = counted * (predictions == labels)
-  _, top5 = jax.lax.top_k(logits, min(5, num_classes))
-  in_top5 = counted * jnp.any(top5 == labels[:, None], axis=1)
+  correct = counted * (jnp.argmax(logits, axis=-1) == labels)
   confidence = jnp.exp(jnp.max(log_probs, axis=-1))
   bins = jnp.clip(jnp.ceil(confidence * NUM_BINS) - 1, 0, NUM_BINS - 1)
   bins = bins.astype(jnp.int32)
@@ -38,19 +34,19 @@ def prediction_sums(
   def by_bin(values):
     return jax.ops.segment_sum(values, bins, NUM_BINS)
 
-  cells = labels * num_classes + predictions
-  return {
+  sums = {
     'examples': jnp.sum(counted),
     'top1': jnp.sum(correct),
-    'top5': jnp.sum(in_top5),
     'nll': -jnp.sum(jnp.where(counted > 0, label_log_probs[:, 0], 0.0)),
     'bin_examples': by_bin(counted),
     'bin_confidence': by_bin(jnp.where(counted > 0, confidence, 0.0)),
     'bin_top1': by_bin(correct),
-    'confusion': jax.ops.segment_sum(counted, cells, num_classes**2).reshape(
-      num_classes, num_classes
-    ),
   }
+  if logits.shape[-1] > 5:
+    _, top5 = jax.lax.top_k(logits, 5)
+    in_top5 = jnp.any(top5 == labels[:, None], axis=1)
+    sums['top5'] = jnp.sum(counted * in_top5)
+  return sums
 
 
 def pair_sums(
@@ -84,7 +80,7 @@ def summarize(sums: dict[str, np.ndarray]) -> dict[str, float]:
   """
   count = sums['examples']
   result = {'top1': float(sums['top1'] / count)}
-  if sums['confusion'].shape[0] > 5:
+  if 'top5' in sums:
     result['top5'] = float(sums['top5'] / count)
   result['nll'] = float(sums['nll'] / count)
   gaps = np.abs(sums['bin_top1'] - sums['bin_confidence'])

@@ -14,6 +14,7 @@ from ijckd_jax import models
 from ijckd_jax import outputs
 
 COLLECTIONS = ('params', 'batch_stats')
+POOL_PREFIX = 'pool_'  # Of the names of a pool's layers, see models.Backbone.
 
 
 def classify(head: dict[str, jax.Array], pooled: jax.Array) -> jax.Array:
@@ -52,6 +53,15 @@ def pool_of(backbone: models.Backbone):
   )
 
 
+def pool_variables(variables):
+  """Returns the pool's share of a backbone's 'params' and 'batch_stats'."""
+  share = {
+    kind: {k: v for k, v in tree.items() if k.startswith(POOL_PREFIX)}
+    for kind, tree in variables.items()
+  }
+  return {kind: tree for kind, tree in share.items() if tree}
+
+
 def part(variables, name: str):
   """Returns one part's collections out of a network's variables."""
   return {kind: variables[kind].get(name, {}) for kind in COLLECTIONS}
@@ -71,6 +81,8 @@ class Network:
     connect_size: (h, w) to which the map is averaged before the connector.
     pool: `(variables of the pool, map) -> pooled`; of the teacher's backbone
       where there is a connector.
+    pool_signed: whether the teacher's `pooled` can be negative; only asked for
+      where there is a connector.
   """
 
   backbone: models.Backbone
@@ -78,6 +90,46 @@ class Network:
   connector: connectors.Connector | None
   connect_size: tuple[int, int] | None
   pool: Callable[[Any, jax.Array], jax.Array]
+  pool_signed: bool = False
+
+  def init(
+    self,
+    key: jax.Array,
+    image_shape: tuple[int, int, int],
+    num_classes: int | None,
+  ) -> dict[str, Any]:
+    """Returns fresh 'params' and 'batch_stats' of what is trained.
+
+    Args:
+      key: random key.
+      image_shape: (H, W, C) of the uint8 images.
+      num_classes: K of the backbone's own head; None: it has none.
+    """
+    backbone_key, connector_key, head_key = jax.random.split(key, 3)
+    x = self.preprocessing(jnp.zeros((1, *image_shape), jnp.uint8))
+    features, parts = self._init(self.backbone, backbone_key, x)
+    modules = {'backbone': parts}
+    if self.connector is not None:
+      if self.connector.takes == 'pooled':
+        x = features.pooled[:, None, None, :]
+      else:
+        x = jnp.zeros((1, *self.connect_size, features.final.shape[-1]))
+      _, modules['connector'] = self._init(self.connector, connector_key, x)
+    params = {name: part['params'] for name, part in modules.items()}
+    if num_classes is not None:
+      params['head'] = self.backbone.init_head(
+        head_key, features.pooled.shape[-1], num_classes
+      )
+    return {
+      'params': params,
+      'batch_stats': {
+        name: part['batch_stats'] for name, part in modules.items()
+      },
+    }
+
+  def _init(self, module, key, x):
+    result, variables = module.init_with_output(key, x, train=False)
+    return result, {kind: variables.get(kind, {}) for kind in COLLECTIONS}
 
   def connect(self, variables, features, pool_variables, head, *, train):
     """Returns outputs.Connected and the connector's batch statistics."""
@@ -126,6 +178,15 @@ class Network:
     if self.connector is None:
       return self.backbone.signed
     return self.connector.signed
+
+  @property
+  def pooled_signed(self) -> bool:
+    """Whether `pooled` can be negative."""
+    if self.connector is None:
+      return self.backbone.pooled_signed
+    if self.connector.takes == 'pooled':
+      return self.connector.signed
+    return self.connector.signed or self.pool_signed
 
   @property
   def pools_map(self) -> bool:

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules, from config sections to optax."""
 
 import collections
+import math
 
 import jax
 import ml_collections
@@ -52,8 +53,9 @@ def make_schedule(
     total_steps: steps of the whole run.
 
   Raises:
-    config_utils.UserError: the schedule is unknown, or two warm-ups are given.
+    config_utils.UserError: the schedule is unknown, or a number cannot be.
   """
+  config_utils.check_positive('optimizer.learning_rate', config.learning_rate)
   if config.schedule not in SCHEDULES:
     raise config_utils.unknown('schedule', config.schedule, SCHEDULES)
   warmup = config_utils.to_steps(
@@ -91,8 +93,18 @@ def make_optimizer(
   does; AdamW decouples it.
 
   Raises:
-    config_utils.UserError: the optimizer is unknown.
+    config_utils.UserError: the optimizer is unknown, or a number cannot be.
   """
+  for name, limit in (
+    ('momentum', 1),
+    ('beta2', 1),
+    ('weight_decay', math.inf),
+    ('clip_norm', math.inf),
+  ):
+    if not 0 <= config[name] < limit:
+      raise config_utils.UserError(
+        f'optimizer.{name}={config[name]}: it must be in [0, {limit})'
+      )
   mask = None if config.decay_norm_and_bias else _only_kernels
   if config.name == 'sgd':
     steps = [

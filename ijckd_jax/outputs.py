@@ -68,6 +68,7 @@ class Shapes:
     pooled: ShapeDtypeStruct of the pooled features.
     signed: whether `final` can be negative.
     pools_map: whether `pooled` is a function of `final`.
+    pooled_signed: whether `pooled` can be negative; None: as `signed`.
   """
 
   stages: tuple[Any, ...]
@@ -75,3 +76,8 @@ class Shapes:
   pooled: Any
   signed: bool = False
   pools_map: bool = True
+  pooled_signed: bool | None = None
+
+  def __post_init__(self):
+    if self.pooled_signed is None:
+      object.__setattr__(self, 'pooled_signed', self.signed)

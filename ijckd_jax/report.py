@@ -173,7 +173,8 @@ def _circumstances(workdir, summary):
     '- versions: ' + ', '.join(f'{name} {number}' for name, number in versions),
   ]
   page = f'teacher/{workdirs.REPORT}'
-  if summary['teacher'] and (workdir / page).exists():
+  given = summary['config']['teacher']['checkpoint']
+  if summary['teacher'] and not given and (workdir / page).exists():
     lines.append(f"- [the teacher's own report]({page})")
   lines += ['', '<details><summary>The whole config</summary>', '', '```text']
   fields = config_utils.flatten(summary['config']).items()

@@ -11,7 +11,9 @@ from ijckd_jax import metrics
 from ijckd_jax import parallel
 from ijckd_jax import train_state as train_state_lib
 
+# Streams of the run's key.
 AUGMENTATION_STREAM = 0
+INIT_STREAM = 1
 
 
 def train_step(
@@ -36,7 +38,8 @@ def train_step(
     distiller: the pair and the method.
     tx: the optimizer.
     augmentation: `(key, images, epochs, indices) -> images`.
-    ema_decay: of the moving average, where the state holds one.
+    ema_decay: of the moving average, where the state holds one; less in the
+      first steps.
     num_pieces: parts in which the rows are worked through, gradients averaged;
       batch norm sees one part at a time.
 
@@ -90,8 +93,10 @@ def train_step(
   params = optax.apply_updates(state.params, updates)
   ema = state.ema
   if ema is not None:
+    # A long memory must not be one of the random start: it grows with the run.
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
     ema = optax.incremental_update(
-      {'params': params, 'batch_stats': batch_stats}, ema, 1 - ema_decay
+      {'params': params, 'batch_stats': batch_stats}, ema, 1 - decay
     )
   state = state.replace(
     step=state.step + 1,

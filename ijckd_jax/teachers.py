@@ -37,10 +37,12 @@ class Teacher:
     preprocessing: from the shared uint8 view to its input.
     name: what reports call it.
     pool: `(pool_variables, map) -> pooled`.
-    pool_name: 'average', or the name of the backbone whose pool it is.
+    pool_name: 'average', or the name of the backbone whose pool it is: by it, a
+      student's bundle finds the pool again.
     pool_variables: arrays of the pool.
     signed: whether its `final` can be negative.
     pools_map: whether `pooled` is `pool(final)`.
+    pooled_signed: whether its `pooled` can be negative; None: as `signed`.
     num_params: by 'backbone', 'connector' and 'head'; None: all `variables` are
       counted as the backbone's.
   """
@@ -55,9 +57,18 @@ class Teacher:
   pool_variables: Any = dataclasses.field(default_factory=dict)
   signed: bool = True
   pools_map: bool = True
+  pooled_signed: bool | None = None
   num_params: dict[str, int] | None = None
 
   def __post_init__(self):
+    if self.pool is not average_pool and self.pool_name == 'average':
+      raise config_utils.UserError(
+        f'teacher {self.name}: its pool is not teachers.average_pool, so its '
+        "students' bundles would be loaded with another one: give as pool_name "
+        'the backbone whose pool it is (its name, or package.module:Name)'
+      )
+    if self.pooled_signed is None:
+      object.__setattr__(self, 'pooled_signed', self.signed)
     if self.num_params is None:
       counts = {'backbone': count(self.variables), 'connector': 0}
       counts['head'] = count(self.head)
@@ -93,5 +104,10 @@ class Teacher:
         f'its pooled features are {width} wide'
       )
     return outputs.Shapes(
-      result.stages, result.final, result.pooled, self.signed, self.pools_map
+      result.stages,
+      result.final,
+      result.pooled,
+      self.signed,
+      self.pools_map,
+      self.pooled_signed,
     )

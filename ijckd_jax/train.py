@@ -2,34 +2,37 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import logging
-import math
 import platform
 import tempfile
 from typing import Any
+import zlib
 
 from etils import epath
 import jax
 import ml_collections
+import numpy as np
 
 from ijckd_jax import bundles
 from ijckd_jax import checkpoints
 from ijckd_jax import config_utils
+from ijckd_jax import datasets
 from ijckd_jax import evaluate
 from ijckd_jax import experiment
 from ijckd_jax import loop
 from ijckd_jax import metric_writer
 from ijckd_jax import models
 from ijckd_jax import report
+from ijckd_jax import steps
 from ijckd_jax import teachers
 from ijckd_jax import train_state
 from ijckd_jax import workdirs
 
-INIT_STREAM = 1
-SPLITS = ('train', 'validation', 'test')
+PACKAGES = ('ijckd_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
 
 logger = logging.getLogger('ijckd_jax')
 
@@ -139,6 +142,8 @@ def train_and_evaluate(
     loop.Diverged: a metric is not finite.
     loop.Interrupted: SIGINT or SIGTERM came; everything is saved.
   """
+  if not str(workdir):
+    raise config_utils.UserError('no workdir is given')
   workdir = epath.Path(workdir)
   exp = experiment.build(config, dataset=dataset, teacher=teacher)
   runs = [(exp, workdir)]
@@ -147,36 +152,59 @@ def train_and_evaluate(
     runs.insert(
       0, (experiment.build(own, dataset=exp.dataset), workdir / 'teacher')
     )
+  elif exp.judge is not None:
+    # By it the run knows a teacher that was changed under the same name.
+    config = ml_collections.ConfigDict(config.to_dict())
+    config.teacher.fingerprint = _fingerprint(exp.judge.frozen)
+    runs = [(dataclasses.replace(exp, config=config), workdir)]
+  folders = [(folder, run.config) for run, folder in runs]
+  workdirs.check(folders, overwrite=overwrite)
+  if workdirs.is_finished(workdir) and not overwrite:
+    return _found(*runs[-1])
   factories = [
     config_utils.resolve('writer', name, {}) for name in config.writers
   ]
-  splits = {split: exp.dataset.load(split) for split in SPLITS}
+  splits = {split: exp.dataset.load(split) for split in datasets.SPLITS}
   for run, _ in runs:
     run.optimizer(len(splits['train']))  # Raises where durations do not fit.
-  workdirs.claim(
-    [(folder, run.config) for run, folder in runs], overwrite=overwrite
-  )
+  workdirs.claim(folders, overwrite=overwrite)
+  extra = [factory(config.to_dict(), str(workdir)) for factory in factories]
   with loop.StopSignals() as stop:
     if len(runs) == 2:
       trained = _run(*runs[0], splits, (), stop)
       exp = experiment.build(
         config, dataset=exp.dataset, teacher=trained.bundle.teacher()
       )
-    extra = [factory(config.to_dict(), str(workdir)) for factory in factories]
+    else:
+      exp, _ = runs[0]
     return _run(exp, workdir, splits, (*writers, *extra), stop)
+
+
+def _fingerprint(tree) -> int:
+  """Returns a checksum of a tree's arrays."""
+  checksum = 0
+  for leaf in jax.tree.leaves(tree):
+    checksum = zlib.crc32(np.ascontiguousarray(leaf), checksum)
+  return checksum
+
+
+def _found(exp, workdir) -> Result:
+  """Returns what a finished run has left."""
+  logger.info('%s: already finished', workdir)
+  return Result(
+    state=None,
+    history=metric_writer.read_rows(workdir / workdirs.METRICS),
+    # The config of this run names whatever code the bundle does.
+    bundle=bundles.load(workdir, dtype=exp.dtype, trust_code=True),
+    summary=workdirs.read_json(workdir / workdirs.SUMMARY),
+  )
 
 
 def _run(exp, workdir, splits, writers, stop) -> Result:
   """Trains one network on loaded data, or returns it where it is finished."""
-  metrics_file = workdir / workdirs.METRICS
   if workdirs.is_finished(workdir):
-    logger.info('%s: already finished', workdir)
-    return Result(
-      state=None,
-      history=metric_writer.read_rows(metrics_file),
-      bundle=bundles.load(workdir, dtype=exp.dtype),
-      summary=workdirs.read_json(workdir / workdirs.SUMMARY),
-    )
+    return _found(exp, workdir)
+  metrics_file = workdir / workdirs.METRICS
   config, mapper = exp.config, exp.mapper
   logger.info(
     '%s: %s by %s on %s',
@@ -188,7 +216,7 @@ def _run(exp, workdir, splits, writers, stop) -> Result:
   key = jax.random.key(config.seed)
   state = train_state.create(
     jax.jit(exp.distiller.init, static_argnums=1)(
-      jax.random.fold_in(key, INIT_STREAM), tuple(exp.dataset.image_shape)
+      jax.random.fold_in(key, steps.INIT_STREAM), tuple(exp.dataset.image_shape)
     ),
     exp.optimizer(len(splits['train']))[0],
     with_ema=config.ema_decay > 0,
@@ -227,9 +255,13 @@ def _run(exp, workdir, splits, writers, stop) -> Result:
   try:
     state = training.run(state, start, progress, stop)
     writer.flush()
+    store.wait()
+  except BaseException:
+    with contextlib.suppress(OSError):  # The first error is the one to tell.
+      store.close()
+    raise
   finally:
     writer.close()
-    store.wait()
   history = metric_writer.read_rows(metrics_file)
   bundle, summary = _finish(training, workdir, state, progress, history)
   store.close()
@@ -238,76 +270,44 @@ def _run(exp, workdir, splits, writers, stop) -> Result:
 
 def _finish(training, workdir, state, progress, history):
   """Evaluates the last and the best state, and writes what is kept."""
-  exp, store, frozen = training.experiment, training.store, training.frozen
-  distiller, config = exp.distiller, exp.config
-  test = training.splits['test']
-  evaluator = evaluate.make_evaluator(
-    distiller.deployed_network,
-    mapper=exp.mapper,
-    batch_size=config.eval_batch_size,
-    teacher=exp.judge,
-  )
+  distiller, config = training.experiment.distiller, training.experiment.config
   states = {'last': state}
-  if store.best_step != int(state.step):
-    states['best'], _ = store.restore(store.best_step, state)
+  best_step = training.store.best_step
+  if best_step != int(state.step):
+    states['best'], _ = training.store.restore(best_step, state)
   variables = {
-    name: distiller.deployed(kept.evaluated, frozen)
+    name: distiller.deployed(kept.evaluated, training.frozen)
     for name, kept in states.items()
   }
   if state.ema is not None:
     raw = {'params': state.params, 'batch_stats': state.batch_stats}
-    variables['last_without_ema'] = distiller.deployed(raw, frozen)
+    variables['last_without_ema'] = distiller.deployed(raw, training.frozen)
+  evaluator = evaluate.make_evaluator(
+    distiller.deployed_network,
+    mapper=training.experiment.mapper,
+    batch_size=config.eval_batch_size,
+    teacher=training.experiment.judge,
+  )
+  test = training.splits['test']
   results = {
-    name: evaluator(arrays, frozen, test) for name, arrays in variables.items()
+    name: evaluator(arrays, training.frozen, test)
+    for name, arrays in variables.items()
   }
+  chosen = config.bundle if config.bundle in results else 'last'
   student = {name: result.metrics for name, result in results.items()}
   student.setdefault('best', student['last'])
-  chosen = config.bundle if config.bundle in results else 'last'
-  deployed = jax.device_get(variables[chosen])
-  judged = results[chosen].teacher
+  bundle = _bundle(
+    training.experiment, jax.device_get(variables[chosen]), chosen, student
+  )
   summary = {
     'student': student,
-    'best_step': store.best_step,
+    'best_step': best_step,
     'best_by': training.ranking_split,
-    'teacher': None if judged is None else judged.metrics,
-    'teacher_name': exp.judge and exp.judge.name,
-    'parameters': {
-      'student': bundles.num_params(deployed),
-      'teacher': exp.judge and exp.judge.num_params,
-    },
-    'images_per_second': _or_none(progress.images_per_second),
     'steps': int(state.step),
     'test_examples': len(test),
-    'seed': config.seed,
-    'config': config.to_dict(),
-    'versions': {
-      'python': platform.python_version(),
-      **{
-        name: importlib.metadata.version(name)
-        for name in ('ijckd_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
-      },
-    },
-    'devices': [device.device_kind for device in jax.devices()],
+    'images_per_second': progress.images_per_second,
+    **_circumstances(training.experiment, bundle, results[chosen].teacher),
   }
-  bundle = bundles.Bundle(
-    network=distiller.deployed_network,
-    variables=deployed,
-    backbone_name=config.student.backbone,
-    pool_name=(
-      exp.judge.pool_name if distiller.reuses_head else config.student.backbone
-    ),
-    image_shape=tuple(exp.dataset.image_shape),
-    class_names=tuple(exp.dataset.class_names),
-    info={
-      'which': chosen,
-      'test': student[chosen],
-      'dataset': config.dataset.to_dict(),
-      'method': config.method.to_dict(),
-      'teacher': exp.judge and exp.judge.name,
-      'eval_batch_size': config.eval_batch_size,
-      'ijckd_jax': summary['versions']['ijckd_jax'],
-    },
-  )
   bundle.save(workdir / workdirs.BUNDLE)
   report.write(
     workdir,
@@ -323,6 +323,45 @@ def _finish(training, workdir, state, progress, history):
   return bundle, summary
 
 
-def _or_none(value: float) -> float | None:
-  """Returns a number as JSON has it, which knows no NaN."""
-  return value if math.isfinite(value) else None
+def _bundle(exp, variables, chosen, student) -> bundles.Bundle:
+  """Returns the network that a run leaves, alone."""
+  config, judge = exp.config, exp.judge
+  backbone_name = config.student.backbone
+  reuses_head = exp.distiller.reuses_head
+  return bundles.Bundle(
+    network=exp.distiller.deployed_network,
+    variables=variables,
+    backbone_name=backbone_name,
+    pool_name=judge.pool_name if reuses_head else backbone_name,
+    image_shape=tuple(exp.dataset.image_shape),
+    class_names=tuple(exp.dataset.class_names),
+    info={
+      'which': chosen,
+      'test': student[chosen],
+      'dataset': config.dataset.to_dict(),
+      'method': config.method.to_dict(),
+      'teacher': judge and judge.name,
+      'eval_batch_size': config.eval_batch_size,
+      'ijckd_jax': importlib.metadata.version('ijckd_jax'),
+    },
+  )
+
+
+def _circumstances(exp, bundle, judged) -> dict[str, Any]:
+  """Returns what a summary says beside the student's numbers."""
+  judge = exp.judge
+  return {
+    'teacher': judged and judged.metrics,
+    'teacher_name': judge and judge.name,
+    'parameters': {
+      'student': bundles.num_params(bundle.variables),
+      'teacher': judge and judge.num_params,
+    },
+    'seed': exp.config.seed,
+    'config': exp.config.to_dict(),
+    'versions': {
+      'python': platform.python_version(),
+      **{name: importlib.metadata.version(name) for name in PACKAGES},
+    },
+    'devices': [device.device_kind for device in jax.devices()],
+  }

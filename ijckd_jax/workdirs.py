@@ -1,6 +1,7 @@
 """A run's folder: whose it is, what lies in it, and when it is finished."""
 
 from collections.abc import Sequence
+import importlib.metadata
 import json
 from typing import Any
 import uuid
@@ -28,40 +29,70 @@ CONTENTS = (
   BUNDLE,
   CONFIG,
 )
+# By this field of the config's file a folder is known to be a run's.
+MARK = 'ijckd_jax'
 # What may differ between the parts of one run: where and how it is computed.
-RUNTIME_FIELDS = ('mapper', 'num_cpu_devices', 'writers')
+RUNTIME_FIELDS = (
+  MARK,
+  'dataset.data_dir',
+  'mapper',
+  'num_cpu_devices',
+  'writers',
+)
+MAX_CHANGES = 5
+
+Runs = Sequence[tuple[epath.Path, ml_collections.ConfigDict]]
 
 
-def claim(
-  runs: Sequence[tuple[epath.Path, ml_collections.ConfigDict]],
-  *,
-  overwrite: bool,
-) -> None:
-  """Makes folders ready for the runs of these configs; all of them or none.
+def check(runs: Runs, *, overwrite: bool) -> None:
+  """Raises where a folder cannot be used for the run of a config.
 
   Args:
     runs: folder and config of each run; the last is the one asked for, those
       before it are what it needs.
+    overwrite: whether a run of another config may be removed.
+
+  Raises:
+    config_utils.UserError: a folder holds a run of another config, or what is
+      not a run's.
+  """
+  for folder, config in reversed(runs):
+    _check_owner(folder)
+    changes = _changes(folder, config)
+    if changes and not overwrite:
+      more = len(changes) - MAX_CHANGES
+      shown = '; '.join(changes[:MAX_CHANGES])
+      raise config_utils.UserError(
+        f'{folder} holds a run of another config ({shown}'
+        + (f'; and {more} more' if more > 0 else '')
+        + '): take another --workdir, or start anew with --overwrite'
+      )
+
+
+def claim(runs: Runs, *, overwrite: bool) -> None:
+  """Makes folders that `check` has passed ready for their runs.
+
+  Args:
+    runs: as `check` takes them.
     overwrite: remove what the last run left, and what the others left under
       another config.
 
   Raises:
-    config_utils.UserError: a folder holds a run of another config, or cannot be
-      written.
+    config_utils.UserError: a folder cannot be written.
   """
-  changes = [_changes(*run) for run in runs]
-  for (folder, _), changed in reversed(list(zip(runs, changes, strict=True))):
-    if changed and not overwrite:
-      raise config_utils.UserError(
-        f'{folder} holds a run of another config ({"; ".join(changed)}): take '
-        'another --workdir, or start anew with --overwrite'
-      )
   try:
-    for (folder, config), changed in zip(runs, changes, strict=True):
-      if changed or (overwrite and folder == runs[-1][0]):
+    for folder, config in runs:
+      last = folder == runs[-1][0]
+      if overwrite and (last or _changes(folder, config)):
         _clear(folder)
       folder.mkdir(parents=True, exist_ok=True)
-      write_text(folder / CONFIG, config_utils.to_json(config))
+      for partial in folder.glob('.*.partial'):  # Left by a process killed.
+        partial.unlink()
+      if not is_finished(folder):
+        mark = {MARK: importlib.metadata.version('ijckd_jax')}
+        content = json.loads(config_utils.to_json(config)) | mark
+        text = json.dumps(content, indent=2, sort_keys=True)
+        write_text(folder / CONFIG, text + '\n')
   except OSError as error:
     raise config_utils.UserError(
       f'the folder {runs[-1][0]} cannot be written: {error}'
@@ -70,43 +101,57 @@ def claim(
 
 def is_finished(folder: epath.Path) -> bool:
   """Returns whether the run in the folder has come to its end."""
-  return (folder / SUMMARY).exists()  # Written last.
+  try:
+    summary = json.loads((folder / SUMMARY).read_text())  # Written last.
+  except (OSError, ValueError):
+    return False
+  return isinstance(summary, dict) and (folder / BUNDLE).exists()
 
 
 def read_json(path: epath.Path) -> Any:
-  """Returns what a JSON file holds.
-
-  Raises:
-    config_utils.UserError: it is not JSON.
-  """
-  try:
-    return json.loads(path.read_text())
-  except ValueError as error:
-    raise config_utils.UserError(f'{path} is not JSON: {error}') from error
+  """Returns what a JSON file holds."""
+  return json.loads(path.read_text())
 
 
 def write_text(path: epath.Path, text: str) -> None:
   """Writes a file that is never seen half written."""
-  partial = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
+  partial = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.partial')
   partial.write_text(text)
   partial.replace(path)
 
 
+def _check_owner(folder) -> None:
+  """Raises where a folder holds what a run would take for its own."""
+  there = [name for name in CONTENTS if (folder / name).exists()]
+  content = _old_config(folder)
+  if there and content is not None and MARK not in content:
+    raise config_utils.UserError(
+      f'{folder} holds what is not of a run ({", ".join(there)}): take another '
+      '--workdir'
+    )
+
+
+def _old_config(folder) -> dict[str, Any] | None:
+  """Returns what a folder's config.json holds, {} without; None if damaged."""
+  if not (folder / CONFIG).exists():
+    return {}
+  try:
+    content = read_json(folder / CONFIG)
+  except (OSError, ValueError):
+    return None
+  return content if isinstance(content, dict) else {}
+
+
 def _changes(folder, config) -> list[str]:
   """Returns the fields in which a folder's run differs from the config."""
-  try:
-    there = (folder / CONFIG).exists()
-    if not there and (folder / CHECKPOINTS).exists():
-      return [f'its {CONFIG} is missing']
-  except OSError:
-    there = False  # Writing will say what is wrong with the folder.
-  if not there:
+  old = _old_config(folder)
+  if old is None:
+    return [f'its {CONFIG} is damaged']
+  if not old:
     return []
-  old = read_json(folder / CONFIG)
-  new = config.to_dict()
   return [
     line
-    for line in config_utils.differences(old, new)
+    for line in config_utils.differences(old, config.to_dict())
     if line.partition(':')[0] not in RUNTIME_FIELDS
   ]
 

@@ -2,15 +2,68 @@
 
 import dataclasses
 import json
+import shutil
 
+from flax import traverse_util
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from ijckd_jax import bundles
 from ijckd_jax import config_utils
+from ijckd_jax import connectors
 from ijckd_jax import experiment
+from ijckd_jax import outputs
+from ijckd_jax.models import backbone as backbone_lib
+
+
+class Hidden(backbone_lib.Backbone):
+  """A convolution, and a hidden layer with a norm after the average."""
+
+  pooled_signed = True  # Though `final` is not.
+
+  def setup(self):
+    if not self.truncated:
+      self.pool_hidden = nn.Dense(5)
+      self.pool_norm = nn.BatchNorm(use_running_average=True)
+
+  @nn.compact
+  def __call__(self, images, *, train):
+    del train
+    x = nn.relu(self.conv(6, 3, 2, name='body')(images))
+    return outputs.Features((x,), x, self.pool(x))
+
+  def pool(self, final):
+    pooled = super().pool(final)
+    if self.truncated:
+      return pooled
+    return self.pool_norm(self.pool_hidden(pooled))
+
+
+class Scaled(connectors.Connector):
+  """A 1x1 convolution, scaled."""
+
+  scales: tuple[float, ...] = (2.0, 0.5)
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    del train
+    return self.scales[0] * self.conv(self.features)(x)
+
+
+HIDDEN = f'{__name__}:Hidden'
+SCALED = f'{__name__}:Scaled'
+POOL_ARRAYS = {
+  'params/pool_hidden/kernel': (6, 5),
+  'params/pool_hidden/bias': (5,),
+  'params/pool_norm/scale': (5,),
+  'params/pool_norm/bias': (5,),
+  'batch_stats/pool_norm/mean': (5,),
+  'batch_stats/pool_norm/var': (5,),
+}
 
 
 def make_bundle(
@@ -62,16 +115,29 @@ def logits(bundle):
     {'method': 'ce', 'student': 'resnet8'},
     {'method': 'kd', 'student': 'wrn_16_2'},
     {'method': 'srrl', 'student': 'resnet8'},
+    {'dtype': 'bfloat16'},
+    {'dtype': 'bfloat16', 'teacher': HIDDEN},
+    {'teacher': HIDDEN, 'student': HIDDEN},
+    {'teacher': HIDDEN, 'method.feature_site': 'pooled'},
+    {
+      'teacher': HIDDEN,
+      'method.connector': 'mlp',
+      'method.feature_site': 'pooled',
+    },
+    {'method.connector': SCALED},
+    {'method': 'ce', 'student': HIDDEN},
+    {'method': 'srrl', 'student': HIDDEN, 'teacher': HIDDEN},
   ],
   ids=str,
 )
 def test_what_is_loaded_computes_the_same(tmp_path, fields):
   bundle = make_bundle(**fields)
   bundle.save(tmp_path / 'bundle')
-  loaded = bundles.load(tmp_path / 'bundle')
+  loaded = bundles.load(tmp_path / 'bundle', trust_code=True)
   np.testing.assert_array_equal(logits(loaded), logits(bundle))
   assert loaded.info == bundle.info
   assert loaded.class_names == bundle.class_names
+  assert loaded.network.pooled_signed == bundle.network.pooled_signed
   expected = dataclasses.replace(bundle.network, pool=None)
   assert dataclasses.replace(loaded.network, pool=None) == expected
   assert [path.name for path in tmp_path.iterdir()] == ['bundle']
@@ -93,16 +159,133 @@ def test_as_teacher_its_head_reads_its_pooled_features():
 def test_a_new_one_replaces_the_old(tmp_path):
   make_bundle().save(tmp_path / 'bundle')
   other = make_bundle('ce', student='resnet8')
+  # What two saves left that were killed, and what only looks like that.
+  stale = [tmp_path / f'.bundle.{digit * 32}' for digit in 'a0']
+  kept = [tmp_path / f'.{name}' for name in (f'other.{"a" * 32}', 'bundle.a')]
+  for folder in (*stale, *kept):
+    folder.mkdir()
+    (folder / 'file').touch()
   other.save(tmp_path / 'bundle')
   assert bundles.load(tmp_path).backbone_name == 'resnet8'
+  assert set(tmp_path.iterdir()) == {tmp_path / 'bundle', *kept}
 
 
-def damaged(tmp_path, change):
-  make_bundle('ce', student='resnet8').save(tmp_path / 'bundle')
-  change(tmp_path / 'bundle')
+def arrays_of(tree):
+  return traverse_util.flatten_dict(tree, sep='/')
+
+
+def test_dtype_is_the_runs_unless_another_is_asked_for(tmp_path):
+  bundle = make_bundle(dtype='bfloat16')
+  bundle.save(tmp_path / 'bundle')
+  exact = bundles.load(tmp_path, dtype=jnp.float32)
+  assert exact.network.backbone.dtype == jnp.float32
+  assert exact.network.connector.dtype == jnp.float32
+  assert not np.array_equal(logits(exact), logits(bundle))
+
+
+@pytest.mark.parametrize('method', ['ce', 'srrl'])
+def test_a_pool_with_parameters_as_teacher(tmp_path, method):
+  """Its arrays are cut out of the backbone's, before and after loading."""
+  made = make_bundle(method, student=HIDDEN)
+  made.save(tmp_path / 'bundle')
+  for bundle in (made, bundles.load(tmp_path, trust_code=True)):
+    teacher = bundle.teacher()
+    shapes = {k: v.shape for k, v in arrays_of(teacher.pool_variables).items()}
+    assert shapes == POOL_ARRAYS
+    images = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 1), np.uint8)
+    out = teacher(teacher.frozen, jnp.asarray(images))
+    pooled = teacher.pool(teacher.pool_variables, out.final)
+    np.testing.assert_array_equal(out.pooled, pooled)
+    assert out.pooled.shape == (3, 5)
+    assert (teacher.signed, teacher.pooled_signed) == (False, True)
+    # The body's 3x3x1x6, the hidden layer and the norm; the pool is its own.
+    num_params = {'backbone': 54 + 6 * 5 + 15, 'connector': 0, 'head': 60}
+    assert teacher.num_params == num_params
+    by_hand = (
+      out.final.mean((1, 2))
+      @ teacher.pool_variables['params']['pool_hidden']['kernel']
+    )
+    assert not np.allclose(by_hand, pooled)  # There are a bias and a norm.
+
+
+def test_a_student_takes_its_teachers_pool_along(tmp_path):
+  made = make_bundle(teacher=HIDDEN)
+  made.save(tmp_path / 'bundle')
+  loaded = bundles.load(tmp_path, trust_code=True)
+  for bundle in (made, loaded):
+    shapes = {
+      k: v.shape for k, v in arrays_of(bundle.variables['pool']).items()
+    }
+    assert shapes == POOL_ARRAYS
+    teacher = bundle.teacher()
+    assert teacher.pool_variables is bundle.variables['pool']
+    assert (teacher.signed, teacher.pooled_signed) == (False, True)
+    assert teacher.num_params['head'] == 60 + 6 * 5 + 15
+  stored = safetensors.numpy.load_file(
+    tmp_path / 'bundle' / bundles.ARRAYS_FILE
+  )
+  names = {name for name in stored if name.startswith('pool/')}
+  assert names == {f'pool/{name}' for name in POOL_ARRAYS}
+
+
+def test_a_student_connected_behind_the_pool_has_none(tmp_path):
+  fields = {'method.connector': 'mlp', 'method.feature_site': 'pooled'}
+  bundle = make_bundle(teacher=HIDDEN, **fields)
+  assert bundle.variables['pool'] == {}
+  assert bundle.network.connector.signed  # As what it must reach.
+  assert not bundle.teacher().pools_map
+
+
+def test_a_truncated_backbone_is_pooled_by_the_average():
+  bundle = make_bundle('ce', student=HIDDEN)
+  params = bundle.variables['params']
+  cut = dataclasses.replace(
+    bundle,
+    network=dataclasses.replace(
+      bundle.network, backbone=Hidden(truncated=True)
+    ),
+    variables={
+      **bundle.variables,
+      'params': {**params, 'backbone': {'body': params['backbone']['body']}},
+      'batch_stats': {'backbone': {}},
+    },
+  )
+  teacher = cut.teacher()
+  assert teacher.pool_variables == {}
+  assert teacher.pool_name == 'average'
+
+
+SECRET = 'stranger_in_a_bundle'
+
+
+@pytest.mark.parametrize('field', ['backbone', 'pool', 'connector'])
+def test_code_is_not_imported_unasked(tmp_path, monkeypatch, field):
+  make_bundle().save(tmp_path / 'bundle')
+  mark = tmp_path / 'was_here'
+  module = tmp_path / f'{SECRET}_{field}.py'
+  module.write_text(f'open({str(mark)!r}, "w").close()\nX = int\n')
+  monkeypatch.syspath_prepend(tmp_path)
+  name = f'{module.stem}:X'
+  spec = json.loads((tmp_path / 'bundle' / bundles.SPEC_FILE).read_text())
+  value = {**spec['connector'], 'name': name} if field == 'connector' else name
+  edit_spec(**{field: value})(tmp_path / 'bundle')
+  message = failure(tmp_path / 'bundle')
+  assert f'names code outside the package ({name}); load it with' in message
+  assert 'trust_code=True (--trust_code)' in message
+  assert not mark.exists()
+  assert name in failure(tmp_path / 'bundle', trust_code=True)
+  assert mark.exists()
+
+
+def failure(folder, **settings):
+  """Returns the one short line with which a bundle is refused."""
   with pytest.raises(config_utils.UserError) as error:
-    bundles.load(tmp_path / 'bundle')
-  return str(error.value)
+    bundles.load(folder, **settings)
+  message = str(error.value)
+  assert str(folder) in message
+  assert len(message.replace(str(folder), '')) < 250
+  assert '\n' not in message
+  return message
 
 
 def edit_spec(**fields):
@@ -113,27 +296,242 @@ def edit_spec(**fields):
   return change
 
 
-def test_damage_is_named(tmp_path):
-  def truncate(folder):
-    arrays = folder / bundles.ARRAYS_FILE
-    arrays.write_bytes(arrays.read_bytes()[:-9])
+@pytest.fixture(scope='module')
+def sound(tmp_path_factory):
+  """The folder of a bundle with a connector."""
+  folder = tmp_path_factory.mktemp('sound') / 'bundle'
+  make_bundle().save(folder)
+  return folder
 
-  assert 'cannot be read' in damaged(tmp_path, truncate)
-  assert 'format 2' in damaged(tmp_path, edit_spec(format_version=2))
-  assert 'not a bundle' in damaged(
-    tmp_path, lambda folder: (folder / bundles.SPEC_FILE).write_text('[]')
+
+@pytest.fixture
+def copy(sound, tmp_path):
+  return shutil.copytree(sound, tmp_path / 'bundle')
+
+
+@pytest.mark.parametrize(
+  'file, content, said',
+  [
+    (bundles.SPEC_FILE, b'[]', 'not a bundle'),
+    (bundles.SPEC_FILE, b'{', 'cannot be read'),
+    (bundles.SPEC_FILE, b'\xff', 'cannot be read'),
+    (bundles.SPEC_FILE, b'[' * 200_000, 'cannot be read'),
+    (bundles.SPEC_FILE, b'{"format_version": 2}', 'format 2'),
+    (bundles.ARRAYS_FILE, b'', 'cannot be read'),
+    (bundles.ARRAYS_FILE, b'\xff' * 99, 'cannot be read'),
+  ],
+)
+def test_what_is_no_bundle(copy, file, content, said):
+  (copy / file).write_bytes(content)
+  assert said in failure(copy)
+
+
+def test_arrays_cut_off_or_gone(copy):
+  path = copy / bundles.ARRAYS_FILE
+  path.write_bytes(path.read_bytes()[:-9])
+  assert 'cannot be read' in failure(copy)
+  path.unlink()
+  assert 'cannot be read' in failure(copy)
+
+
+@pytest.mark.parametrize('value', [None, 'wrong', 7, -1, 0.5, True, [], {}])
+@pytest.mark.parametrize(
+  'path',
+  [
+    *(('backbone',), ('pool',), ('truncated',), ('dtype',), ('class_names',)),
+    *(('class_names', 0), ('image_shape',), ('image_shape', 1)),
+    *(('preprocessing',), ('preprocessing', 'mean'), ('preprocessing', 'std')),
+    *(('preprocessing', 'mean', 0), ('preprocessing', 'std', 0)),
+    *(('preprocessing', 'size'), ('preprocessing', 'size', 0)),
+    *(('connector',), ('connect_size',), ('connect_size', 1), ('info',)),
+    *(('connector', 'name'), ('connector', 'features'), ('connector', 'takes')),
+    *(('connector', 'signed'), ('connector', 'factor')),
+    *(('info', 'eval_batch_size'), ('info', 'dataset')),
+  ],
+  ids=str,
+)
+def test_a_mutated_field(copy, path, value):
+  spec = json.loads((copy / bundles.SPEC_FILE).read_text())
+  parent = spec
+  for key in path[:-1]:
+    parent = parent[key]
+  wrong = not fits(path, value)
+  parent[path[-1]] = value
+  (copy / bundles.SPEC_FILE).write_text(json.dumps(spec))
+  if wrong:
+    failure(copy)
+  else:
+    bundles.load(copy)
+
+
+def fits(path, value):
+  """Returns whether a bundle may say so, there."""
+  where, kind = path[-1], type(value)
+  if value == 7:  # Sizes that could have been.
+    if path in (('image_shape', 1), ('connect_size', 1)):
+      return True
+  if value is True and where in ('truncated', 'signed'):
+    return True
+  if path[-2:-1] in (('mean',), ('std',)):
+    return kind in (int, float) and (value > 0 or path[-2] == 'mean')
+  if path in (('preprocessing', 'size', 0), ('info', 'eval_batch_size')):
+    return kind is int and value > 0
+  if path == ('class_names', 0):
+    return kind is str
+  return where in ('info', 'dataset') and kind is dict
+
+
+@pytest.mark.parametrize(
+  'field',
+  [
+    *('backbone', 'truncated', 'dtype', 'connector', 'connect_size', 'pool'),
+    *('preprocessing', 'image_shape', 'class_names', 'info'),
+  ],
+)
+def test_a_missing_field(copy, field):
+  spec = json.loads((copy / bundles.SPEC_FILE).read_text())
+  del spec[field]
+  (copy / bundles.SPEC_FILE).write_text(json.dumps(spec))
+  assert field in failure(copy)
+
+
+@pytest.mark.parametrize('field', ['name', 'features', 'signed', 'takes'])
+def test_a_missing_field_of_the_connector(copy, field):
+  spec = json.loads((copy / bundles.SPEC_FILE).read_text())
+  del spec['connector'][field]
+  edit_spec(connector=spec['connector'])(copy)
+  assert field in failure(copy)
+
+
+@pytest.mark.parametrize(
+  'fields, said',
+  [
+    ({'backbone': 'resnet8x5'}, "unknown backbone 'resnet8x5'; did you mean"),
+    ({'pool': 'max'}, "unknown backbone 'max'"),
+    ({'backbone': 'x' * 10_000}, 'unknown backbone'),
+    ({'backbone': 'x:' + 'y' * 10_000}, 'names code outside'),
+    ({'backbone': 'resnet14'}, 'do not fit'),
+    ({'backbone': 'wrn_16_2'}, 'do not fit'),
+    ({'truncated': False}, 'do not fit'),
+    ({'class_names': ['a', 'b']}, 'do not fit'),
+    ({'image_shape': [800_000, 800_000, 1]}, 'image_shape must be'),
+    ({'image_shape': [0, 0, 1]}, 'image_shape must be'),
+    ({'image_shape': [0, 0]}, 'image_shape must be'),
+    ({'image_shape': [8, 8, 3]}, 'mean must be a list of 3 numbers'),
+    ({'connect_size': [0, 0]}, 'connect_size must be'),
+    ({'connect_size': [9, 8]}, 'connect_size must be'),
+    ({'connect_size': None}, 'do not fit'),
+    ({'info': {'eval_batch_size': '9'}}, 'eval_batch_size must be'),
+    ({'info': {'eval_batch_size': 10**12}}, 'eval_batch_size must be'),
+  ],
+  ids=str,
+)
+def test_what_cannot_be(copy, fields, said):
+  edit_spec(**fields)(copy)
+  assert said in failure(copy)
+
+
+@pytest.mark.parametrize(
+  'fields, said',
+  [
+    ({'extra': 1}, "no field 'extra'"),
+    ({'axis_name': 'batch'}, "no field 'axis_name'"),
+    ({'name': 'bottelneck'}, "did you mean 'bottleneck'"),
+    ({'features': 10**30}, 'do not fit'),
+    ({'features': 10**9}, 'do not fit'),
+    ({'features': 0}, 'do not fit'),
+    ({'factor': 4}, 'do not fit'),
+  ],
+  ids=str,
+)
+def test_a_connector_that_cannot_be(copy, fields, said):
+  spec = json.loads((copy / bundles.SPEC_FILE).read_text())
+  edit_spec(connector={**spec['connector'], **fields})(copy)
+  assert said in failure(copy)
+
+
+@pytest.mark.parametrize(
+  'mean, said',
+  [
+    ([0.5, 0.5], 'mean must be a list of 1 numbers'),
+    ('1', 'mean must be'),
+    ([float('nan')], 'mean must be'),
+    ([10**400], 'damaged'),
+  ],
+)
+def test_preprocessing_that_cannot_be(copy, mean, said):
+  edit_spec(preprocessing={'mean': mean, 'std': [1], 'size': [8, 8]})(copy)
+  assert said in failure(copy)
+
+
+def edit_arrays(folder, change):
+  path = folder / bundles.ARRAYS_FILE
+  arrays = safetensors.numpy.load_file(path)
+  change(arrays)
+  safetensors.numpy.save_file(arrays, path)
+
+
+KERNEL = 'params/backbone/conv1/kernel'
+MEAN = 'batch_stats/connector/BatchNorm_0/mean'
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    *('params/backbone/conv9/kernel', 'params/neck/kernel', 'pool/params/x'),
+    *('other/x', 'x', f'{KERNEL}/x', 'params/head/scale'),
+  ],
+)
+def test_an_array_too_many(copy, name):
+  edit_arrays(copy, lambda arrays: arrays.update({name: np.zeros(1)}))
+  assert 'do not fit' in failure(copy)
+
+
+@pytest.mark.parametrize('name', [KERNEL, MEAN, 'params/head/bias'])
+def test_an_array_too_few_or_of_another_kind(copy, name):
+  # A single number would do for all, by broadcasting.
+  edit_arrays(
+    copy, lambda arrays: arrays.update({name: arrays[name].sum(keepdims=True)})
   )
-  assert 'cannot be read' in damaged(
-    tmp_path, lambda folder: (folder / bundles.SPEC_FILE).write_text('{')
+  assert 'do not fit' in failure(copy)
+  edit_arrays(copy, lambda arrays: arrays.pop(name))
+  assert 'do not fit' in failure(copy)
+
+
+@pytest.mark.parametrize('name', [KERNEL, MEAN, 'params/head/bias'])
+def test_an_array_of_another_dtype(copy, name):
+  edit_arrays(
+    copy, lambda arrays: arrays.update({name: arrays[name].astype('float16')})
   )
-  assert 'cannot be read' in damaged(
-    tmp_path, lambda folder: (folder / bundles.ARRAYS_FILE).unlink()
+  assert f'{name} is float16' in failure(copy)
+
+
+def test_arrays_of_the_pool_are_checked(tmp_path):
+  make_bundle(teacher=HIDDEN).save(tmp_path / 'bundle')
+  name = 'pool/batch_stats/pool_norm/mean'
+  edit_arrays(
+    tmp_path / 'bundle', lambda arrays: arrays.update({name: np.zeros((1,))})
   )
-  assert 'do not fit' in damaged(tmp_path, edit_spec(backbone='resnet14'))
-  assert 'do not fit' in damaged(tmp_path, edit_spec(backbone='resnet8x4'))
-  assert 'do not fit' in damaged(tmp_path, edit_spec(class_names=['a', 'b']))
+  message = failure(tmp_path / 'bundle', trust_code=True)
+  assert f'{name} is float64[1], not float32[5]' in message
 
 
 def test_there_is_none(tmp_path):
   with pytest.raises(config_utils.UserError, match='no bundle in'):
     bundles.load(tmp_path)
+
+
+def test_numbers_and_names_of_any_kind_are_written(tmp_path):
+  bundle = make_bundle('ce', student='resnet8')
+  preprocessing = dataclasses.replace(
+    bundle.network.preprocessing, mean=(np.float32(0.5),)
+  )
+  bundle = dataclasses.replace(
+    bundle,
+    network=dataclasses.replace(bundle.network, preprocessing=preprocessing),
+    class_names=range(10),
+  )
+  bundle.save(tmp_path / 'bundle')
+  loaded = bundles.load(tmp_path)
+  assert loaded.class_names == tuple('0123456789')
+  assert loaded.network.preprocessing == preprocessing

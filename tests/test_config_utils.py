@@ -91,18 +91,18 @@ def test_to_steps_counts_periods_without_drift():
 
 
 def ends(total_steps, **given):
-  return sorted(
-    config_utils.period_ends(
-      duration(**given),
-      'total',
-      num_examples=1000,
-      batch_size=64,
-      total_steps=total_steps,
+  return [
+    step
+    for step in range(1, total_steps + 1)
+    if config_utils.is_period_end(
+      duration(**given), 'total', step, num_examples=1000, batch_size=64
     )
-  )
+  ]
 
 
 def test_period_ends():
+  """Each is where so many whole periods end, for uneven ones too."""
+  assert ends(500, epochs=0.37) == [round(t * 5.78125) for t in range(1, 87)]
   assert ends(48, epochs=1.0) == [16, 31, 47]
   assert ends(47, epochs=1.0) == [16, 31, 47]
   assert ends(46, epochs=1.0) == [16, 31]
@@ -336,14 +336,51 @@ def test_apply_flags_takes_nothing_else(flag):
 
 def test_load(tmp_path):
   path = tmp_path / 'config.py'
-  path.write_text('def get_config(arg="none"):\n  return {"arg": arg}\n')
-  assert config_utils.load(str(path)) == {'arg': 'none'}
-  assert config_utils.load(f'{path}:a=b,c=d:e') == {'arg': 'a=b,c=d:e'}
+  path.write_text(
+    'import ml_collections\n'
+    'def get_config(arg="none"):\n'
+    '  return ml_collections.ConfigDict({"arg": arg})\n'
+  )
+  assert config_utils.load(str(path)).arg == 'none'
+  assert config_utils.load(f'{path}:a=b,c=d:e').arg == 'a=b,c=d:e'
   with pytest.raises(config_utils.UserError, match='there is no config file'):
     config_utils.load(str(tmp_path / 'absent.py'))
-  path.write_text('')
-  with pytest.raises(config_utils.UserError, match=r'has no get_config\(\)'):
+
+
+@pytest.mark.parametrize(
+  'code, said',
+  [
+    ('', r'has no get_config\(\)'),
+    ('\n\nx = (', 'line 3: SyntaxError'),
+    ('import no_such_module', 'line 1: ModuleNotFoundError: .*no_such_module'),
+    ('def get_config():\n  return 1 / 0', 'line 2: ZeroDivisionError'),
+    ('def get_config():\n  return {}', 'not dict'),
+    ('def get_config():\n  pass', 'not NoneType'),
+  ],
+)
+def test_config_files_that_fail(tmp_path, code, said):
+  path = tmp_path / 'config.py'
+  path.write_text(code)
+  with pytest.raises(config_utils.UserError, match=said) as caught:
     config_utils.load(str(path))
+  assert '\n' not in str(caught.value)
+
+
+def test_config_file_without_an_argument(tmp_path):
+  path = tmp_path / 'config.py'
+  path.write_text('def get_config():\n  pass')
+  with pytest.raises(config_utils.UserError, match='takes 0 positional'):
+    config_utils.load(f'{path}:a=b')
+
+
+def test_run_command_takes_ctrl_c(capsys):
+  def command(argv):
+    raise KeyboardInterrupt
+
+  with pytest.raises(SystemExit) as caught:
+    config_utils.run_command(command)
+  assert caught.value.code == 130
+  assert capsys.readouterr().err == 'interrupted\n'
 
 
 def test_run_command_turns_user_errors_into_one_line(capsys):

@@ -225,6 +225,36 @@ def test_no_validation_unless_asked_for(name, data_dir):
     assert parts == len(dataset.load('train'))
 
 
+@pytest.mark.parametrize('name', datasets.DATASETS)
+def test_no_validation_is_told_without_reading_the_images(name, tmp_path):
+  if name == 'digits':
+    digits.Dataset(data_dir=str(tmp_path)).prepare()
+    for file in tmp_path.glob('*/*/*train*'):
+      file.unlink()
+  dataset = datasets.get(name)(data_dir=str(tmp_path))
+  with pytest.raises((config_utils.UserError, RuntimeError)):
+    dataset.load('train')
+  assert dataset.load('validation').images.shape == (0, *dataset.image_shape)
+
+
+@pytest.mark.parametrize('padding', [-1, 2.0, '4', True, None])
+@pytest.mark.parametrize(
+  'make',
+  [
+    cifar.Cifar10,
+    fashion_pairs.Dataset,
+    lambda **fields: array_dataset(**fields),
+  ],
+  ids=['tfds', 'pairs', 'arrays'],
+)
+def test_crop_padding_is_a_number_of_pixels(make, padding):
+  with pytest.raises(
+    config_utils.UserError, match=f'crop_padding={padding!r}:'
+  ):
+    make(crop_padding=padding)
+  assert make(crop_padding=3).crop_padding == 3
+
+
 def test_hold_out_is_stratified_fixed_and_keeps_order():
   labels = np.repeat([0, 1, 2], [10, 20, 30]).astype(np.int32)
   images = np.arange(60, dtype=np.uint8).reshape(60, 1, 1, 1)
@@ -654,6 +684,50 @@ def test_array_dataset():
   assert len(held) == 6
   with pytest.raises(config_utils.UserError, match='unknown split'):
     dataset.load('all')
+
+
+def test_fingerprint_is_of_all_that_the_data_set_is():
+  dataset = array_dataset()
+  same = array_dataset(
+    train=datasets.Arrays(
+      dataset.train.images.copy(), dataset.train.labels.astype(np.int64)
+    ),
+    class_names=['a', 'b', 'c'],
+    mean=np.full(3, 0.5),
+  )
+  assert type(dataset.fingerprint()) is int
+  assert same.fingerprint() == dataset.fingerprint()
+  images, labels = dataset.train.images, dataset.train.labels
+  others = [
+    {'train': datasets.Arrays(images[::-1], labels)},
+    {'test': datasets.Arrays(images, labels[::-1])},
+    {'validation': dataset.test},
+    {'crop_padding': 1},
+    {'flip': True},
+    {'mean': (0.5, 0.5, 0.4)},
+    {'std': (0.2, 0.2, 0.3)},
+    {'class_names': ('a', 'b', 'd')},
+  ]
+  prints = {array_dataset(**changes).fingerprint() for changes in others}
+  assert len(prints | {dataset.fingerprint()}) == len(others) + 1
+
+
+def test_fingerprint_tells_where_the_splits_are_cut():
+  # The same bytes one after the other: all zero, three examples in all.
+  def cut(num_train):
+    def arrays(num):
+      return datasets.Arrays(
+        np.zeros((num, 4, 1, 1), np.uint8), np.zeros(num, np.int32)
+      )
+
+    return array_dataset(
+      train=arrays(num_train),
+      test=arrays(3 - num_train),
+      mean=(0.5,),
+      std=(0.2,),
+    )
+
+  assert cut(1).fingerprint() != cut(2).fingerprint()
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,7 @@ def test_contract(name, truncated):
   final = np.asarray(features.final)
   assert final.std() > 0
   assert (final.min() < 0) == backbone.signed
+  assert (features.pooled.min() < 0) == backbone.pooled_signed
   assert features.pooled.dtype == jnp.float32
   if backbone.pools_map:
     pooled = backbone.pool(features.final)
@@ -164,6 +165,7 @@ def test_contract(name, truncated):
     out.logits, expected + head['bias'], rtol=1e-4, atol=1e-4
   )
   assert net.signed == backbone.signed
+  assert net.pooled_signed == backbone.pooled_signed
   assert net.pools_map == backbone.pools_map
   assert out.connected is None
 
@@ -242,6 +244,23 @@ def test_build_reaches_outside_and_passes_settings_on():
     'ijckd_jax.models:WideResNet', truncated=True, axis_name='a'
   )
   assert backbone == models.WideResNet(truncated=True, axis_name='a')
+
+
+@pytest.mark.parametrize(
+  'name, said',
+  [
+    ('json:loads', 'does not make a backbone: loads'),
+    ('json:__name__', 'does not make a backbone: .* not callable'),
+    ('collections:OrderedDict', 'makes a OrderedDict, which is not a models'),
+    ('flax.linen:Module', 'does not make a backbone: '),
+  ],
+)
+def test_what_is_no_backbone(name, said):
+  with pytest.raises(
+    config_utils.UserError, match=f"^'{name}' {said}"
+  ) as error:
+    models.build(name, truncated=True)
+  assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('name, depth', [('ResNet', 21), ('WideResNet', 20)])

@@ -184,7 +184,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(
   steps_per_epoch = 1437 / config.batch_size
   config.optimizer.decay_epochs = (9 / steps_per_epoch,)
   config.optimizer.decay_factor = 1e30
-  with pytest.raises(loop.Diverged, match=r'step 1[12]: .*(nan|inf)'):
+  with pytest.raises(loop.Diverged, match=r'step 1[12]: .*loss = (nan|inf)'):
     train.train_and_evaluate(config, tmp_path)
   kept = sorted(map(int, os.listdir(tmp_path / 'checkpoints')))
   assert kept[-1] == 8
@@ -207,18 +207,41 @@ def test_damaged_checkpoint_is_not_used(finished_run, small_config, tmp_path):
   )
   state, _ = store.restore(4, result.state)
   assert_same_bits(state, result.state)
-  files = [
-    path
-    for path in (tmp_path / 'checkpoints' / '4').rglob('*')
-    if path.is_file() and path.parent.name == 'd'
-  ]
-  largest = max(files, key=lambda path: path.stat().st_size)
-  data = bytearray(largest.read_bytes())
-  data[len(data) // 2] ^= 1
-  largest.write_bytes(data)
-  with pytest.raises(config_utils.UserError, match='damaged|cannot be read'):
-    store.restore(4, result.state)
   store.close()
+  folder = tmp_path / 'checkpoints' / '4'
+  files = [path for path in folder.rglob('*') if path.is_file()]
+  assert len(files) > 5
+  arrays = max(
+    (path for path in files if path.parent.name == 'd'),
+    key=lambda path: path.stat().st_size,
+  )
+  refused = []
+  for path in files:
+    before = path.read_bytes()
+    for change in ('flip', 'truncate', 'remove'):
+      if change == 'flip':
+        data = bytearray(before)
+        if data:
+          data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+      elif change == 'truncate':
+        path.write_bytes(before[: len(before) // 2])
+      else:
+        path.unlink()
+      try:
+        store = checkpoints.Checkpoints(
+          tmp_path / 'checkpoints',
+          keep=2,
+          sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+        )
+        state, _ = store.restore(4, result.state)
+        assert_same_bits(state, result.state)  # What is read is right.
+      except config_utils.UserError as error:
+        refused.append(path)
+        assert len(str(error)) < 600
+        assert '\n' not in str(error)
+      path.write_bytes(before)
+  assert refused.count(arrays) == 3
 
 
 def test_ema_is_what_is_evaluated_and_the_raw_student_stands_beside_it(
@@ -328,3 +351,116 @@ def test_best_is_chosen_on_the_validation_split(
   assert student['best'] != student['last']
   assert result.bundle.info['which'] == 'best'
   assert result.bundle.info['test'] == student['best']
+
+
+def test_average_of_the_parameters_by_hand(
+  finished_run, small_config, tmp_path
+):
+  """Its memory grows as (1 + step) / (10 + step), up to the decay."""
+  workdir, _ = finished_run
+  config = small_config('ce', ema_decay=0.15, total_steps=3)
+  config.checkpoint_steps = 1
+  config.keep_checkpoints = 4
+  config.teacher.checkpoint = str(workdir / 'teacher')
+  result = train.train_and_evaluate(config, tmp_path)
+  store = checkpoints.Checkpoints(
+    tmp_path / 'checkpoints',
+    keep=4,
+    sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+  )
+  states = [store.restore(step, result.state)[0] for step in (1, 2, 3)]
+  store.close()
+  kernels = [np.asarray(s.params['head']['kernel']) for s in states]
+  averages = [np.asarray(s.ema['params']['head']['kernel']) for s in states]
+  for decay, old, new, average in zip(
+    (0.15, 0.15), averages, kernels[1:], averages[1:], strict=False
+  ):
+    expected = decay * old + (1 - decay) * new
+    np.testing.assert_allclose(average, expected, rtol=1e-5, atol=1e-7)
+  # The first of them still knows more of the second than of the start.
+  start = (averages[0] - 0.9 * kernels[0]) / 0.1
+  assert np.abs(start).max() <= 1 / np.sqrt(64) + 1e-6
+
+
+def test_rows_past_the_restored_step_are_dropped(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 1, "a": 1}\n{"step": 4, "a": 2}\n{"step": 5, "a')
+  writer = metric_writer.JsonLinesWriter(path, resume_step=3)
+  writer.write(4, {'a': 3})
+  writer.close()
+  assert metric_writer.read_rows(path) == [
+    {'step': 1, 'a': 1},
+    {'step': 4, 'a': 3},
+  ]
+
+
+@pytest.mark.parametrize('line', ['not JSON', '7', '{"a": 1}', '{"step": "x"}'])
+def test_damaged_metrics_are_not_thrown_away(tmp_path, line):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text(f'{line}\n{{"step": 4}}\n')
+  with pytest.raises(config_utils.UserError, match='line 1'):
+    metric_writer.JsonLinesWriter(path, resume_step=9)
+  assert path.read_text().startswith(line)
+
+
+def test_metrics_are_on_the_disk_before_a_checkpoint_of_their_step(
+  finished_run, small_config, tmp_path
+):
+  seen = []
+
+  class Watch:
+    def write(self, step, scalars):
+      self.step = step
+
+    def flush(self):
+      rows = metric_writer.read_rows(tmp_path / 'metrics.jsonl')
+      there = (tmp_path / 'checkpoints' / str(self.step)).exists()
+      seen.append((self.step, rows[-1]['step'], there))
+
+    def close(self):
+      pass
+
+  workdir, _ = finished_run
+  config = small_config('ce', total_steps=4)
+  config.teacher.checkpoint = str(workdir / 'teacher')
+  train.train_and_evaluate(config, tmp_path, writers=[Watch()])
+  assert seen[0] == (4, 4, False)
+
+
+def test_parameters_that_are_not_finite_are_not_saved():
+  class State:
+    params = {'head': {'kernel': np.array([1.0, np.inf])}}
+
+  with pytest.raises(loop.Diverged, match=r"step 7.*\['kernel'\]"):
+    loop._check_finite(7, State)
+
+
+def test_changed_teacher_is_another_run(finished_run, small_config, tmp_path):
+  workdir, _ = finished_run
+  loaded = bundles.load(workdir / 'teacher')
+  config = small_config('kd', total_steps=4)
+  train.train_and_evaluate(config, tmp_path, teacher=loaded.teacher())
+  loaded.variables['params']['head']['bias'] = -np.asarray(
+    loaded.variables['params']['head']['bias']
+  )
+  with pytest.raises(config_utils.UserError, match='teacher.fingerprint'):
+    train.train_and_evaluate(config, tmp_path, teacher=loaded.teacher())
+
+
+def test_summary_lost_is_made_again(finished_run, small_config, tmp_path):
+  workdir, _ = finished_run
+  config = small_config(total_steps=4)
+  config.teacher.checkpoint = str(workdir / 'teacher')
+  first = train.train_and_evaluate(config, tmp_path)
+  (tmp_path / workdirs.SUMMARY).write_text('{"half')
+  second = train.train_and_evaluate(config, tmp_path)
+  assert second.summary['student'] == first.summary['student']
+  assert json.loads((tmp_path / workdirs.SUMMARY).read_text())
+
+
+def test_teacher_does_not_start_as_its_student(finished_run):
+  """They have the same backbone here, and yet nothing in common."""
+  workdir, result = finished_run
+  config = json.loads((workdir / 'config.json').read_text())
+  teacher = json.loads((workdir / 'teacher' / 'config.json').read_text())
+  assert teacher['seed'] == config['teacher']['seed'] != config['seed']

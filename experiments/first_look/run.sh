@@ -7,7 +7,7 @@ work=${1:?usage: run.sh WORKDIR}
 config=configs/fashion_pairs_100.py:resolution=half,num_train=10000
 run() {
   python -m ijckd_jax.main --config "$config,method=$1" --workdir "$work/$1_$2" \
-    --config.seed="$2" --config.total_epochs=20 "${@:3}"
+    --config.seed="$2" --config.teacher.seed=0 --config.total_epochs=20 "${@:3}"
 }
 run ijckd 0 # Trains the teacher as well.
 teacher=$work/ijckd_0/teacher

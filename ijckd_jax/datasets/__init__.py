@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import pathlib
 import tempfile
@@ -83,6 +84,7 @@ class TfdsDataset:
         f'validation_fraction={self.validation_fraction}: give a part of the '
         'training images, at least 0 and less than 1'
       )
+    check_crop_padding(self.crop_padding)
 
   def load(self, split: str) -> Arrays:
     """Returns the images and labels of a split.
@@ -91,6 +93,11 @@ class TfdsDataset:
       UserError: there is no such split, or the data set is not prepared.
     """
     check_split(split)
+    if split == 'validation' and not self.validation_fraction:
+      # At once: the training images would be decoded only to be dropped.
+      return Arrays(
+        np.zeros((0, *self.image_shape), np.uint8), np.zeros(0, np.int32)
+      )
     if split == 'test':
       return from_tfds(self.tfds_name, self.data_dir, 'test', self.image_shape)
     arrays = from_tfds(self.tfds_name, self.data_dir, 'train', self.image_shape)
@@ -112,6 +119,7 @@ class ArrayDataset:
   flip: bool = False
 
   def __post_init__(self):
+    check_crop_padding(self.crop_padding)
     for split in SPLITS:
       arrays = getattr(self, split)
       if arrays is None and split == 'validation':
@@ -152,10 +160,19 @@ class ArrayDataset:
     return tuple(self.train.images.shape[1:])
 
   def fingerprint(self) -> int:
-    """Returns a checksum of the arrays, by which a run knows them again."""
-    checksum = 0
-    for split in SPLITS:
-      arrays = self.load(split)
+    """Returns a checksum of all that it is, by which a run knows it again."""
+    splits = [self.load(split) for split in SPLITS]
+    # The shapes: the same bytes, cut elsewhere, are another data set.
+    described = {
+      'shapes': [arrays.images.shape for arrays in splits],
+      'class_names': [str(name) for name in self.class_names],
+      'mean': [float(value) for value in self.mean],
+      'std': [float(value) for value in self.std],
+      'crop_padding': self.crop_padding,
+      'flip': bool(self.flip),
+    }
+    checksum = zlib.crc32(json.dumps(described).encode())
+    for arrays in splits:
       for array in (arrays.images, arrays.labels):
         checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
     return checksum
@@ -171,6 +188,14 @@ def check_split(split: str) -> None:
   """Raises UserError where there is no such split."""
   if split not in SPLITS:
     raise config_utils.unknown('split', split, SPLITS)
+
+
+def check_crop_padding(crop_padding: int) -> None:
+  """Raises UserError where it is no number of pixels."""
+  if type(crop_padding) is not int or crop_padding < 0:
+    raise config_utils.UserError(
+      f'crop_padding={crop_padding!r}: give whole pixels, at least 0'
+    )
 
 
 def hold_out(arrays: Arrays, fraction: float) -> tuple[Arrays, Arrays]:

@@ -66,6 +66,7 @@ class Dataset:
       raise config_utils.UserError(
         f'pairs_seed={self.pairs_seed}: give a number from 0 to 2**32 - 1'
       )
+    datasets.check_crop_padding(self.crop_padding)
     self._garments()
 
   @property

@@ -6,6 +6,7 @@ https://arxiv.org/abs/1503.02531; weights as in RepDistiller's tables.
 
 import dataclasses
 
+from ijckd_jax import config_utils
 from ijckd_jax import losses
 
 
@@ -19,6 +20,9 @@ class Method:
 
   predicts_with = 'own'
   tap = 'final'
+
+  def __post_init__(self):
+    config_utils.check_positive('temperature', self.temperature)
 
   def build_connector(self, student, teacher):
     """Returns None: logits need no connector."""

@@ -44,6 +44,7 @@ class Method:
   def __post_init__(self):
     if self.connects not in CONNECTS:
       raise config_utils.unknown('connects', self.connects, CONNECTS)
+    config_utils.check_positive('temperature', self.temperature)
 
   def build_connector(self, student, teacher):
     """Returns a 1x1 convolution, started as the variant's code does."""

@@ -48,6 +48,18 @@ def build(name: str, **settings) -> Backbone:
     **settings: `truncated`, `axis_name` and `dtype`, see Backbone.
 
   Raises:
-    config_utils.UserError: there is no such backbone.
+    config_utils.UserError: there is no such backbone, or it is something else.
   """
-  return config_utils.resolve('backbone', name, BACKBONES)(**settings)
+  constructor = config_utils.resolve('backbone', name, BACKBONES)
+  try:
+    backbone = constructor(**settings)
+  except TypeError as error:
+    raise config_utils.UserError(
+      f'{name!r} does not make a backbone: {error}'
+    ) from error
+  if not isinstance(backbone, Backbone):
+    raise config_utils.UserError(
+      f'{name!r} makes a {type(backbone).__name__}, which is not a '
+      'models.Backbone'
+    )
+  return backbone

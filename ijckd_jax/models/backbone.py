@@ -17,9 +17,16 @@ class Backbone(nn.Module):
   outputs.Features; `head(features.pooled)` are the logits, whatever the
   architecture.
 
+  A `pool` that has parameters (a hidden layer, a layer norm) makes its layers
+  in `setup`, as attributes whose names start with 'pool_': by that name they
+  are cut out of the backbone's variables, to serve a student that is connected
+  before them. It computes what it does in inference, in training as well, and
+  in float32 whatever `dtype` is.
+
   Attributes:
     truncated: end at the last stage, without the layers between it and the
-      pool: `final` is then `stages[-1]`.
+      pool: `final` is then `stages[-1]`, `pooled` is its plain average, and
+      there are no 'pool_' layers.
     axis_name: mapped axis over which batch norm is synchronised, or None.
     dtype: dtype of the computation; parameters stay float32.
   """
@@ -35,8 +42,13 @@ class Backbone(nn.Module):
     """Whether `final` can be negative."""
     return False
 
+  @property
+  def pooled_signed(self) -> bool:
+    """Whether `pooled` can be negative."""
+    return self.signed
+
   def pool(self, final: jax.Array) -> jax.Array:
-    """Returns the global average (B, C) float32 of a map (B, H, W, C)."""
+    """Returns `pooled` (B, D) float32 of `final`: here its global average."""
     return jnp.mean(final.astype(jnp.float32), axis=(1, 2))
 
   def init_head(

@@ -1,0 +1,176 @@
+"""Teachers from anywhere, and what a student must know to be tied to one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ijckd_jax import augment
+from ijckd_jax import config_utils
+from ijckd_jax import connectors
+from ijckd_jax import distiller
+from ijckd_jax import methods
+from ijckd_jax import models
+from ijckd_jax import network
+from ijckd_jax import outputs
+from ijckd_jax import teachers
+
+PREPROCESSING = augment.Preprocessing((0.0,), (1.0,), (8, 8))
+
+
+def centred(variables, final):
+  """Pools a map to its average less the mean of its channels."""
+  pooled = teachers.average_pool(variables, final)
+  return pooled - jnp.mean(pooled, axis=-1, keepdims=True)
+
+
+def make_teacher(pool=teachers.average_pool, **fields):
+  """Returns a teacher of 3 classes whose map is its input, in 4 channels."""
+  head = {'kernel': np.eye(4, 3, dtype=np.float32), 'bias': np.zeros(3)}
+
+  def apply(variables, images):
+    del variables
+    final = images * jnp.arange(1.0, 5.0)
+    pooled = pool({}, final)
+    logits = network.classify(head, pooled)
+    return outputs.Outputs((final,), final, pooled, logits)
+
+  return teachers.Teacher(
+    apply=apply,
+    variables={},
+    head=head,
+    preprocessing=PREPROCESSING,
+    pool=pool,
+    **fields,
+  )
+
+
+def bind(teacher, method):
+  return distiller.bind(
+    backbone=models.build('resnet8', truncated=method.tap == 'stage'),
+    preprocessing=PREPROCESSING,
+    method=method,
+    teacher=teacher,
+    image_shape=(8, 8, 1),
+    num_classes=3,
+    axis_name=None,
+    dtype=jnp.float32,
+  )
+
+
+def test_a_pool_of_its_own_needs_a_name():
+  with pytest.raises(
+    config_utils.UserError, match='give as pool_name'
+  ) as error:
+    make_teacher(centred, name='mine')
+  assert str(error.value).startswith('teacher mine: ')
+  assert '\n' not in str(error.value)
+  assert make_teacher(centred, pool_name='my.nets:Centred').pool is centred
+
+
+@pytest.mark.parametrize('signed', [False, True])
+def test_pooled_features_are_signed_as_the_map_is_unless_it_is_said(signed):
+  for pooled_signed, expected in ((None, signed), (False, False), (True, True)):
+    teacher = make_teacher(signed=signed, pooled_signed=pooled_signed)
+    assert teacher.pooled_signed is expected
+    shapes = teacher.shapes((8, 8, 1))
+    assert (shapes.signed, shapes.pooled_signed) == (signed, expected)
+
+
+@pytest.mark.parametrize(
+  'method, fields, signed, pooled_signed',
+  [
+    ('ijckd', {'connector': 'mlp', 'feature_site': 'pooled'}, True, True),
+    ('ijckd', {'feature_site': 'pooled'}, False, True),
+    ('simkd', {}, False, True),
+    ('srrl', {'connects': 'pooled'}, True, True),
+    ('srrl', {'connects': 'map'}, False, True),
+  ],
+)
+def test_a_connector_can_reach_what_it_must(
+  method, fields, signed, pooled_signed
+):
+  """The map has no negative values here, but the pooled features have."""
+  teacher = make_teacher(
+    centred, pool_name='my.nets:Centred', signed=False, pooled_signed=True
+  )
+  net = bind(teacher, methods.get(method)(**fields)).network
+  assert net.connector.signed == signed
+  assert net.pooled_signed == pooled_signed
+
+
+def test_a_students_sign_follows_from_its_connector_and_pool():
+  teacher = make_teacher(signed=False)
+  net = bind(teacher, methods.get('ijckd')()).network
+  assert not net.connector.signed and not net.pooled_signed
+  net = bind(teacher, methods.get('ijckd')(connector='linear')).network
+  assert net.connector.signed and net.pooled_signed
+
+
+@pytest.mark.parametrize(
+  'name', ['json:loads', 'collections:OrderedDict', 'flax.linen:Dense']
+)
+def test_what_is_no_connector(name):
+  shapes = make_teacher().shapes((8, 8, 1))
+  with pytest.raises(
+    config_utils.UserError, match='is not a connector'
+  ) as error:
+    connectors.build(name, shapes)
+  assert name in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unconnected:
+  """A method that predicts with a head that nothing leads to."""
+
+  predicts_with = 'teacher'
+  tap = 'stage'
+
+  def build_connector(self, student, teacher):
+    del student, teacher
+
+  def loss(self, student, teacher, batch):
+    del teacher, batch
+    return jnp.sum(student.logits), {'sum': jnp.sum(student.logits)}
+
+
+@pytest.mark.parametrize('teacher', [None, make_teacher()])
+def test_a_reused_head_needs_a_connector(teacher):
+  with pytest.raises(
+    config_utils.UserError, match=r'^Unconnected\(\) .* no connector to it'
+  ):
+    bind(teacher, Unconnected())
+
+
+def test_pool_variables_are_those_named_so():
+  variables = {
+    'params': {'conv': 1, 'pool_norm': {'scale': 2}, 'pooling': 3},
+    'batch_stats': {'conv': 4},
+  }
+  assert network.pool_variables(variables) == {
+    'params': {'pool_norm': {'scale': 2}}
+  }
+
+
+@pytest.mark.parametrize('name', models.BACKBONES)
+def test_the_pools_variables_are_all_that_the_pool_needs(name):
+  """Of every backbone, whole and truncated."""
+  for truncated in (False, True):
+    backbone = models.build(name, truncated=truncated)
+
+    def pooled_twice(x, backbone=backbone):
+      features, variables = backbone.init_with_output(
+        jax.random.key(0), x, train=False
+      )
+      share = network.pool_variables(variables)
+      again = network.pool_of(backbone)(share, features.final)
+      return features.pooled, again, share
+
+    pooled, again, share = jax.eval_shape(
+      pooled_twice, jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    )
+    assert (pooled.shape, pooled.dtype) == (again.shape, again.dtype)
+    assert not (truncated and share)
