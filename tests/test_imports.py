@@ -29,6 +29,7 @@ LAYERS = {
   'loops': ('train', 'loop', 'evaluate', 'report', 'plots'),
   'assembly': (
     'bundles',
+    'bundle_spec',
     'teachers',
     'distiller',
     'network',

@@ -1,0 +1,220 @@
+"""What `bundle.json` may say: checked, and built into a network.
+
+A bundle may come from a stranger, so nothing in it is believed before it was
+checked, and no code is imported by what it names.
+"""
+
+import dataclasses
+import math
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+
+from ijckd_jax import augment
+from ijckd_jax import config_utils
+from ijckd_jax import connectors
+from ijckd_jax import models
+from ijckd_jax import network as network_lib
+from ijckd_jax import teachers
+
+DTYPES = ('float32', 'bfloat16')
+CONNECTOR_RUNTIME_FIELDS = ('axis_name', 'dtype', 'parent', 'name')
+# A file may ask for anything: arrays as large as these sides still fit.
+MAX_SIDE = 4096
+MAX_EVAL_BATCH_SIZE = 2**20
+
+
+def _is_count(value, limit):
+  return type(value) is int and 1 <= value <= limit
+
+
+def _is_size(value):
+  return (
+    isinstance(value, list)
+    and len(value) == 2
+    and all(_is_count(side, MAX_SIDE) for side in value)
+  )
+
+
+def _is_numbers(value, num):
+  return (
+    isinstance(value, list)
+    and len(value) == num
+    and all(type(x) in (int, float) and math.isfinite(x) for x in value)
+  )
+
+
+def check(spec):
+  """Raises ValueError unless each field is of its type and within bounds."""
+
+  def require(is_right, field, wanted):
+    if not is_right:
+      raise ValueError(f'{field} must be {wanted}')
+
+  for field in ('backbone', 'pool'):
+    require(isinstance(spec.get(field), str), field, 'a name')
+  require(isinstance(spec.get('truncated'), bool), 'truncated', 'true or false')
+  require(spec.get('dtype') in DTYPES, 'dtype', f'one of {", ".join(DTYPES)}')
+  names = spec.get('class_names')
+  is_texts = isinstance(names, list) and all(isinstance(x, str) for x in names)
+  require(is_texts and names, 'class_names', 'a list of names')
+
+  sides = f'a list of sides from 1 to {MAX_SIDE}'
+  shape = spec.get('image_shape')
+  require(
+    isinstance(shape, list) and _is_size(shape[:2]) and len(shape) == 3,
+    'image_shape',
+    f'{sides}, and the number of channels',
+  )
+  require(_is_count(shape[2], MAX_SIDE), 'image_shape', 'of 1 channel or more')
+  preprocessing = spec.get('preprocessing')
+  require(
+    isinstance(preprocessing, dict)
+    and set(preprocessing) == {'mean', 'std', 'size'},
+    'preprocessing',
+    'a mean, a std and a size',
+  )
+  for field in ('mean', 'std'):
+    values = preprocessing[field]
+    wanted = f'a list of {shape[2]} numbers, one per channel'
+    require(_is_numbers(values, shape[2]), field, wanted)
+  require(min(preprocessing['std']) > 0, 'std', 'positive')
+  require(_is_size(preprocessing['size']), 'size', sides)
+
+  connector = spec.get('connector', '')
+  connect_size = spec.get('connect_size', '')
+  require(
+    connector is None
+    or (isinstance(connector, dict) and isinstance(connector.get('name'), str)),
+    'connector',
+    'null, or have a name and fields',
+  )
+  require(
+    connect_size is None
+    or (
+      _is_size(connect_size)
+      and all(map(int.__le__, connect_size, preprocessing['size']))
+    ),
+    'connect_size',
+    f"null, or {sides}, at most the images'",
+  )
+
+  info = spec.get('info')
+  require(isinstance(info, dict), 'info', 'an object')
+  require(
+    _is_count(info.get('eval_batch_size', 1), MAX_EVAL_BATCH_SIZE),
+    'eval_batch_size',
+    f'from 1 to {MAX_EVAL_BATCH_SIZE}',
+  )
+  require(isinstance(info.get('dataset', {}), dict), 'dataset', 'an object')
+
+
+def names_outside(spec) -> list[str]:
+  """Returns the names in a spec that are references to code elsewhere.
+
+  Raises:
+    config_utils.UserError: a name is neither known nor a reference.
+  """
+  names = [('backbone', spec['backbone'], models.BACKBONES)]
+  if spec['pool'] != 'average':
+    names.append(('backbone', spec['pool'], models.BACKBONES))
+  if spec['connector'] is not None:
+    name = spec['connector']['name']
+    names.append(('connector', name, connectors.CONNECTORS))
+  unknown = [item for item in names if item[1] not in item[2]]
+  for kind, name, table in unknown:
+    if ':' not in name:
+      raise config_utils.unknown(kind, name, list(table))
+  return [name for _, name, _ in unknown]
+
+
+def build(spec, dtype):
+  """Returns the network of a checked spec, and the backbone of its pool.
+
+  That backbone is None where the pool is the plain average or the network's
+  own.
+  """
+  backbone = models.build(
+    spec['backbone'], truncated=spec['truncated'], dtype=dtype
+  )
+  preprocessing = augment.Preprocessing(
+    **{key: tuple(value) for key, value in spec['preprocessing'].items()}
+  )
+  if spec['connector'] is None:
+    pool = network_lib.pool_of(backbone)
+    return network_lib.Network(backbone, preprocessing, None, None, pool), None
+  fields = {
+    key: tuple(value) if isinstance(value, list) else value
+    for key, value in spec['connector'].items()
+  }
+  cls = connectors.get(fields.pop('name'))
+  _check_connector(cls, fields)
+  pool, pool_backbone, pool_signed = teachers.average_pool, None, False
+  if spec['pool'] != 'average':
+    pool_backbone = models.build(spec['pool'], dtype=dtype)
+    pool = network_lib.pool_of(pool_backbone)
+    pool_signed = pool_backbone.pooled_signed
+  network = network_lib.Network(
+    backbone,
+    preprocessing,
+    connector=cls(**fields, dtype=dtype),
+    connect_size=spec['connect_size'] and tuple(spec['connect_size']),
+    pool=pool,
+    pool_signed=pool_signed,
+  )
+  return network, pool_backbone
+
+
+def _check_connector(cls, values):
+  """Raises ValueError where a connector's fields are not what it declares.
+
+  A field that a subclass adds may be missing: bundles from before it was added
+  stay readable, if its default is what was done before.
+  """
+  types = {
+    field.name: field.type
+    for field in dataclasses.fields(cls)
+    if field.name not in CONNECTOR_RUNTIME_FIELDS
+  }
+  for name, value in values.items():
+    if name not in types:
+      raise ValueError(f'the connector has no field {name!r}')
+    wanted = types[name]
+    kinds = (int, float) if wanted is float else (wanted,)
+    if isinstance(wanted, type) and type(value) not in kinds:
+      raise ValueError(f"the connector's {name} must be {wanted.__name__}")
+  for name in ('features', 'signed', 'takes'):
+    if name not in values:
+      raise ValueError(f'the connector needs {name}')
+  if values['takes'] not in ('map', 'pooled'):
+    raise ValueError("the connector's takes must be 'map' or 'pooled'")
+
+
+def check_arrays(arrays, variables, network, pool_backbone, spec):
+  """Raises unless a network has these arrays, no more and no fewer."""
+  image_shape = tuple(spec['image_shape'])
+  key = jax.random.key(0)
+  out = jax.eval_shape(
+    lambda variables, x: network(variables, network.preprocessing(x)),
+    variables,
+    jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8),
+  )
+  width, num_classes = out.pooled.shape[-1], len(spec['class_names'])
+  expected = jax.eval_shape(lambda: network.init(key, image_shape, None))
+  expected['params']['head'] = {
+    'kernel': jax.ShapeDtypeStruct((width, num_classes), jnp.float32),
+    'bias': jax.ShapeDtypeStruct((num_classes,), jnp.float32),
+  }
+  if pool_backbone is not None and network.pools_map:
+    expected['pool'] = jax.eval_shape(
+      lambda x: pool_backbone.init(key, x, method='pool'), out.final
+    )
+  expected = traverse_util.flatten_dict(expected, sep='/')
+  for name in sorted(expected.keys() | arrays.keys()):
+    described = [
+      f'{tree[name].dtype}{list(tree[name].shape)}' if name in tree else 'none'
+      for tree in (arrays, expected)
+    ]
+    if described[0] != described[1]:
+      raise ValueError(f'{name} is {described[0]}, not {described[1]}')
