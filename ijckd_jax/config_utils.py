@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import importlib
 import json
+import logging
 import math
 import os
 import runpy
@@ -368,6 +369,9 @@ def run_command(command: Callable[[list[str]], int | None]) -> None:
 
   A UserError becomes one line on standard error and exit code 2.
   """
+  # The libraries' own warnings; of a damaged checkpoint a page for each array.
+  for name in ('absl', 'asyncio', 'root'):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   try:
     code = command(sys.argv[1:])
   except UserError as error:

@@ -36,9 +36,6 @@ def main(argv: list[str]) -> int:
   config, workdir, overwrite = _parse(argv)
   logging.basicConfig(format='%(message)s')
   logging.getLogger('ijckd_jax').setLevel(logging.INFO)
-  # Of a damaged checkpoint they would print a page for every array.
-  for name in ('absl', 'asyncio', 'root'):
-    logging.getLogger(name).setLevel(logging.CRITICAL)
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
   import jax
