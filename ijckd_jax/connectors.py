@@ -12,11 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ijckd_jax import config_utils
-
-# PyTorch's default start of convolutions and linear layers: uniform in
-# +-1/sqrt(fan_in).
-TORCH_DEFAULT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
-KAIMING_FAN_OUT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+from ijckd_jax.models import layers
 
 
 class Connector(nn.Module):
@@ -29,6 +25,7 @@ class Connector(nn.Module):
       map of 1x1.
     axis_name: mapped axis over which batch norm is synchronised, or None.
     dtype: dtype of the computation.
+    unbiased_variance: see models.layers.BatchNorm.
   """
 
   features: int
@@ -36,26 +33,21 @@ class Connector(nn.Module):
   takes: str = 'map'
   axis_name: str | None = None
   dtype: Any = jnp.float32
+  unbiased_variance: bool = False
 
-  def conv(self, features, kernel=1, init=TORCH_DEFAULT, **kwargs):
+  def conv(self, features, kernel=1, init=layers.TORCH_DEFAULT, **kwargs):
     """Returns a convolution that keeps the map's size."""
-    return nn.Conv(
-      features,
-      (kernel, kernel),
-      padding=kernel // 2,
-      kernel_init=init,
-      dtype=self.dtype,
-      **{'use_bias': False, **kwargs},
+    return layers.conv(
+      features, kernel, kernel_init=init, dtype=self.dtype, **kwargs
     )
 
   def norm(self, x, train):
-    """Applies a batch norm with PyTorch's epsilon and momentum."""
-    return nn.BatchNorm(
+    """Applies a batch norm, see models.layers.BatchNorm."""
+    return layers.BatchNorm(
       use_running_average=not train,
-      momentum=0.9,
-      epsilon=1e-5,
       axis_name=self.axis_name,
       dtype=self.dtype,
+      unbiased=self.unbiased_variance,
     )(x)
 
   def last(self, x):
@@ -103,8 +95,8 @@ class Conv1x1(Connector):
 
   @nn.compact
   def __call__(self, x, *, train):
-    init = TORCH_DEFAULT if self.torch_init else KAIMING_FAN_OUT
-    return self.last(self.norm(self.conv(self.features, init=init)(x), train))
+    start = layers.TORCH_DEFAULT if self.torch_init else layers.KAIMING_FAN_OUT
+    return self.last(self.norm(self.conv(self.features, init=start)(x), train))
 
 
 class Bottleneck(Connector):

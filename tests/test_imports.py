@@ -19,7 +19,7 @@ LAYERS = {
     'export',
     'predict',
     'compile',
-    'hub',
+    'models.__main__',
     'torch_weights',
     'torch_model',
     'datasets.prepare',
@@ -30,6 +30,8 @@ LAYERS = {
   'assembly': (
     'bundles',
     'bundle_spec',
+    'torch_import',
+    'torch_students',
     'teachers',
     'distiller',
     'network',
@@ -46,7 +48,14 @@ LAYERS = {
     'input_pipeline',
     'optim',
   ),
-  'adapters': ('parallel', 'checkpoints', 'metric_writer', 'workdirs'),
+  'adapters': (
+    'parallel',
+    'checkpoints',
+    'metric_writer',
+    'workdirs',
+    'torch_files',
+    'hub',
+  ),
   'ground': (
     'losses',
     'metrics',
@@ -61,6 +70,7 @@ LAZY = ('__init__',)
 LINEN = ('models', 'connectors', 'methods')
 SLOW = (
   'cv2',
+  'huggingface_hub',
   'matplotlib',
   'PIL',
   'scipy',
@@ -68,6 +78,9 @@ SLOW = (
   'tensorboardX',
   'tensorflow',
   'tensorflow_datasets',
+  'timm',
+  'torch',
+  'torchvision',
 )
 
 

@@ -170,7 +170,7 @@ def test_the_pools_variables_are_all_that_the_pool_needs(name):
       return features.pooled, again, share
 
     pooled, again, share = jax.eval_shape(
-      pooled_twice, jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+      pooled_twice, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     )
     assert (pooled.shape, pooled.dtype) == (again.shape, again.dtype)
     assert not (truncated and share)

@@ -4,34 +4,95 @@ from functools import partial
 
 from ijckd_jax import config_utils
 from ijckd_jax.models.backbone import Backbone
-from ijckd_jax.models.resnet_cifar import ResNet
+from ijckd_jax.models.deit import DeiT
+from ijckd_jax.models.mobilenet_v1 import MobileNetV1
+from ijckd_jax.models.mobilenet_v2 import MobileNetV2
+from ijckd_jax.models.mobilenet_v3 import MobileNetV3Small
+from ijckd_jax.models.resnet import ResNet
+from ijckd_jax.models.resnet_cifar import CifarResNet
+from ijckd_jax.models.shufflenet_v1 import ShuffleNetV1
+from ijckd_jax.models.shufflenet_v2 import ShuffleNetV2
+from ijckd_jax.models.vgg import Vgg
 from ijckd_jax.models.wrn import WideResNet
 
 X1 = (16, 16, 32, 64)
 X2 = (16, 32, 64, 128)
 X4 = (32, 64, 128, 256)
 
+# Blocks of each stage.
+BASIC_18 = (2, 2, 2, 2)
+BASIC_34 = (3, 4, 6, 3)
+deep_resnet = partial(ResNet, bottleneck=True)
+cifar_mobilenet = partial(MobileNetV2, cifar=True)
+cifar_shufflenet = partial(ShuffleNetV2, cifar=True)
+torchdistill_wrn = partial(WideResNet, torchdistill=True)
+
+# For CIFAR first, then for ImageNet.
 BACKBONES = {
-  'resnet8': partial(ResNet, depth=8, widths=X1),
-  'resnet14': partial(ResNet, depth=14, widths=X1),
-  'resnet20': partial(ResNet, depth=20, widths=X1),
-  'resnet32': partial(ResNet, depth=32, widths=X1),
-  'resnet38': partial(ResNet, depth=38, widths=X1),
-  'resnet44': partial(ResNet, depth=44, widths=X1),
-  'resnet56': partial(ResNet, depth=56, widths=X1),
-  'resnet110': partial(ResNet, depth=110, widths=X1),
-  'resnet116': partial(ResNet, depth=116, widths=X1),
-  'resnet14x2': partial(ResNet, depth=14, widths=X2),
-  'resnet38x2': partial(ResNet, depth=38, widths=X2),
-  'resnet110x2': partial(ResNet, depth=110, widths=X2),
-  'resnet8x4': partial(ResNet, depth=8, widths=X4),
-  'resnet14x4': partial(ResNet, depth=14, widths=X4),
-  'resnet32x4': partial(ResNet, depth=32, widths=X4),
-  'resnet38x4': partial(ResNet, depth=38, widths=X4),
+  'resnet8': partial(CifarResNet, depth=8, widths=X1),
+  'resnet14': partial(CifarResNet, depth=14, widths=X1),
+  'resnet20': partial(CifarResNet, depth=20, widths=X1),
+  'resnet32': partial(CifarResNet, depth=32, widths=X1),
+  'resnet38': partial(CifarResNet, depth=38, widths=X1),
+  'resnet44': partial(CifarResNet, depth=44, widths=X1),
+  'resnet56': partial(CifarResNet, depth=56, widths=X1),
+  'resnet110': partial(CifarResNet, depth=110, widths=X1),
+  'resnet116': partial(CifarResNet, depth=116, widths=X1),
+  'resnet14x2': partial(CifarResNet, depth=14, widths=X2),
+  'resnet38x2': partial(CifarResNet, depth=38, widths=X2),
+  'resnet110x2': partial(CifarResNet, depth=110, widths=X2),
+  'resnet8x4': partial(CifarResNet, depth=8, widths=X4),
+  'resnet14x4': partial(CifarResNet, depth=14, widths=X4),
+  'resnet32x4': partial(CifarResNet, depth=32, widths=X4),
+  'resnet38x4': partial(CifarResNet, depth=38, widths=X4),
   'wrn_16_1': partial(WideResNet, depth=16, widen=1),
   'wrn_16_2': partial(WideResNet, depth=16, widen=2),
+  'wrn_16_4': partial(WideResNet, depth=16, widen=4),
+  'wrn_28_2': partial(WideResNet, depth=28, widen=2),
+  'wrn_28_4': partial(WideResNet, depth=28, widen=4),
   'wrn_40_1': partial(WideResNet, depth=40, widen=1),
   'wrn_40_2': partial(WideResNet, depth=40, widen=2),
+  'torchdistill_wrn_16_8': partial(torchdistill_wrn, depth=16, widen=8),
+  'torchdistill_wrn_28_10': partial(torchdistill_wrn, depth=28, widen=10),
+  'torchdistill_wrn_40_4': partial(torchdistill_wrn, depth=40, widen=4),
+  'vgg8': partial(Vgg, num_convs=(1, 1, 1, 1, 1)),
+  'vgg11': partial(Vgg, num_convs=(1, 1, 2, 2, 2)),
+  'vgg13': partial(Vgg, num_convs=(2, 2, 2, 2, 2)),
+  'vgg16': partial(Vgg, num_convs=(2, 2, 3, 3, 3)),
+  'vgg19': partial(Vgg, num_convs=(2, 2, 4, 4, 4)),
+  'resnet18_cifar': partial(ResNet, num_blocks=BASIC_18, cifar=True),
+  'resnet50_cifar': partial(deep_resnet, num_blocks=BASIC_34, cifar=True),
+  'mobilenet_v2_cifar_x0_5': partial(cifar_mobilenet, width=0.5),
+  'mobilenet_v2_cifar_x1_0': cifar_mobilenet,
+  'shufflenet_v1_cifar': ShuffleNetV1,
+  'shufflenet_v2_cifar_x0_5': partial(
+    cifar_shufflenet, widths=(48, 96, 192, 1024)
+  ),
+  'shufflenet_v2_cifar_x1_0': partial(
+    cifar_shufflenet, widths=(116, 232, 464, 1024)
+  ),
+  'shufflenet_v2_cifar_x1_5': partial(
+    cifar_shufflenet, widths=(176, 352, 704, 1024)
+  ),
+  # As in the paper; the peers' code has 224 for 244, which is a slip.
+  'shufflenet_v2_cifar_x2_0': partial(
+    cifar_shufflenet, widths=(244, 488, 976, 2048)
+  ),
+  'resnet18': partial(ResNet, num_blocks=BASIC_18),
+  'resnet34': partial(ResNet, num_blocks=BASIC_34),
+  'resnet50': partial(deep_resnet, num_blocks=BASIC_34),
+  'resnet101': partial(deep_resnet, num_blocks=(3, 4, 23, 3)),
+  'resnet152': partial(deep_resnet, num_blocks=(3, 8, 36, 3)),
+  'wide_resnet50_2': partial(deep_resnet, num_blocks=BASIC_34, inner_width=2),
+  'resnext50_32x4d': partial(
+    deep_resnet, num_blocks=BASIC_34, inner_width=2, groups=32
+  ),
+  'mobilenet_v1': MobileNetV1,
+  'mobilenet_v2': MobileNetV2,
+  'mobilenet_v3_small': MobileNetV3Small,
+  'shufflenet_v2_x0_5': partial(ShuffleNetV2, widths=(48, 96, 192, 1024)),
+  'shufflenet_v2_x1_0': partial(ShuffleNetV2, widths=(116, 232, 464, 1024)),
+  'deit_small_patch16_224': DeiT,
 }
 
 

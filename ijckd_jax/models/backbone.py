@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-KAIMING_FAN_OUT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+from ijckd_jax.models import layers
 
 
 class Backbone(nn.Module):
@@ -29,13 +29,22 @@ class Backbone(nn.Module):
       there are no 'pool_' layers.
     axis_name: mapped axis over which batch norm is synchronised, or None.
     dtype: dtype of the computation; parameters stay float32.
+    unbiased_variance: see layers.BatchNorm.
   """
 
   truncated: bool = False
   axis_name: str | None = None
   dtype: Any = jnp.float32
+  unbiased_variance: bool = False
 
-  pools_map = True  # `pooled` is a function of `final`.
+  usual_size = 32  # Side of the square images that it was made for.
+  torch_head = 'fc'  # The head's name in the published PyTorch network.
+  kernel_init = staticmethod(layers.KAIMING_FAN_OUT)  # Of convolutions.
+
+  @property
+  def pools_map(self) -> bool:
+    """Whether `pooled` is a function of `final`."""
+    return True
 
   @property
   def signed(self) -> bool:
@@ -75,29 +84,35 @@ class Backbone(nn.Module):
       ),
     }
 
-  def conv(self, features: int, kernel: int, stride: int = 1, **kwargs):
-    """Returns a convolution padded as PyTorch pads it.
+  def torch_name(self, layer: str) -> str:
+    """Returns a layer's name in the published PyTorch network.
 
-    'SAME' puts the padding of a strided convolution elsewhere.
+    Layers are called as there, with '_' for '.', unless a backbone says
+    otherwise.
     """
-    return nn.Conv(
-      features,
-      (kernel, kernel),
-      strides=stride,
-      padding=(kernel - 1) // 2,
-      use_bias=False,
-      kernel_init=KAIMING_FAN_OUT,
-      dtype=self.dtype,
-      **kwargs,
-    )
+    return layer.replace('_', '.')
+
+  def conv(self, features: int, kernel: int, stride: int = 1, **kwargs):
+    """Returns a convolution, see layers.conv."""
+    kwargs = {'kernel_init': self.kernel_init, **kwargs}
+    return layers.conv(features, kernel, stride, dtype=self.dtype, **kwargs)
 
   def norm(self, train: bool, **kwargs):
-    """Returns a batch norm with PyTorch's epsilon and momentum."""
-    return nn.BatchNorm(
+    """Returns a batch norm, see layers.BatchNorm."""
+    return layers.BatchNorm(
       use_running_average=not train,
-      momentum=0.9,
-      epsilon=1e-5,
       axis_name=self.axis_name,
       dtype=self.dtype,
+      unbiased=self.unbiased_variance,
       **kwargs,
     )
+
+
+def normal_head(
+  key: jax.Array, num_features: int, num_classes: int, std: float = 0.01
+) -> dict[str, jax.Array]:
+  """Returns a fresh head, N(0, std^2) without bias; see Backbone.init_head."""
+  return {
+    'kernel': std * jax.random.normal(key, (num_features, num_classes)),
+    'bias': jnp.zeros(num_classes),
+  }

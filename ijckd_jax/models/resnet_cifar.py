@@ -11,7 +11,7 @@ from ijckd_jax import outputs
 from ijckd_jax.models import backbone
 
 
-class ResNet(backbone.Backbone):
+class CifarResNet(backbone.Backbone):
   """A ResNet of depth 6n+2 for images of any size.
 
   Attributes:
@@ -21,6 +21,10 @@ class ResNet(backbone.Backbone):
 
   depth: int = 20
   widths: tuple[int, int, int, int] = (16, 16, 32, 64)
+
+  def torch_name(self, layer):
+    layer = layer.replace('downsample_conv', 'downsample_0')
+    return super().torch_name(layer.replace('downsample_bn', 'downsample_1'))
 
   @nn.compact
   def __call__(self, images, *, train):

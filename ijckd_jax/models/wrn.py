@@ -4,6 +4,8 @@ Source: Zagoruyko and Komodakis 2016, "Wide Residual Networks",
 https://arxiv.org/abs/1605.07146.
 """
 
+import re
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -21,10 +23,13 @@ class WideResNet(backbone.Backbone):
   Attributes:
     depth: 16, 40, ...
     widen: factor on the widths of the three stages.
+    torchdistill: as torchdistill has it: a shortcut is not activated. Its
+      weights have the same shapes and make another function.
   """
 
   depth: int = 16
   widen: int = 1
+  torchdistill: bool = False
 
   @property
   def signed(self):
@@ -33,6 +38,13 @@ class WideResNet(backbone.Backbone):
   def init_head(self, key, num_features, num_classes):
     head = super().init_head(key, num_features, num_classes)
     return {**head, 'bias': jnp.zeros_like(head['bias'])}
+
+  def torch_name(self, layer):
+    if self.torchdistill:
+      layer = layer.replace('block', 'layer')
+      return super().torch_name(layer.replace('shortcut', 'shortcut_0'))
+    layer = re.sub(r'^(block\d)_', r'\1_layer_', layer)
+    return super().torch_name(layer.replace('shortcut', 'convShortcut'))
 
   @nn.compact
   def __call__(self, images, *, train):
@@ -52,11 +64,12 @@ class WideResNet(backbone.Backbone):
     return outputs.Features(tuple(stages), x, self.pool(x))
 
   def block(self, x, width, stride, train, name):
-    """Applies two pre-activated convolutions; a shortcut is activated too."""
+    """Applies two pre-activated convolutions, and the shortcut around them."""
     activated = nn.relu(self.norm(train, name=f'{name}_bn1')(x))
     y = self.conv(width, 3, stride, name=f'{name}_conv1')(activated)
     y = nn.relu(self.norm(train, name=f'{name}_bn2')(y))
     y = self.conv(width, 3, name=f'{name}_conv2')(y)
     if x.shape[-1] != width:
-      x = self.conv(width, 1, stride, name=f'{name}_shortcut')(activated)
+      shortcut = self.conv(width, 1, stride, name=f'{name}_shortcut')
+      x = shortcut(x if self.torchdistill else activated)
     return x + y

@@ -1,0 +1,69 @@
+"""Layers as PyTorch has them: their padding, their start, their batch norm."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+KAIMING_FAN_OUT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+# PyTorch's default start of convolutions and linear layers, of their biases
+# too: uniform in +-1/sqrt(fan_in).
+TORCH_DEFAULT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+
+
+def conv(features: int, kernel: int = 1, stride: int = 1, **kwargs) -> nn.Conv:
+  """Returns a convolution padded as PyTorch pads it, without bias.
+
+  'SAME' puts the padding of a strided convolution elsewhere.
+
+  Args:
+    features: channels of the output.
+    kernel: side of the window.
+    stride: step of the window.
+    **kwargs: further fields of nn.Conv.
+  """
+  return nn.Conv(
+    features,
+    (kernel, kernel),
+    strides=stride,
+    **{'padding': (kernel - 1) // 2, 'use_bias': False, **kwargs},
+  )
+
+
+class BatchNorm(nn.BatchNorm):
+  """Batch norm with PyTorch's momentum and epsilon.
+
+  Attributes:
+    unbiased: let the running variance follow the batch's unbiased variance, of
+      n/(n-1) times the size, as PyTorch does; n is the number of values that a
+      channel has in the batch (of all devices where they are synchronised).
+      What normalises the batch in training is the biased one in both.
+  """
+
+  momentum: float = 0.9
+  epsilon: float = 1e-5
+  unbiased: bool = False
+
+  def __call__(self, x):
+    """Returns `x` (..., C) normalised; in training, follows its statistics."""
+    trains = not (self.use_running_average or self.is_initializing())
+    old = self.get_variable('batch_stats', 'var')
+    y = super().__call__(x)
+    if self.unbiased and trains:
+      count = x.size // x.shape[-1]
+      if self.axis_name is not None:
+        count *= jax.lax.axis_size(self.axis_name)
+      kept = self.momentum * old
+      added = self.get_variable('batch_stats', 'var') - kept
+      # A single value has no unbiased variance; PyTorch refuses it.
+      added *= count / max(count - 1, 1)
+      self.put_variable('batch_stats', 'var', kept + added)
+    return y
+
+
+def channel_shuffle(x: jax.Array, groups: int) -> jax.Array:
+  """Returns (..., C) with the channels of the groups dealt out in turn.
+
+  Source: Zhang et al. 2017, "ShuffleNet", https://arxiv.org/abs/1707.01083.
+  """
+  grouped = x.reshape(*x.shape[:-1], groups, -1)
+  return jnp.swapaxes(grouped, -1, -2).reshape(x.shape)

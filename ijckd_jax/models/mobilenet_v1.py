@@ -1,0 +1,47 @@
+"""MobileNetV1 for ImageNet.
+
+Source: Howard et al. 2017, "MobileNets: Efficient Convolutional Neural Networks
+for Mobile Vision Applications", https://arxiv.org/abs/1704.04861; layout and
+start as in mdistiller and the official IJCKD code.
+"""
+
+import flax.linen as nn
+
+from ijckd_jax import outputs
+from ijckd_jax.models import backbone
+from ijckd_jax.models import layers
+
+# Width and stride of each separable convolution.
+BLOCKS = (
+  (64, 1),
+  *((128, 2), (128, 1)),
+  *((256, 2), (256, 1)),
+  *((512, 2), *5 * ((512, 1),)),
+  *((1024, 2), (1024, 1)),
+)
+STAGE_ENDS = (3, 5, 11, 13)  # Counted from the stem, which is 0.
+
+
+class MobileNetV1(backbone.Backbone):
+  """A convolution, then 13 depthwise separable ones."""
+
+  usual_size = 224
+  kernel_init = staticmethod(layers.TORCH_DEFAULT)
+
+  @nn.compact
+  def __call__(self, images, *, train):
+    def step(x, features, kernel, stride, conv, norm, groups=1):
+      x = self.conv(
+        features, kernel, stride, feature_group_count=groups, name=conv
+      )(x)
+      return nn.relu(self.norm(train, name=norm)(x))
+
+    x = step(images, 32, 3, 2, 'model_0_0', 'model_0_1')
+    stages = []
+    for i, (width, stride) in enumerate(BLOCKS, 1):
+      name, channels = f'model_{i}', x.shape[-1]
+      x = step(x, channels, 3, stride, f'{name}_0', f'{name}_1', channels)
+      x = step(x, width, 1, 1, f'{name}_3', f'{name}_4')
+      if i in STAGE_ENDS:
+        stages.append(x)
+    return outputs.Features(tuple(stages), x, self.pool(x))
