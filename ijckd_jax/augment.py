@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+INTERPOLATIONS = ('bilinear', 'bicubic')
+
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
@@ -14,18 +16,21 @@ class Preprocessing:
     mean: per channel, of pixels scaled to [0, 1].
     std: per channel.
     size: (H, W) that the network wants.
+    interpolation: how images of another size are resized, antialiased: one of
+      INTERPOLATIONS.
   """
 
   mean: tuple[float, ...]
   std: tuple[float, ...]
   size: tuple[int, int]
+  interpolation: str = 'bilinear'
 
   def __call__(self, images: jax.Array) -> jax.Array:
     """Returns (B, *size, C) float32 from (B, H, W, C) uint8."""
     x = images.astype(jnp.float32) / 255
     if x.shape[1:3] != self.size:
       shape = (x.shape[0], *self.size, x.shape[3])
-      x = jax.image.resize(x, shape, 'bilinear', antialias=True)
+      x = jax.image.resize(x, shape, self.interpolation, antialias=True)
     return (x - jnp.array(self.mean)) / jnp.array(self.std)
 
 

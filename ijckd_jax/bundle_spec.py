@@ -19,7 +19,13 @@ from ijckd_jax import network as network_lib
 from ijckd_jax import teachers
 
 DTYPES = ('float32', 'bfloat16')
-CONNECTOR_RUNTIME_FIELDS = ('axis_name', 'dtype', 'parent', 'name')
+CONNECTOR_RUNTIME_FIELDS = (
+  'axis_name',
+  'dtype',
+  'unbiased_variance',
+  'parent',
+  'name',
+)
 # A file may ask for anything: arrays as large as these sides still fit.
 MAX_SIDE = 4096
 MAX_EVAL_BATCH_SIZE = 2**20
@@ -71,9 +77,15 @@ def check(spec):
   preprocessing = spec.get('preprocessing')
   require(
     isinstance(preprocessing, dict)
-    and set(preprocessing) == {'mean', 'std', 'size'},
+    and set(preprocessing) - {'interpolation'} == {'mean', 'std', 'size'},
     'preprocessing',
-    'a mean, a std and a size',
+    'a mean, a std, a size and an interpolation',
+  )
+  # Bundles that do not name one were made when all were bilinear.
+  require(
+    preprocessing.get('interpolation', 'bilinear') in augment.INTERPOLATIONS,
+    'interpolation',
+    f'one of {", ".join(augment.INTERPOLATIONS)}',
   )
   for field in ('mean', 'std'):
     values = preprocessing[field]
@@ -107,7 +119,8 @@ def check(spec):
     'eval_batch_size',
     f'from 1 to {MAX_EVAL_BATCH_SIZE}',
   )
-  require(isinstance(info.get('dataset', {}), dict), 'dataset', 'an object')
+  for field in ('dataset', 'origin'):
+    require(isinstance(info.get(field, {}), dict), field, 'an object')
 
 
 def names_outside(spec) -> list[str]:
@@ -139,7 +152,10 @@ def build(spec, dtype):
     spec['backbone'], truncated=spec['truncated'], dtype=dtype
   )
   preprocessing = augment.Preprocessing(
-    **{key: tuple(value) for key, value in spec['preprocessing'].items()}
+    **{
+      key: tuple(value) if isinstance(value, list) else value
+      for key, value in spec['preprocessing'].items()
+    }
   )
   if spec['connector'] is None:
     pool = network_lib.pool_of(backbone)
@@ -191,25 +207,38 @@ def _check_connector(cls, values):
     raise ValueError("the connector's takes must be 'map' or 'pooled'")
 
 
-def check_arrays(arrays, variables, network, pool_backbone, spec):
-  """Raises unless a network has these arrays, no more and no fewer."""
-  image_shape = tuple(spec['image_shape'])
-  key = jax.random.key(0)
-  out = jax.eval_shape(
-    lambda variables, x: network(variables, network.preprocessing(x)),
-    variables,
-    jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8),
-  )
-  width, num_classes = out.pooled.shape[-1], len(spec['class_names'])
-  expected = jax.eval_shape(lambda: network.init(key, image_shape, None))
-  expected['params']['head'] = {
+def shapes(network, pool_backbone, spec):
+  """Returns the shapes of the variables that a spec's network has.
+
+  Args:
+    network: as `build` returns it.
+    pool_backbone: as `build` returns it.
+    spec: a checked spec.
+  """
+  image_shape, key = tuple(spec['image_shape']), jax.random.key(0)
+  num_classes, connector = len(spec['class_names']), network.connector
+  if connector is None:
+    made = jax.eval_shape(lambda: network.init(key, image_shape, num_classes))
+    return {**made, 'pool': {}}
+  made = jax.eval_shape(lambda: network.init(key, image_shape, None))
+  made['pool'], width = {}, connector.features
+  if network.pools_map:
+    final = jax.ShapeDtypeStruct((1, 1, 1, width), jnp.float32)
+    if pool_backbone is not None:
+      made['pool'] = jax.eval_shape(
+        lambda x: pool_backbone.init(key, x, method='pool'), final
+      )
+    width = jax.eval_shape(network.pool, made['pool'], final).shape[-1]
+  made['params']['head'] = {
     'kernel': jax.ShapeDtypeStruct((width, num_classes), jnp.float32),
     'bias': jax.ShapeDtypeStruct((num_classes,), jnp.float32),
   }
-  if pool_backbone is not None and network.pools_map:
-    expected['pool'] = jax.eval_shape(
-      lambda x: pool_backbone.init(key, x, method='pool'), out.final
-    )
+  return made
+
+
+def check_arrays(arrays, network, pool_backbone, spec):
+  """Raises unless a network has these arrays, no more and no fewer."""
+  expected = shapes(network, pool_backbone, spec)
   expected = traverse_util.flatten_dict(expected, sep='/')
   for name in sorted(expected.keys() | arrays.keys()):
     described = [

@@ -74,12 +74,11 @@ class Bundle:
       pools_map=net.pools_map,
       pooled_signed=net.pooled_signed,
       num_params=num_params(self.variables),
+      origin=self.info.get('origin'),
     )
 
-  def save(self, directory: epath.PathLike) -> None:
-    """Writes it; the folder appears whole or not at all."""
-    directory = epath.Path(directory)
-    partial = directory.parent / f'.{directory.name}.{uuid.uuid4().hex}'
+  def spec(self) -> dict[str, Any]:
+    """Returns all of it but the arrays, as `bundle.json` says it."""
     net = self.network
     connector = None
     if net.connector is not None:
@@ -105,7 +104,13 @@ class Bundle:
       'info': self.info,
     }
     # A mean or std may be of numpy's floats, which JSON does not know.
-    text = json.dumps(spec, indent=2, default=float) + '\n'
+    return json.loads(json.dumps(spec, default=float))
+
+  def save(self, directory: epath.PathLike) -> None:
+    """Writes it; the folder appears whole or not at all."""
+    directory = epath.Path(directory)
+    partial = directory.parent / f'.{directory.name}.{uuid.uuid4().hex}'
+    text = json.dumps(self.spec(), indent=2) + '\n'
     flat = traverse_util.flatten_dict(self.variables, sep='/')
     arrays = {key: np.ascontiguousarray(value) for key, value in flat.items()}
     try:
@@ -162,39 +167,14 @@ def load(
     raise config_utils.UserError(
       f'the bundle in {directory} cannot be read: {_short(error)}'
     ) from error
-  if not isinstance(spec, dict) or 'format_version' not in spec:
-    raise config_utils.UserError(f'{directory / SPEC_FILE} is not a bundle')
-  if spec['format_version'] != FORMAT_VERSION:
-    raise config_utils.UserError(
-      f'the bundle in {directory} has format {_short(spec["format_version"])}; '
-      f'this version of ijckd_jax reads {FORMAT_VERSION}'
-    )
-  try:
-    bundle_spec.check(spec)
-    outside = bundle_spec.names_outside(spec)
-  except Exception as error:
-    raise config_utils.UserError(
-      f'{directory / SPEC_FILE} is damaged: {_short(error)}'
-    ) from error
-  if outside and not trust_code:
-    raise config_utils.UserError(
-      f'the bundle in {directory} names code outside the package '
-      f'({_short(outside[0])}); load it with trust_code=True (--trust_code) if '
-      'you trust it'
-    )
-  try:
-    network, pool_backbone = bundle_spec.build(
-      spec, dtype or getattr(jnp, spec['dtype'])
-    )
-  except Exception as error:
-    raise config_utils.UserError(
-      f'{directory / SPEC_FILE}: what it names cannot be built: {_short(error)}'
-    ) from error
+  network, pool_backbone = build(
+    spec, directory, dtype=dtype, trust_code=trust_code
+  )
   try:
     variables = traverse_util.unflatten_dict(arrays, sep='/')
     for kind in (*network_lib.COLLECTIONS, 'pool'):
       variables.setdefault(kind, {})
-    bundle_spec.check_arrays(arrays, variables, network, pool_backbone, spec)
+    bundle_spec.check_arrays(arrays, network, pool_backbone, spec)
   except Exception as error:
     raise config_utils.UserError(
       f'the arrays in {directory} do not fit its {SPEC_FILE}: {_short(error)}'
@@ -208,6 +188,46 @@ def load(
     class_names=tuple(spec['class_names']),
     info=spec['info'],
   )
+
+
+def build(spec, where, *, dtype=None, trust_code: bool = False):
+  """Returns the network that a spec describes, and the backbone of its pool.
+
+  Args:
+    spec: as `Bundle.spec` gives it; nothing in it is believed.
+    where: the file or folder that it came from, for the message.
+    dtype: see `load`.
+    trust_code: see `load`.
+
+  Raises:
+    config_utils.UserError: it is no spec, or names code that is not trusted.
+  """
+  if not isinstance(spec, dict) or 'format_version' not in spec:
+    raise config_utils.UserError(f'{where} is not a bundle')
+  if spec['format_version'] != FORMAT_VERSION:
+    raise config_utils.UserError(
+      f'the bundle in {where} has format {_short(spec["format_version"])}; '
+      f'this version of ijckd_jax reads {FORMAT_VERSION}'
+    )
+  try:
+    bundle_spec.check(spec)
+    outside = bundle_spec.names_outside(spec)
+  except Exception as error:
+    raise config_utils.UserError(
+      f"{where}: the bundle's description is damaged: {_short(error)}"
+    ) from error
+  if outside and not trust_code:
+    raise config_utils.UserError(
+      f'the bundle in {where} names code outside the package '
+      f'({_short(outside[0])}); load it with trust_code=True (--trust_code) if '
+      'you trust it'
+    )
+  try:
+    return bundle_spec.build(spec, dtype or getattr(jnp, spec['dtype']))
+  except Exception as error:
+    raise config_utils.UserError(
+      f'{where}: what its bundle names cannot be built: {_short(error)}'
+    ) from error
 
 
 def find(directory: epath.PathLike) -> epath.Path:

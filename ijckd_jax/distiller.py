@@ -170,7 +170,11 @@ def bind(
       "it: return one from build_connector, or say predicts_with = 'own'"
     )
   if connector is not None:
-    connector = connector.clone(axis_name=axis_name, dtype=dtype)
+    connector = connector.clone(
+      axis_name=axis_name,
+      dtype=dtype,
+      unbiased_variance=backbone.unbiased_variance,
+    )
     if connector.takes == 'map':
       if not teacher.pools_map:
         raise config_utils.UserError(

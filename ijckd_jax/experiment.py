@@ -13,12 +13,14 @@ from ijckd_jax import bundles
 from ijckd_jax import config_utils
 from ijckd_jax import datasets
 from ijckd_jax import distiller as distiller_lib
+from ijckd_jax import hub
 from ijckd_jax import methods
 from ijckd_jax import models
 from ijckd_jax import network
 from ijckd_jax import optim
 from ijckd_jax import parallel
 from ijckd_jax import teachers
+from ijckd_jax import torch_import
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
@@ -50,7 +52,8 @@ def default_config(
     config.dataset = config_utils.section(datasets.get(dataset), dataset)
   config.teacher = {
     'backbone': teacher,
-    'checkpoint': '',  # A bundle or a run; empty: train the teacher first.
+    # A bundle, a run or hf:OWNER/NAME@COMMIT; empty: train the teacher first.
+    'checkpoint': '',
     'fingerprint': 0,  # Of its arrays; a run fills it in.
     'learning_rate': 0.05,
     'seed': 1000,  # Unlike the student's, lest they start alike.
@@ -66,6 +69,9 @@ def default_config(
   config.accumulation = 1  # Parts in which a device works through its rows.
   config.ema_decay = 0.0  # 0: no moving average.
   config.sync_batch_norm = False  # False: statistics per device, averaged.
+  # What batch norm keeps for inference: True follows the unbiased variance, as
+  # PyTorch does, False the biased one, as Flax does.
+  config.unbiased_variance = False
   config.dtype = 'float32'
   for what, epochs in (
     ('total', 0.0),
@@ -195,6 +201,7 @@ def build(
     truncated=method.tap == 'stage',
     axis_name=axis_name,
     dtype=dtype,
+    unbiased_variance=config.unbiased_variance,
   )
   needs_teacher = getattr(method, 'needs_teacher', True)
   if teacher is None and config.teacher.checkpoint:
@@ -231,9 +238,12 @@ def load_teacher(config: ml_collections.ConfigDict, dtype) -> teachers.Teacher:
     config_utils.UserError: there is none, or it has another backbone.
   """
   path = config.teacher.checkpoint
-  # A config is code already: what it names, it trusts.
-  trusted = ':' in config.teacher.backbone
-  bundle = bundles.load(path, dtype=dtype, trust_code=trusted)
+  if path.startswith(hub.PREFIX):
+    bundle, _ = torch_import.read(path, torch_import.Request(dtype=dtype))
+  else:
+    # A config is code already: what it names, it trusts.
+    trusted = ':' in config.teacher.backbone
+    bundle = bundles.load(path, dtype=dtype, trust_code=trusted)
   if config.teacher.backbone not in ('', bundle.backbone_name):
     raise config_utils.UserError(
       f'the teacher in {path} is a {bundle.backbone_name}, but the config '

@@ -1,4 +1,7 @@
-"""Losses and what they are made of: arrays in, scalars out, in float32."""
+"""Losses and what they are made of: arrays in, scalars out.
+
+All are computed in float32, or in float64 where that is what comes in.
+"""
 
 from collections.abc import Callable
 
@@ -6,6 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+  """Returns low precision as float32, and anything else as it is."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -19,7 +27,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     labels: (B,) int32; -1 for an unlabelled row.
   """
   rows = optax.losses.softmax_cross_entropy_with_integer_labels(
-    logits.astype(jnp.float32), jnp.maximum(labels, 0)
+    at_least_float32(logits), jnp.maximum(labels, 0)
   )
   return jnp.mean(jnp.where(labels >= 0, rows, 0.0))
 
@@ -28,7 +36,7 @@ def mean_squared_error(x: jax.Array, y: jax.Array) -> jax.Array:
   """Returns the mean over all elements of (x - y)^2; shapes must be equal."""
   if x.shape != y.shape:
     raise ValueError(f'shapes differ: {x.shape} and {y.shape}')
-  return jnp.mean(jnp.square(x.astype(jnp.float32) - y.astype(jnp.float32)))
+  return jnp.mean(jnp.square(at_least_float32(x) - at_least_float32(y)))
 
 
 def distillation(
@@ -46,7 +54,7 @@ def distillation(
   Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531.
   """
   log_student, log_teacher = (
-    jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+    jax.nn.log_softmax(at_least_float32(logits) / temperature)
     for logits in (student_logits, teacher_logits)
   )
   rows = optax.losses.kl_divergence_with_log_targets(log_student, log_teacher)
@@ -72,11 +80,12 @@ def adaptive_average_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     for old, new in zip(x.shape[1:3], size, strict=True)
   )
   # In bfloat16 the weights of a bin do not add up to one.
+  exact = at_least_float32(x)
   pooled = jnp.einsum(
     'bhwc,ih,jw->bijc',
-    x.astype(jnp.float32),
-    rows.astype(np.float32),
-    columns.astype(np.float32),
+    exact,
+    rows.astype(exact.dtype),
+    columns.astype(exact.dtype),
     precision='highest',
   )
   return pooled.astype(x.dtype)

@@ -21,7 +21,9 @@ def classify(head: dict[str, jax.Array], pooled: jax.Array) -> jax.Array:
   """Returns the logits (B, K) float32 of a linear head on (B, D)."""
   # The default precision of a TPU's product is bfloat16's.
   return (
-    jnp.dot(pooled.astype(jnp.float32), head['kernel'], precision='highest')
+    jnp.dot(
+      losses.at_least_float32(pooled), head['kernel'], precision='highest'
+    )
     + head['bias']
   )
 
@@ -139,7 +141,7 @@ class Network:
       x = losses.adaptive_average_pool(features.final, self.connect_size)
     x, batch_stats = run(self.connector, variables, x, train=train)
     if self.connector.takes == 'pooled':
-      x, pooled = None, x[:, 0, 0, :].astype(jnp.float32)
+      x, pooled = None, losses.at_least_float32(x[:, 0, 0, :])
     else:
       pooled = self.pool(pool_variables, x)
     logits = classify(head, pooled)

@@ -172,6 +172,11 @@ def _circumstances(workdir, summary):
     '- devices: ' + ', '.join(f'{count} x {kind}' for kind, count in devices),
     '- versions: ' + ', '.join(f'{name} {number}' for name, number in versions),
   ]
+  if origin := summary['teacher_origin']:
+    said = ', '.join(
+      f'{key} {value or "(none)"}' for key, value in origin.items()
+    )
+    lines.append(f"- the teacher's weights: {said}")
   page = f'teacher/{workdirs.REPORT}'
   given = summary['config']['teacher']['checkpoint']
   if summary['teacher'] and not given and (workdir / page).exists():

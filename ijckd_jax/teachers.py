@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ijckd_jax import augment
 from ijckd_jax import config_utils
+from ijckd_jax import losses
 from ijckd_jax import outputs
 
 
@@ -21,7 +22,7 @@ def count(tree: Any) -> int:
 def average_pool(variables, final: jax.Array) -> jax.Array:
   """Returns the global average of a map; it has no variables."""
   del variables
-  return jnp.mean(final.astype(jnp.float32), axis=(1, 2))
+  return jnp.mean(losses.at_least_float32(final), axis=(1, 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Teacher:
     pooled_signed: whether its `pooled` can be negative; None: as `signed`.
     num_params: by 'backbone', 'connector' and 'head'; None: all `variables` are
       counted as the backbone's.
+    origin: where its weights come from (file or repository, hash, licence),
+      JSON; None where they were trained here.
   """
 
   apply: Callable[[Any, jax.Array], outputs.Outputs]
@@ -59,6 +62,7 @@ class Teacher:
   pools_map: bool = True
   pooled_signed: bool | None = None
   num_params: dict[str, int] | None = None
+  origin: dict[str, str] | None = None
 
   def __post_init__(self):
     if self.pool is not average_pool and self.pool_name == 'average':

@@ -213,6 +213,9 @@ def _run(exp, workdir, splits, writers, stop) -> Result:
     config.method.name,
     config.dataset.name,
   )
+  if exp.judge is not None and exp.judge.origin:
+    said = (f'{name} {value}' for name, value in exp.judge.origin.items())
+    logger.info('%s: the teacher is of %s', workdir, ', '.join(said))
   key = jax.random.key(config.seed)
   state = train_state.create(
     jax.jit(exp.distiller.init, static_argnums=1)(
@@ -353,6 +356,7 @@ def _circumstances(exp, bundle, judged) -> dict[str, Any]:
   return {
     'teacher': judged and judged.metrics,
     'teacher_name': judge and judge.name,
+    'teacher_origin': judge and judge.origin,
     'parameters': {
       'student': bundles.num_params(bundle.variables),
       'teacher': judge and judge.num_params,

@@ -30,7 +30,11 @@ LAYERS = {
   'assembly': (
     'bundles',
     'bundle_spec',
+    'torch_backbones',
+    'torch_identify',
     'torch_import',
+    'torch_names',
+    'torch_sources',
     'torch_students',
     'teachers',
     'distiller',

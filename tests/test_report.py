@@ -34,6 +34,7 @@ def make_summary(method='ijckd', teacher=True, **changes):
     'best_by': 'test',
     'teacher': judge if teacher else None,
     'teacher_name': 'resnet20' if teacher else None,
+    'teacher_origin': {'file': 'a.pth', 'sha256': '12ab'} if teacher else None,
     'parameters': {
       'student': counts,
       'teacher': {'backbone': 19900, 'connector': 0, 'head': 100}

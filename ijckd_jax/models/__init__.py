@@ -106,7 +106,7 @@ def build(name: str, **settings) -> Backbone:
 
   Args:
     name: a key of BACKBONES, or a reference to a constructor outside.
-    **settings: `truncated`, `axis_name` and `dtype`, see Backbone.
+    **settings: fields of Backbone.
 
   Raises:
     config_utils.UserError: there is no such backbone, or it is something else.

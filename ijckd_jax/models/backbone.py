@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ijckd_jax import losses
 from ijckd_jax.models import layers
 
 
@@ -58,7 +59,7 @@ class Backbone(nn.Module):
 
   def pool(self, final: jax.Array) -> jax.Array:
     """Returns `pooled` (B, D) float32 of `final`: here its global average."""
-    return jnp.mean(final.astype(jnp.float32), axis=(1, 2))
+    return jnp.mean(losses.at_least_float32(final), axis=(1, 2))
 
   def init_head(
     self, key: jax.Array, num_features: int, num_classes: int
@@ -91,6 +92,10 @@ class Backbone(nn.Module):
     otherwise.
     """
     return layer.replace('_', '.')
+
+  def torch_key(self, key: str) -> str:
+    """Returns the published name of an entry of another author's state dict."""
+    return key
 
   def conv(self, features: int, kernel: int, stride: int = 1, **kwargs):
     """Returns a convolution, see layers.conv."""

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ijckd_jax import config_utils
+from ijckd_jax import losses
 from ijckd_jax import outputs
 from ijckd_jax.models import backbone
 from ijckd_jax.models import layers
@@ -95,7 +96,8 @@ class DeiT(backbone.Backbone):
       return outputs.Features(tuple(stages), final, self.pool(final))
     x = self.layer_norm(x, 'norm')
     final = x[:, 1:].reshape(-1, *size, self.width)
-    return outputs.Features(tuple(stages), final, x[:, 0].astype(jnp.float32))
+    pooled = losses.at_least_float32(x[:, 0])
+    return outputs.Features(tuple(stages), final, pooled)
 
   def dense(self, x, features, name):
     """Applies a linear layer."""

@@ -5,6 +5,8 @@ for Mobile Vision Applications", https://arxiv.org/abs/1704.04861; layout and
 start as in mdistiller and the official IJCKD code.
 """
 
+import re
+
 import flax.linen as nn
 
 from ijckd_jax import outputs
@@ -27,6 +29,14 @@ class MobileNetV1(backbone.Backbone):
 
   usual_size = 224
   kernel_init = staticmethod(layers.TORCH_DEFAULT)
+
+  def torch_key(self, key):
+    # KD_SRRL has the same layers in two sequences, of twelve and of two.
+    return re.sub(
+      r'^model([12])\.(\d+)',
+      lambda match: f'model.{12 * (int(match[1]) - 1) + int(match[2])}',
+      key,
+    )
 
   @nn.compact
   def __call__(self, images, *, train):

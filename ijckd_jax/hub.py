@@ -1,0 +1,264 @@
+"""Networks on the Hugging Face hub, pinned to a commit.
+
+Only safetensors and JSON are fetched, which hold no code. What is in the cache
+of huggingface_hub is taken from there, without a network.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import re
+from typing import Any
+import warnings
+
+from ijckd_jax import config_utils
+
+PREFIX = 'hf:'
+# In this order: weights last, as the others are small.
+WANTED = (
+  'config.json',
+  'bundle.json',
+  'variables.safetensors',
+  'model.safetensors',
+)
+CARD = 'README.md'
+_TIMEOUT_SECONDS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Download:
+  """What was fetched.
+
+  Attributes:
+    repo: OWNER/NAME.
+    revision: the commit, 40 hexadecimal digits.
+    files: where those of WANTED lie that there are, by name.
+    config: what is in config.json; {} if there is none.
+    licence: as the model card states it; '' if it states none.
+  """
+
+  repo: str
+  revision: str
+  files: dict[str, pathlib.Path]
+  config: dict[str, Any]
+  licence: str
+
+
+def parse(reference: str) -> tuple[str, str]:
+  """Returns the repository and the revision of `hf:OWNER/NAME@REVISION`.
+
+  The revision is '' where none is given.
+
+  Raises:
+    config_utils.UserError: it is of another form.
+  """
+  name = r'[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?'
+  match = re.fullmatch(rf'{PREFIX}({name}/{name})(?:@([^\s@]*))?', reference)
+  if not match:
+    raise config_utils.UserError(
+      f'{reference!r}: give {PREFIX}OWNER/NAME@COMMIT'
+    )
+  return match[1], match[2] or ''
+
+
+def download(reference: str) -> Download:
+  """Returns a network's files on the hub, fetched unless they are cached.
+
+  Args:
+    reference: `hf:OWNER/NAME@COMMIT`.
+
+  Raises:
+    config_utils.UserError: it names no commit, there is no such repository or
+      commit, it has no weights as safetensors, or it cannot be reached.
+  """
+  repo, revision = parse(reference)
+  try:
+    import huggingface_hub
+    import huggingface_hub.errors
+    import huggingface_hub.utils
+  except ImportError as error:
+    raise config_utils.UserError(
+      f'huggingface_hub is needed to fetch {reference}: '
+      "pip install 'ijckd_jax[hub]'"
+    ) from error
+  with _quiet(huggingface_hub):
+    if not re.fullmatch('[0-9a-f]{40}', revision):
+      raise _unpinned(huggingface_hub, repo, revision)
+    try:
+      paths = _fetch(huggingface_hub, repo, revision)
+    except config_utils.UserError:
+      raise
+    except Exception as error:  # Of several libraries, and of the disk.
+      raise config_utils.UserError(f'{reference}: {_reason(error)}') from error
+    licence = _licence(huggingface_hub, paths.pop(CARD, None))
+  return Download(repo, revision, paths, _config(reference, paths), licence)
+
+
+@contextlib.contextmanager
+def _quiet(huggingface_hub):
+  """Silences the library: what goes wrong is raised as well.
+
+  Its progress bars are silent by themselves where no one watches.
+  """
+  verbosity = huggingface_hub.utils.logging.get_verbosity()
+  huggingface_hub.utils.logging.set_verbosity_error()
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')
+      yield
+  finally:
+    huggingface_hub.utils.logging.set_verbosity(verbosity)
+
+
+def _unpinned(huggingface_hub, repo, revision):
+  """Returns the error for a reference without a commit."""
+  given = f'{PREFIX}{repo}' + (f'@{revision}' if revision else '')
+  message = (
+    f'{given} may be another network tomorrow: pin it to a commit, '
+    f'{PREFIX}{repo}@'
+  )
+  try:
+    now = huggingface_hub.HfApi().model_info(
+      repo, revision=revision or None, timeout=_TIMEOUT_SECONDS
+    )
+  except Exception as error:
+    return config_utils.UserError(
+      f'{message}COMMIT (40 digits; the one of now is unknown: '
+      f'{_reason(error)})'
+    )
+  return config_utils.UserError(f'{message}{_short(now.sha)}')
+
+
+def _fetch(huggingface_hub, repo, revision):
+  """Returns where the wanted files of a commit lie, by name."""
+  paths = {
+    name: huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
+    for name in (CARD, *WANTED)
+  }
+  if None in paths.values():
+    # Asked first, as it says at once what is wrong, and without retries.
+    info = huggingface_hub.HfApi().model_info(
+      repo, revision=revision, timeout=_TIMEOUT_SECONDS
+    )
+    names = [sibling.rfilename for sibling in info.siblings or ()]
+    _check(repo, revision, names)
+  for name, path in paths.items():
+    if path is None:
+      # Also asked for what is not there: the cache then remembers that, which
+      # is how this works without a network the next time.
+      with contextlib.suppress(huggingface_hub.errors.RemoteEntryNotFoundError):
+        paths[name] = huggingface_hub.hf_hub_download(
+          repo, name, revision=revision
+        )
+  # What the cache knows not to be there is a marker.
+  found = {
+    name: pathlib.Path(path)
+    for name, path in paths.items()
+    if isinstance(path, str)
+  }
+  _check(repo, revision, found)
+  return found
+
+
+def _check(repo, revision, names):
+  """Raises unless there are weights among the names of files."""
+  if 'model.safetensors' in names:
+    return
+  if {'bundle.json', 'variables.safetensors'} <= set(names):
+    return
+  weights = sorted(
+    name
+    for name in names
+    if name.endswith(('.bin', '.pt', '.pth', '.safetensors', '.h5', '.msgpack'))
+  )
+  there = ', '.join(repr(name)[1:-1][:80] for name in weights[:5])
+  raise config_utils.UserError(
+    f'{PREFIX}{repo}@{revision} has no model.safetensors and no bundle; '
+    f'it has {there or "no weights"}'
+    + (', ...' if len(weights) > 5 else '')
+    + ' (pickles such as .bin can run code and are not fetched: if you trust '
+    'one, fetch it yourself and give its path)'
+  )
+
+
+def _config(reference, paths):
+  """Returns what is in config.json."""
+  path = paths.get('config.json')
+  if path is None:
+    return {}
+  try:
+    config = json.loads(path.read_bytes())
+  except (OSError, ValueError, RecursionError) as error:
+    raise config_utils.UserError(
+      f'{reference}: its config.json cannot be read: {_short(error)}'
+    ) from error
+  if not isinstance(config, dict):
+    raise config_utils.UserError(f'{reference}: its config.json is no object')
+  return config
+
+
+def _licence(huggingface_hub, card):
+  """Returns the licence that a model card states."""
+  if card is None:
+    return ''
+  try:
+    fields = huggingface_hub.metadata_load(card) or {}
+  except Exception:  # A card that cannot be read states nothing.
+    return ''
+  licence, name = fields.get('license'), fields.get('license_name')
+  if isinstance(licence, list):
+    licence = ', '.join(item for item in licence if isinstance(item, str))
+  if licence == 'other' and isinstance(name, str):
+    licence = name
+  return _short(licence) if isinstance(licence, str) and licence else ''
+
+
+def _reason(error):
+  """Returns what went wrong at the hub, and what to do."""
+  from huggingface_hub import errors
+
+  if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
+    error = error.__cause__
+  # The more special ones first: some are subclasses of others.
+  for kind, reason in (
+    (
+      errors.GatedRepoError,
+      'its owner asks for consent: accept the terms on its page and log in '
+      'with `hf auth login`, or set HF_TOKEN',
+    ),
+    (
+      errors.RepositoryNotFoundError,
+      'there is no such repository, or it is private: check the name, or log '
+      'in with `hf auth login`',
+    ),
+    (
+      errors.RevisionNotFoundError,
+      'the repository has no such revision: check it on its page',
+    ),
+    (
+      errors.OfflineModeIsEnabled,
+      'it is not whole in the cache, and HF_HUB_OFFLINE forbids to fetch it',
+    ),
+  ):
+    if isinstance(error, kind):
+      return reason
+  if isinstance(error, errors.HfHubHTTPError):
+    status = getattr(error.response, 'status_code', '?')
+    if status in (401, 403):
+      return f'the hub answered {status}: log in with `hf auth login`'
+    return f'the hub answered {status}: try again later'
+  if 'Consistency check' in str(error):
+    return 'the download ended early: try again'
+  return (
+    'it is not whole in the cache, and fetching it failed '
+    f'({type(error).__name__}: {_short(error)}): check the network and the '
+    'disk, and try again'
+  )
+
+
+def _short(value):
+  """Returns the start of a text, in one line."""
+  line = ' '.join(str(value).split())
+  line = ''.join(char if char.isprintable() else '?' for char in line)
+  return line if len(line) <= 120 else f'{line[:117]}...'

@@ -1,0 +1,557 @@
+"""State dicts of PyTorch, read and written as NumPy arrays.
+
+What is read may come from strangers: nothing in a file is ever executed.
+"""
+
+import argparse
+import collections
+from collections.abc import Mapping
+import dataclasses
+import hashlib
+import io
+import json
+import re
+import uuid
+import warnings
+import zipfile
+
+from etils import epath
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from ijckd_jax import config_utils
+
+# Where training code puts the state dict in its files, the likeliest first.
+WRAPPERS = ('model', 'state_dict', 'model_state_dict', 'net')
+AVERAGES = ('state_dict_ema', 'model_ema')
+# What DataParallel and torch.compile put before every name.
+PREFIXES = ('module.', '_orig_mod.')
+PARTS = ('student', 'teacher')
+SUFFIXES = ('.safetensors', '.pth', '.pt')
+
+_PRECISIONS = {
+  'float16': 'half precision',
+  'bfloat16': 'half precision',
+  'float64': 'double precision',
+}
+_SAFETENSORS_TYPES = {
+  **{'F64': 'f8', 'F32': 'f4', 'F16': 'f2', 'BOOL': '?'},
+  **{f'I{8 * size}': f'i{size}' for size in (1, 2, 4, 8)},
+  **{f'U{8 * size}': f'u{size}' for size in (1, 2, 4, 8)},
+}
+_MAX_SAFETENSORS_HEADER = 100_000_000
+# Older unpicklers can be made to run code in spite of weights_only:
+# CVE-2025-32434 up to 2.5, CVE-2026-24747 up to 2.9.
+_SAFE_TORCH = (2, 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class StateDict:
+  """What was read.
+
+  Attributes:
+    arrays: by name; floats as float32, integers and booleans as they are.
+    other: further state dicts of the file by their key, such as SimKD's 'proj'.
+    metadata: of a safetensors file, or the strings beside the state dict.
+    notes: what was taken and changed on the way, a short sentence each.
+    sha256: of the file, in hexadecimal.
+  """
+
+  arrays: dict[str, np.ndarray]
+  other: dict[str, dict[str, np.ndarray]]
+  metadata: dict[str, str]
+  notes: tuple[str, ...]
+  sha256: str
+
+
+def read(path: epath.PathLike, *, part: str = '') -> StateDict:
+  """Returns the state dict in a file of PyTorch or of safetensors.
+
+  Args:
+    path: a `.safetensors` file, or one that torch.save wrote, in its format of
+      today or of PyTorch 0.4. Only the latter two need PyTorch.
+    part: 'student' or 'teacher' of a file that holds a distiller; '' takes the
+      student where there are both.
+
+  Raises:
+    config_utils.UserError: there is no such file or part, it is damaged or no
+      checkpoint, needs more than weights, or has a tensor that is no array of
+      finite numbers.
+  """
+  path = epath.Path(path)
+  # Data from strangers can be wrong in more ways than a list could name.
+  try:
+    return _read(path, part)
+  except config_utils.UserError:
+    raise
+  except Exception as error:
+    raise config_utils.UserError(
+      f'{path} cannot be read: {_short(error)}'
+    ) from error
+
+
+def sha256(path: epath.PathLike) -> str:
+  """Returns the SHA-256 of a file, in hexadecimal."""
+  with epath.Path(path).open('rb') as stream:
+    return hashlib.file_digest(stream, 'sha256').hexdigest()
+
+
+def write(
+  path: epath.PathLike,
+  arrays: Mapping[str, np.ndarray],
+  metadata: Mapping[str, str] | None = None,
+  *,
+  wrap: bool = False,
+) -> None:
+  """Writes a state dict; the file appears whole or not at all.
+
+  Args:
+    path: ends in `.safetensors`, or in `.pth` or `.pt` for torch.load.
+    arrays: by name; they keep their dtypes.
+    metadata: strings to go with them. A `.pth` holds them only with `wrap`.
+    wrap: whether a `.pth` holds {'state_dict': ..., **metadata} rather than
+      the bare state dict.
+
+  Raises:
+    config_utils.UserError: the path ends otherwise, or PyTorch is missing.
+  """
+  path = epath.Path(path)
+  check_suffix(path)
+  # np.ascontiguousarray would give scalars an axis.
+  arrays = {key: np.asarray(value, order='C') for key, value in arrays.items()}
+  metadata = dict(metadata or {})
+  if path.suffix == '.safetensors':
+    data = safetensors.numpy.save(arrays, metadata or None)
+  else:
+    torch = _import_torch(f'to write {path}')
+    tensors = collections.OrderedDict(
+      (key, _to_torch(value, torch)) for key, value in arrays.items()
+    )
+    stream = io.BytesIO()
+    torch.save({'state_dict': tensors, **metadata} if wrap else tensors, stream)
+    data = stream.getvalue()
+  partial = path.parent / f'.{path.name}.{uuid.uuid4().hex}'
+  try:
+    partial.write_bytes(data)
+    partial.replace(path)
+  except BaseException:
+    partial.unlink(missing_ok=True)
+    raise
+
+
+def check_suffix(path: epath.Path) -> None:
+  """Raises UserError unless a state dict can be written to a path."""
+  if path.suffix not in SUFFIXES:
+    raise config_utils.UserError(
+      f'{path}: a state dict is written to a .safetensors file, or to a .pth '
+      'or .pt for PyTorch'
+    )
+
+
+def _read(path, part):
+  """Does what `read` does; whatever may be raised."""
+  size, head = _look(path)
+  notes = []
+  if _is_safetensors(head):
+    tensors, metadata = _load_safetensors(path, size, head)
+    others, convert = {}, _from_safetensors
+  elif head.startswith((b'PK', b'\x80')):
+    torch = _import_torch(f'to read {path}')
+    content = _load_torch(path, size, torch)
+    tensors, others, metadata = _unwrap(path, content, torch.is_tensor, notes)
+
+    def convert(tensor):
+      return _from_torch(tensor, size, torch)
+  else:
+    raise config_utils.UserError(
+      f'{path} is not a checkpoint: {_describe(head)}'
+    )
+  tensors = _choose(path, _strip(tensors, notes), part, notes)
+  dtypes = set()
+  arrays = _convert(path, '', tensors, convert, dtypes)
+  other = {
+    key: _convert(path, f'{_word(key)}: ', _strip(value, []), convert, dtypes)
+    for key, value in others.items()
+  }
+  for dtype in sorted(dtypes):
+    precision = _PRECISIONS.get(dtype, 'low precision')
+    notes.append(f'{precision} ({dtype}): imported as float32')
+  return StateDict(arrays, other, metadata, tuple(notes), sha256(path))
+
+
+def _look(path):
+  """Returns the size of a file and its first bytes."""
+  if not path.exists():
+    raise config_utils.UserError(f'there is no file {path}')
+  if path.is_dir():
+    raise config_utils.UserError(
+      f'{path} is a folder: give the checkpoint file in it'
+    )
+  with path.open('rb') as stream:
+    head = stream.read(512)
+    size = stream.seek(0, io.SEEK_END)
+  if not size:
+    raise config_utils.UserError(f'{path} is empty')
+  return size, head
+
+
+def _is_safetensors(head):
+  """Returns whether a file that starts so is, or was to be, of safetensors."""
+  return head[8:9] == b'{' and _header_size(head) <= _MAX_SAFETENSORS_HEADER
+
+
+def _header_size(head):
+  return int.from_bytes(head[:8], 'little')
+
+
+def _is_text(head):
+  """Returns whether the first bytes are of a text."""
+  try:
+    text = head.decode()
+  except UnicodeDecodeError as error:
+    if error.start < len(head) - 3:  # Otherwise a character that is cut.
+      return False
+    text = head[: error.start].decode()
+  return all(char.isprintable() or char in '\t\r\n' for char in text)
+
+
+def _describe(head):
+  """Returns what a file is whose first bytes are no checkpoint's."""
+  if len(head) < 9:
+    return f'it has only {len(head)} bytes'
+  if head.startswith(b'version https://git-lfs'):
+    return 'it only points at one; git lfs pull fetches the file itself'
+  if head.lstrip().lower().startswith((b'<!doctype html', b'<html')):
+    return 'it is a web page; the address led to a page, not to the file'
+  for magic, name in (
+    (b'\x89PNG', 'a PNG image'),
+    (b'\xff\xd8\xff', 'a JPEG image'),
+    (b'\x1f\x8b', 'compressed by gzip; unpack it first'),
+    (b'\x89HDF', 'an HDF5 file'),
+  ):
+    if head.startswith(magic):
+      return f'it is {name}'
+  if head[257:262] == b'ustar':
+    return 'it is a tar archive; unpack it first'
+  if _is_text(head):
+    return 'it is a text'
+  return 'its first bytes are those of no known format'
+
+
+def _load_safetensors(path, size, head):
+  """Returns the tensors of a safetensors file and its metadata."""
+  header_size = _header_size(head)
+  if header_size > size - 8:
+    raise config_utils.UserError(
+      f'{path} is cut off: it ends within its header; fetch it again'
+    )
+  data = path.read_bytes()
+  try:
+    tensors = dict(safetensors.deserialize(data))
+  except safetensors.SafetensorError as error:
+    raise config_utils.UserError(
+      f'{path} is cut off or damaged: {_short(error)}'
+    ) from error
+  if not tensors:
+    raise config_utils.UserError(f'{path} holds no tensors')
+  header = json.loads(data[8 : 8 + header_size])
+  return tensors, dict(header.get('__metadata__') or {})
+
+
+def _from_safetensors(tensor):
+  """Returns a tensor of a safetensors file, and the name of its dtype."""
+  kind, shape, data = tensor['dtype'], tensor['shape'], tensor['data']
+  if kind == 'BF16':
+    # A bfloat16 is the first half of a float32.
+    high = np.frombuffer(data, '<u2').astype(np.uint32) << 16
+    return high.view(np.float32).reshape(shape), 'bfloat16'
+  if kind not in _SAFETENSORS_TYPES:
+    raise config_utils.UserError(f'is of type {kind}, which is not read')
+  array = np.frombuffer(data, f'<{_SAFETENSORS_TYPES[kind]}').reshape(shape)
+  return array, array.dtype.name
+
+
+def _import_torch(purpose):
+  try:
+    import torch
+  except ImportError as error:
+    raise config_utils.UserError(
+      f"PyTorch is needed {purpose}: pip install 'ijckd_jax[torch]', or give a "
+      '.safetensors file, which needs no PyTorch'
+    ) from error
+  return torch
+
+
+def _load_torch(path, size, torch):
+  """Returns what torch.save put into a file, of weights and plain values."""
+  if torch.__version__ < _SAFE_TORCH:
+    raise config_utils.UserError(
+      f'{path}: PyTorch {torch.__version__} cannot read the files of others '
+      "safely: pip install --upgrade 'torch >= 2.10', or give a .safetensors "
+      'file'
+    )
+  # RepDistiller and torchdistill save their flags along, an argparse.Namespace.
+  # Allowing it gives a file no power. The unpickler makes one without arguments
+  # and fills its __dict__. Of all attributes it would call only __setstate__,
+  # which a file could indeed put there, but only as something that it was
+  # allowed to call in the first place: globals are looked up in torch's list
+  # alone, and attributes never. Here no attribute of it is read.
+  allowed = torch.serialization.safe_globals([argparse.Namespace])
+  with path.open('rb') as stream, warnings.catch_warnings(), allowed:
+    warnings.simplefilter('ignore')
+    if stream.read(2) == b'PK':
+      _check_zip(path, stream)
+    stream.seek(0)
+    try:
+      return torch.load(
+        stream, map_location='cpu', weights_only=True, mmap=False
+      )
+    except Exception as error:
+      raise _refusal(path, size, stream, error, torch) from error
+
+
+def _check_zip(path, stream):
+  """Raises unless a zip archive is whole and a checkpoint."""
+  try:
+    names = zipfile.ZipFile(stream).namelist()
+  except zipfile.BadZipFile as error:
+    raise config_utils.UserError(
+      f'{path} is cut off or damaged: its end is missing; fetch it again'
+    ) from error
+  names = {name.rpartition('/')[2] for name in names}
+  if 'constants.pkl' in names:
+    raise config_utils.UserError(
+      f'{path} is a program (TorchScript), not weights; if you trust it: '
+      "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
+    )
+  if 'data.pkl' not in names:
+    raise config_utils.UserError(
+      f'{path} is a zip archive, but not one that torch.save wrote'
+    )
+
+
+def _refusal(path, size, stream, error, torch):
+  """Returns the UserError for what torch.load raised."""
+  message = str(error)
+  ended = stream.tell() >= size
+  wanted = re.findall(
+    r'GLOBAL (\S+) (?:was not an allowed|whose module)', message
+  ) or re.findall(r'``(\S+)`` must be imported to load', message)
+  zipped = False
+  try:
+    stream.seek(0)
+    zipped = stream.read(2) == b'PK'
+    stream.seek(0)
+    wanted = sorted(
+      torch.serialization.get_unsafe_globals_in_checkpoint(stream) or wanted
+    )
+  except Exception:  # It reads zip archives of few opcodes; `wanted` is enough.
+    wanted = sorted(wanted)
+  # A name that the end of the file cuts is no name.
+  if wanted and (zipped or not ended):
+    names = ', '.join(_word(name) for name in wanted[:5])
+    more = f' and {len(wanted) - 5} more' if len(wanted) > 5 else ''
+    return config_utils.UserError(
+      f'{path} needs more than weights: {names}{more}; such a file can run '
+      'code, so if you trust it, load it once with PyTorch and save its state '
+      'dict alone: x = torch.load(FILE, weights_only=False); torch.save('
+      "x.state_dict() if hasattr(x, 'state_dict') else x['state_dict'], "
+      "'weights.pth'), or convert it to .safetensors"
+    )
+  if 'magic number' in message:
+    return config_utils.UserError(
+      f'{path} is a pickle, but not one that torch.save wrote'
+    )
+  if not zipped and (ended or 'unexpected EOF' in message):
+    return config_utils.UserError(
+      f'{path} is cut off: it ends too early; fetch it again'
+    )
+  # The rest of torch's message tells how to load it without protection.
+  message = message.rpartition('WeightsUnpickler error:')[2]
+  message = message.partition('Check the documentation')[0]
+  return config_utils.UserError(
+    f'{path} is damaged, or not a checkpoint that torch.save wrote: '
+    f'{_short(message.strip() or error)}'
+  )
+
+
+def _is_state_dict(value, is_tensor):
+  return (
+    isinstance(value, Mapping)
+    and all(isinstance(key, str) for key in value)
+    and any(is_tensor(item) for item in value.values())
+  )
+
+
+def _unwrap(path, content, is_tensor, notes):
+  """Returns the tensors of a file, its other state dicts and its strings."""
+  if not isinstance(content, Mapping):
+    raise config_utils.UserError(
+      f'{path} holds no state dict, but a {type(content).__name__}'
+    )
+  found = {
+    key: value
+    for key, value in content.items()
+    if isinstance(key, str) and _is_state_dict(value, is_tensor)
+  }
+  taken = next((key for key in (*WRAPPERS, *AVERAGES) if key in found), None)
+  if taken is not None:
+    state = found.pop(taken)
+    left = [key for key in content if key != taken]
+    average = ', a moving average, as there is nothing else'
+    notes.append(f'took {taken!r}{average if taken in AVERAGES else ""}')
+  elif _is_state_dict(content, is_tensor):
+    state = content
+    left = [key for key, value in content.items() if not is_tensor(value)]
+  else:
+    dicts = ', '.join(_word(key) for key in list(found)[:8])
+    keys = ', '.join(_word(key) for key in list(content)[:8])
+    raise config_utils.UserError(
+      f'{path} holds no state dict, bare or under {", ".join(WRAPPERS)}; it '
+      f'has {f"state dicts under {dicts}" if dicts else keys or "nothing"}'
+    )
+  if found:
+    notes.append(f'beside it: {", ".join(_word(key) for key in found)}')
+  metadata = {
+    key: content[key]
+    for key in left
+    if isinstance(key, str) and isinstance(content[key], str)
+  }
+  left = [key for key in left if key not in found and key not in metadata]
+  if state is not content:
+    left += [key for key, value in state.items() if not is_tensor(value)]
+  if left:
+    notes.append(f'left out: {", ".join(_word(key) for key in left)}')
+
+  def tensors(mapping):
+    return {key: value for key, value in mapping.items() if is_tensor(value)}
+
+  others = {key: tensors(value) for key, value in found.items()}
+  return tensors(state), others, metadata
+
+
+def _strip(tensors, notes):
+  """Returns tensors without what DataParallel and the like put before names."""
+  if len(tensors) > 1 and 'n_averaged' in tensors:
+    # How many models torch's AveragedModel has averaged; the rest is wrapped.
+    notes.append('left out: n_averaged')
+    tensors = {key: tensors[key] for key in tensors if key != 'n_averaged'}
+  stripped = ''
+  while prefix := next(
+    (
+      prefix
+      for prefix in PREFIXES
+      if tensors and all(name.startswith(prefix) for name in tensors)
+    ),
+    '',
+  ):
+    stripped += prefix
+    tensors = {
+      name.removeprefix(prefix): value for name, value in tensors.items()
+    }
+  if stripped:
+    notes.append(f'took {stripped} off the names')
+  return tensors
+
+
+def _choose(path, tensors, part, notes):
+  """Returns the tensors of one part of a distiller, or all if it is none."""
+  groups = collections.Counter(name.partition('.')[0] for name in tensors)
+  there = [
+    name for name in PARTS if any(key.startswith(f'{name}.') for key in tensors)
+  ]
+  part = part or (there[0] if there else '')
+  if not part:
+    return tensors
+  chosen = {
+    name.removeprefix(f'{part}.'): value
+    for name, value in tensors.items()
+    if name.startswith(f'{part}.')
+  }
+  if not chosen:
+    names = ', '.join(f'{_word(name)}.*' for name in list(groups)[:8])
+    raise config_utils.UserError(
+      f'{path} has no part {part!r}: its tensors are {names}'
+      + (', ...' if len(groups) > 8 else '')
+    )
+  notes.append(f'took {part}.*')
+  for name in there:
+    if name != part:
+      notes.append(
+        f'left out {name}.* ({groups[name]} tensors): --part {name} takes it'
+      )
+  beside = [_word(name) for name in groups if name not in (part, *there)]
+  if beside:
+    notes.append(f'left out, beside {part}.*: {", ".join(beside)}')
+  return _strip(chosen, notes)
+
+
+def _convert(path, where, tensors, convert, dtypes):
+  """Returns the arrays of tensors; adds to the dtypes that were changed."""
+  arrays = {}
+  for name, tensor in tensors.items():
+    label = f'{path}: the tensor {where}{_word(name)}'
+    try:
+      array, dtype = convert(tensor)
+    except config_utils.UserError as error:
+      raise config_utils.UserError(f'{label} {error}') from error
+    except Exception as error:
+      raise config_utils.UserError(
+        f'{label} cannot be read: {_short(error)}'
+      ) from error
+    if np.issubdtype(array.dtype, np.floating):
+      if dtype != 'float32':
+        dtypes.add(dtype)
+      with np.errstate(over='ignore'):
+        array = array.astype(np.float32, copy=False)
+      if not np.isfinite(array).all():
+        raise config_utils.UserError(
+          f'{label} holds numbers that are not finite in float32'
+        )
+    arrays[name] = array
+  return arrays
+
+
+def _from_torch(tensor, size, torch):
+  """Returns a tensor of PyTorch as an array, and the name of its dtype."""
+  for kind, wrong in (
+    ('complex', tensor.is_complex()),
+    ('quantized', tensor.is_quantized),
+    ('sparse', tensor.layout != torch.strided),
+    ('nested', tensor.is_nested),
+    ('without data', tensor.is_meta),
+  ):
+    if wrong:
+      raise config_utils.UserError(f'is {kind}, which is not read')
+  # One number can be spread over any shape, and fill the memory.
+  if tensor.numel() * tensor.element_size() > max(size, 2**20):
+    raise config_utils.UserError('is larger than the file that holds it')
+  dtype = str(tensor.dtype).removeprefix('torch.')
+  tensor = tensor.detach()
+  if tensor.is_floating_point():
+    tensor = tensor.float()
+  return tensor.resolve_neg().contiguous().numpy(), dtype
+
+
+def _to_torch(array, torch):
+  """Returns an array as a tensor of the same dtype, with memory of its own."""
+  if array.dtype.name == 'bfloat16':  # Which torch.from_numpy does not know.
+    bits = torch.from_numpy(array.view(np.int16).copy())
+    return bits.view(torch.bfloat16)
+  return torch.from_numpy(array.copy())
+
+
+def _word(key) -> str:
+  """Returns a name out of a file as it may be printed."""
+  if not isinstance(key, str):
+    return f'({type(key).__name__})'
+  text = repr(key)[1:-1]
+  return text if len(text) <= 80 else f'{text[:77]}...'
+
+
+def _short(error) -> str:
+  """Returns what an error says, in one short line."""
+  line = ' '.join(str(error).split()) or type(error).__name__
+  line = ''.join(char if char.isprintable() else '?' for char in line)
+  return line if len(line) <= 120 else f'{line[:117]}...'

@@ -1,0 +1,380 @@
+"""Bundles from PyTorch state dicts.
+
+Every entry that a network has is taken, and there must be no other.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+
+from ijckd_jax import augment
+from ijckd_jax import bundle_spec
+from ijckd_jax import bundles
+from ijckd_jax import config_utils
+from ijckd_jax import distiller
+from ijckd_jax import hub
+from ijckd_jax import methods
+from ijckd_jax import models
+from ijckd_jax import network as network_lib
+from ijckd_jax import torch_files
+from ijckd_jax import torch_identify
+from ijckd_jax import torch_names
+from ijckd_jax import torch_sources
+
+SIMKD_CONNECTOR = 'proj'
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What is known of a state dict beside its file.
+
+  Attributes:
+    backbone: name of its backbone; '' to tell it by the keys.
+    num_classes: K; 0 to take what the head says.
+    preprocessing: key of torch_sources.PREPROCESSING, or one itself; None to
+      take the one that is usual for the backbone.
+    class_names: K names; () for those of the data set, if it is known.
+    teacher: whose head a SimKD student uses.
+    dtype: of the computation.
+  """
+
+  backbone: str = ''
+  num_classes: int = 0
+  preprocessing: str | augment.Preprocessing | None = None
+  class_names: Sequence[str] = ()
+  teacher: bundles.Bundle | None = None
+  dtype: Any = jnp.float32
+
+
+def read(
+  path: epath.PathLike, request: Request, *, part: str = ''
+) -> tuple[bundles.Bundle, list[str]]:
+  """Returns the bundle that a file of PyTorch or of the hub makes.
+
+  Args:
+    path: of a file, or `hf:OWNER/NAME@COMMIT`.
+    request: what is known of it.
+    part: see torch_files.read.
+
+  Returns:
+    The bundle, and in sentences what was taken and assumed.
+
+  Raises:
+    config_utils.UserError: the file is not right, or does not fit the request.
+  """
+  if str(path).startswith(hub.PREFIX):
+    return _read_hub(str(path), request)
+  state = torch_files.read(path, part=part)
+  name = epath.Path(path).name
+  notes = [*torch_sources.recognise(name, state.sha256), *state.notes]
+  origin = {'file': name, 'sha256': state.sha256}
+  bundle, more = from_state(state, request, origin=origin)
+  return bundle, [*notes, *more]
+
+
+def _read_hub(reference, request):
+  """Returns the bundle of a repository of the hub, and what was taken."""
+  found = hub.download(reference)
+  origin = {
+    'hub': found.repo,
+    'revision': found.revision,
+    'licence': found.licence,
+  }
+  licence = found.licence or 'not stated'
+  notes = [f'{found.repo} at {found.revision}; licence: {licence}']
+  if 'bundle.json' in found.files:
+    folder = found.files['bundle.json'].parent
+    bundle = bundles.load(folder, dtype=request.dtype)
+    arrays = found.files['variables.safetensors']
+    origin['sha256'] = torch_files.sha256(arrays)
+    info = {**bundle.info, 'origin': origin}
+    return dataclasses.replace(bundle, info=info), notes
+  state = torch_files.read(found.files['model.safetensors'])
+  origin['sha256'] = state.sha256
+  if request.preprocessing is None:
+    preprocessing = torch_sources.timm_preprocessing(found.repo, found.config)
+    request = dataclasses.replace(request, preprocessing=preprocessing)
+  architecture = found.config.get('architecture')
+  if not request.backbone and architecture in models.BACKBONES:
+    request = dataclasses.replace(request, backbone=architecture)
+  bundle, more = from_state(state, request, origin=origin)
+  return bundle, [*notes, *state.notes, *more]
+
+
+def from_state(
+  state: torch_files.StateDict,
+  request: Request,
+  *,
+  origin: Mapping[str, Any],
+) -> tuple[bundles.Bundle, list[str]]:
+  """Returns the bundle that a state dict makes, and what was taken.
+
+  Args:
+    state: as read.
+    request: what is known of it.
+    origin: what the bundle is to say of where it comes from.
+
+  Raises:
+    config_utils.UserError: it does not fit the request.
+  """
+  if torch_names.SPEC_KEY in state.metadata:
+    return _from_export(state, request)
+  arrays = {
+    name: array
+    for name, array in state.arrays.items()
+    if name.rpartition('.')[2] != torch_names.COUNTER
+  }
+  size = None
+  if isinstance(request.preprocessing, augment.Preprocessing):
+    size = request.preprocessing.size
+  found = torch_identify.identify(arrays, request.backbone, size)
+  name, arrays, names = found.name, found.arrays, found.names
+  notes = [] if request.backbone else [f'backbone {name}, told by the names']
+  if SIMKD_CONNECTOR in state.other:
+    proj = state.other[SIMKD_CONNECTOR]
+    bundle, more = _from_simkd(found, proj, request, origin)
+    return bundle, [*notes, *more]
+  if request.teacher is not None:
+    raise config_utils.UserError(
+      'a teacher is only of use to a SimKD student, and the file has no '
+      f'connector (under {SIMKD_CONNECTOR!r})'
+    )
+  backbone = models.build(name, dtype=request.dtype)
+  num_classes = len(arrays[f'{backbone.torch_head}.bias'])
+  _check_num_classes(num_classes, request)
+  key, preprocessing = _preprocessing(found, num_classes, request)
+  bundle = bundles.Bundle(
+    network=network_lib.Network(
+      backbone, preprocessing, None, None, network_lib.pool_of(backbone)
+    ),
+    variables=_variables(arrays, names),
+    backbone_name=name,
+    pool_name=name,
+    image_shape=(*preprocessing.size, found.num_channels),
+    class_names=_class_names(key, num_classes, request),
+    info={'origin': dict(origin)},
+  )
+  total = sum(bundles.num_params(bundle.variables).values())
+  notes.append(
+    f'{name}: all {len(names)} arrays taken, {total:,} parameters, '
+    f'{num_classes} classes'
+  )
+  return bundle, [*notes, _describe(key, preprocessing, request)]
+
+
+def _variables(arrays, names: torch_names.Names):
+  """Returns a network's variables from a state dict."""
+  variables = traverse_util.unflatten_dict(
+    {entry.path: entry.to_flax(arrays[name]) for name, entry in names.items()}
+  )
+  variables.setdefault('batch_stats', {}).setdefault('backbone', {})
+  variables.setdefault('pool', {})
+  return variables
+
+
+def _check_num_classes(num_classes, request):
+  if request.num_classes not in (0, num_classes):
+    raise config_utils.UserError(
+      f'the head in the file tells {num_classes} classes apart, not '
+      f'{request.num_classes}'
+    )
+
+
+def _preprocessing(found, num_classes, request):
+  """Returns how images are prepared: a name for it, or '', and what it does.
+
+  Raises:
+    config_utils.UserError: none is given and none is usual, or it is for
+      images of other channels.
+  """
+  given, channels = request.preprocessing, found.num_channels
+  if isinstance(given, augment.Preprocessing):
+    key, made = '', given
+  else:
+    known = torch_sources.PREPROCESSING
+    key = given or torch_sources.usual_preprocessing(
+      found.name, channels, num_classes
+    )
+    if given and key not in known:
+      raise config_utils.unknown('preprocessing', key, list(known))
+    if not key:
+      raise config_utils.UserError(
+        f'how the images of this {found.name} ({channels} channels, '
+        f'{num_classes} classes) were prepared is not known: give --mean, '
+        '--std and --image_size, or --preprocessing with one of '
+        f'{", ".join(known)}'
+      )
+    made = known[key]
+  if len(made.mean) != channels or len(made.std) != channels:
+    raise config_utils.UserError(
+      f'the network reads images of {channels} channels, but its preprocessing '
+      f'has a mean of {len(made.mean)} and a std of {len(made.std)}'
+    )
+  return key, made
+
+
+def _class_names(key, num_classes, request):
+  names = tuple(request.class_names)
+  if not names:
+    names = torch_sources.CLASS_NAMES.get(key, ())
+    return (
+      names
+      if len(names) == num_classes
+      else tuple(map(str, range(num_classes)))
+    )
+  if len(names) != num_classes:
+    raise config_utils.UserError(
+      f'{len(names)} class names for a head of {num_classes} classes'
+    )
+  return names
+
+
+def _describe(key, preprocessing, request) -> str:
+  """Returns how images are prepared, and whether that is assumed."""
+  height, width = preprocessing.size
+  assumed = '' if request.preprocessing else ', assumed as it is usual'
+  return (
+    f'preprocessing{f" {key}" if key else ""}{assumed}: mean '
+    f'{preprocessing.mean}, std {preprocessing.std}, {height}x{width}, '
+    f'{preprocessing.interpolation}'
+  )
+
+
+def _from_export(state, request):
+  """Returns the bundle that `state_dict` and `metadata` were made of."""
+  where = 'the file'
+  try:
+    spec = json.loads(state.metadata[torch_names.SPEC_KEY])
+  except ValueError as error:
+    raise config_utils.UserError(
+      f'{where}: its description of the bundle is damaged: {error}'
+    ) from error
+  network, pool_backbone = bundles.build(spec, where)
+  if request.backbone not in ('', spec['backbone']):
+    raise config_utils.UserError(
+      f'{where} is no {request.backbone}: it is a {spec["backbone"]}'
+    )
+  _check_num_classes(len(spec['class_names']), request)
+  if request.preprocessing or request.class_names or request.teacher:
+    raise config_utils.UserError(
+      f'{where} was exported from a bundle and says itself how images are '
+      'prepared, what its classes are called and what its head is: leave that '
+      'out'
+    )
+  arrays = {
+    name: array
+    for name, array in state.arrays.items()
+    if name.rpartition('.')[2] != torch_names.COUNTER
+  }
+  names = torch_names.names_of(
+    network, bundle_spec.shapes(network, pool_backbone, spec), spec['pool']
+  )
+  problem = torch_identify.differences_of(arrays, names)
+  if problem:
+    raise config_utils.UserError(
+      f'{where} does not hold what it describes: {problem}'
+    )
+  bundle = bundles.Bundle(
+    network=network,
+    variables=_variables(arrays, names),
+    backbone_name=spec['backbone'],
+    pool_name=spec['pool'],
+    image_shape=tuple(spec['image_shape']),
+    class_names=tuple(spec['class_names']),
+    info=spec['info'],
+  )
+  return bundle, [
+    f'exported from a bundle: {spec["backbone"]}, all {len(names)} arrays'
+  ]
+
+
+def _from_simkd(found, proj, request, origin):
+  """Returns the bundle of a SimKD student: a net, a projector, a teacher."""
+  if request.teacher is None:
+    raise config_utils.UserError(
+      "a SimKD student predicts through its teacher's head, which is not in "
+      'its file: import the teacher first, and give its bundle by --teacher'
+    )
+  teacher = request.teacher.teacher()
+  _check_num_classes(teacher.num_classes, request)
+  proj = {
+    f'connector.{key.removeprefix("transfer.")}': array
+    for key, array in proj.items()
+    if key.rpartition('.')[2] != torch_names.COUNTER
+  }
+  name = found.name
+  if request.preprocessing is None:
+    made = request.teacher.network.preprocessing
+    request = dataclasses.replace(request, preprocessing=made)
+  key, preprocessing = _preprocessing(found, teacher.num_classes, request)
+  image_shape = (*preprocessing.size, found.num_channels)
+  bound = distiller.bind(
+    backbone=models.build(name, truncated=True, dtype=request.dtype),
+    preprocessing=preprocessing,
+    method=_simkd_method(proj),
+    teacher=teacher,
+    image_shape=image_shape,
+    num_classes=teacher.num_classes,
+    axis_name=None,
+    dtype=request.dtype,
+  )
+  network, frozen = bound.deployed_network, teacher.frozen
+  shapes = jax.eval_shape(
+    lambda: bound.deployed(bound.init(jax.random.key(0), image_shape), frozen)
+  )
+  names = {
+    key: entry
+    for key, entry in torch_names.names_of(
+      network, shapes, teacher.pool_name
+    ).items()
+    if key.startswith(('backbone.', 'connector.'))
+  }
+  arrays = {f'backbone.{key}': array for key, array in found.arrays.items()}
+  unused = [key for key in arrays if key not in names]
+  taken = {key: arrays[key] for key in arrays if key in names} | proj
+  problem = torch_identify.differences_of(taken, names)
+  if problem:
+    raise config_utils.UserError(
+      f'the connector in the file does not fit {name} and the teacher '
+      f'{teacher.name}: {problem}'
+    )
+  bundle = bundles.Bundle(
+    network=network,
+    variables=bound.deployed(_variables(taken, names), frozen),
+    backbone_name=name,
+    pool_name=teacher.pool_name,
+    image_shape=image_shape,
+    class_names=request.teacher.class_names,
+    info={'origin': dict(origin), 'teacher': teacher.name},
+  )
+  left = torch_identify.some(unused)
+  return bundle, [
+    f'{name} by SimKD: {len(names)} arrays taken, the head is that of '
+    f'{teacher.name}; not used, as SimKD does not: {left}',
+    _describe(key, preprocessing, request),
+  ]
+
+
+def _simkd_method(proj):
+  """Returns a method whose connector has the projector's shapes."""
+  try:
+    width, _, _, _ = proj['connector.0.weight'].shape
+    inputs = proj['connector.3.weight'].shape[1]
+    features = proj['connector.6.weight'].shape[0]
+  except (KeyError, ValueError, IndexError) as error:
+    raise config_utils.UserError(
+      "the connector in the file is not SimKD's: it has not the convolutions "
+      'transfer.0, transfer.3 and transfer.6'
+    ) from error
+  depthwise = inputs == 1 < width
+  return methods.get('ijckd')(
+    connector='bottleneck_depthwise' if depthwise else 'bottleneck',
+    factor=features // width,
+  )

@@ -1,0 +1,577 @@
+"""PyTorch's weights in and out: the same numbers, bit for bit, and networks."""
+
+import argparse
+import functools
+import json
+import re
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ijckd_jax import augment
+from ijckd_jax import bundles
+from ijckd_jax import config_utils
+from ijckd_jax import distiller
+from ijckd_jax import methods
+from ijckd_jax import models
+from ijckd_jax import torch_files
+from ijckd_jax import torch_import
+from ijckd_jax import torch_names
+from ijckd_jax import torch_sources
+from ijckd_jax import torch_weights
+
+torch_networks = pytest.importorskip('tests.torch_networks')
+safetensors_torch = pytest.importorskip('safetensors.torch')
+torch = torch_networks.torch
+
+# One of each kind; the others are slow, and run by hand.
+DEFAULT = (
+  'resnet8',
+  'resnet8x4',
+  'wrn_16_1',
+  'torchdistill_wrn_16_8',
+  'vgg8',
+  'resnet18_cifar',
+  'mobilenet_v2_cifar_x0_5',
+  'shufflenet_v1_cifar',
+  'shufflenet_v2_cifar_x1_0',
+  'resnet18',
+  'resnet50',
+  'mobilenet_v1',
+  'mobilenet_v2',
+  'mobilenet_v3_small',
+  'shufflenet_v2_x0_5',
+  'deit_small_patch16_224',
+)
+BACKBONES = [
+  pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow)
+  for name in models.BACKBONES
+]
+NUM_CLASSES = 7
+
+
+def size_for(name):
+  """Returns the side of the images on which a network is compared."""
+  return 64 if models.build(name).usual_size == 224 else 32
+
+
+def published(name, channels=3, num_classes=NUM_CLASSES):
+  """Returns a PyTorch network full of noise."""
+  net = torch_networks.build(
+    name, num_classes, channels, image_size=size_for(name)
+  )
+  return torch_networks.randomize(net, seed=0)
+
+
+def request(name, channels=3, **fields):
+  """Returns what is to be said of such a network, but for its backbone."""
+  preprocessing = augment.Preprocessing(
+    channels * (0.5,), channels * (0.25,), 2 * (size_for(name),)
+  )
+  return torch_import.Request(
+    **{'preprocessing': preprocessing, 'num_classes': NUM_CLASSES, **fields}
+  )
+
+
+@functools.cache
+def imported(name):
+  """Returns a PyTorch network, and the bundle that its weights make."""
+  net = published(name)
+  arrays = {key: value.numpy() for key, value in net.state_dict().items()}
+  state = torch_files.StateDict(arrays, {}, {}, (), '')
+  bundle, notes = torch_import.from_state(state, request(name), origin={})
+  return net, bundle, notes
+
+
+def relative_error(actual, expected):
+  """Returns the largest difference, in parts of the largest value."""
+  expected = np.asarray(expected)
+  if expected.ndim == 4:
+    expected = expected.transpose(0, 2, 3, 1)
+  assert actual.shape == expected.shape
+  return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+def errors(name):
+  """Returns the errors of an imported network's outputs against PyTorch's."""
+  net, bundle, _ = imported(name)
+  size = size_for(name)
+  rng = np.random.RandomState(0)
+  images = rng.randn(2, 3, size, size).astype(np.float32)
+  theirs = torch_networks.features(net, name, torch.from_numpy(images))
+  forward = jax.jit(
+    bundle.network, compiler_options={'xla_backend_optimization_level': 0}
+  )
+  ours = forward(bundle.variables, images.transpose(0, 2, 3, 1))
+  assert len(ours.stages) == len(theirs['stages'])
+  stages = zip(ours.stages, theirs['stages'], strict=True)
+  return {
+    'stages': max(relative_error(*pair) for pair in stages),
+    **{
+      key: relative_error(getattr(ours, key), theirs[key])
+      for key in ('final', 'pooled', 'logits')
+    },
+  }
+
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_parity(name):
+  """Stages, final map, pooled features and logits are PyTorch's."""
+  assert max(errors(name).values()) < 1e-5
+
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_backbones_are_told_by_their_names(name):
+  _, bundle, notes = imported(name)
+  assert bundle.backbone_name == name
+  assert notes[0] == f'backbone {name}, told by the names'
+
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_export_is_the_state_dict_again(name):
+  """With the published names, and strictly loaded into the same network."""
+  net, bundle, _ = imported(name)
+  state, expected = torch_names.state_dict(bundle), net.state_dict()
+  assert state.keys() == expected.keys()
+  for key, tensor in expected.items():
+    if not key.endswith('num_batches_tracked'):
+      np.testing.assert_array_equal(state[key], tensor.numpy())
+  fresh = torch_networks.build(name, NUM_CLASSES, image_size=size_for(name))
+  fresh.load_state_dict(
+    {key: torch.from_numpy(value) for key, value in state.items()}, strict=True
+  )
+  with torch.no_grad():
+    images = torch.ones(1, 3, size_for(name), size_for(name))
+    assert torch.equal(fresh.eval()(images), net.eval()(images))
+
+
+def assert_same(bundle, other):
+  assert bundle.spec() == other.spec()
+  jax.tree.map(np.testing.assert_array_equal, bundle.variables, other.variables)
+
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_import_of_an_export_is_the_identity(name, tmp_path):
+  _, bundle, _ = imported(name)
+  state, metadata = torch_names.state_dict(bundle), torch_names.metadata(bundle)
+  path = tmp_path / 'weights.safetensors'
+  torch_files.write(path, state, metadata)
+  again, _ = torch_import.read(path, torch_import.Request())
+  assert_same(again, bundle)
+
+
+def random_bundle(method, teacher, student, **fields):
+  """Returns a student full of noise, with whatever a method deploys."""
+  _, judge, _ = imported(teacher)
+  preprocessing = judge.network.preprocessing
+  fields = {'factor': 4, **fields} if method == 'ijckd' else fields
+  method = methods.get(method)(**fields)
+  bound = distiller.bind(
+    backbone=models.build(student, truncated=method.tap == 'stage'),
+    preprocessing=preprocessing,
+    method=method,
+    teacher=judge.teacher(),
+    image_shape=judge.image_shape,
+    num_classes=NUM_CLASSES,
+    axis_name=None,
+    dtype=jnp.float32,
+  )
+  frozen, rng = judge.teacher().frozen, np.random.RandomState(0)
+  fresh = jax.tree.map(
+    lambda x: rng.uniform(0.5, 1.0, x.shape).astype(np.float32) / x.shape[0],
+    jax.eval_shape(lambda: bound.init(jax.random.key(0), judge.image_shape)),
+  )
+  return bundles.Bundle(
+    network=bound.deployed_network,
+    variables=bound.deployed(fresh, frozen),
+    backbone_name=student,
+    pool_name=teacher if bound.reuses_head else student,
+    image_shape=judge.image_shape,
+    class_names=tuple('abcdefg'),
+    info={'method': {'name': 'any'}},
+  )
+
+
+@pytest.mark.parametrize('suffix', ['.safetensors', '.pth'])
+@pytest.mark.parametrize(
+  'method, teacher, student, fields',
+  [
+    ('ijckd', 'resnet8x4', 'mobilenet_v2_cifar_x0_5', {}),
+    ('simkd', 'resnet8x4', 'vgg8', {}),
+    ('ijckd', 'mobilenet_v3_small', 'resnet18', {}),
+    (
+      'ijckd',
+      'deit_small_patch16_224',
+      'shufflenet_v2_x0_5',
+      {'connector': 'mlp', 'feature_site': 'pooled'},
+    ),
+    ('srrl', 'resnet8x4', 'resnet8', {}),
+  ],
+)
+def test_students_go_out_and_come_back(
+  method, teacher, student, fields, suffix, tmp_path, capsys
+):
+  """By the commands; what runs them in PyTorch gives the same logits."""
+  bundle = random_bundle(method, teacher, student, **fields)
+  bundle.save(tmp_path / 'student')
+  file = tmp_path / f'weights{suffix}'
+  run('export', bundle=tmp_path / 'student', output=file)
+  more = {}
+  if method == 'srrl' and suffix == '.pth':  # A bare state dict.
+    more = {'mean': '0.5,0.5,0.5', 'std': '0.25,0.25,0.25', 'image_size': '32'}
+  run('import', checkpoint=file, output=tmp_path / 'again', **more)
+  again = bundles.load(tmp_path / 'again')
+  jax.tree.map(np.testing.assert_array_equal, again.variables, bundle.variables)
+  if not more:
+    assert_same(again, bundle)
+  side = bundle.image_shape[0]
+  images = np.random.RandomState(0).randn(2, 3, side, side).astype(np.float32)
+  expected = jax.jit(
+    bundle.network, compiler_options={'xla_backend_optimization_level': 0}
+  )(bundle.variables, images.transpose(0, 2, 3, 1)).logits
+  if method == 'srrl':
+    assert not (tmp_path / 'weights.py').exists()
+    module = torch_networks.build(student, NUM_CLASSES)
+  else:
+    module = runpy.run_path(str(tmp_path / 'weights.py'))['Student']()
+  if suffix == '.pth':
+    state = torch.load(file, weights_only=True)
+    state = state if method == 'srrl' else state['state_dict']
+  else:
+    state = safetensors_torch.load_file(file)
+  module.load_state_dict(state, strict=True)
+  with torch.no_grad():
+    logits = module.eval()(torch.from_numpy(images)).numpy()
+  assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected).max()
+  assert str(file) in capsys.readouterr().out
+
+
+def run(command, *flags, **options):
+  """Runs the command as a user does."""
+  words = [word for key in options for word in (f'--{key}', str(options[key]))]
+  torch_weights.main([command, *words, *flags])
+
+
+def failure(command, *flags, **options):
+  """Returns what a command that must fail says, in one line."""
+  with pytest.raises(config_utils.UserError) as error:
+    run(command, *flags, **options)
+  assert '\n' not in str(error.value)
+  return str(error.value)
+
+
+@functools.cache
+def small():
+  """Returns a PyTorch resnet8 of a hundred classes."""
+  return published('resnet8', num_classes=100)
+
+
+def last_of_repdistiller(net):
+  opt = argparse.Namespace(model='resnet8', trial='0')
+  return {'opt': opt, 'model': net, 'optimizer': {'state': {}}}
+
+
+@pytest.mark.parametrize(
+  'wrapped, part',
+  [
+    (lambda net: net, ''),
+    (lambda net: {'epoch': 240, 'model': net, 'best_acc': 70.0}, ''),
+    (last_of_repdistiller, ''),
+    (lambda net: {'state_dict': net}, ''),
+    (lambda net: {f'module.{key}': x for key, x in net.items()}, ''),
+    (
+      lambda net: {
+        'model': {
+          f'module.{part}.{key}': x + (part == 'teacher')
+          for part in ('student', 'teacher')
+          for key, x in net.items()
+        }
+      },
+      'student',
+    ),
+    (lambda net: {'model': net, 'args': argparse.Namespace(lr=0.1)}, ''),
+    (
+      lambda net: {k: x for k, x in net.items() if 'num_batches' not in k},
+      '',
+    ),
+  ],
+  ids=(
+    'kd_srrl repdistiller repdistiller_last state_dict parallel mdistiller '
+    'torchdistill torchvision_old'
+  ).split(),
+)
+def test_formats(wrapped, part, tmp_path, capsys):
+  """Each is told, unwrapped, and taken whole; CIFAR-100 is assumed and said."""
+  file = tmp_path / 'net.pth'
+  torch.save(wrapped(small().state_dict()), file)
+  options = {'part': part} if part else {}
+  run('import', checkpoint=file, output=tmp_path / 'bundle', **options)
+  printed = capsys.readouterr().out
+  assert 'backbone resnet8, told by the names' in printed
+  assert 'all 47 arrays taken, 83,892 parameters, 100 classes' in printed
+  assert 'preprocessing cifar100, assumed as it is usual' in printed
+  bundle = bundles.load(tmp_path / 'bundle')
+  assert bundle.class_names[:2] == ('apple', 'aquarium_fish')
+  assert bundle.info['origin']['sha256'] == torch_files.sha256(file)
+  state = torch_names.state_dict(bundle)
+  for key, tensor in small().state_dict().items():
+    if not key.endswith('num_batches_tracked'):
+      np.testing.assert_array_equal(state[key], tensor.numpy())
+
+
+def test_half_precision_and_timm(tmp_path, capsys):
+  """A safetensors file in half precision, of another size and resizing."""
+  net = published('resnet18').half()
+  file = tmp_path / 'model.safetensors'
+  safetensors_torch.save_file(net.state_dict(), file)
+  run(
+    *('import', '--backbone', 'resnet18'),
+    checkpoint=file,
+    output=tmp_path / 'bundle',
+    **{'mean': '0.5,0.5,0.5', 'std': '0.2,0.2,0.2'},
+    **{'image_size': 160, 'interpolation': 'bicubic'},
+  )
+  assert 'half precision (float16)' in capsys.readouterr().out
+  bundle = bundles.load(tmp_path / 'bundle')
+  assert bundle.network.preprocessing.size == (160, 160)
+  assert bundle.network.preprocessing.interpolation == 'bicubic'
+  assert bundle.variables['params']['head']['bias'].dtype == np.float32
+
+
+def test_kd_srrl_has_mobilenets_layers_in_two_sequences():
+  net, _, _ = imported('mobilenet_v1')
+  state = {}
+  for key, tensor in net.state_dict().items():
+    words = key.split('.')
+    if words[0] == 'model':
+      index = int(words[1])
+      half = 1 if index < 12 else 2
+      words[:2] = f'model{half}', str(index - 12 * (half == 2))
+    state['.'.join(words)] = tensor.numpy()
+  bundle, _ = torch_import.from_state(
+    torch_files.StateDict(state, {}, {}, (), ''),
+    request('mobilenet_v1'),
+    origin={},
+  )
+  _, expected, _ = imported('mobilenet_v1')
+  assert_same(bundle, expected)
+
+
+@pytest.mark.parametrize('depthwise', [False, True])
+def test_simkd_student(depthwise, tmp_path, capsys):
+  """Its net, its projector, and the head of the teacher that is given."""
+  _, judge, _ = imported('resnet8x4')
+  judge.save(tmp_path / 'teacher')
+  connector = 'bottleneck_depthwise' if depthwise else 'bottleneck'
+  bundle = random_bundle(
+    *('ijckd', 'resnet8x4', 'mobilenet_v2_cifar_x0_5'), connector=connector
+  )
+  state = torch_names.state_dict(bundle)
+  net = published('mobilenet_v2_cifar_x0_5').state_dict()
+  projector = {}
+  for key, array in state.items():
+    part, _, rest = key.partition('.')
+    if part == 'backbone':
+      net[rest] = torch.from_numpy(array)
+    elif part == 'connector':
+      projector[f'transfer.{rest}'] = torch.from_numpy(array)
+  file = tmp_path / 'mobilenet_best.pth'
+  torch.save({'epoch': 1, 'model': net, 'proj': projector}, file)
+  options = {'checkpoint': file, 'output': tmp_path / 'student'}
+  assert "teacher's head, which is not in its file" in failure(
+    'import', **options
+  )
+  run('import', teacher=tmp_path / 'teacher', **options)
+  printed = capsys.readouterr().out
+  assert 'the head is that of resnet8x4; not used' in printed
+  again = bundles.load(tmp_path / 'student')
+  assert again.network.connector == bundle.network.connector
+  assert again.network.connect_size == bundle.network.connect_size
+  jax.tree.map(np.testing.assert_array_equal, again.variables, bundle.variables)
+  torch.save({'model': net, 'proj': {'layer.weight': torch.ones(3)}}, file)
+  assert "not SimKD's" in failure(
+    'import', '--overwrite', teacher=tmp_path / 'teacher', **options
+  )
+
+
+@pytest.mark.parametrize(
+  'name, sha256, said',
+  [
+    (
+      'resnet50-11ad3fa6.pth',
+      '00',
+      'resnet50, weights IMAGENET1K_V2 (by its n',
+    ),
+    ('renamed.pth', '11ad3fa6ff', 'weights IMAGENET1K_V2 (by its SHA-256)'),
+    ('resnet50-0676ba61.pth', '00', 'weights IMAGENET1K_V1 (by its name)'),
+    ('resnet50-19c8e357.pth', '00', 'weights IMAGENET1K_V1 (by its name)'),
+  ],
+)
+def test_files_of_torchvision(name, sha256, said):
+  notes = torch_sources.recognise(name, sha256)
+  assert said in notes[0]
+  warned = [note for note in notes if note.startswith('warning: ')]
+  assert bool(warned) == ('V2' in said)
+  assert torch_sources.recognise('mine.pth', '00') == []
+
+
+def test_hashes_are_torchvisions():
+  torchvision = torch_networks.torchvision
+  for weights, hashes in torch_sources.TORCHVISION.items():
+    name, version = weights.split()
+    known = torchvision.models.get_model_weights(name)[f'IMAGENET1K_{version}']
+    assert re.search(r'-([0-9a-f]{8})', known.url)[1] in hashes
+
+
+@pytest.mark.parametrize(
+  'options, said',
+  [
+    (
+      {'backbone': 'resnet20'},
+      'is no resnet20: 60 of its arrays are missing (layer1.1.bn1.',
+    ),
+    ({'backbone': 'resnet20'}, 'it is a resnet8: say --backbone resnet8'),
+    ({'backbone': 'resnet8x5'}, "unknown backbone 'resnet8x5'; did you mean"),
+    ({'backbone': 'vgg8'}, 'is no vgg8: 32 of its arrays are missing'),
+    ({'num_classes': 10}, 'tells 100 classes apart, not 10'),
+    ({'preprocessing': 'imagnet'}, "did you mean 'imagenet'"),
+    ({'mean': '0.5'}, '--mean, --std and --image_size go together'),
+    (
+      {'mean': '0.5', 'std': '0.5', 'image_size': '32'},
+      'images of 3 channels, but its preprocessing has a mean of 1',
+    ),
+    (
+      {'mean': '1,1,x', 'std': '1,1,1', 'image_size': '32'},
+      'a number for each channel',
+    ),
+    (
+      {'mean': '1,1,1', 'std': '1,0,1', 'image_size': '32'},
+      '--std 1,0,1: it must be positive',
+    ),
+    (
+      {'mean': '1,1,1', 'std': '1,1,1', 'image_size': '-1'},
+      'image_size=-1',
+    ),
+    (
+      {
+        **{'mean': '1,1,1', 'std': '1,1,1', 'image_size': '32'},
+        'interpolation': 'cubic',
+      },
+      "unknown interpolation 'cubic'",
+    ),
+    (
+      {
+        **{'mean': '1,1,1', 'std': '1,1,1', 'image_size': '32'},
+        'preprocessing': 'cifar10',
+      },
+      'not both',
+    ),
+    ({'class_names': 'nowhere.txt'}, '--class_names nowhere.txt cannot be'),
+    ({'teacher': 'nowhere'}, 'there is no bundle in nowhere'),
+    ({'part': 'teacher'}, "has no part 'teacher'"),
+    ({'checkpoint': 'nowhere.pth'}, 'there is no file nowhere.pth'),
+    ({'checkpoint': 'hf:nobody'}, 'give hf:OWNER/NAME@COMMIT'),
+  ],
+  ids=str,
+)
+def test_mistakes_of_an_import(options, said, tmp_path):
+  file = tmp_path / 'net.pth'
+  torch.save(small().state_dict(), file)
+  output = tmp_path / 'bundle'
+  options = {'checkpoint': file, 'output': output, **options}
+  assert said in failure('import', **options)
+  assert not output.exists()
+  assert [path.name for path in tmp_path.iterdir()] == ['net.pth']
+
+
+def test_class_names_of_a_file(tmp_path):
+  torch.save(small().state_dict(), tmp_path / 'net.pth')
+  names = tmp_path / 'names.txt'
+  options = {
+    'checkpoint': tmp_path / 'net.pth',
+    'output': tmp_path / 'bundle',
+    'class_names': names,
+  }
+  names.write_text('one\ntwo\n')
+  assert '2 class names for a head of 100' in failure('import', **options)
+  names.write_text('\n'.join(f'class {i}' for i in range(100)))
+  run('import', **options)
+  assert bundles.load(tmp_path / 'bundle').class_names[7] == 'class 7'
+
+
+def test_how_images_were_prepared_must_be_known(tmp_path):
+  net = published('resnet8', channels=1)
+  torch.save(net.state_dict(), tmp_path / 'net.pth')
+  options = {'checkpoint': tmp_path / 'net.pth', 'output': tmp_path / 'bundle'}
+  said = failure('import', **options)
+  assert 'images of this resnet8 (1 channels, 7 classes)' in said
+  run('import', mean='0.28', std='0.35', image_size='28', **options)
+  assert bundles.load(tmp_path / 'bundle').image_shape == (28, 28, 1)
+
+
+def test_a_network_that_is_none_of_ours():
+  state = torch_files.StateDict({'fc.weight': np.ones((3, 4))}, {}, {}, (), '')
+  with pytest.raises(
+    config_utils.UserError, match='of no backbone that is known here; nearest'
+  ):
+    torch_import.from_state(state, torch_import.Request(), origin={})
+  state = torch_files.StateDict({'a': np.ones(3)}, {}, {}, (), '')
+  with pytest.raises(config_utils.UserError, match='its arrays are a$'):
+    torch_import.from_state(state, torch_import.Request(), origin={})
+
+
+def test_what_is_there_stays_there(tmp_path):
+  torch.save(small().state_dict(), tmp_path / 'net.pth')
+  other = tmp_path / 'other'
+  other.mkdir()
+  (other / 'precious').write_text('x')
+  source = {'checkpoint': tmp_path / 'net.pth'}
+  for flags in [(), ('--overwrite',)]:
+    assert str(other) in failure('import', *flags, output=other, **source)
+  assert (other / 'precious').read_text() == 'x'
+  output = tmp_path / 'bundle'
+  run('import', output=output, **source)
+  assert 'already there: give --overwrite' in failure(
+    'import', output=output, **source
+  )
+  run('import', '--overwrite', output=output, **source)
+  file = tmp_path / 'file.safetensors'
+  file.write_text('x')
+  assert 'already there: give --overwrite' in failure(
+    'export', bundle=output, output=file
+  )
+  assert file.read_text() == 'x'
+  run('export', '--overwrite', bundle=output, output=file)
+  assert file.stat().st_size > 300_000
+  assert 'a .safetensors file, or to a .pth' in failure(
+    'export', bundle=output, output=tmp_path / 'file.bin'
+  )
+  assert 'there is no bundle in' in failure(
+    'export', bundle=tmp_path / 'nowhere', output=tmp_path / 'a.pth'
+  )
+
+
+def test_an_export_that_was_tampered_with(tmp_path):
+  _, bundle, _ = imported('resnet8')
+  state, text = torch_names.state_dict(bundle), json.dumps(bundle.spec())
+
+  def said(state=state, text=text, **fields):
+    file = tmp_path / 'weights.safetensors'
+    torch_files.write(file, state, {'ijckd_jax': text})
+    with pytest.raises(config_utils.UserError) as error:
+      torch_import.read(file, torch_import.Request(**fields))
+    return str(error.value)
+
+  without = {k: v for k, v in state.items() if k != 'fc.bias'}
+  assert '1 of its arrays are missing (fc.bias)' in said(without)
+  assert 'description of the bundle is damaged' in said(text='{')
+  assert 'is not a bundle' in said(text='[]')
+  assert 'names code outside the package' in said(
+    text=text.replace('"resnet8"', '"os:getcwd"')
+  )
+  assert 'it is a resnet8' in said(backbone='resnet20')
+  assert 'says itself how images are prepared' in said(preprocessing='cifar10')
+  assert 'tells 7 classes apart, not 3' in said(num_classes=3)

@@ -1,0 +1,386 @@
+"""Students in PyTorch: forty lines that compute what the network does."""
+
+import functools
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ijckd_jax import augment
+from ijckd_jax import config_utils
+from ijckd_jax import connectors
+from ijckd_jax import models
+from ijckd_jax import network as network_lib
+from ijckd_jax import teachers
+from ijckd_jax import torch_students
+from ijckd_jax.models import mobilenet_v3
+
+torch_networks = pytest.importorskip('tests.torch_networks')
+torch = torch_networks.torch
+
+NUM_CLASSES = 7
+NUM_FEATURES = 24  # Of the teacher.
+FAST = (
+  'resnet8',
+  'resnet14x2',
+  'wrn_16_2',
+  'torchdistill_wrn_16_8',
+  'vgg8',
+  'resnet18_cifar',
+  'mobilenet_v2_cifar_x0_5',
+  'shufflenet_v1_cifar',
+  'shufflenet_v2_cifar_x0_5',
+  'resnet18',
+  'resnext50_32x4d',
+  'mobilenet_v1',
+  'mobilenet_v2',
+  'mobilenet_v3_small',
+  'shufflenet_v2_x0_5',
+  'deit_small_patch16_224',
+)
+LEAVES = {
+  'kernel': 'weight',
+  'scale': 'weight',
+  'mean': 'running_mean',
+  'var': 'running_var',
+}
+
+
+def make(
+  name,
+  connector='bottleneck',
+  *,
+  size=(32, 32),
+  channels=3,
+  signed=False,
+  takes=None,
+  truncated=True,
+  connect_size=(1, 2),
+  pool_backbone=None,
+):
+  """Returns a network and the text that runs it in PyTorch."""
+  backbone = models.build(name, truncated=truncated)
+  fields = {} if takes is None else {'takes': takes}
+  features = NUM_FEATURES
+  if connector == 'identity':
+    features = width_of(backbone, (*size, channels))
+  connector = connectors.CONNECTORS[connector](features, signed, **fields)
+  pool = teachers.average_pool
+  if pool_backbone is not None:
+    pool = network_lib.pool_of(pool_backbone)
+  network = network_lib.Network(
+    backbone,
+    augment.Preprocessing((0.25,) * channels, (0.5,) * channels, size),
+    connector,
+    connect_size if connector.takes == 'map' else None,
+    pool,
+  )
+  text = torch_students.source(
+    network,
+    backbone_name=name,
+    pool_backbone=pool_backbone,
+    image_shape=(28, 28, channels),
+    num_classes=NUM_CLASSES,
+  )
+  return network, text
+
+
+@functools.cache
+def width_of(backbone, image_shape):
+  """Returns the channels of a backbone's last map."""
+  features, _ = jax.eval_shape(
+    lambda x: backbone.init_with_output(jax.random.key(0), x, train=False),
+    jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
+  )
+  return features.final.shape[-1]
+
+
+def noise(network, channels, pool_backbone):
+  """Returns variables that leave no layer without effect."""
+  key, features = jax.random.key(0), network.connector.features
+  shapes = jax.eval_shape(lambda: network.init(key, (28, 28, channels), None))
+  shapes['pool'], width = {}, features
+  if pool_backbone is not None and network.connector.takes == 'map':
+    final = jax.ShapeDtypeStruct((1, 1, 1, features), jnp.float32)
+    shapes['pool'] = jax.eval_shape(
+      lambda x: pool_backbone.init(key, x, method='pool'), final
+    )
+    width = mobilenet_v3.POOLED_WIDTH
+  shapes['params']['head'] = {
+    'kernel': jax.ShapeDtypeStruct((width, NUM_CLASSES), jnp.float32),
+    'bias': jax.ShapeDtypeStruct((NUM_CLASSES,), jnp.float32),
+  }
+  rng = np.random.default_rng(0)
+  flat = traverse_util.flatten_dict(shapes)
+  for path, leaf in flat.items():
+    values = rng.standard_normal(leaf.shape, dtype=np.float32)
+    if path[-1] == 'kernel':
+      values *= np.sqrt(2 / np.prod(leaf.shape[:-1]), dtype=np.float32)
+    elif path[-1] == 'var':
+      values = 1 + np.abs(values) / 2
+    elif path[-1] == 'scale':  # So that residual sums stay small.
+      values = 0.4 + np.abs(values) / 3
+    else:
+      values *= 0.3
+    flat[path] = values
+  return {'batch_stats': {}, 'pool': {}, **traverse_util.unflatten_dict(flat)}
+
+
+def state_dict(network, variables, pool_backbone):
+  """Returns the variables as PyTorch has them."""
+  names = {
+    'backbone': network.backbone.torch_name,
+    'connector': torch_students.connector_name(network.connector).get,
+    'pool': torch_students.pool_name(pool_backbone).get,
+  }
+  flat = {}
+  for kind in ('params', 'batch_stats'):
+    for path, leaf in traverse_util.flatten_dict(variables[kind]).items():
+      flat[path] = leaf
+  for path, leaf in traverse_util.flatten_dict(variables['pool']).items():
+    flat['pool', *path[1:]] = leaf
+  state = {}
+  for (part, *layers, leaf), value in flat.items():
+    if part == 'head':
+      key = f'head.{LEAVES.get(leaf, leaf)}'
+    elif layers:
+      layer = names[part]('_'.join(layers))
+      key = f'{part}.{layer}.{LEAVES.get(leaf, leaf)}'
+    else:  # A token of a DeiT.
+      key = f'{part}.{names[part](leaf)}'
+    if leaf == 'kernel':
+      value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+    state[key] = torch.from_numpy(np.ascontiguousarray(value))
+  return state
+
+
+def check(name, *args, channels=3, pool_backbone=None, **kwargs):
+  """Asserts that both give the same logits; returns PyTorch's module."""
+  network, text = make(
+    name, *args, channels=channels, pool_backbone=pool_backbone, **kwargs
+  )
+  namespace = {}
+  exec(compile(text, 'student.py', 'exec'), namespace)
+  student = namespace['Student']()
+  variables = noise(network, channels, pool_backbone)
+  state = state_dict(network, variables, pool_backbone)
+  student.load_state_dict(state, strict=True)
+  shape = (2, *network.preprocessing.size, channels)
+  images = np.random.RandomState(1).randn(*shape).astype(np.float32)
+  # Compiling takes most of a small test's time.
+  forward = jax.jit(
+    lambda variables, x: network(variables, x).logits,
+    compiler_options={'xla_backend_optimization_level': 0},
+  )
+  expected = np.asarray(forward(variables, images))
+  inputs = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+  with torch.no_grad():
+    logits = student.eval()(inputs).numpy()
+  assert expected.std() > 1e-3
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * scale)
+  return student, inputs
+
+
+def image_shape(name):
+  """Returns the settings of images that a backbone is tested on."""
+  if name.startswith('deit'):
+    return {'size': (32, 48), 'channels': 1}
+  if models.build(name).usual_size == 32:
+    return {'size': (32, 32), 'channels': 1}
+  return {'size': (64, 64), 'channels': 3}
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+    for name in models.BACKBONES
+  ],
+)
+def test_every_backbone(name):
+  unusual = name in ('mobilenet_v3_small', 'deit_small_patch16_224')
+  student, inputs = check(
+    name,
+    'bottleneck_depthwise' if unusual else 'bottleneck',
+    signed=unusual,
+    **image_shape(name),
+  )
+  # It trains as well: each parameter is used, by PyTorch's own layers.
+  student.train()(inputs).square().sum().backward()
+  assert not [
+    key for key, value in student.named_parameters() if value.grad is None
+  ]
+  original = dict.fromkeys(['backbone', 'connector'], (1e-5, 0.1))
+  if name == 'mobilenet_v3_small':
+    original['backbone'] = (1e-3, 0.01)
+  for key, layer in student.named_modules():
+    if isinstance(layer, torch.nn.BatchNorm2d):
+      assert (layer.eps, layer.momentum) == original[key.split('.')[0]]
+      assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    'wrn_16_1',
+    'shufflenet_v2_cifar_x0_5',
+    *(
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in (
+        'torchdistill_wrn_16_8',
+        'mobilenet_v2_cifar_x0_5',
+        'mobilenet_v2',
+        'shufflenet_v2_x0_5',
+      )
+    ),
+  ],
+)
+def test_backbones_that_are_not_cut_at_their_last_stage(name):
+  check(name, truncated=False, **image_shape(name))
+
+
+def test_a_vgg_pools_large_maps_once_more():
+  check('vgg8', 'conv1x1', size=(64, 80), connect_size=(3, 4))
+
+
+@pytest.mark.parametrize('signed', [False, True])
+@pytest.mark.parametrize('connector', connectors.CONNECTORS)
+def test_every_connector(connector, signed):
+  check('resnet8', connector, signed=signed, size=(8, 8))
+
+
+@pytest.mark.parametrize('connector', ['linear', 'bottleneck'])
+def test_connectors_of_pooled_features(connector):
+  check('resnet8', connector, takes='pooled', size=(8, 8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('connector', connectors.CONNECTORS)
+@pytest.mark.parametrize(
+  'name', ['vgg8', 'mobilenet_v3_small', 'deit_small_patch16_224']
+)
+def test_connectors_of_backbones_that_write_them_otherwise(name, connector):
+  for signed in (False, True):
+    check(name, connector, signed=signed, **image_shape(name))
+
+
+@pytest.mark.parametrize('connector', ['bottleneck', 'mlp'])
+def test_the_pool_of_a_mobilenet_v3(connector):
+  """Its hidden layer is run on maps, and not on features that are pooled."""
+  pool_backbone = models.build('mobilenet_v3_small')
+  student, _ = check(
+    'resnet8', connector, size=(8, 8), pool_backbone=pool_backbone
+  )
+  assert [key for key, _ in student.pool.named_parameters()] == (
+    ['2.weight', '2.bias'] if connector == 'bottleneck' else []
+  )
+
+
+@pytest.mark.parametrize('truncated', [True, False])
+@pytest.mark.parametrize('name', models.BACKBONES)
+def test_forty_lines_hold_it(name, truncated):
+  if not truncated and name in ('mobilenet_v3_small', 'deit_small_patch16_224'):
+    return
+  hidden = models.build('mobilenet_v3_small')
+  for connector in connectors.CONNECTORS:
+    for pool_backbone in (None, hidden):
+      for signed in (False, True):
+        network = network_lib.Network(
+          models.build(name, truncated=truncated),
+          augment.Preprocessing(
+            (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), (224, 224)
+          ),
+          connectors.CONNECTORS[connector](2048, signed),
+          (14, 14),
+          teachers.average_pool,
+        )
+        text = torch_students.source(
+          network,
+          backbone_name=name,
+          pool_backbone=pool_backbone,
+          image_shape=(256, 256, 3),
+          num_classes=1000,
+        )
+        lines = text.splitlines()
+        assert len(lines) <= 40, text
+        assert max(map(len, lines)) <= 88, text
+        compile(text, 'student.py', 'exec')
+        assert 'import torchvision' not in text and 'ijckd' not in text
+
+
+def test_the_docstring_says_how_to_load_it_and_what_it_takes():
+  _, text = make('resnet8', size=(28, 32))
+  said = ' '.join(compile(text, 'student.py', 'exec').co_consts[0].split())
+  assert said.startswith("resnet8, bottleneck connector, teacher's head of 7 ")
+  assert 'load_state_dict(safetensors.torch.load_file(PATH))' in said
+  assert 'Input (B, 3, 28, 32): (pixels / 255 - (0.25, 0.25, 0.25))' in said
+  assert said.endswith(' / (0.5, 0.5, 0.5).')
+  many = make('resnet8', size=(8, 8), channels=60)[1]
+  assert '(pixels / 255 - mean) / std' in ' '.join(many.split())
+
+
+class OtherConnector(connectors.Conv1x1):
+  """Not of the package."""
+
+
+class OtherBackbone(models.CifarResNet):
+  """Not of the package."""
+
+  def pool(self, final):
+    return 2 * super().pool(final)
+
+
+@pytest.mark.parametrize(
+  'backbone, connector, pool_backbone, said',
+  [
+    (OtherBackbone(), connectors.Mlp(8), None, 'a OtherBackbone cannot be'),
+    (
+      models.CifarResNet(),
+      OtherConnector(8),
+      None,
+      'a OtherConnector connector .* bottleneck, ',
+    ),
+    (
+      models.CifarResNet(),
+      connectors.Conv1x1(8),
+      OtherBackbone(),
+      'the pool of a OtherBackbone cannot be',
+    ),
+    (models.DeiT(), connectors.Mlp(8), None, r"DeiT .*method\.tap='stage'"),
+    (models.MobileNetV3Small(), connectors.Mlp(8), None, "tap='stage'"),
+    (models.CifarResNet(), None, None, 'has no connector'),
+  ],
+)
+def test_what_cannot_be_written_is_said(
+  backbone, connector, pool_backbone, said
+):
+  network = network_lib.Network(
+    backbone,
+    augment.Preprocessing((0.5,), (0.5,), (32, 32)),
+    connector,
+    (8, 8),
+    teachers.average_pool,
+  )
+  with pytest.raises(config_utils.UserError, match=said):
+    torch_students.source(
+      network,
+      backbone_name='resnet20',
+      pool_backbone=pool_backbone,
+      image_shape=(32, 32, 1),
+      num_classes=2,
+    )
+
+
+def test_a_name_from_outside_is_not_copied_into_the_code():
+  network, _ = make('resnet8')
+  text = torch_students.source(
+    network,
+    backbone_name='a"""\nimport evil\n"""',
+    pool_backbone=None,
+    image_shape=(32, 32, 3),
+    num_classes=2,
+  )
+  assert 'evil' not in text and text.startswith('"""CifarResNet, ')
