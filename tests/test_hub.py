@@ -11,9 +11,14 @@ import sys
 import threading
 
 import pytest
+import safetensors.numpy
 
+from ijckd_jax import augment
+from ijckd_jax import bundles
 from ijckd_jax import config_utils
 from ijckd_jax import hub
+from ijckd_jax import torch_names
+from ijckd_jax import torch_sources
 
 COMMIT = '0123456789abcdef' * 2 + '01234567'
 OTHER = 'f' * 40
@@ -136,6 +141,29 @@ assert not {'jax', 'torch'} & set(sys.modules)
 """
 
 
+def child(server, tmp_path, *args, **settings):
+  """Runs Python in a process that has the server for its hub."""
+  clean = {
+    key: value
+    for key, value in os.environ.items()
+    if not key.startswith('HF_') and 'proxy' not in key.lower()
+  }
+  env = {
+    **clean,
+    'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}',
+    'HF_HOME': str(tmp_path / 'cache'),
+    **settings,
+  }
+  return subprocess.run(
+    [sys.executable, *args],
+    cwd=pathlib.Path(__file__).parents[1],
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+
+
 @pytest.fixture
 def fetch(library, server, tmp_path):
   """Returns a function that downloads: Downloads as dicts, or what is said.
@@ -144,25 +172,7 @@ def fetch(library, server, tmp_path):
   """
 
   def run(*references, **settings):
-    clean = {
-      key: value
-      for key, value in os.environ.items()
-      if not key.startswith('HF_') and 'proxy' not in key.lower()
-    }
-    env = {
-      **clean,
-      'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}',
-      'HF_HOME': str(tmp_path / 'cache'),
-      **settings,
-    }
-    result = subprocess.run(
-      [sys.executable, '-c', SCRIPT, *references],
-      cwd=pathlib.Path(__file__).parents[1],
-      env=env,
-      capture_output=True,
-      text=True,
-      timeout=60,
-    )
+    result = child(server, tmp_path, '-c', SCRIPT, *references, **settings)
     assert (result.returncode, result.stderr) == (0, '')
     results = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(results) == len(references)
@@ -365,3 +375,80 @@ def test_licences(library, tmp_path, card, licence):
     path = tmp_path / 'README.md'
     path.write_bytes(card)
   assert hub._licence(library, path) == licence
+
+
+def test_teacher_of_the_hub(library, server, tmp_path, finished_run, data_dir):
+  """A run takes it, and says what it took; timm's config.json is believed."""
+  workdir, _ = finished_run
+  teacher = bundles.load(workdir / 'teacher')
+  config = {
+    'architecture': 'resnet8',
+    'pretrained_cfg': {
+      'mean': [0.25],
+      'std': [0.5],
+      'input_size': [1, 16, 16],
+      'interpolation': 'bicubic',
+    },
+  }
+  weights = safetensors.numpy.save(torch_names.state_dict(teacher))
+  server.repos['us/net'] = {
+    'README.md': CARD,
+    'config.json': json.dumps(config).encode(),
+    'model.safetensors': weights,
+  }
+  command = (
+    *('-m', 'ijckd_jax.main', '--workdir', str(tmp_path / 'run')),
+    *('--config', 'configs/digits.py:teacher=resnet8'),
+    *('--config.total_epochs=0', '--config.total_steps=2'),
+    '--config.optimizer.warmup_epochs=0',
+    f'--config.dataset.data_dir={data_dir}',
+    f'--config.teacher.checkpoint=hf:us/net@{COMMIT}',
+  )
+  result = child(server, tmp_path, *command)
+  assert result.returncode == 0, result.stderr
+  assert f'the teacher is of hub us/net, revision {COMMIT}' in result.stderr
+  summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+  assert summary['teacher_origin'] == {
+    'hub': 'us/net',
+    'revision': COMMIT,
+    'licence': 'apache-2.0',
+    'sha256': hashlib.sha256(weights).hexdigest(),
+  }
+  assert 'licence apache-2.0' in (tmp_path / 'run' / 'report.md').read_text()
+  result = child(server, tmp_path, *command[:-1], f'{command[-1]}0')
+  assert result.returncode == 2
+  assert 'pin it to a commit' in result.stderr
+
+
+@pytest.mark.parametrize(
+  'config, expected',
+  [
+    ({}, None),
+    (
+      {
+        'mean': [0.5],
+        'std': [0.25],
+        'input_size': [1, 8, 9],
+        'interpolation': 'bicubic',
+      },
+      augment.Preprocessing((0.5,), (0.25,), (8, 9), 'bicubic'),
+    ),
+    ({'mean': [0.5]}, 'does not say how images are prepared'),
+    (
+      {
+        'mean': [0.5],
+        'std': [0.25],
+        'input_size': [1, 8, 9],
+        'interpolation': 'lanczos',
+      },
+      "resizes its images by 'lanczos'",
+    ),
+  ],
+)
+def test_preprocessing_of_timm(config, expected):
+  config = {'pretrained_cfg': config} if config else {}
+  if not isinstance(expected, str):
+    assert torch_sources.timm_preprocessing('net', config) == expected
+    return
+  with pytest.raises(config_utils.UserError, match=expected):
+    torch_sources.timm_preprocessing('net', config)

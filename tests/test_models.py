@@ -1,6 +1,7 @@
 """Backbones: published sizes, one contract for all, and numpy's own forward."""
 
 import functools
+import pathlib
 
 from flax import traverse_util
 import flax.linen as nn
@@ -13,6 +14,7 @@ from ijckd_jax import augment
 from ijckd_jax import config_utils
 from ijckd_jax import models
 from ijckd_jax import network
+from ijckd_jax.models import __main__ as zoo
 from ijckd_jax.models import backbone as backbone_lib
 from ijckd_jax.models import layers
 
@@ -751,3 +753,68 @@ def test_channel_shuffle():
   x = jnp.arange(6).reshape(1, 1, 1, 6)
   shuffled = layers.channel_shuffle(x, 2)
   np.testing.assert_array_equal(shuffled[0, 0, 0], [0, 3, 1, 4, 2, 5])
+
+
+DOCS = pathlib.Path(__file__).parents[1] / 'docs'
+
+
+@pytest.mark.parametrize('name', ONE_OF_EACH)
+def test_the_zoo_is_documented_as_it_is(name):
+  cells = zoo.row(name)
+  num_params, _, stages = PUBLISHED[name]
+  assert cells[3] == f'{num_params:,}'
+  channels, size = stages[-1]
+  assert cells[5] == f'{size}x{size}x{channels}'
+  lines = [
+    [cell.strip() for cell in line.strip('| ').split('|')]
+    for line in (DOCS / 'models.md').read_text().splitlines()
+  ]
+  assert cells in lines
+
+
+def test_the_zoo_documents_all(capsys):
+  text = (DOCS / 'models.md').read_text()
+  for name in models.BACKBONES:
+    assert f'\n| {name} ' in text
+  zoo.main(['resnet8', 'vgg8'])
+  assert len(capsys.readouterr().out.splitlines()) == 4
+  with pytest.raises(config_utils.UserError, match="did you mean 'resnet8'"):
+    zoo.main(['resnet9'])
+
+
+# In 10^9, as torchvision's weights state them (meta['_ops']).
+@pytest.mark.parametrize(
+  'name, expected',
+  [
+    ('resnet18', 1.814),
+    ('resnext50_32x4d', 4.23),
+    ('mobilenet_v2', 0.301),
+    ('mobilenet_v3_small', 0.057),
+    ('shufflenet_v2_x1_0', 0.145),
+  ],
+)
+def test_multiply_adds_are_torchvisions(name, expected):
+  millions = float(zoo.row(name)[4].replace(',', ''))
+  assert abs(millions / 1e3 - expected) < 6e-4
+
+
+def test_multiply_adds_by_hand():
+  """A strided grouped convolution and a product, in a function of its own."""
+
+  @jax.jit
+  def inner(x, kernel, matrix):
+    x = jax.lax.conv_general_dilated(
+      x,
+      kernel,
+      (2, 2),
+      'VALID',
+      feature_group_count=2,
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+    return x.reshape(3, -1) @ matrix
+
+  program = jax.make_jaxpr(inner)(
+    jnp.ones((3, 5, 5, 4)), jnp.ones((3, 3, 2, 6)), jnp.ones((24, 7))
+  )
+  convolution = 3 * (2 * 2 * 6) * (3 * 3 * 2)
+  assert zoo.multiply_adds(program.jaxpr) == convolution + 3 * 24 * 7

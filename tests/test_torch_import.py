@@ -1,6 +1,8 @@
 """PyTorch's weights in and out: the same numbers, bit for bit, and networks."""
 
 import argparse
+import copy
+import dataclasses
 import functools
 import json
 import re
@@ -58,31 +60,29 @@ def size_for(name):
   return 64 if models.build(name).usual_size == 224 else 32
 
 
-def published(name, channels=3, num_classes=NUM_CLASSES):
+def published(name, channels=3, num_classes=NUM_CLASSES, size=None):
   """Returns a PyTorch network full of noise."""
-  net = torch_networks.build(
-    name, num_classes, channels, image_size=size_for(name)
-  )
+  size = size or size_for(name)
+  net = torch_networks.build(name, num_classes, channels, image_size=size)
   return torch_networks.randomize(net, seed=0)
 
 
-def request(name, channels=3, **fields):
+def request(size, **fields):
   """Returns what is to be said of such a network, but for its backbone."""
-  preprocessing = augment.Preprocessing(
-    channels * (0.5,), channels * (0.25,), 2 * (size_for(name),)
-  )
+  preprocessing = augment.Preprocessing(3 * (0.5,), 3 * (0.25,), (size, size))
   return torch_import.Request(
     **{'preprocessing': preprocessing, 'num_classes': NUM_CLASSES, **fields}
   )
 
 
 @functools.cache
-def imported(name):
+def imported(name, size=None):
   """Returns a PyTorch network, and the bundle that its weights make."""
-  net = published(name)
+  size = size or size_for(name)
+  net = published(name, size=size)
   arrays = {key: value.numpy() for key, value in net.state_dict().items()}
   state = torch_files.StateDict(arrays, {}, {}, (), '')
-  bundle, notes = torch_import.from_state(state, request(name), origin={})
+  bundle, notes = torch_import.from_state(state, request(size), origin={})
   return net, bundle, notes
 
 
@@ -95,18 +95,25 @@ def relative_error(actual, expected):
   return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
-def errors(name):
+def errors(name, size=None, dtype='float32'):
   """Returns the errors of an imported network's outputs against PyTorch's."""
-  net, bundle, _ = imported(name)
-  size = size_for(name)
-  rng = np.random.RandomState(0)
-  images = rng.randn(2, 3, size, size).astype(np.float32)
+  size = size or size_for(name)
+  net, bundle, _ = imported(name, size)
+  net = copy.deepcopy(net).to(getattr(torch, dtype))
+  images = np.random.RandomState(0).randn(2, 3, size, size).astype(dtype)
   theirs = torch_networks.features(net, name, torch.from_numpy(images))
-  forward = jax.jit(
-    bundle.network, compiler_options={'xla_backend_optimization_level': 0}
-  )
-  ours = forward(bundle.variables, images.transpose(0, 2, 3, 1))
-  assert len(ours.stages) == len(theirs['stages'])
+  with jax.enable_x64(dtype == 'float64'):
+    network = dataclasses.replace(
+      bundle.network, backbone=bundle.network.backbone.clone(dtype=dtype)
+    )
+    forward = jax.jit(
+      network, compiler_options={'xla_backend_optimization_level': 0}
+    )
+    variables = jax.tree.map(lambda x: x.astype(dtype), bundle.variables)
+    ours = jax.tree.map(
+      np.asarray, forward(variables, images.transpose(0, 2, 3, 1))
+    )
+  assert ours.logits.dtype == dtype
   stages = zip(ours.stages, theirs['stages'], strict=True)
   return {
     'stages': max(relative_error(*pair) for pair in stages),
@@ -353,7 +360,7 @@ def test_kd_srrl_has_mobilenets_layers_in_two_sequences():
     state['.'.join(words)] = tensor.numpy()
   bundle, _ = torch_import.from_state(
     torch_files.StateDict(state, {}, {}, (), ''),
-    request('mobilenet_v1'),
+    request(64),
     origin={},
   )
   _, expected, _ = imported('mobilenet_v1')

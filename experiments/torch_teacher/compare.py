@@ -1,0 +1,33 @@
+"""Compares an imported teacher's predictions with those of PyTorch.
+
+python -m experiments.torch_teacher.compare OUT
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+
+from ijckd_jax import bundles
+from ijckd_jax import evaluate
+from ijckd_jax import parallel
+from ijckd_jax.datasets import fashion_mnist
+
+
+def main(out):
+  """Prints on how many test images the two agree."""
+  folder = pathlib.Path(out)
+  expected = np.load(folder / 'predictions.npy')
+  bundle = bundles.load(folder / 'bundle')
+  evaluator = evaluate.make_evaluator(
+    bundle.network, mapper=parallel.Mapper(), batch_size=500
+  )
+  test = fashion_mnist.Dataset().load('test')
+  result = evaluator(bundle.variables, None, test)
+  same = np.sum(result.predictions == expected[result.indices])
+  print(f'top-1 here: {result.metrics["top1"]:.6f}')
+  print(f'the same prediction on {same:,} of {len(test):,} test images')
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])
