@@ -21,13 +21,8 @@ import safetensors
 import safetensors.numpy
 
 from ijckd_jax import config_utils
+from ijckd_jax import torch_unwrap
 
-# Where training code puts the state dict in its files, the likeliest first.
-WRAPPERS = ('model', 'state_dict', 'model_state_dict', 'net')
-AVERAGES = ('state_dict_ema', 'model_ema')
-# What DataParallel and torch.compile put before every name.
-PREFIXES = ('module.', '_orig_mod.')
-PARTS = ('student', 'teacher')
 SUFFIXES = ('.safetensors', '.pth', '.pt')
 
 _PRECISIONS = {
@@ -159,7 +154,9 @@ def _read(path, part):
   elif head.startswith((b'PK', b'\x80')):
     torch = _import_torch(f'to read {path}')
     content = _load_torch(path, size, torch)
-    tensors, others, metadata = _unwrap(path, content, torch.is_tensor, notes)
+    tensors, others, metadata = torch_unwrap.unwrap(
+      path, content, torch.is_tensor, notes
+    )
 
     def convert(tensor):
       return _from_torch(tensor, size, torch)
@@ -167,13 +164,15 @@ def _read(path, part):
     raise config_utils.UserError(
       f'{path} is not a checkpoint: {_describe(head)}'
     )
-  tensors = _choose(path, _strip(tensors, notes), part, notes)
+  tensors = torch_unwrap.strip(tensors, notes)
+  tensors = torch_unwrap.choose(path, tensors, part, notes)
   dtypes = set()
   arrays = _convert(path, '', tensors, convert, dtypes)
-  other = {
-    key: _convert(path, f'{_word(key)}: ', _strip(value, []), convert, dtypes)
-    for key, value in others.items()
-  }
+  other = {}
+  for key, value in others.items():
+    where = f'{torch_unwrap.word(key)}: '
+    value = torch_unwrap.strip(value, [])
+    other[key] = _convert(path, where, value, convert, dtypes)
   for dtype in sorted(dtypes):
     precision = _PRECISIONS.get(dtype, 'low precision')
     notes.append(f'{precision} ({dtype}): imported as float32')
@@ -350,7 +349,7 @@ def _refusal(path, size, stream, error, torch):
     wanted = sorted(wanted)
   # A name that the end of the file cuts is no name.
   if wanted and (zipped or not ended):
-    names = ', '.join(_word(name) for name in wanted[:5])
+    names = ', '.join(torch_unwrap.word(name) for name in wanted[:5])
     more = f' and {len(wanted) - 5} more' if len(wanted) > 5 else ''
     return config_utils.UserError(
       f'{path} needs more than weights: {names}{more}; such a file can run '
@@ -376,122 +375,11 @@ def _refusal(path, size, stream, error, torch):
   )
 
 
-def _is_state_dict(value, is_tensor):
-  return (
-    isinstance(value, Mapping)
-    and all(isinstance(key, str) for key in value)
-    and any(is_tensor(item) for item in value.values())
-  )
-
-
-def _unwrap(path, content, is_tensor, notes):
-  """Returns the tensors of a file, its other state dicts and its strings."""
-  if not isinstance(content, Mapping):
-    raise config_utils.UserError(
-      f'{path} holds no state dict, but a {type(content).__name__}'
-    )
-  found = {
-    key: value
-    for key, value in content.items()
-    if isinstance(key, str) and _is_state_dict(value, is_tensor)
-  }
-  taken = next((key for key in (*WRAPPERS, *AVERAGES) if key in found), None)
-  if taken is not None:
-    state = found.pop(taken)
-    left = [key for key in content if key != taken]
-    average = ', a moving average, as there is nothing else'
-    notes.append(f'took {taken!r}{average if taken in AVERAGES else ""}')
-  elif _is_state_dict(content, is_tensor):
-    state = content
-    left = [key for key, value in content.items() if not is_tensor(value)]
-  else:
-    dicts = ', '.join(_word(key) for key in list(found)[:8])
-    keys = ', '.join(_word(key) for key in list(content)[:8])
-    raise config_utils.UserError(
-      f'{path} holds no state dict, bare or under {", ".join(WRAPPERS)}; it '
-      f'has {f"state dicts under {dicts}" if dicts else keys or "nothing"}'
-    )
-  if found:
-    notes.append(f'beside it: {", ".join(_word(key) for key in found)}')
-  metadata = {
-    key: content[key]
-    for key in left
-    if isinstance(key, str) and isinstance(content[key], str)
-  }
-  left = [key for key in left if key not in found and key not in metadata]
-  if state is not content:
-    left += [key for key, value in state.items() if not is_tensor(value)]
-  if left:
-    notes.append(f'left out: {", ".join(_word(key) for key in left)}')
-
-  def tensors(mapping):
-    return {key: value for key, value in mapping.items() if is_tensor(value)}
-
-  others = {key: tensors(value) for key, value in found.items()}
-  return tensors(state), others, metadata
-
-
-def _strip(tensors, notes):
-  """Returns tensors without what DataParallel and the like put before names."""
-  if len(tensors) > 1 and 'n_averaged' in tensors:
-    # How many models torch's AveragedModel has averaged; the rest is wrapped.
-    notes.append('left out: n_averaged')
-    tensors = {key: tensors[key] for key in tensors if key != 'n_averaged'}
-  stripped = ''
-  while prefix := next(
-    (
-      prefix
-      for prefix in PREFIXES
-      if tensors and all(name.startswith(prefix) for name in tensors)
-    ),
-    '',
-  ):
-    stripped += prefix
-    tensors = {
-      name.removeprefix(prefix): value for name, value in tensors.items()
-    }
-  if stripped:
-    notes.append(f'took {stripped} off the names')
-  return tensors
-
-
-def _choose(path, tensors, part, notes):
-  """Returns the tensors of one part of a distiller, or all if it is none."""
-  groups = collections.Counter(name.partition('.')[0] for name in tensors)
-  there = [
-    name for name in PARTS if any(key.startswith(f'{name}.') for key in tensors)
-  ]
-  part = part or (there[0] if there else '')
-  if not part:
-    return tensors
-  chosen = {
-    name.removeprefix(f'{part}.'): value
-    for name, value in tensors.items()
-    if name.startswith(f'{part}.')
-  }
-  if not chosen:
-    names = ', '.join(f'{_word(name)}.*' for name in list(groups)[:8])
-    raise config_utils.UserError(
-      f'{path} has no part {part!r}: its tensors are {names}'
-      + (', ...' if len(groups) > 8 else '')
-    )
-  notes.append(f'took {part}.*')
-  for name in there:
-    if name != part:
-      notes.append(
-        f'left out {name}.* ({groups[name]} tensors): --part {name} takes it'
-      )
-  beside = [_word(name) for name in groups if name not in (part, *there)]
-  if beside:
-    notes.append(f'left out, beside {part}.*: {", ".join(beside)}')
-  return _strip(chosen, notes)
-
-
 def _convert(path, where, tensors, convert, dtypes):
   """Returns the arrays of tensors; adds to the dtypes that were changed."""
   arrays = {}
   for name, tensor in tensors.items():
-    label = f'{path}: the tensor {where}{_word(name)}'
+    label = f'{path}: the tensor {where}{torch_unwrap.word(name)}'
     try:
       array, dtype = convert(tensor)
     except config_utils.UserError as error:
@@ -540,14 +428,6 @@ def _to_torch(array, torch):
     bits = torch.from_numpy(array.view(np.int16).copy())
     return bits.view(torch.bfloat16)
   return torch.from_numpy(array.copy())
-
-
-def _word(key) -> str:
-  """Returns a name out of a file as it may be printed."""
-  if not isinstance(key, str):
-    return f'({type(key).__name__})'
-  text = repr(key)[1:-1]
-  return text if len(text) <= 80 else f'{text[:77]}...'
 
 
 def _short(error) -> str:

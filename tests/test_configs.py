@@ -9,6 +9,7 @@ import pytest
 
 from ijckd_jax import config_utils
 from ijckd_jax import experiment
+from ijckd_jax import models
 from ijckd_jax import parallel
 from ijckd_jax import steps
 from ijckd_jax import train
@@ -75,6 +76,9 @@ def test_config_builds(path):
     'teacher=wrn_40_2,student=wrn_40_1,method=simkd',
     'teacher=resnet38x2,student=resnet38,method=simkd',
     'teacher=resnet32x4,student=wrn_16_2',
+    'teacher=vgg13,student=mobilenet_v2_cifar_x0_5',
+    'teacher=wrn_40_2,student=shufflenet_v1_cifar,method=srrl',
+    'teacher=resnet50_cifar,student=vgg8,method=simkd',
   ],
 )
 def test_cifar100_takes_pairs_and_methods(arg):
@@ -82,6 +86,54 @@ def test_cifar100_takes_pairs_and_methods(arg):
   state, _ = trace(config)
   own_head = config.method.name in ('kd', 'ce', 'srrl')
   assert ('head' in state.params) == own_head
+
+
+# One of each kind; with each of the others it takes minutes.
+KINDS = (
+  *('resnet8', 'wrn_16_1', 'vgg8', 'resnet18_cifar', 'resnet18'),
+  *('mobilenet_v2_cifar_x0_5', 'shufflenet_v1_cifar'),
+  *('shufflenet_v2_cifar_x0_5', 'mobilenet_v1', 'mobilenet_v2'),
+  *('mobilenet_v3_small', 'shufflenet_v2_x0_5', 'deit_small_patch16_224'),
+)
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow)
+    for name in models.BACKBONES
+  ],
+)
+def test_every_backbone_teaches_and_learns(name):
+  for teacher, student in ((name, 'resnet8'), ('resnet8', name)):
+    config = experiment.default_config(
+      dataset='cifar100', teacher=teacher, student=student
+    )
+    config.total_epochs = 1.0
+    if teacher.startswith('deit'):
+      with pytest.raises(
+        config_utils.UserError, match='does not pool its map.*mlp'
+      ):
+        experiment.build(config)
+      config.method.connector = 'mlp'
+      config.method.feature_site = 'pooled'
+    exp = experiment.build(config)
+    connector = exp.distiller.network.connector
+    assert connector.signed == exp.judge.signed
+    assert exp.distiller.network.backbone.truncated
+
+
+@pytest.mark.parametrize('unbiased', [False, True])
+def test_unbiased_variance_reaches_backbone_and_connector(unbiased):
+  config = experiment.default_config(
+    dataset='digits', teacher='resnet8', student='resnet8'
+  )
+  assert not config.unbiased_variance
+  config.total_epochs, config.unbiased_variance = 1.0, unbiased
+  for config in (config, experiment.teacher_config(config)):
+    network = experiment.build(config).distiller.network
+    for module in (network.backbone, network.connector):
+      assert module is None or module.unbiased_variance == unbiased
 
 
 def test_cifar100_is_the_recipe_of_the_tables():

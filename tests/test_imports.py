@@ -58,6 +58,7 @@ LAYERS = {
     'metric_writer',
     'workdirs',
     'torch_files',
+    'torch_unwrap',
     'hub',
   ),
   'ground': (

@@ -16,6 +16,7 @@ import safetensors.numpy
 
 from ijckd_jax import config_utils
 from ijckd_jax import torch_files
+from ijckd_jax import torch_unwrap
 
 ARRAYS = {
   'conv.weight': np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2) / 7,
@@ -162,7 +163,7 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('legacy', [False, True])
-@pytest.mark.parametrize('key', ['', *torch_files.WRAPPERS])
+@pytest.mark.parametrize('key', ['', *torch_unwrap.WRAPPERS])
 @pytest.mark.parametrize(
   'prefix', ['', 'module.', '_orig_mod.', 'module._orig_mod.module.']
 )
@@ -218,7 +219,7 @@ def test_everything_that_training_code_saves(torch, save, legacy):
   )
 
 
-@pytest.mark.parametrize('key', torch_files.AVERAGES)
+@pytest.mark.parametrize('key', torch_unwrap.AVERAGES)
 def test_an_average_is_taken_only_alone(torch, save, key):
   average = tensors(torch, 'module.')
   average['n_averaged'] = torch.tensor(9)
