@@ -130,8 +130,8 @@ def test_unbiased_variance_reaches_backbone_and_connector(unbiased):
   )
   assert not config.unbiased_variance
   config.total_epochs, config.unbiased_variance = 1.0, unbiased
-  for config in (config, experiment.teacher_config(config)):
-    network = experiment.build(config).distiller.network
+  for own in (config, experiment.teacher_config(config)):
+    network = experiment.build(own).distiller.network
     for module in (network.backbone, network.connector):
       assert module is None or module.unbiased_variance == unbiased
 
