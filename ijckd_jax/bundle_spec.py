@@ -236,6 +236,14 @@ def shapes(network, pool_backbone, spec):
   return made
 
 
+def check_whole(spec, network, variables):
+  """Raises ValueError unless a bundle would be taken if it were loaded."""
+  check(spec)
+  _, pool_backbone = build(spec, network.backbone.dtype)
+  arrays = traverse_util.flatten_dict(variables, sep='/')
+  check_arrays(arrays, network, pool_backbone, spec)
+
+
 def check_arrays(arrays, network, pool_backbone, spec):
   """Raises unless a network has these arrays, no more and no fewer."""
   expected = shapes(network, pool_backbone, spec)

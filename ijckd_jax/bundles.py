@@ -109,7 +109,9 @@ class Bundle:
   def save(self, directory: epath.PathLike) -> None:
     """Writes it; the folder appears whole or not at all."""
     directory = epath.Path(directory)
-    partial = directory.parent / f'.{directory.name}.{uuid.uuid4().hex}'
+    partial, old = (
+      directory.parent / f'.{directory.name}.{uuid.uuid4().hex}' for _ in '12'
+    )
     text = json.dumps(self.spec(), indent=2) + '\n'
     flat = traverse_util.flatten_dict(self.variables, sep='/')
     arrays = {key: np.ascontiguousarray(value) for key, value in flat.items()}
@@ -120,9 +122,14 @@ class Bundle:
       (partial / ARRAYS_FILE).write_bytes(safetensors.numpy.save(arrays))
       (partial / SPEC_FILE).write_text(text)
       if directory.exists():
-        directory.rmtree()
+        # Set aside first: an interrupt loses neither the old nor the new one.
+        directory.rename(old)
       partial.rename(directory)
-    except OSError:
+      if old.exists():
+        old.rmtree()
+    except BaseException:
+      if old.exists() and not directory.exists():
+        old.rename(directory)
       if partial.exists():
         partial.rmtree()
       raise
@@ -134,12 +141,6 @@ def _remove_partial(directory):
   for path in directory.parent.iterdir():
     if pattern.fullmatch(path.name):
       path.rmtree()
-
-
-def _short(value) -> str:
-  """Returns the start of a text, in one line."""
-  line = ' '.join(str(value).split())
-  return line if len(line) <= 120 else f'{line[:117]}...'
 
 
 def load(
@@ -165,7 +166,7 @@ def load(
     arrays = safetensors.numpy.load((directory / ARRAYS_FILE).read_bytes())
   except Exception as error:
     raise config_utils.UserError(
-      f'the bundle in {directory} cannot be read: {_short(error)}'
+      f'the bundle in {directory} cannot be read: {config_utils.short(error)}'
     ) from error
   network, pool_backbone = build(
     spec, directory, dtype=dtype, trust_code=trust_code
@@ -177,7 +178,8 @@ def load(
     bundle_spec.check_arrays(arrays, network, pool_backbone, spec)
   except Exception as error:
     raise config_utils.UserError(
-      f'the arrays in {directory} do not fit its {SPEC_FILE}: {_short(error)}'
+      f'the arrays in {directory} do not fit its {SPEC_FILE}: '
+      f'{config_utils.short(error)}'
     ) from error
   return Bundle(
     network=network,
@@ -205,8 +207,9 @@ def build(spec, where, *, dtype=None, trust_code: bool = False):
   if not isinstance(spec, dict) or 'format_version' not in spec:
     raise config_utils.UserError(f'{where} is not a bundle')
   if spec['format_version'] != FORMAT_VERSION:
+    version = config_utils.short(spec['format_version'])
     raise config_utils.UserError(
-      f'the bundle in {where} has format {_short(spec["format_version"])}; '
+      f'the bundle in {where} has format {version}; '
       f'this version of ijckd_jax reads {FORMAT_VERSION}'
     )
   try:
@@ -214,19 +217,21 @@ def build(spec, where, *, dtype=None, trust_code: bool = False):
     outside = bundle_spec.names_outside(spec)
   except Exception as error:
     raise config_utils.UserError(
-      f"{where}: the bundle's description is damaged: {_short(error)}"
+      f"{where}: the bundle's description is damaged: "
+      f'{config_utils.short(error)}'
     ) from error
   if outside and not trust_code:
     raise config_utils.UserError(
       f'the bundle in {where} names code outside the package '
-      f'({_short(outside[0])}); load it with trust_code=True (--trust_code) if '
-      'you trust it'
+      f'({config_utils.short(outside[0])}); load it with trust_code=True '
+      '(--trust_code) if you trust it'
     )
   try:
     return bundle_spec.build(spec, dtype or getattr(jnp, spec['dtype']))
   except Exception as error:
     raise config_utils.UserError(
-      f'{where}: what its bundle names cannot be built: {_short(error)}'
+      f'{where}: what its bundle names cannot be built: '
+      f'{config_utils.short(error)}'
     ) from error
 
 
@@ -241,6 +246,13 @@ def find(directory: epath.PathLike) -> epath.Path:
     with contextlib.suppress(OSError):
       if (candidate / SPEC_FILE).exists():
         return candidate
+  with contextlib.suppress(OSError):
+    if directory.exists() and not directory.is_dir():
+      raise config_utils.UserError(
+        f'{directory} is a file and no bundle; if it holds weights of PyTorch, '
+        'import it first: python -m ijckd_jax.torch_weights import '
+        f'--checkpoint {directory} --output DIR'
+      )
   raise config_utils.UserError(
     f'there is no bundle in {directory}: give the folder of a finished run, or '
     f'one that holds {SPEC_FILE}'

@@ -24,6 +24,15 @@ class UserError(ValueError):
   """A request that cannot be met; the message says what is allowed."""
 
 
+def short(value: object) -> str:
+  """Returns the start of what a value or an error says, in one line."""
+  line = ' '.join(str(value).split())
+  if not line and isinstance(value, BaseException):
+    line = type(value).__name__
+  line = ''.join(char if char.isprintable() else '?' for char in line)
+  return line if len(line) <= 120 else f'{line[:117]}...'
+
+
 def unknown(kind: str, name: str, known: Sequence[str]) -> UserError:
   """Returns the error for a `name` that is not among the `known` ones."""
   nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

@@ -179,7 +179,9 @@ def bind(
       if not teacher.pools_map:
         raise config_utils.UserError(
           f'teacher {teacher.name} does not pool its map, so a student cannot '
-          "be matched there: use a connector on pooled features ('mlp')"
+          'be matched there, only on pooled features: take method ijckd with '
+          "connector='mlp' and feature_site='pooled', srrl with "
+          "connects='pooled', or kd"
         )
       sizes = zip(source.final.shape[1:3], target.final.shape[1:3], strict=True)
       connect_size = tuple(min(pair) for pair in sizes)

@@ -247,7 +247,8 @@ def load_teacher(config: ml_collections.ConfigDict, dtype) -> teachers.Teacher:
   if config.teacher.backbone not in ('', bundle.backbone_name):
     raise config_utils.UserError(
       f'the teacher in {path} is a {bundle.backbone_name}, but the config '
-      f'says teacher.backbone={config.teacher.backbone}'
+      f'says teacher.backbone={config.teacher.backbone}: set '
+      f'--config.teacher.backbone={bundle.backbone_name} to take it'
     )
   return bundle.teacher()
 

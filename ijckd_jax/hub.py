@@ -127,7 +127,7 @@ def _unpinned(huggingface_hub, repo, revision):
       f'{message}COMMIT (40 digits; the one of now is unknown: '
       f'{_reason(error)})'
     )
-  return config_utils.UserError(f'{message}{_short(now.sha)}')
+  return config_utils.UserError(f'{message}{config_utils.short(now.sha)}')
 
 
 def _fetch(huggingface_hub, repo, revision):
@@ -191,7 +191,8 @@ def _config(reference, paths):
     config = json.loads(path.read_bytes())
   except (OSError, ValueError, RecursionError) as error:
     raise config_utils.UserError(
-      f'{reference}: its config.json cannot be read: {_short(error)}'
+      f'{reference}: its config.json cannot be read: '
+      f'{config_utils.short(error)}'
     ) from error
   if not isinstance(config, dict):
     raise config_utils.UserError(f'{reference}: its config.json is no object')
@@ -211,7 +212,9 @@ def _licence(huggingface_hub, card):
     licence = ', '.join(item for item in licence if isinstance(item, str))
   if licence == 'other' and isinstance(name, str):
     licence = name
-  return _short(licence) if isinstance(licence, str) and licence else ''
+  return (
+    config_utils.short(licence) if isinstance(licence, str) and licence else ''
+  )
 
 
 def _reason(error):
@@ -252,13 +255,6 @@ def _reason(error):
     return 'the download ended early: try again'
   return (
     'it is not whole in the cache, and fetching it failed '
-    f'({type(error).__name__}: {_short(error)}): check the network and the '
-    'disk, and try again'
+    f'({type(error).__name__}: {config_utils.short(error)}): check the network '
+    'and the disk, and try again'
   )
-
-
-def _short(value):
-  """Returns the start of a text, in one line."""
-  line = ' '.join(str(value).split())
-  line = ''.join(char if char.isprintable() else '?' for char in line)
-  return line if len(line) <= 120 else f'{line[:117]}...'

@@ -82,7 +82,7 @@ def read(path: epath.PathLike, *, part: str = '') -> StateDict:
     raise
   except Exception as error:
     raise config_utils.UserError(
-      f'{path} cannot be read: {_short(error)}'
+      f'{path} cannot be read: {config_utils.short(error)}'
     ) from error
 
 
@@ -250,7 +250,7 @@ def _load_safetensors(path, size, head):
     tensors = dict(safetensors.deserialize(data))
   except safetensors.SafetensorError as error:
     raise config_utils.UserError(
-      f'{path} is cut off or damaged: {_short(error)}'
+      f'{path} is cut off or damaged: {config_utils.short(error)}'
     ) from error
   if not tensors:
     raise config_utils.UserError(f'{path} holds no tensors')
@@ -313,7 +313,8 @@ def _load_torch(path, size, torch):
 def _check_zip(path, stream):
   """Raises unless a zip archive is whole and a checkpoint."""
   try:
-    names = zipfile.ZipFile(stream).namelist()
+    archive = zipfile.ZipFile(stream)
+    names = archive.namelist()
   except zipfile.BadZipFile as error:
     raise config_utils.UserError(
       f'{path} is cut off or damaged: its end is missing; fetch it again'
@@ -327,6 +328,13 @@ def _check_zip(path, stream):
   if 'data.pkl' not in names:
     raise config_utils.UserError(
       f'{path} is a zip archive, but not one that torch.save wrote'
+    )
+  # torch.load does not look at the checksums.
+  if damaged := archive.testzip():
+    raise config_utils.UserError(
+      f'{path} is damaged: {torch_unwrap.word(damaged)} in it has another '
+      'checksum; fetch it again, or save it once more if PyTorch saved it '
+      'without checksums'
     )
 
 
@@ -371,7 +379,7 @@ def _refusal(path, size, stream, error, torch):
   message = message.partition('Check the documentation')[0]
   return config_utils.UserError(
     f'{path} is damaged, or not a checkpoint that torch.save wrote: '
-    f'{_short(message.strip() or error)}'
+    f'{config_utils.short(message.strip() or error)}'
   )
 
 
@@ -386,7 +394,7 @@ def _convert(path, where, tensors, convert, dtypes):
       raise config_utils.UserError(f'{label} {error}') from error
     except Exception as error:
       raise config_utils.UserError(
-        f'{label} cannot be read: {_short(error)}'
+        f'{label} cannot be read: {config_utils.short(error)}'
       ) from error
     if np.issubdtype(array.dtype, np.floating):
       if dtype != 'float32':
@@ -428,10 +436,3 @@ def _to_torch(array, torch):
     bits = torch.from_numpy(array.view(np.int16).copy())
     return bits.view(torch.bfloat16)
   return torch.from_numpy(array.copy())
-
-
-def _short(error) -> str:
-  """Returns what an error says, in one short line."""
-  line = ' '.join(str(error).split()) or type(error).__name__
-  line = ''.join(char if char.isprintable() else '?' for char in line)
-  return line if len(line) <= 120 else f'{line[:117]}...'

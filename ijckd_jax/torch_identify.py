@@ -90,7 +90,7 @@ def _as_backbone(name, arrays, size) -> PublishedState:
   size = size or 2 * (backbone.usual_size,)
   arrays = {backbone.torch_key(key): array for key, array in arrays.items()}
   head = arrays.get(f'{backbone.torch_head}.weight')
-  num_classes = 1 if head is None else head.shape[0]
+  num_classes = len(head) if head is not None and head.ndim == 2 else 1
 
   def names_for(num_channels):
     network = network_lib.Network(
@@ -109,9 +109,10 @@ def _as_backbone(name, arrays, size) -> PublishedState:
 
   names, num_channels = names_for(3), 3
   # No other convolution has as few inputs and is not depthwise.
-  stem = next(name for name, e in names.items() if e.shape[1:2] == (3,))
-  if stem in arrays and arrays[stem].ndim == 4 and arrays[stem].shape[1] != 3:
-    num_channels = arrays[stem].shape[1]
+  stems = [name for name, e in names.items() if e.shape[1:2] == (3,)]
+  found = arrays.get(stems[0]) if stems else None
+  if found is not None and found.ndim == 4 and found.shape[1] not in (0, 3):
+    num_channels = found.shape[1]
     names = names_for(num_channels)
   return PublishedState(name, arrays, names, num_channels)
 

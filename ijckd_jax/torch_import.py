@@ -13,6 +13,7 @@ from etils import epath
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ijckd_jax import augment
 from ijckd_jax import bundle_spec
@@ -42,7 +43,8 @@ class Request:
       take the one that is usual for the backbone.
     class_names: K names; () for those of the data set, if it is known.
     teacher: whose head a SimKD student uses.
-    dtype: of the computation.
+    dtype: of the computation; None: what an exported bundle says, or float32.
+    trust_code: whether an exported bundle may name code outside the package.
   """
 
   backbone: str = ''
@@ -50,7 +52,8 @@ class Request:
   preprocessing: str | augment.Preprocessing | None = None
   class_names: Sequence[str] = ()
   teacher: bundles.Bundle | None = None
-  dtype: Any = jnp.float32
+  dtype: Any = None
+  trust_code: bool = False
 
 
 def read(
@@ -69,14 +72,34 @@ def read(
   Raises:
     config_utils.UserError: the file is not right, or does not fit the request.
   """
-  if str(path).startswith(hub.PREFIX):
-    return _read_hub(str(path), request)
+  # Data from strangers can be wrong in more ways than a list could name.
+  try:
+    if str(path).startswith(hub.PREFIX):
+      if part:
+        raise config_utils.UserError('a network of the hub has no parts')
+      bundle, notes = _read_hub(str(path), request)
+    else:
+      bundle, notes = _read_file(path, request, part)
+    bundle_spec.check_whole(bundle.spec(), bundle.network, bundle.variables)
+  except config_utils.UserError as error:
+    if str(path) in str(error):
+      raise
+    raise config_utils.UserError(f'{path}: {error}') from error
+  except Exception as error:
+    raise config_utils.UserError(
+      f'{path} cannot be imported: {config_utils.short(error)}'
+    ) from error
+  return bundle, notes
+
+
+def _read_file(path, request, part):
+  """Returns the bundle of a file, and what was taken."""
   state = torch_files.read(path, part=part)
   name = epath.Path(path).name
-  notes = [*torch_sources.recognise(name, state.sha256), *state.notes]
   origin = {'file': name, 'sha256': state.sha256}
-  bundle, more = from_state(state, request, origin=origin)
-  return bundle, [*notes, *more]
+  bundle, notes = from_state(state, request, origin=origin)
+  known = torch_sources.recognise(name, state.sha256)
+  return bundle, [*known, *state.notes, *notes]
 
 
 def _read_hub(reference, request):
@@ -90,22 +113,48 @@ def _read_hub(reference, request):
   licence = found.licence or 'not stated'
   notes = [f'{found.repo} at {found.revision}; licence: {licence}']
   if 'bundle.json' in found.files:
-    folder = found.files['bundle.json'].parent
-    bundle = bundles.load(folder, dtype=request.dtype)
+    bundle = bundles.load(
+      found.files['bundle.json'].parent,
+      dtype=request.dtype,
+      trust_code=request.trust_code,
+    )
+    _check_said(request, bundle.backbone_name, len(bundle.class_names))
     arrays = found.files['variables.safetensors']
     origin['sha256'] = torch_files.sha256(arrays)
-    info = {**bundle.info, 'origin': origin}
-    return dataclasses.replace(bundle, info=info), notes
-  state = torch_files.read(found.files['model.safetensors'])
-  origin['sha256'] = state.sha256
+  else:
+    state = torch_files.read(found.files['model.safetensors'])
+    origin['sha256'] = state.sha256
+    if torch_names.SPEC_KEY not in state.metadata:
+      request = _as_timm_says(found, request)
+    bundle, more = from_state(state, request, origin=origin)
+    notes += [*state.notes, *more]
+  # Also of a bundle that was exported elsewhere, from weights of its own.
+  info = {**bundle.info, 'origin': origin}
+  return dataclasses.replace(bundle, info=info), notes
+
+
+def _as_timm_says(found, request):
+  """Returns a request with what config.json says of architecture and images.
+
+  The architecture is not told by names and shapes alone: timm has networks that
+  differ in what has no weights, such as resnetblur50 from resnet50.
+  """
+  architecture = found.config.get('architecture')
+  if isinstance(architecture, str):
+    if architecture not in models.BACKBONES:
+      raise config_utils.UserError(
+        f'{found.repo} is a {config_utils.short(architecture)}, which is no '
+        'backbone here'
+      )
+    if request.backbone not in ('', architecture):
+      raise config_utils.UserError(
+        f'{found.repo} is no {request.backbone}, but a {architecture}'
+      )
+    request = dataclasses.replace(request, backbone=architecture)
   if request.preprocessing is None:
     preprocessing = torch_sources.timm_preprocessing(found.repo, found.config)
     request = dataclasses.replace(request, preprocessing=preprocessing)
-  architecture = found.config.get('architecture')
-  if not request.backbone and architecture in models.BACKBONES:
-    request = dataclasses.replace(request, backbone=architecture)
-  bundle, more = from_state(state, request, origin=origin)
-  return bundle, [*notes, *state.notes, *more]
+  return request
 
 
 def from_state(
@@ -131,9 +180,13 @@ def from_state(
     for name, array in state.arrays.items()
     if name.rpartition('.')[2] != torch_names.COUNTER
   }
-  size = None
-  if isinstance(request.preprocessing, augment.Preprocessing):
-    size = request.preprocessing.size
+  for name, array in arrays.items():
+    if name.endswith('.running_var') and np.any(array < 0):
+      raise config_utils.UserError(f'the variances {name} are negative')
+  given, known = request.preprocessing, torch_sources.PREPROCESSING
+  if isinstance(given, str) and given not in known:
+    raise config_utils.unknown('preprocessing', given, list(known))
+  size = known.get(given, given).size if given else None
   found = torch_identify.identify(arrays, request.backbone, size)
   name, arrays, names = found.name, found.arrays, found.names
   notes = [] if request.backbone else [f'backbone {name}, told by the names']
@@ -146,7 +199,7 @@ def from_state(
       'a teacher is only of use to a SimKD student, and the file has no '
       f'connector (under {SIMKD_CONNECTOR!r})'
     )
-  backbone = models.build(name, dtype=request.dtype)
+  backbone = models.build(name, dtype=request.dtype or jnp.float32)
   num_classes = len(arrays[f'{backbone.torch_head}.bias'])
   _check_num_classes(num_classes, request)
   key, preprocessing = _preprocessing(found, num_classes, request)
@@ -202,8 +255,6 @@ def _preprocessing(found, num_classes, request):
     key = given or torch_sources.usual_preprocessing(
       found.name, channels, num_classes
     )
-    if given and key not in known:
-      raise config_utils.unknown('preprocessing', key, list(known))
     if not key:
       raise config_utils.UserError(
         f'how the images of this {found.name} ({channels} channels, '
@@ -247,27 +298,32 @@ def _describe(key, preprocessing, request) -> str:
   )
 
 
-def _from_export(state, request):
-  """Returns the bundle that `state_dict` and `metadata` were made of."""
-  where = 'the file'
-  try:
-    spec = json.loads(state.metadata[torch_names.SPEC_KEY])
-  except ValueError as error:
+def _check_said(request, backbone, num_classes):
+  """Raises where a request says what a bundle says itself, or another thing."""
+  if request.backbone not in ('', backbone):
     raise config_utils.UserError(
-      f'{where}: its description of the bundle is damaged: {error}'
-    ) from error
-  network, pool_backbone = bundles.build(spec, where)
-  if request.backbone not in ('', spec['backbone']):
-    raise config_utils.UserError(
-      f'{where} is no {request.backbone}: it is a {spec["backbone"]}'
+      f'it is no {request.backbone}, but a {backbone}'
     )
-  _check_num_classes(len(spec['class_names']), request)
+  _check_num_classes(num_classes, request)
   if request.preprocessing or request.class_names or request.teacher:
     raise config_utils.UserError(
-      f'{where} was exported from a bundle and says itself how images are '
-      'prepared, what its classes are called and what its head is: leave that '
-      'out'
+      'it was exported from a bundle and says itself how images are prepared, '
+      'what its classes are called and what its head is: leave that out'
     )
+
+
+def _from_export(state, request):
+  """Returns the bundle that `state_dict` and `metadata` were made of."""
+  try:
+    spec = json.loads(state.metadata[torch_names.SPEC_KEY])
+  except (ValueError, RecursionError) as error:
+    raise config_utils.UserError(
+      f'its description of the bundle is damaged: {config_utils.short(error)}'
+    ) from error
+  network, pool_backbone = bundles.build(
+    spec, 'the file', dtype=request.dtype, trust_code=request.trust_code
+  )
+  _check_said(request, spec['backbone'], len(spec['class_names']))
   arrays = {
     name: array
     for name, array in state.arrays.items()
@@ -279,7 +335,7 @@ def _from_export(state, request):
   problem = torch_identify.differences_of(arrays, names)
   if problem:
     raise config_utils.UserError(
-      f'{where} does not hold what it describes: {problem}'
+      f'it does not hold what it describes: {problem}'
     )
   bundle = bundles.Bundle(
     network=network,
@@ -309,21 +365,21 @@ def _from_simkd(found, proj, request, origin):
     for key, array in proj.items()
     if key.rpartition('.')[2] != torch_names.COUNTER
   }
-  name = found.name
+  name, dtype = found.name, request.dtype or jnp.float32
   if request.preprocessing is None:
     made = request.teacher.network.preprocessing
     request = dataclasses.replace(request, preprocessing=made)
   key, preprocessing = _preprocessing(found, teacher.num_classes, request)
   image_shape = (*preprocessing.size, found.num_channels)
   bound = distiller.bind(
-    backbone=models.build(name, truncated=True, dtype=request.dtype),
+    backbone=models.build(name, truncated=True, dtype=dtype),
     preprocessing=preprocessing,
     method=_simkd_method(proj),
     teacher=teacher,
     image_shape=image_shape,
     num_classes=teacher.num_classes,
     axis_name=None,
-    dtype=request.dtype,
+    dtype=dtype,
   )
   network, frozen = bound.deployed_network, teacher.frozen
   shapes = jax.eval_shape(
@@ -373,6 +429,11 @@ def _simkd_method(proj):
       "the connector in the file is not SimKD's: it has not the convolutions "
       'transfer.0, transfer.3 and transfer.6'
     ) from error
+  if not 1 <= width <= features:
+    raise config_utils.UserError(
+      f"the connector in the file is not SimKD's: it is {width} wide inside "
+      f'and {features} outside'
+    )
   depthwise = inputs == 1 < width
   return methods.get('ijckd')(
     connector='bottleneck_depthwise' if depthwise else 'bottleneck',

@@ -153,8 +153,12 @@ def metadata(bundle: bundles.Bundle) -> dict[str, str]:
   return {SPEC_KEY: json.dumps(bundle.spec())}
 
 
-def module_source(bundle: bundles.Bundle) -> str:
+def module_source(bundle: bundles.Bundle, suffix: str = '.safetensors') -> str:
   """Returns the text of a PyTorch module that runs a connected student.
+
+  Args:
+    bundle: of the student.
+    suffix: of the file with its arrays, which the text says how to load.
 
   Raises:
     config_utils.UserError: it has a part that cannot be written.
@@ -165,4 +169,5 @@ def module_source(bundle: bundles.Bundle) -> str:
     pool_backbone=pool_backbone(bundle.pool_name),
     image_shape=bundle.image_shape,
     num_classes=len(bundle.class_names),
+    suffix=suffix,
   )

@@ -22,8 +22,12 @@ SPARE = (
   (r'\n\n  def', r'\n  def'),
   (r'"""\n\n', r'"""\n'),
   (r'(self, x\):)\n +(return .{,57})\n', r'\1 \2\n'),
+  (r'\n\n', r'\n'),
 )
 MAX_LISTED_CHANNELS = 4
+# How the arrays beside a module are loaded, by the suffix of their file.
+LOAD = 'safetensors.torch.load_file(PATH)'
+LOAD_TORCH = "torch.load(PATH)['state_dict']"
 
 
 def source(
@@ -33,6 +37,7 @@ def source(
   pool_backbone: models.Backbone | None,
   image_shape: tuple[int, int, int],
   num_classes: int,
+  suffix: str = '.safetensors',
 ) -> str:
   """Returns the text of a file that runs and trains a student in PyTorch.
 
@@ -47,6 +52,7 @@ def source(
     pool_backbone: whose pool the network has; None: the plain average.
     image_shape: (H, W, C) of the images before preprocessing.
     num_classes: K.
+    suffix: of the file with its arrays, which the text says how to load.
 
   Raises:
     config_utils.UserError: the network has a part that cannot be written.
@@ -83,7 +89,9 @@ def source(
     *['import torch'] * ('torch.' in code),
     'from torch import nn',
   ]
-  about = _docstring(network, backbone_name, image_shape[2], num_classes)
+  about = _docstring(
+    network, backbone_name, image_shape[2], num_classes, suffix
+  )
   text = '\n'.join([about, '', *imports, '', '', code, ''])
   for spaced, tight in SPARE:
     if text.count('\n') > MAX_LINES:
@@ -135,7 +143,7 @@ def pool_name(backbone: models.Backbone | None) -> dict[str, str]:
   )
 
 
-def _docstring(network, name, channels, num_classes):
+def _docstring(network, name, channels, num_classes, suffix):
   """Returns what the file says of itself, mostly in three lines."""
   if name not in models.BACKBONES:  # It could be long, or end the docstring.
     name = type(network.backbone).__name__
@@ -147,11 +155,11 @@ def _docstring(network, name, channels, num_classes):
       f'({", ".join(f"{value:.6g}" for value in values)})'
       for values in (preprocessing.mean, preprocessing.std)
     )
+  load = LOAD if suffix == '.safetensors' else LOAD_TORCH
   shape = ', '.join(map(str, ('B', channels, *preprocessing.size)))
   return textwrap.fill(
     f'"""{name}, {connector} connector, teacher\'s head of {num_classes} '
-    'classes. Load: '
-    'Student().load_state_dict(safetensors.torch.load_file(PATH)). '
+    f'classes. Load: Student().load_state_dict({load}). '
     f'Input ({shape}): (pixels / 255 - {mean}) / {std}."""',
     torch_backbones.MAX_COLUMNS,
     break_long_words=False,

@@ -10,12 +10,15 @@ nothing in them is executed; .safetensors files do not.
 
 import argparse
 from collections.abc import Sequence
+import math
 
 from etils import epath
 
 from ijckd_jax import config_utils
 
 PROG = 'python -m ijckd_jax.torch_weights'
+# What the module of a student imports, or whoever loads it.
+SHADOWED = ('collections', 'safetensors', 'torch')
 
 
 def main(argv: Sequence[str]) -> None:
@@ -71,12 +74,12 @@ def _parser() -> argparse.ArgumentParser:
   writer.add_argument(
     '--output', required=True, help='FILE.safetensors or FILE.pth'
   )
-  writer.add_argument(
-    '--trust_code',
-    action='store_true',
-    help='the bundle may name code outside the package, which is imported',
-  )
   for command in (reader, writer):
+    command.add_argument(
+      '--trust_code',
+      action='store_true',
+      help='a bundle may name code outside the package, which is imported',
+    )
     command.add_argument(
       '--overwrite', action='store_true', help='replace what is there'
     )
@@ -91,21 +94,23 @@ def _import(flags: argparse.Namespace) -> None:
   from ijckd_jax import bundles
   from ijckd_jax import torch_import
 
-  if output.exists() and not (output / bundles.SPEC_FILE).exists():
-    raise config_utils.UserError(
-      f'{output} is no bundle, so it is not replaced: give another --output'
-    )
+  if output.exists():
+    _check_only_bundle(output)
   request = torch_import.Request(
     backbone=flags.backbone,
     num_classes=flags.num_classes,
     preprocessing=_preprocessing(flags),
     class_names=_class_names(flags.class_names),
     teacher=bundles.load(flags.teacher) if flags.teacher else None,
+    trust_code=flags.trust_code,
   )
   bundle, notes = torch_import.read(flags.checkpoint, request, part=flags.part)
   _write(lambda: bundle.save(output), output)
   print('\n'.join([str(flags.checkpoint), *(f'- {note}' for note in notes)]))
-  print(f'written to {output}: use it by --config.teacher.checkpoint={output}')
+  print(
+    f'written to {output}; a run takes it by --config.teacher.checkpoint='
+    f'{output} --config.teacher.backbone={bundle.backbone_name}'
+  )
 
 
 def _export(flags: argparse.Namespace) -> None:
@@ -119,16 +124,30 @@ def _export(flags: argparse.Namespace) -> None:
 
   torch_files.check_suffix(output)
   bundle = bundles.load(flags.bundle, trust_code=flags.trust_code)
+  if output.parent.resolve() == bundles.find(flags.bundle).resolve():
+    raise config_utils.UserError(
+      f'{output} is inside of the bundle: give another --output'
+    )
   connected = bundle.network.connector is not None
   module = output.with_suffix('.py')
+  if connected and module.stem in SHADOWED:
+    raise config_utils.UserError(
+      f'{module} would be imported in place of {module.stem}: give another '
+      '--output'
+    )
   for path in [output, *([module] if connected else [])]:
     _check_free(path, flags.overwrite)
   state = torch_names.state_dict(bundle)
-  text = torch_names.module_source(bundle) if connected else ''
+  text = ''
+  if connected:
+    text = torch_names.module_source(bundle, suffix=output.suffix)
   metadata = torch_names.metadata(bundle)
-  _write(
-    lambda: torch_files.write(output, state, metadata, wrap=connected), output
-  )
+
+  def write():
+    output.parent.mkdir(parents=True, exist_ok=True)
+    torch_files.write(output, state, metadata, wrap=connected)
+
+  _write(write, output)
   print(f'{output}: {len(state)} arrays of a {bundle.backbone_name}')
   if connected:
     _write(lambda: workdirs.write_text(module, text), module)
@@ -143,6 +162,21 @@ def _check_free(path, overwrite) -> None:
     )
 
 
+def _check_only_bundle(folder) -> None:
+  """Raises where a folder that is to be replaced holds more than a bundle."""
+  from ijckd_jax import bundles
+
+  known = (bundles.SPEC_FILE, bundles.ARRAYS_FILE)
+  there = [path.name for path in folder.iterdir()] if folder.is_dir() else ['']
+  foreign = [name for name in there if name not in known]
+  if foreign or bundles.SPEC_FILE not in there:
+    what = f' (it has {foreign[0]})' if foreign and foreign[0] else ''
+    raise config_utils.UserError(
+      f'{folder} is no bundle alone{what}, so it is not replaced: give another '
+      '--output'
+    )
+
+
 def _write(save, path) -> None:
   """Calls `save`; a disk that cannot be written is the user's to mend."""
   try:
@@ -154,13 +188,13 @@ def _write(save, path) -> None:
 def _preprocessing(flags):
   """Returns what the flags say of how images are prepared; None: nothing."""
   own = (flags.mean, flags.std, flags.image_size)
-  if not any((*own, flags.interpolation)):
+  if all(given is None for given in (*own, flags.interpolation)):
     return flags.preprocessing
   if flags.preprocessing:
     raise config_utils.UserError(
       'give --preprocessing, or --mean, --std and --image_size, not both'
     )
-  if not all(own):
+  if any(given is None for given in own):
     raise config_utils.UserError('--mean, --std and --image_size go together')
 
   from ijckd_jax import augment
@@ -169,7 +203,7 @@ def _preprocessing(flags):
     _numbers(name, text)
     for name, text in (('mean', flags.mean), ('std', flags.std))
   )
-  if min(std) <= 0:
+  if not min(std) > 0:
     raise config_utils.UserError(f'--std {flags.std}: it must be positive')
   config_utils.check_positive('--image_size', flags.image_size)
   interpolation = flags.interpolation or 'bilinear'
@@ -185,10 +219,12 @@ def _preprocessing(flags):
 def _numbers(name: str, text: str) -> tuple[float, ...]:
   try:
     numbers = tuple(map(float, text.split(',')))
-  except ValueError as error:
+  except ValueError:
+    numbers = ()
+  if not (numbers and all(map(math.isfinite, numbers))):
     raise config_utils.UserError(
       f'--{name} {text}: give a number for each channel, by commas'
-    ) from error
+    )
   return numbers
 
 
@@ -202,7 +238,10 @@ def _class_names(path) -> tuple[str, ...]:
     raise config_utils.UserError(
       f'--class_names {path} cannot be read: {error}'
     ) from error
-  return tuple(line.strip() for line in lines if line.strip())
+  names = tuple(line.strip() for line in lines if line.strip())
+  if not names:
+    raise config_utils.UserError(f'--class_names {path} is empty')
+  return names
 
 
 if __name__ == '__main__':

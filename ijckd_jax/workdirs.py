@@ -39,6 +39,8 @@ RUNTIME_FIELDS = (
   'num_cpu_devices',
   'writers',
 )
+# Fields that configs of older versions lack, with what was done then.
+ADDED_FIELDS = {'unbiased_variance': False}
 MAX_CHANGES = 5
 
 Runs = Sequence[tuple[epath.Path, ml_collections.ConfigDict]]
@@ -151,7 +153,9 @@ def _changes(folder, config) -> list[str]:
     return []
   return [
     line
-    for line in config_utils.differences(old, config.to_dict())
+    for line in config_utils.differences(
+      {**ADDED_FIELDS, **old}, config.to_dict()
+    )
     if line.partition(':')[0] not in RUNTIME_FIELDS
   ]
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
+from etils import epath
 from flax import traverse_util
 import flax.linen as nn
 import jax
@@ -535,3 +537,36 @@ def test_numbers_and_names_of_any_kind_are_written(tmp_path):
   loaded = bundles.load(tmp_path)
   assert loaded.class_names == tuple('0123456789')
   assert loaded.network.preprocessing == preprocessing
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, OSError('full')])
+@pytest.mark.parametrize('call', [1, 2])
+def test_a_save_that_is_interrupted_keeps_the_old_one(
+  tmp_path, monkeypatch, error, call
+):
+  """Whether the old bundle was set aside already or not."""
+  bundle = make_bundle(method='ce', student='resnet8')
+  bundle.save(tmp_path / 'bundle')
+  before = sorted(path.name for path in tmp_path.rglob('*'))
+  rename, calls = pathlib.Path.rename, []
+
+  def failing(self, target):
+    calls.append(target)
+    if len(calls) == call:
+      raise error
+    return rename(self, target)
+
+  monkeypatch.setattr(type(epath.Path(tmp_path)), 'rename', failing)
+  with pytest.raises(error if isinstance(error, type) else type(error)):
+    bundle.save(tmp_path / 'bundle')
+  monkeypatch.undo()
+  assert sorted(path.name for path in tmp_path.rglob('*')) == before
+  bundles.load(tmp_path / 'bundle')
+
+
+def test_weights_of_pytorch_are_to_be_imported_first(tmp_path):
+  (tmp_path / 'net.pth').write_bytes(b'x')
+  with pytest.raises(
+    config_utils.UserError, match='torch_weights import --checkpoint .*net.pth'
+  ):
+    bundles.load(tmp_path / 'net.pth')

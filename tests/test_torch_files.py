@@ -752,3 +752,15 @@ def test_what_a_user_allowed_stays_allowed(torch, save):
   torch_files.read(save(tensors(torch)))
   failure(save(Malicious('nowhere')))
   assert set(torch.serialization.get_safe_globals()) == before
+
+
+@pytest.mark.parametrize('offset', [0.3, 0.5, 0.7])
+def test_flipped_bits_of_a_tensor_are_seen(torch, tmp_path, offset):
+  """torch.load would not look at the archive's checksums."""
+  path = tmp_path / 'net.pth'
+  torch.save({'weight': torch.ones(4000), 'bias': torch.ones(4000)}, path)
+  data = bytearray(path.read_bytes())
+  data[int(offset * len(data))] ^= 1
+  path.write_bytes(data)
+  with pytest.raises(config_utils.UserError, match='another checksum'):
+    torch_files.read(path)

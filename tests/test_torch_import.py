@@ -17,6 +17,7 @@ from ijckd_jax import augment
 from ijckd_jax import bundles
 from ijckd_jax import config_utils
 from ijckd_jax import distiller
+from ijckd_jax import hub
 from ijckd_jax import methods
 from ijckd_jax import models
 from ijckd_jax import torch_files
@@ -243,6 +244,9 @@ def test_students_go_out_and_come_back(
     assert not (tmp_path / 'weights.py').exists()
     module = torch_networks.build(student, NUM_CLASSES)
   else:
+    text = (tmp_path / 'weights.py').read_text()
+    loads = {'.pth': "(torch.load(PATH)['state_dict'])"}
+    assert loads.get(suffix, '(safetensors.torch.load_file(PATH))') in text
     module = runpy.run_path(str(tmp_path / 'weights.py'))['Student']()
   if suffix == '.pth':
     state = torch.load(file, weights_only=True)
@@ -447,6 +451,18 @@ def test_hashes_are_torchvisions():
     ({'preprocessing': 'imagnet'}, "did you mean 'imagenet'"),
     ({'mean': '0.5'}, '--mean, --std and --image_size go together'),
     (
+      {'mean': '1,1,1', 'std': 'nan,1,1', 'image_size': '32'},
+      '--std nan,1,1: give a number',
+    ),
+    (
+      {'mean': '1,1,1', 'std': '1,1,1', 'image_size': '5000'},
+      'sides from 1 to 4096',
+    ),
+    (
+      {'mean': '1,1,1', 'std': '1,1,1', 'image_size': '0'},
+      'image_size=0',
+    ),
+    (
       {'mean': '0.5', 'std': '0.5', 'image_size': '32'},
       'images of 3 channels, but its preprocessing has a mean of 1',
     ),
@@ -502,6 +518,8 @@ def test_class_names_of_a_file(tmp_path):
     'output': tmp_path / 'bundle',
     'class_names': names,
   }
+  names.write_text('\n')
+  assert 'is empty' in failure('import', **options)
   names.write_text('one\ntwo\n')
   assert '2 class names for a head of 100' in failure('import', **options)
   names.write_text('\n'.join(f'class {i}' for i in range(100)))
@@ -561,6 +579,171 @@ def test_what_is_there_stays_there(tmp_path):
   )
 
 
+def test_overwrite_removes_a_bundle_and_nothing_else(tmp_path):
+  """Not what a user put beside it, and not the bundle that is exported."""
+  torch.save(small().state_dict(), tmp_path / 'net.pth')
+  folder = tmp_path / 'bundle'
+  run('import', checkpoint=tmp_path / 'net.pth', output=folder)
+  before = {path.name: path.read_bytes() for path in folder.iterdir()}
+  assert 'is inside of the bundle' in failure(
+    'export',
+    '--overwrite',
+    bundle=folder,
+    output=folder / 'variables.safetensors',
+  )
+  assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+  mine = folder / 'mine.pth'
+  (tmp_path / 'net.pth').rename(mine)
+  assert 'no bundle alone (it has mine.pth)' in failure(
+    'import', '--overwrite', checkpoint=mine, output=folder
+  )
+  assert mine.exists()
+
+
+def test_exports_go_where_they_are_sent(tmp_path):
+  _, bundle, _ = imported('resnet8')
+  bundle.save(tmp_path / 'bundle')
+  file = tmp_path / 'new' / 'folder' / 'weights.safetensors'
+  run('export', bundle=tmp_path / 'bundle', output=file)
+  assert file.exists()
+  student = random_bundle('ijckd', 'resnet8x4', 'resnet8')
+  student.save(tmp_path / 'student')
+  assert 'in place of torch' in failure(
+    'export', bundle=tmp_path / 'student', output=tmp_path / 'torch.pth'
+  )
+
+
+def test_a_bundle_of_code_outside_is_trusted_by_a_flag(tmp_path):
+  _, bundle, _ = imported('resnet8')
+  name = 'experiments.extension_example.backbone:PlainNet'
+  backbone = models.build(name)
+  image = jnp.zeros((1, *bundle.image_shape))
+  made = jax.eval_shape(
+    lambda: backbone.init_with_output(jax.random.key(0), image, train=False)
+  )
+  features, variables = jax.tree.map(lambda x: np.ones(x.shape, 'f'), made)
+  width = features.pooled.shape[1]
+  head = {'kernel': np.ones((width, 7), 'f'), 'bias': np.ones(7, 'f')}
+  bundle = dataclasses.replace(
+    bundle,
+    network=dataclasses.replace(bundle.network, backbone=backbone),
+    variables={
+      'params': {'backbone': variables['params'], 'head': head},
+      'batch_stats': {'backbone': variables['batch_stats']},
+      'pool': {},
+    },
+    backbone_name=name,
+    pool_name=name,
+  )
+  bundle.save(tmp_path / 'bundle')
+  file, output = tmp_path / 'weights.safetensors', tmp_path / 'again'
+  run('export', '--trust_code', bundle=tmp_path / 'bundle', output=file)
+  assert '--trust_code' in failure('import', checkpoint=file, output=output)
+  run('import', '--trust_code', checkpoint=file, output=output)
+  assert_same(bundles.load(output, trust_code=True), bundle)
+
+
+@pytest.mark.parametrize(
+  'change, said',
+  [
+    ({'fc.weight': np.ones(())}, 'arrays have other shapes (fc.weight [] for'),
+    (
+      {'conv1.weight': np.ones((16, 0, 3, 3))},
+      'conv1.weight [16, 0, 3, 3] for',
+    ),
+    ({'conv1.weight': np.ones((16, 3, 3, 3), np.int32)}, 'int32[3, 3, 3, 16]'),
+    ({'fc.bias': np.ones(7, bool)}, 'fc.bias is bool'),
+    ({'bn1.running_var': -np.ones(16)}, 'variances bn1.running_var are negat'),
+  ],
+)
+def test_arrays_that_cannot_be(change, said, tmp_path):
+  net, _, _ = imported('resnet8')
+  arrays = {key: value.numpy() for key, value in net.state_dict().items()}
+  path = tmp_path / 'net.safetensors'
+  torch_files.write(path, {**arrays, **change})
+  with pytest.raises(config_utils.UserError) as error:
+    torch_import.read(path, request(32))
+  assert str(path) in str(error.value)
+  assert said.replace('fc.bias is bool', 'bool[7]') in str(error.value)
+
+
+def test_positions_of_a_deit_are_of_one_size(tmp_path):
+  net = published('deit_small_patch16_224', size=224)
+  path = tmp_path / 'net.safetensors'
+  safetensors_torch.save_file(net.state_dict(), path)
+  with pytest.raises(
+    config_utils.UserError, match=r'pos_embed \[1, 197, 384\] for \[1, 5, 384'
+  ):
+    torch_import.read(path, torch_import.Request(preprocessing='cifar100'))
+  bundle, _ = torch_import.read(path, torch_import.Request())
+  assert bundle.network.preprocessing.interpolation == 'bicubic'
+
+
+def hub_of(tmp_path, monkeypatch, bundle, config=None, metadata=None):
+  """Makes hub.download give a bundle's weights, whatever is asked for."""
+  path = tmp_path / 'model.safetensors'
+  torch_files.write(path, torch_names.state_dict(bundle), metadata)
+  found = hub.Download('us/net', 40 * '0', {path.name: path}, config or {}, '')
+  monkeypatch.setattr(hub, 'download', lambda reference: found)
+  return f'hf:us/net@{40 * "0"}'
+
+
+@pytest.mark.parametrize(
+  'architecture, fields, said',
+  [
+    ('resnetblur50', {}, 'is a resnetblur50, which is no backbone here'),
+    (['x'], {}, None),
+    ('resnet8', {'backbone': 'resnet20'}, 'is no resnet20, but a resnet8'),
+    ('resnet8', {'num_classes': 3}, 'tells 7 classes apart, not 3'),
+    ('resnet20', {}, 'is no resnet20: '),
+  ],
+)
+def test_what_the_hub_says_is_believed(
+  architecture, fields, said, tmp_path, monkeypatch
+):
+  """Names and shapes do not tell resnetblur50 from resnet50."""
+  _, bundle, _ = imported('resnet8')
+  config = {'architecture': architecture}
+  path = hub_of(tmp_path, monkeypatch, bundle, config)
+  if said is None:
+    assert torch_import.read(path, request(32))[0].backbone_name == 'resnet8'
+    return
+  with pytest.raises(config_utils.UserError, match=said):
+    torch_import.read(path, request(32, **{'num_classes': 0, **fields}))
+
+
+def test_an_export_on_the_hub_keeps_its_origin(tmp_path, monkeypatch):
+  _, bundle, _ = imported('resnet8')
+  metadata = torch_names.metadata(bundle)
+  path = hub_of(tmp_path, monkeypatch, bundle, metadata=metadata)
+  asked = torch_import.Request(dtype=jnp.bfloat16)
+  again, _ = torch_import.read(path, asked)
+  assert again.info['origin']['revision'] == 40 * '0'
+  assert again.network.backbone.dtype == jnp.bfloat16
+  assert again.teacher().origin == again.info['origin']
+  with pytest.raises(config_utils.UserError, match='says itself how images'):
+    torch_import.read(path, request(32))
+  with pytest.raises(config_utils.UserError, match='has no parts'):
+    torch_import.read(path, asked, part='teacher')
+
+
+@pytest.mark.parametrize('size', [[3, -5, 1e400], [3, -32, 32], [3, 0, 0]])
+def test_sizes_that_a_hub_cannot_mean(size, tmp_path, monkeypatch):
+  _, bundle, _ = imported('resnet8')
+  config = {
+    'pretrained_cfg': {
+      'mean': [0.5, 0.5, 0.5],
+      'std': [0.5, 0.5, 0.5],
+      'input_size': size,
+      'interpolation': 'bilinear',
+    }
+  }
+  path = hub_of(tmp_path, monkeypatch, bundle, config)
+  with pytest.raises(config_utils.UserError) as error:
+    torch_import.read(path, torch_import.Request())
+  assert '\n' not in str(error.value)
+
+
 def test_an_export_that_was_tampered_with(tmp_path):
   _, bundle, _ = imported('resnet8')
   state, text = torch_names.state_dict(bundle), json.dumps(bundle.spec())
@@ -575,10 +758,11 @@ def test_an_export_that_was_tampered_with(tmp_path):
   without = {k: v for k, v in state.items() if k != 'fc.bias'}
   assert '1 of its arrays are missing (fc.bias)' in said(without)
   assert 'description of the bundle is damaged' in said(text='{')
+  assert 'description of the bundle is damaged' in said(text='[' * 100_000)
   assert 'is not a bundle' in said(text='[]')
   assert 'names code outside the package' in said(
     text=text.replace('"resnet8"', '"os:getcwd"')
   )
-  assert 'it is a resnet8' in said(backbone='resnet20')
+  assert 'it is no resnet20, but a resnet8' in said(backbone='resnet20')
   assert 'says itself how images are prepared' in said(preprocessing='cifar10')
   assert 'tells 7 classes apart, not 3' in said(num_classes=3)

@@ -291,7 +291,9 @@ def test_forty_lines_hold_it(name, truncated):
         network = network_lib.Network(
           models.build(name, truncated=truncated),
           augment.Preprocessing(
-            (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), (224, 224)
+            (0.507075, 0.486550, 0.440919),
+            (0.267334, 0.256438, 0.276150),
+            (224, 224),
           ),
           connectors.CONNECTORS[connector](2048, signed),
           (14, 14),

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 
 import jax
@@ -93,6 +94,21 @@ def test_second_start_finds_the_finished_run(finished_run, small_config):
   assert second.state is None
   assert second.summary['student'] == first.summary['student']
   assert_same_bits(second.bundle.variables, first.bundle.variables)
+
+
+def test_run_of_a_version_with_fewer_fields_is_found(
+  finished_run, small_config, tmp_path
+):
+  """It did what the field's default does, and nothing else."""
+  workdir = shutil.copytree(finished_run[0], tmp_path / 'run')
+  for file in workdir.rglob(workdirs.CONFIG):
+    config = json.loads(file.read_text())
+    assert config.pop('unbiased_variance') is False
+    file.write_text(json.dumps(config))
+  found = train.train_and_evaluate(small_config(), workdir)
+  assert found.state is None
+  with pytest.raises(config_utils.UserError, match='unbiased_variance: False'):
+    train.train_and_evaluate(small_config(unbiased_variance=True), workdir)
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,8 @@ class DeiT(backbone.Backbone):
     height, width = images.shape[1:3]
     if height % self.patch or width % self.patch:
       raise config_utils.UserError(
-        f'a DeiT cuts its images into patches of {self.patch} pixels: images '
-        f'of {height}x{width} must be resized to multiples of it'
+        f'a DeiT cuts its images into patches of {self.patch} pixels, and '
+        f'cannot read images of {height}x{width}: sides must be multiples of it'
       )
     x = self.conv(
       self.width,
@@ -73,6 +73,7 @@ class DeiT(backbone.Backbone):
       padding='VALID',
       use_bias=True,
       kernel_init=layers.TORCH_DEFAULT,
+      bias_init=layers.torch_bias(self.patch**2 * images.shape[-1]),
       name='patch_embed_proj',
     )(images)
     size = x.shape[1:3]

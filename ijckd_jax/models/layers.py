@@ -5,9 +5,18 @@ import jax
 import jax.numpy as jnp
 
 KAIMING_FAN_OUT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
-# PyTorch's default start of convolutions and linear layers, of their biases
-# too: uniform in +-1/sqrt(fan_in).
+# PyTorch's default start of kernels: uniform in +-1/sqrt(fan_in).
 TORCH_DEFAULT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+
+
+def torch_bias(fan_in: int):
+  """Returns PyTorch's default start of biases: uniform in +-1/sqrt(fan_in)."""
+  bound = fan_in**-0.5
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
 
 
 def conv(features: int, kernel: int = 1, stride: int = 1, **kwargs) -> nn.Conv:
