@@ -57,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     help='of a file that holds both',
   )
   reader.add_argument(
-    '--preprocessing', help='name of a known one; default: the usual one'
+    '--preprocessing',
+    help='a name such as cifar100 or imagenet; default: the usual one',
   )
   reader.add_argument('--mean', help='of pixels in [0, 1], by commas')
   reader.add_argument('--std', help='likewise')
