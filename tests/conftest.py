@@ -12,7 +12,10 @@ from ijckd_jax import train
 @pytest.fixture(scope='session', autouse=True)
 def compilation_cache(tmp_path_factory):
   """Compiles a program that several tests run, or their children, once."""
-  folder = tmp_path_factory.mktemp('compilation_cache')
+  folder = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    folder = folder.parent  # Of all workers.
+  folder /= 'compilation_cache'
   os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
   jax.config.update('jax_compilation_cache_dir', str(folder))

@@ -33,19 +33,14 @@ torch = torch_networks.torch
 
 # One of each kind; the others are slow, and run by hand.
 DEFAULT = (
-  'resnet8',
   'resnet8x4',
   'wrn_16_1',
-  'torchdistill_wrn_16_8',
   'vgg8',
   'resnet18_cifar',
   'mobilenet_v2_cifar_x0_5',
   'shufflenet_v1_cifar',
-  'shufflenet_v2_cifar_x1_0',
-  'resnet18',
   'resnet50',
   'mobilenet_v1',
-  'mobilenet_v2',
   'mobilenet_v3_small',
   'shufflenet_v2_x0_5',
   'deit_small_patch16_224',
@@ -259,20 +254,21 @@ def random_bundle(method, teacher, student, **fields):
   )
 
 
-@pytest.mark.parametrize('suffix', ['.safetensors', '.pth'])
 @pytest.mark.parametrize(
-  'method, teacher, student, fields',
+  'method, teacher, student, fields, suffix',
   [
-    ('ijckd', 'resnet8x4', 'mobilenet_v2_cifar_x0_5', {}),
-    ('simkd', 'resnet8x4', 'vgg8', {}),
-    ('ijckd', 'mobilenet_v3_small', 'resnet18', {}),
+    ('ijckd', 'resnet8x4', 'mobilenet_v2_cifar_x0_5', {}, '.safetensors'),
+    ('simkd', 'resnet8x4', 'vgg8', {}, '.pth'),
+    ('ijckd', 'mobilenet_v3_small', 'resnet18', {}, '.safetensors'),
     (
       'ijckd',
       'deit_small_patch16_224',
       'shufflenet_v2_x0_5',
       {'connector': 'mlp', 'feature_site': 'pooled'},
+      '.safetensors',
     ),
-    ('srrl', 'resnet8x4', 'resnet8', {}),
+    ('srrl', 'resnet8x4', 'resnet8', {}, '.safetensors'),
+    ('srrl', 'resnet8x4', 'resnet8', {}, '.pth'),
   ],
 )
 def test_students_go_out_and_come_back(
@@ -704,7 +700,7 @@ def test_a_bundle_of_code_outside_is_trusted_by_a_flag(tmp_path):
   [
     (
       {'fc.weight': np.ones(()), 'conv1.weight': np.ones((16, 0, 3, 3))},
-      '2 arrays have other shapes (conv1.weight [16, 0, 3, 3] for',
+      'have other shapes (conv1.weight [16, 0, 3, 3] for',
     ),
     (
       {'conv1.weight': np.ones((16, 0, 3, 3))},

@@ -23,21 +23,16 @@ torch = torch_networks.torch
 NUM_CLASSES = 7
 NUM_FEATURES = 24  # Of the teacher.
 FAST = (
-  'resnet8',
   'resnet14x2',
   'wrn_16_2',
-  'torchdistill_wrn_16_8',
   'vgg8',
-  'resnet18_cifar',
   'mobilenet_v2_cifar_x0_5',
   'shufflenet_v1_cifar',
   'shufflenet_v2_cifar_x0_5',
   'resnet18',
   'resnext50_32x4d',
   'mobilenet_v1',
-  'mobilenet_v2',
   'mobilenet_v3_small',
-  'shufflenet_v2_x0_5',
   'deit_small_patch16_224',
 )
 LEAVES = {
