@@ -3,7 +3,8 @@
   python -m ijckd_jax.torch_weights import --checkpoint FILE --output DIR
   python -m ijckd_jax.torch_weights export --bundle DIR --output FILE
 
-A bundle that was imported is given to a run by --config.teacher.checkpoint=DIR.
+A run takes an imported bundle by --config.teacher.checkpoint=DIR, where its
+config names the same backbone (--config.teacher.backbone=NAME).
 Files that torch.save wrote need PyTorch (the extra `torch`) to be read, and
 nothing in them is executed; .safetensors files do not.
 """
