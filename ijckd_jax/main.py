@@ -8,6 +8,7 @@ import os
 import sys
 
 from ijckd_jax import config_utils
+from ijckd_jax import cpu_memory
 
 USAGE = """\
 usage: python -m ijckd_jax.main --config FILE[:key=value,...] --workdir DIR
@@ -46,6 +47,8 @@ def main(argv: list[str]) -> int:
     )
   if config.num_cpu_devices != 1:
     jax.config.update('jax_num_cpu_devices', config.num_cpu_devices)
+  if jax.default_backend() == 'cpu':
+    cpu_memory.keep_freed()
 
   from ijckd_jax import loop
   from ijckd_jax import report

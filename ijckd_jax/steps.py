@@ -10,12 +10,14 @@ from ijckd_jax import distiller as distiller_lib
 from ijckd_jax import metrics
 from ijckd_jax import parallel
 from ijckd_jax import train_state as train_state_lib
+from ijckd_jax.models import cpu_conv
 
 # Streams of the run's key.
 AUGMENTATION_STREAM = 0
 INIT_STREAM = 1
 
 
+@cpu_conv.fast_convolutions()
 def train_step(
   state: train_state_lib.TrainState,
   frozen: Any,
@@ -121,6 +123,7 @@ def _sums(means, logits, labels):
   return sums
 
 
+@cpu_conv.fast_convolutions()
 def eval_step(variables, teacher, batch, *, network, teacher_fn):
   """Evaluates a network that predicts alone, beside a teacher if there is one.
 

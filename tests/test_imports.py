@@ -55,6 +55,7 @@ LAYERS = {
   'adapters': (
     'parallel',
     'checkpoints',
+    'cpu_memory',
     'metric_writer',
     'workdirs',
     'torch_files',

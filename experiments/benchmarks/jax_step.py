@@ -1,0 +1,117 @@
+"""This package's train step, as a process that `train_step` times."""
+
+import argparse
+import functools
+import itertools
+import math
+
+import jax
+import numpy as np
+
+from experiments.benchmarks import pairs
+from experiments.benchmarks import worker
+import ijckd_jax
+from ijckd_jax import cpu_memory
+from ijckd_jax import datasets
+from ijckd_jax import experiment
+from ijckd_jax import steps
+from ijckd_jax import train_state
+from ijckd_jax.models import cpu_conv
+
+
+def make_experiment(pair: pairs.Pair, settings) -> experiment.Experiment:
+  """Returns the experiment of a pair by the recipe of the tables.
+
+  Args:
+    pair: what is trained.
+    settings: fields of the config that are not the default.
+  """
+  config = experiment.default_config(
+    dataset=None, teacher=pair.teacher, student=pair.student
+  )
+  config.batch_size = pair.batch_size
+  config.total_epochs = 240.0
+  config.update(settings)
+  arrays = datasets.Arrays(*pair.batch(0))
+  channels = pair.image_shape[-1]
+  dataset = ijckd_jax.ArrayDataset(
+    train=arrays,
+    test=arrays,
+    class_names=[str(k) for k in range(pair.num_classes)],
+    mean=channels * [pairs.MEAN],
+    std=channels * [pairs.STD],
+    crop_padding=pairs.CROP_PADDING,
+    flip=True,
+  )
+  config.eval_batch_size = pair.batch_size
+  return experiment.build(config, dataset=dataset)
+
+
+def make_step(exp: experiment.Experiment, pair: pairs.Pair):
+  """Returns functions that make a step, and that wait for all."""
+  tx, _ = exp.optimizer(50_000)
+  mapper, key = exp.mapper, jax.random.key(0)
+  teacher = exp.distiller.teacher
+  frozen = jax.tree.map(
+    lambda x: 0.1 * np.random.RandomState(0).rand(*x.shape).astype(x.dtype),
+    teacher.frozen,
+  )
+  init = jax.jit(exp.distiller.init, static_argnums=1)
+  state = train_state.create(init(key, pair.image_shape), tx, with_ema=False)
+  p_train_step = mapper.map(
+    functools.partial(
+      steps.train_step,
+      distiller=exp.distiller,
+      tx=tx,
+      augmentation=exp.augmentation,
+      ema_decay=0.0,
+      num_pieces=1,
+    ),
+    rows_in=(False, False, True, False),
+    donate=0,
+  )
+  state, frozen, key = (mapper.replicate(x) for x in (state, frozen, key))
+  batches = []
+  for seed in range(pairs.NUM_BATCHES):
+    images, labels = pair.batch(seed)
+    index = np.arange(len(labels), dtype=np.int32)
+    batches.append(
+      {
+        'image': images,
+        'label': labels,
+        'index': index,
+        'epoch': np.full_like(index, seed),
+      }
+    )
+  batches = itertools.cycle(batches)
+
+  def step():
+    nonlocal state
+    batch = mapper.shard(next(batches))
+    state, _ = p_train_step(state, frozen, batch, key)
+
+  return step, lambda: jax.block_until_ready(state)
+
+
+def main():
+  """Serves steps."""
+  parser = argparse.ArgumentParser()
+  parser.add_argument('pair')
+  parser.add_argument('num_devices', type=int)
+  parser.add_argument('convolutions', choices=['fast', 'xla'])
+  args = parser.parse_args()
+  jax.config.update('jax_num_cpu_devices', args.num_devices)
+  cpu_memory.keep_freed()
+  if args.convolutions == 'xla':
+    cpu_conv.MIN_CHANNELS = math.inf
+  pair = pairs.PAIRS[args.pair]
+  # Batch norm over the whole batch, as PyTorch's.
+  settings = {
+    'num_cpu_devices': args.num_devices,
+    'sync_batch_norm': args.num_devices > 1,
+  }
+  worker.serve(*make_step(make_experiment(pair, settings), pair))
+
+
+if __name__ == '__main__':
+  main()

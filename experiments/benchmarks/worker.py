@@ -1,0 +1,65 @@
+"""A process that makes steps when it is told to, and says how long they took.
+
+It is kept apart from the other library's: their threads would wait for each
+other. Over its pipes go lines: it says 'ready', reads a number of steps, makes
+them, and answers with the seconds.
+"""
+
+from collections.abc import Callable
+import subprocess
+import sys
+import time
+
+
+def serve(step: Callable[[], None], wait: Callable[[], None]) -> None:
+  """Makes steps as standard input says, until it ends.
+
+  Args:
+    step: makes one, perhaps without waiting for it.
+    wait: returns when all are made.
+  """
+  for _ in range(2):  # The first compiles.
+    step()
+  wait()
+  print('ready', flush=True)
+  for line in sys.stdin:
+    start = time.perf_counter()
+    for _ in range(int(line)):
+      step()
+    wait()
+    print(time.perf_counter() - start, flush=True)
+
+
+class Worker:
+  """The other end of a process that serves steps."""
+
+  def __init__(self, module: str, *arguments: str, env: dict[str, str]):
+    """Starts `python -m module arguments`."""
+    self._process = subprocess.Popen(
+      [sys.executable, '-m', module, *arguments],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+      env=env,
+    )
+
+  def wait_until_ready(self) -> None:
+    """Returns when it has compiled."""
+    self._answer('ready')
+
+  def seconds(self, num_steps: int) -> float:
+    """Returns how long so many steps take."""
+    self._process.stdin.write(f'{num_steps}\n')
+    self._process.stdin.flush()
+    return float(self._answer())
+
+  def close(self) -> None:
+    """Ends the process."""
+    self._process.stdin.close()
+    self._process.wait()
+
+  def _answer(self, expected=None):
+    line = self._process.stdout.readline().strip()
+    if not line or expected not in (None, line):
+      raise RuntimeError(f'{self._process.args[2:]} ended, or said {line!r}')
+    return line

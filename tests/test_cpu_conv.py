@@ -1,0 +1,139 @@
+"""The convolutions for CPUs are XLA's, but for rounding."""
+
+import functools
+
+import flax.linen as nn
+import jax
+from jax import test_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ijckd_jax.models import cpu_conv
+from ijckd_jax.models import layers
+from ijckd_jax.models import winograd
+
+# Batch and sides of the images, channels in and out, stride, depthwise.
+HANDLED = [
+  (4, 8, 8, 64, 64, 1, False),
+  (3, 7, 9, 64, 96, 1, False),
+  (2, 2, 2, 128, 64, 1, False),
+  (1, 1, 1, 64, 64, 1, False),
+  (2, 8, 6, 24, 24, 1, True),
+  (2, 8, 6, 24, 24, 2, True),
+  (2, 7, 9, 24, 24, 2, True),
+]
+
+
+def draw(batch, height, width, inputs, outputs, depthwise):
+  """Returns images and a kernel."""
+  rng = np.random.RandomState(0)
+  x = rng.randn(batch, height, width, inputs)
+  kernel = rng.randn(3, 3, 1 if depthwise else inputs, outputs)
+  return jnp.float32(x), jnp.float32(kernel)
+
+
+@pytest.mark.parametrize(
+  'batch, height, width, inputs, outputs, stride, depthwise', HANDLED
+)
+def test_values_and_gradients_are_xlas(
+  batch, height, width, inputs, outputs, stride, depthwise
+):
+  x, kernel = draw(batch, height, width, inputs, outputs, depthwise)
+
+  def all_of(function):
+    function = functools.partial(function, stride=stride)
+    y, pullback = jax.vjp(function, x, kernel)
+    # Not a constant: every entry of the gradients shall matter.
+    return y, *pullback(jnp.cos(jnp.arange(y.size)).reshape(y.shape))
+
+  ours = jax.jit(
+    lambda: all_of(lambda x, k, stride: cpu_conv.convolve(x, k, stride))
+  )()
+  theirs = jax.jit(lambda: all_of(cpu_conv.xla_convolve))()
+  for mine, expected in zip(ours, theirs, strict=True):
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(mine, expected, rtol=0, atol=3e-6 * scale)
+
+
+@pytest.mark.parametrize('channels, depthwise', [(4, False), (4, True)])
+def test_gradients_are_of_the_values(channels, depthwise):
+  """By finite differences, with no other convolution to lean on."""
+  with jax.enable_x64(True):
+    x, kernel = draw(2, 5, 4, channels, channels, depthwise)
+    x, kernel = x.astype(jnp.float64), kernel.astype(jnp.float64)
+    function = functools.partial(cpu_conv.convolve, stride=1)
+    test_util.check_grads(
+      lambda x, k: function(x, k), (x, kernel), order=1, modes=['rev']
+    )
+
+
+def test_images_are_worked_through_in_parts():
+  """As many as fit into the cache, and whatever their number divides by."""
+  x = jnp.zeros((12, 32, 32, 64))
+  assert winograd._cut(x, 64).shape == (6, 2, 32, 32, 64)
+  assert winograd._cut(x[:7], 64).shape == (7, 1, 32, 32, 64)
+  assert winograd._cut(x[:, :7, :7], 64).shape == (1, 12, 8, 8, 64)
+
+
+def is_custom(conv, x):
+  """Returns whether a convolution is taken from XLA."""
+  variables = conv.init(jax.random.key(0), x)
+  with cpu_conv.fast_convolutions():
+    jaxpr = jax.make_jaxpr(conv.apply)(variables, x)
+  return 'custom_vjp' in str(jaxpr)
+
+
+def test_what_is_handled_and_what_is_left_to_xla():
+  x = jnp.zeros((2, 8, 8, 64))
+  assert is_custom(layers.conv(64, 3), x)
+  assert is_custom(layers.conv(64, 3, use_bias=True), x)
+  assert is_custom(layers.conv(64, 3, feature_group_count=64), x)
+  assert is_custom(layers.conv(64, 3, 2, feature_group_count=64), x)
+  for conv in (
+    layers.conv(64, 1),
+    layers.conv(64, 5),
+    layers.conv(64, 3, 2),
+    layers.conv(32, 3),
+    layers.conv(128, 3, feature_group_count=2),
+    layers.conv(128, 3, feature_group_count=64),
+    layers.conv(64, 3, kernel_dilation=2),
+    layers.conv(64, 3, input_dilation=2),
+    layers.conv(64, 3, padding='SAME'),
+    layers.conv(64, 3, dtype=jnp.bfloat16),
+  ):
+    assert not is_custom(conv, x), conv
+  assert not is_custom(layers.conv(64, 3), x[..., :32])
+  assert not is_custom(layers.conv(64, 3), x.astype(jnp.bfloat16))
+  with jax.enable_x64(True):
+    assert not is_custom(layers.conv(64, 3), x.astype(jnp.float64))
+
+
+@pytest.mark.parametrize('use_bias', [False, True])
+def test_layers_give_what_they_give_without(use_bias):
+  x, _ = draw(2, 6, 6, 64, 64, False)
+  conv = layers.conv(
+    64, 3, use_bias=use_bias, bias_init=nn.initializers.normal()
+  )
+  variables = conv.init(jax.random.key(0), x)
+  with cpu_conv.fast_convolutions():
+    ours = conv.apply(variables, x)
+  theirs = conv.apply(variables, x)
+  assert not np.array_equal(ours, theirs)
+  np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('platform', ['cuda', 'tpu'])
+def test_accelerators_get_xlas_own(platform):
+  x, kernel = draw(2, 8, 8, 64, 64, False)
+
+  def gradients(x, kernel):
+    return jax.grad(lambda *a: cpu_conv.convolve(*a, 1).sum(), (0, 1))(
+      x, kernel
+    )
+
+  traced = jax.jit(gradients).trace(x, kernel)
+  there = traced.lower(lowering_platforms=(platform,)).as_text()
+  here = traced.lower(lowering_platforms=('cpu',)).as_text()
+  assert 'convolution' in there and 'dot_general' not in there
+  assert 'dot_general' in here and 'convolution' not in here
