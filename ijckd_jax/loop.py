@@ -18,6 +18,7 @@ from ijckd_jax import evaluate
 from ijckd_jax import experiment as experiment_lib
 from ijckd_jax import input_pipeline
 from ijckd_jax import metric_writer
+from ijckd_jax import parallel
 from ijckd_jax import steps
 from ijckd_jax import train_state
 
@@ -163,11 +164,10 @@ class Loop:
       rows=slice(first_row, first_row + rows),
     )
     pending, clock = [], None
+    batches = parallel.ahead(map(exp.mapper.shard, batches))
     with _ProgressLine(self.name, start, total_steps) as line:
       for step, batch in enumerate(batches, start + 1):
-        state, sums = p_train_step(
-          state, self.frozen, exp.mapper.shard(batch), self.key
-        )
+        state, sums = p_train_step(state, self.frozen, batch, self.key)
         pending.append((step, sums))
         if len(pending) > MAX_STEPS_AHEAD:
           jax.block_until_ready(pending[-MAX_STEPS_AHEAD])
