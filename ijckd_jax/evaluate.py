@@ -161,8 +161,10 @@ def main(argv: list[str]) -> None:
   flags = parser.parse_args(argv)
 
   from ijckd_jax import bundles
+  from ijckd_jax import compilation_cache
   from ijckd_jax import parallel
 
+  compilation_cache.enable(compilation_cache.DEFAULT)
   bundle = bundles.load(flags.bundle, trust_code=flags.trust_code)
   batch_size = _batch_size(bundle, flags)
   dataset = _dataset(bundle, flags)

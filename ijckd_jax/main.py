@@ -47,10 +47,12 @@ def main(argv: list[str]) -> int:
   if config.num_cpu_devices != 1:
     jax.config.update('jax_num_cpu_devices', config.num_cpu_devices)
 
+  from ijckd_jax import compilation_cache
   from ijckd_jax import loop
   from ijckd_jax import report
   from ijckd_jax import train
 
+  compilation_cache.enable(config.compilation_cache)
   try:
     result = train.train_and_evaluate(config, workdir, overwrite=overwrite)
   except loop.Interrupted as error:

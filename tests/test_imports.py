@@ -55,6 +55,7 @@ LAYERS = {
   'adapters': (
     'parallel',
     'checkpoints',
+    'compilation_cache',
     'metric_writer',
     'workdirs',
     'torch_files',
