@@ -142,14 +142,13 @@ def test_warm_start_is_silent_and_goes_on_to_the_same_bits(tmp_path, data_dir):
 
   run(tmp_path / 'alone', '--config.compilation_cache=')
   assert files() == []
-  cold = run(tmp_path / 'cold')
+  run(tmp_path / 'cold')
   kept = files()
   assert len(kept) > 3
   warm = run(tmp_path / 'warm')
   assert files() == kept
-  for err in (cold, warm):
-    words = ('/teacher: ', ' step ', f'{tmp_path}')
-    assert all(any(w in line for w in words) for line in err.splitlines()), err
+  for line in warm.splitlines():
+    assert ' step ' in line or line.startswith(str(tmp_path)), warm
   # Its second half is made by programs that another process compiled.
   half = tmp_path / 'half'
   run(half, '--config.compilation_cache=', '--config.bundle=last')
