@@ -77,11 +77,12 @@ class Checkpoints:
   def save(
     self, step: int, state: Any, *, score: float | None, memo: dict[str, Any]
   ) -> None:
-    """Starts to write a checkpoint; returns when the state may be changed.
+    """Starts to write a checkpoint, and returns.
 
     Args:
       step: of the state; a step that is there already is left as it is.
-      state: flax.struct dataclass of arrays.
+      state: flax.struct dataclass of arrays on the host: fetched once, however
+        often they are looked at here.
       score: what ranks it, higher is better; None where it was not evaluated.
       memo: JSON to be had back by `restore`.
     """

@@ -61,6 +61,7 @@ def make_evaluator(
 
   from ijckd_jax import input_pipeline
   from ijckd_jax import metrics
+  from ijckd_jax import parallel
   from ijckd_jax import steps
 
   p_eval_step = mapper.map(
@@ -71,14 +72,18 @@ def make_evaluator(
 
   def evaluate(variables, frozen, arrays) -> Evaluation:
     variables = mapper.replicate(variables)
-    totals, rows = None, []
-    for batch in input_pipeline.eval_batches(
+    batches = input_pipeline.eval_batches(
       arrays,
       batch_size=batch_size,
       process_index=jax.process_index(),
       num_processes=jax.process_count(),
-    ):
-      sums, predicted = p_eval_step(variables, frozen, mapper.shard(batch))
+    )
+    results = (
+      (batch, *p_eval_step(variables, frozen, mapper.shard(batch)))
+      for batch in batches
+    )
+    totals, rows = None, []
+    for batch, sums, predicted in parallel.ahead(results):
       sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
       if totals is None:
         totals = sums
@@ -156,8 +161,10 @@ def main(argv: list[str]) -> None:
   flags = parser.parse_args(argv)
 
   from ijckd_jax import bundles
+  from ijckd_jax import compilation_cache
   from ijckd_jax import parallel
 
+  compilation_cache.enable(compilation_cache.DEFAULT)
   bundle = bundles.load(flags.bundle, trust_code=flags.trust_code)
   batch_size = _batch_size(bundle, flags)
   dataset = _dataset(bundle, flags)

@@ -86,6 +86,9 @@ def default_config(
   config.bundle = 'last'  # Or 'best', by the validation split or the test set.
   config.mapper = 'pmap'
   config.num_cpu_devices = 1
+  # Where commands keep compiled programs: 'default' is a folder in the user's
+  # cache directory, '' none.
+  config.compilation_cache = 'default'
   config.writers = ()  # package.module:Name of further metric writers.
   return config
 

@@ -18,6 +18,7 @@ from ijckd_jax import evaluate
 from ijckd_jax import experiment as experiment_lib
 from ijckd_jax import input_pipeline
 from ijckd_jax import metric_writer
+from ijckd_jax import parallel
 from ijckd_jax import steps
 from ijckd_jax import train_state
 
@@ -163,11 +164,10 @@ class Loop:
       rows=slice(first_row, first_row + rows),
     )
     pending, clock = [], None
+    batches = parallel.ahead(map(exp.mapper.shard, batches))
     with _ProgressLine(self.name, start, total_steps) as line:
       for step, batch in enumerate(batches, start + 1):
-        state, sums = p_train_step(
-          state, self.frozen, exp.mapper.shard(batch), self.key
-        )
+        state, sums = p_train_step(state, self.frozen, batch, self.key)
         pending.append((step, sums))
         if len(pending) > MAX_STEPS_AHEAD:
           jax.block_until_ready(pending[-MAX_STEPS_AHEAD])
@@ -213,10 +213,7 @@ class Loop:
           self.writer.write(step, {'epoch': epoch, **row})
           line.show(step, row)
         if evaluation or save or stop.requested:
-          _check_finite(step, state)
-          self.writer.flush()
-          memo = dataclasses.asdict(progress)
-          self.store.save(step, state, score=score, memo=memo)
+          self._save(step, jax.device_get(state), score, progress)
         if stop.requested and step < total_steps:
           self.store.wait()
           raise Interrupted(
@@ -225,6 +222,13 @@ class Loop:
           )
         clock = time.perf_counter()
     return state
+
+  def _save(self, step, state, score, progress) -> None:
+    """Starts to save a state on the host, which is good, after its metrics."""
+    _check_finite(step, state)
+    self.writer.flush()
+    memo = dataclasses.asdict(progress)
+    self.store.save(step, state, score=score, memo=memo)
 
   @property
   def ranking_split(self) -> str:
@@ -251,7 +255,7 @@ def _add(sums: dict[str, list[float]], pending) -> None:
 def _check_finite(step: int, state: train_state.TrainState) -> None:
   """Raises where a parameter is not finite: such a state must not be saved."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
-    if not np.isfinite(np.asarray(leaf)).all():
+    if not np.isfinite(leaf).all():
       raise Diverged(
         f'step {step}: params{jax.tree_util.keystr(path)} is not finite; '
         f'{STOPPED}'

@@ -50,10 +50,12 @@ def main(argv: list[str]) -> int:
   if jax.default_backend() == 'cpu':
     cpu_memory.keep_freed()
 
+  from ijckd_jax import compilation_cache
   from ijckd_jax import loop
   from ijckd_jax import report
   from ijckd_jax import train
 
+  compilation_cache.enable(config.compilation_cache)
   try:
     result = train.train_and_evaluate(config, workdir, overwrite=overwrite)
   except loop.Interrupted as error:

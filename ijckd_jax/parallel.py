@@ -4,7 +4,10 @@ A body takes per-device arguments, and its collectives go over AXIS. `pmap` is
 the default; `shard_map` under `jit` is its twin.
 """
 
+import collections
 from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
 from typing import Any
@@ -14,6 +17,20 @@ import numpy as np
 
 AXIS = 'devices'
 MAPPERS = ('pmap', 'shard_map')
+
+
+def ahead(results: Iterable[Any], num: int = 2) -> Iterator[Any]:
+  """Yields the same, with the `num` results that come next already asked for.
+
+  What a transfer or a mapped body returns is there later than it is returned:
+  so there is work under way while the first is waited for.
+  """
+  queue = collections.deque()
+  for result in results:
+    queue.append(result)
+    if len(queue) > num:
+      yield queue.popleft()
+  yield from queue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +63,17 @@ class Mapper:
     return jax.device_put(tree, self.replicated, may_alias=False)
 
   def shard(self, batch: Any) -> Any:
-    """Returns this process's rows of a batch, cut over the devices."""
+    """Returns this process's rows of a batch, cut over the devices.
+
+    It does not wait: the rows may still be on their way.
+    """
     if self.kind == 'pmap':
       count = jax.local_device_count()
-      return jax.tree.map(
+      batch = jax.tree.map(
         lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch
       )
     sharding = jax.sharding.NamedSharding(self.mesh, jax.P(AXIS))
-    return jax.tree.map(
-      lambda x: jax.make_array_from_process_local_data(sharding, x), batch
-    )
+    return jax.make_array_from_process_local_data(sharding, batch)
 
   def map(
     self,

@@ -34,6 +34,7 @@ MARK = 'ijckd_jax'
 # What may differ between the parts of one run: where and how it is computed.
 RUNTIME_FIELDS = (
   MARK,
+  'compilation_cache',
   'dataset.data_dir',
   'mapper',
   'num_cpu_devices',

@@ -55,6 +55,7 @@ LAYERS = {
   'adapters': (
     'parallel',
     'checkpoints',
+    'compilation_cache',
     'cpu_memory',
     'metric_writer',
     'workdirs',

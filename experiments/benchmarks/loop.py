@@ -1,0 +1,227 @@
+"""Images per second of the training loop beside those of the step alone.
+
+  python -m experiments.benchmarks.loop [--json FILE]
+
+Windows of both alternate in one process: the loop trains on, and whenever it
+has written a row, the compiled step is timed alone, on one batch that lies on
+the device. See README.md.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import statistics
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+from ijckd_jax import bundles
+from ijckd_jax import compilation_cache
+from ijckd_jax import config_utils
+from ijckd_jax import datasets
+from ijckd_jax import experiment
+from ijckd_jax import steps
+from ijckd_jax import train
+from ijckd_jax import train_state
+
+# Shape, classes and training examples as of digits and of CIFAR-100.
+DATA = {'digits': ((8, 8, 1), 10, 1437), 'cifar100': ((32, 32, 3), 100, 50000)}
+
+
+def make_data(name):
+  """Returns random images in the shape of a data set's."""
+  shape, num_classes, num_examples = DATA[name]
+  rng = np.random.default_rng(0)
+
+  def split(count):
+    return datasets.Arrays(
+      rng.integers(0, 256, (count, *shape), np.uint8),
+      rng.integers(0, num_classes, count).astype(np.int32),
+    )
+
+  return datasets.ArrayDataset(
+    train=split(num_examples),
+    test=split(512),
+    class_names=tuple(map(str, range(num_classes))),
+    mean=(0.5,) * shape[-1],
+    std=(0.25,) * shape[-1],
+    crop_padding=4 if shape[-1] == 3 else 0,
+    flip=shape[-1] == 3,
+  )
+
+
+class BareSteps:
+  """A writer that times the step alone whenever a row comes.
+
+  Attributes:
+    loop, bare: seconds of the windows of each, but for the first.
+  """
+
+  def __init__(self, config, data, workdir, num_steps):
+    self._make = functools.partial(self._compile, config, data, workdir)
+    self._num_steps = num_steps
+    self._step = None
+    self._since = None
+    self.loop, self.bare = [], []
+
+  def _compile(self, config, data, workdir):
+    teacher = bundles.load(workdir / 'teacher').teacher()
+    exp = experiment.build(config, dataset=data, teacher=teacher)
+    mapper, arrays = exp.mapper, data.load('train')
+    tx, _ = exp.optimizer(len(arrays))
+    key = jax.random.key(0)
+    variables = jax.jit(exp.distiller.init, static_argnums=1)(
+      key, tuple(data.image_shape)
+    )
+    p_train_step = mapper.map(
+      functools.partial(
+        steps.train_step,
+        distiller=exp.distiller,
+        tx=tx,
+        augmentation=exp.augmentation,
+        ema_decay=config.ema_decay,
+        num_pieces=config.accumulation,
+      ),
+      rows_in=(False, False, True, False),
+      donate=0,
+    )
+    indices = np.arange(config.batch_size, dtype=np.int32)
+    rows = arrays.take(indices)
+    self._state = mapper.replicate(
+      train_state.create(variables, tx, with_ema=False)
+    )
+    arguments = (
+      mapper.replicate(teacher.frozen),
+      mapper.shard(
+        {
+          'image': rows.images,
+          'label': rows.labels,
+          'index': indices,
+          'epoch': np.zeros_like(indices),
+        }
+      ),
+      mapper.replicate(key),
+    )
+    self._step = lambda state: p_train_step(state, *arguments)
+
+  def _window(self):
+    start = time.perf_counter()
+    for _ in range(self._num_steps):
+      self._state, sums = self._step(self._state)
+    jax.block_until_ready((self._state, sums))
+    return time.perf_counter() - start
+
+  def write(self, step, scalars):
+    del step
+    if 'train/loss' not in scalars:
+      return
+    if self._step is None:
+      self._make()
+      self._window()
+    elif self._since is not None:
+      self.loop.append(time.perf_counter() - self._since)
+      self.bare.append(self._window())
+    self._since = time.perf_counter()
+
+  def close(self):
+    pass
+
+
+def measure(name, *, batch_size, num_steps, num_windows, every):
+  """Returns what the loop and the step alone did, as a row of the table.
+
+  Args:
+    name: of DATA.
+    batch_size: examples in a step.
+    num_steps: of a window; a row of metrics is written after each.
+    num_windows: of each kind.
+    every: windows from one checkpoint to the next; 0 for none in between.
+  """
+  data = make_data(name)
+  config = experiment.default_config(
+    dataset=None, teacher='resnet20', student='resnet8'
+  )
+  config.dataset.fingerprint = data.fingerprint()
+  total = num_steps * (num_windows + 2)
+  config_utils.override(
+    config,
+    {
+      'batch_size': batch_size,
+      'total_steps': total,
+      'log_epochs': 0.0,
+      'log_steps': num_steps,
+      'eval_epochs': 0.0,
+      'eval_steps': 10 * total,
+      'checkpoint_steps': every * num_steps,
+      'teacher.total_steps': 1,
+      'optimizer.warmup_epochs': 0.0,
+    },
+  )
+  with tempfile.TemporaryDirectory() as folder:
+    workdir = pathlib.Path(folder)
+    writer = BareSteps(config, data, workdir, num_steps)
+    train.train_and_evaluate(config, workdir, dataset=data, writers=[writer])
+  images = batch_size * num_steps
+  loop, bare = (
+    [images / s for s in times] for times in (writer.loop, writer.bare)
+  )
+  return {
+    'data': name,
+    'batch_size': batch_size,
+    'steps_a_window': num_steps,
+    'checkpoint_every_windows': every,
+    'step_milliseconds': 1e3 * batch_size / statistics.median(bare),
+    'bare': statistics.median(bare),
+    'loop': statistics.median(loop),
+    'ratio': statistics.median(
+      one / other for one, other in zip(loop, bare, strict=True)
+    ),
+    'loop_windows': loop,
+    'bare_windows': bare,
+  }
+
+
+def main(argv=None):
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--json', help='where to write the numbers')
+  parser.add_argument('--data', nargs='*', default=list(DATA), choices=DATA)
+  parser.add_argument('--windows', type=int, default=12, help='of each kind')
+  parser.add_argument('--seconds', type=float, default=5.0, help='of a window')
+  parser.add_argument('--batch_size', type=int, default=64)
+  flags = parser.parse_args(argv)
+  compilation_cache.enable(compilation_cache.DEFAULT)
+  rows = []
+  for name in flags.data:
+    options = {'batch_size': flags.batch_size}
+    probe = measure(name, num_steps=10, num_windows=3, every=0, **options)
+    num_steps = round(1e3 * flags.seconds / probe['step_milliseconds'])
+    options |= {'num_windows': flags.windows, 'num_steps': max(10, num_steps)}
+    rows += [measure(name, every=every, **options) for every in (0, 3)]
+  print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}\n')
+  print(
+    '| data | steps a window | checkpoint every | ms a step | step alone '
+    '| loop | ratio |'
+  )
+  print('| :- | -: | -: | -: | -: | -: | -: |')
+  for row in rows:
+    every = row['checkpoint_every_windows']
+    print(
+      f'| {row["data"]} | {row["steps_a_window"]} '
+      f'| {f"{every} windows" if every else "none"} '
+      f'| {row["step_milliseconds"]:.1f} | {row["bare"]:,.0f} '
+      f'| {row["loop"]:,.0f} | {row["ratio"]:.3f} |'
+    )
+  if flags.json:
+    content = {
+      'device': jax.devices()[0].device_kind,
+      'jax': jax.__version__,
+      'rows': rows,
+    }
+    pathlib.Path(flags.json).write_text(json.dumps(content, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+  main()
