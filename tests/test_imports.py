@@ -41,6 +41,7 @@ LAYERS = {
     'network',
     'experiment',
     'steps',
+    'teacher_outputs',
     'train_state',
   ),
   'parts': (
@@ -56,6 +57,7 @@ LAYERS = {
     'parallel',
     'checkpoints',
     'metric_writer',
+    'teacher_store',
     'workdirs',
     'torch_files',
     'torch_unwrap',
