@@ -1,36 +1,28 @@
 """A teacher's outputs on the disk: one record for each view of each image.
 
-A store is a folder. `manifest.json` says whose outputs it holds and how they
-are laid out; ArrayRecord files hold them, each a stretch of the training
-stream. A file's name tells which positions it covers and which process's rows
-of them it has, so the names alone show whether anything is missing; its last
-record tells the (view, image) of the records before it. Files come into being
-when they are complete, and ArrayRecord checks what it reads by hashes.
+A store is a folder: `manifest.json` says whose outputs it holds and how a
+record is cut into arrays, record_files hold them. It is filled as a run passes
+the first M epochs, and read from then on, by other runs as well.
 """
 
 from collections.abc import Mapping
 from collections.abc import Sequence
-import contextlib
 import dataclasses
-import itertools
 import json
 import math
-import re
 import shutil
 from typing import Any
 
-from array_record.python import array_record_module
 from etils import epath
 import numpy as np
 
 from ijckd_jax import config_utils
+from ijckd_jax import record_files
 from ijckd_jax import workdirs
 
 FORMAT_VERSION = 1
 MANIFEST = 'manifest.json'
-FILE_BYTES = 256 * 2**20  # A file is closed once it is this large.
 GIB = 2**30
-NAME = re.compile(r'(\d{12})-(\d{12})\.(\d{5})-of-(\d{5})\.array_record')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,23 +76,6 @@ class Layout:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class _File:
-  """A complete file, as its name describes it."""
-
-  path: epath.Path
-  start: int
-  end: int
-  process: int
-  num_processes: int
-
-
-def _name(start, end, process, num_processes) -> str:
-  return (
-    f'{start:012d}-{end:012d}.{process:05d}-of-{num_processes:05d}.array_record'
-  )
-
-
 class Store:
   """The outputs of one teacher on fixed views of one data set.
 
@@ -130,8 +105,6 @@ class Store:
     """
     self.directory = epath.Path(directory)
     self.layout = layout
-    self._process = process
-    self._num_processes = num_processes
     self._manifest = {
       'format_version': FORMAT_VERSION,
       **identity,
@@ -141,14 +114,14 @@ class Store:
       'leaves': {name: list(shape) for name, shape in layout.leaves.items()},
       'owner': owner,
     }
-    self._writer, self._keys, self._first = None, [], 0
-    self._readers, self._starts, self._location = [], None, None
-    self._stored = layout
+    self._writer = record_files.Writer(self.directory, process, num_processes)
+    self._reader, self._stored = None, layout
 
   @property
   def complete(self) -> bool:
     """Whether all views of all images are there."""
-    return _covered(self._files()) == self.layout.size
+    files = record_files.find(self.directory)
+    return record_files.covered(files) == self.layout.size
 
   def check(self, *, ignore: Sequence[str] = ()) -> Layout:
     """Returns what the store holds, or will hold where it is not there yet.
@@ -161,7 +134,8 @@ class Store:
     """
     path = self.directory / MANIFEST
     if not path.exists():
-      if self.directory.exists() and self._paths():
+      # What was left by a process killed is hidden.
+      if any(self.directory.glob('[!.]*')):
         raise config_utils.UserError(
           f'{self.directory} is not empty, and no store of teacher outputs: '
           'take another teacher.store.directory'
@@ -215,7 +189,10 @@ class Store:
       raise config_utils.UserError(
         f'{size}, but teacher.store.limit_gib={limit:g}: {advice}, or raise it'
       )
-    there = sum(file.path.stat().length for file in self._files())
+    there = sum(
+      (self.directory / file.name).stat().length
+      for file in record_files.find(self.directory)
+    )
     existing = self.directory
     while not existing.exists() and existing != existing.parent:
       existing = existing.parent
@@ -239,21 +216,21 @@ class Store:
     self.check()
     if self.complete:
       return
+    files = record_files.find(self.directory)
+    kept = [file for file in files if file.end <= covered]
+    wanted = min(covered, self.layout.size)
+    if record_files.covered(kept) != wanted:
+      raise config_utils.UserError(
+        f'{self.directory} lacks {record_files.gap(kept, wanted)}, which the '
+        'run has written before its last checkpoint: put it back, or start '
+        'anew with --overwrite'
+      )
     try:
       self.directory.mkdir(parents=True, exist_ok=True)
-      for partial in self.directory.glob('.*.partial'):
-        partial.unlink()
-      for file in self._files():
-        if file.end > covered:
-          file.path.unlink()
-      files = self._files()
-      wanted = min(covered, self.layout.size)
-      if _covered(files) != wanted:
-        raise config_utils.UserError(
-          f'{self.directory} lacks {_gap(files, wanted)}, which the run has '
-          'written before its last checkpoint: put it back, or start anew with '
-          '--overwrite'
-        )
+      for path in self.directory.glob('.*.partial'):
+        path.unlink()
+      for file in set(files) - set(kept):
+        (self.directory / file.name).unlink()
       text = json.dumps(self._manifest, indent=2)
       workdirs.write_text(self.directory / MANIFEST, text + '\n')
     except OSError as error:
@@ -290,66 +267,25 @@ class Store:
           'teacher.store.dtype=bfloat16 or float32, whose range is larger'
         )
     wanted = epochs < self.layout.views
-    end = min(end, self.layout.size)
-    with _naming_full_disks():
-      if self._writer is None:
-        self._first = start
-        self._writer = array_record_module.ArrayRecordWriter(
-          str(self._partial), 'group_size:1,uncompressed'
-        )
-      for record in self.layout.pack(arrays)[wanted]:
-        self._writer.write(record.tobytes())
-    keys = epochs * np.int64(self.layout.num_examples) + indices
-    self._keys.append(keys[wanted])
-    self._end = end
-    if len(keys) * len(self._keys) * self.layout.record_bytes >= FILE_BYTES:
-      self.close_file()
+    self._writer.write(
+      start,
+      min(end, self.layout.size),
+      self._key(indices, epochs)[wanted],
+      self.layout.pack(arrays)[wanted],
+    )
 
   def close_file(self) -> None:
     """Completes the file that is being written, if there is one."""
-    if self._writer is None:
-      return
-    with _naming_full_disks():
-      self._writer.write(np.concatenate(self._keys).tobytes())
-      self._writer.close()
-    name = _name(self._first, self._end, self._process, self._num_processes)
-    self._partial.rename(self.directory / name)
-    self._writer, self._keys = None, []
+    self._writer.close()
 
   def load(self) -> None:
     """Opens a complete store for `read`.
 
     Raises:
-      config_utils.UserError: something is missing or damaged.
+      config_utils.UserError: it is another, or something is missing or damaged.
     """
     self._stored = self.check()
-    files = self._files()
-    if _covered(files) != self.layout.size:
-      raise config_utils.UserError(
-        f'{self.directory} lacks {_gap(files, self.layout.size)}'
-      )
-    self._location = np.full(self.layout.size, -1)
-    self._readers, starts, total = [], [], 0
-    for file in files:
-      with _naming_damage(file.path):
-        reader = array_record_module.ArrayRecordReader(
-          str(file.path), 'readahead_buffer_size:0'
-        )
-        count = reader.num_records() - 1
-        keys = np.frombuffer(reader.read([count])[0], np.int64)
-        if len(keys) != count:
-          raise ValueError(f'{count} records for {len(keys)} images')
-        self._location[keys] = total + np.arange(count)
-      self._readers.append((file.path, reader))
-      starts.append(total)
-      total += count
-    self._starts = np.array(starts)
-    if total != self.layout.size or self._location.min() < 0:
-      raise config_utils.UserError(
-        f'{self.directory} holds {total} outputs where there must be '
-        f'{self.layout.size}, one for each view: its files do not belong '
-        'together; remove the folder and fill it again'
-      )
+    self._reader = record_files.Reader(self.directory, self.layout.size)
 
   def read(
     self, indices: np.ndarray, epochs: np.ndarray
@@ -363,88 +299,13 @@ class Store:
     Raises:
       config_utils.UserError: a file is damaged.
     """
-    layout = self.layout
-    where = self._location[
-      epochs % layout.views * layout.num_examples + indices
-    ]
-    of_file = np.searchsorted(self._starts, where, side='right') - 1
-    records = np.empty((len(where), self._stored.record_bytes), np.uint8)
-    for number in np.unique(of_file):
-      rows = np.flatnonzero(of_file == number)
-      path, reader = self._readers[number]
-      with _naming_damage(path):
-        found = reader.read((where[rows] - self._starts[number]).tolist())
-        for row, record in zip(rows, found, strict=True):
-          records[row] = np.frombuffer(record, np.uint8)
-    arrays = self._stored.unpack(records)
-    return {name: arrays[name] for name in layout.leaves}
-
-  @property
-  def _partial(self) -> epath.Path:
-    return self.directory / f'.{self._process:05d}.partial'
-
-  def _files(self) -> list[_File]:
-    """Returns the complete files, in the stream's order."""
-    if not self.directory.exists():
-      return []
-    names = ((path, NAME.fullmatch(path.name)) for path in self._paths())
-    return sorted(
-      (_File(path, *map(int, name.groups())) for path, name in names if name),
-      key=lambda file: (
-        file.start,
-        file.end,
-        file.num_processes,
-        file.process,
-      ),
+    records = self._reader.read(
+      self._key(indices, epochs), self._stored.record_bytes
     )
+    arrays = self._stored.unpack(records)
+    return {name: arrays[name] for name in self.layout.leaves}
 
-  def _paths(self):
-    return sorted(self.directory.iterdir())
-
-
-def _covered(files: Sequence[_File]) -> int:
-  """Returns the position of the stream before which nothing is missing."""
-  covered = 0
-  for (start, end, count), group in itertools.groupby(
-    files, key=lambda file: (file.start, file.end, file.num_processes)
-  ):
-    if start != covered or len(list(group)) != count:
-      break
-    covered = end
-  return covered
-
-
-def _gap(files: Sequence[_File], wanted: int) -> str:
-  """Names what is missing first, before a position."""
-  covered = _covered(files)
-  group = [file for file in files if file.start == covered]
-  if group:
-    there = {file.process for file in group}
-    _, start, end, _, count = dataclasses.astuple(group[0])
-    missing = [_name(start, end, n, count) for n in range(count)]
-    return ', '.join(name for n, name in enumerate(missing) if n not in there)
-  end = min([wanted, *(file.start for file in files if file.start > covered)])
-  return f'the outputs of images {covered} to {end} of the training stream'
-
-
-@contextlib.contextmanager
-def _naming_full_disks():
-  """Turns ArrayRecord's errors of writing into OSError."""
-  try:
-    yield
-  except RuntimeError as error:
-    raise OSError(
-      f'teacher outputs could not be written: {config_utils.short(error)}'
-    ) from error
-
-
-@contextlib.contextmanager
-def _naming_damage(path: epath.Path):
-  """Turns whatever ArrayRecord raises on damaged files into one line."""
-  try:
-    yield
-  except Exception as error:
-    raise config_utils.UserError(
-      f'{path} is damaged ({config_utils.short(error)}): put a sound copy in '
-      'its place, or remove the folder and fill it again with --overwrite'
-    ) from error
+  def _key(self, indices: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+    """Returns the keys (b,) int64 of the views that epochs show of images."""
+    views = (epochs % self.layout.views).astype(np.int64)
+    return views * self.layout.num_examples + indices

@@ -57,6 +57,7 @@ LAYERS = {
     'parallel',
     'checkpoints',
     'metric_writer',
+    'record_files',
     'teacher_store',
     'workdirs',
     'torch_files',

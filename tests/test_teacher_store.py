@@ -19,6 +19,7 @@ from ijckd_jax import input_pipeline
 from ijckd_jax import loop
 from ijckd_jax import losses
 from ijckd_jax import outputs
+from ijckd_jax import record_files
 from ijckd_jax import steps
 from ijckd_jax import teacher_outputs
 from ijckd_jax import teacher_store
@@ -210,7 +211,7 @@ def test_files_beyond_the_checkpoint_are_written_again(
       config_of(), tmp_path, teacher=teacher, writers=[test_train.StopAt(3)]
     )
   folder = tmp_path / workdirs.TEACHER_OUTPUTS
-  beyond = folder / teacher_store._name(144, 192, 0, 1)
+  beyond = folder / record_files.File(144, 192, 1, 0).name
   beyond.write_bytes(b'of a killed process')
   (folder / '.00000.partial').write_bytes(b'half')
   result = train.train_and_evaluate(config_of(), tmp_path, teacher=teacher)
@@ -514,7 +515,7 @@ def test_processes_write_their_rows_and_read_all(make_store, batch_size):
 def test_large_files_are_closed(make_store, monkeypatch):
   store = make_store()
   record_bytes = store.layout.record_bytes
-  monkeypatch.setattr(teacher_store, 'FILE_BYTES', 8 * record_bytes)
+  monkeypatch.setattr(record_files, 'MAX_BYTES', 8 * record_bytes)
   store.open(0)
   fill([store])
   assert len(list(store.directory.glob('*.array_record'))) == 3
@@ -533,9 +534,10 @@ def test_what_is_missing_is_named(make_store):
     store.load()
   with pytest.raises(config_utils.UserError, match=re.escape(names[3])):
     store.open(12)
-  # What goes beyond is removed, what went before is not asked of a new run.
-  assert sorted(path.name for path in store.directory.glob('0*')) == names[:3]
+  # Nothing is lost by asking; what goes beyond is removed.
+  assert len(list(store.directory.glob('0*'))) == 5
   store.open(4)
+  assert sorted(path.name for path in store.directory.glob('0*')) == names[:2]
   (store.directory / names[0]).unlink()
   (store.directory / names[1]).unlink()
   with pytest.raises(config_utils.UserError, match='images 0 to 4 of the'):
