@@ -2,8 +2,12 @@
 
 import dataclasses
 import functools
+import json
+import pathlib
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +42,11 @@ def teacher(finished_run):
 
 @pytest.fixture(scope='module')
 def config_of(small_config):
-  """Returns a function that gives a run's config: six of 12 steps fill."""
+  """Returns a function that gives a run's config: seven of 12 steps fill."""
 
   def make(method='ijckd', **fields):
     config = small_config(method)
-    config.dataset.validation_fraction = 0.9  # Leaves 144 to train on.
+    config.dataset.validation_fraction = 0.9  # Leaves 145 to train on.
     config.dataset.crop_padding = 1
     config.dataset.flip = True
     config.eval_steps, config.log_steps = 20, 1
@@ -88,7 +92,7 @@ def batches_of(exp, arrays, num_steps, read=None):
 def exact(tmp_path_factory, config_of, teacher):
   """A full store in float32: as `store_of` gives it."""
   workdir = tmp_path_factory.mktemp('runs') / 'exact'
-  config = config_of(**{'teacher.store.dtype': 'float32', 'total_steps': 6})
+  config = config_of(**{'teacher.store.dtype': 'float32', 'total_steps': 7})
   train.train_and_evaluate(config, workdir, teacher=teacher)
   return store_of(config, workdir, teacher)
 
@@ -175,7 +179,7 @@ def test_view_depends_on_the_epoch_modulo_the_views_and_on_the_seed():
   assert not np.array_equal(views(epochs), views(epochs, np.zeros(30, int)))
 
 
-@pytest.mark.parametrize('stop_at', [3, 6, 9], ids=['filling', 'full', 'after'])
+@pytest.mark.parametrize('stop_at', [3, 7, 9], ids=['filling', 'full', 'after'])
 def test_stopped_run_continues_to_the_same_bits(
   stop_at, full, config_of, teacher, tmp_path
 ):
@@ -192,7 +196,7 @@ def test_stopped_run_continues_to_the_same_bits(
   assert test_train.rows_without_times(
     tmp_path
   ) == test_train.rows_without_times(reference_dir)
-  indices, epochs = np.arange(144).repeat(VIEWS), np.arange(144 * VIEWS) % VIEWS
+  indices, epochs = np.arange(145).repeat(VIEWS), np.arange(145 * VIEWS) % VIEWS
   test_train.assert_same_bits(
     *(
       store_of(config_of(), workdir, teacher)[0].read(indices, epochs)
@@ -260,7 +264,7 @@ def test_another_run_reads_a_full_store_from_its_first_step(
   [
     ('seed', 1, 'seed: 0 -> 1'),
     ('dataset.flip', False, 'flip=True.* -> .*flip=False'),
-    ('dataset.validation_fraction', 0.8, 'examples: .*num_examples: 144'),
+    ('dataset.validation_fraction', 0.8, 'examples: .*num_examples: 145'),
     ('teacher.store.dtype', 'float32', "dtype: 'float16' -> 'float32'"),
     ('teacher.store.views', 1, 'views: 2 -> 1'),
     ('dtype', 'bfloat16', "compute_dtype: 'float32' -> 'bfloat16'"),
@@ -436,6 +440,40 @@ def test_overflow_says_what_to_take_and_a_teacher_may_be_a_function(tmp_path):
     distill('float16')
   assert not (tmp_path / 'float16' / 'summary.json').exists()
   assert distill('bfloat16').history[-1]['step'] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mapper', ['pmap', 'shard_map'])
+def test_eight_devices_and_pieces_store_the_same_rows(
+  mapper, exact, finished_run, tmp_path
+):
+  """A process has its devices for life, so a child makes the run."""
+  store, exp, arrays = exact
+  config = exp.config.copy_and_resolve_references()
+  config.teacher.checkpoint = str(finished_run[0] / 'teacher')
+  config.total_steps = 12
+  config.mapper, config.num_cpu_devices, config.accumulation = mapper, 8, 2
+  file = tmp_path / 'config.py'
+  file.write_text(
+    'import json\nimport ml_collections\n\n\ndef get_config():\n'
+    f'  text = {json.dumps(config.to_json())}\n'
+    '  return ml_collections.ConfigDict(json.loads(text))\n'
+  )
+  root = pathlib.Path(__file__).parents[1]
+  subprocess.run(
+    [sys.executable, '-m', 'ijckd_jax.main', '--config', str(file)]
+    + ['--workdir', str(tmp_path / 'run')],
+    check=True,
+    cwd=root,
+  )
+  config.num_cpu_devices = 1
+  other, _, _ = store_of(config, tmp_path / 'run', exp.judge)
+  indices = np.arange(len(arrays))
+  for epoch in range(VIEWS):
+    epochs = np.full_like(indices, epoch)
+    one, two = (each.read(indices, epochs) for each in (store, other))
+    for name, value in one.items():
+      np.testing.assert_allclose(value, two[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture
