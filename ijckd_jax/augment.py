@@ -41,15 +41,19 @@ class Augmentation:
   Attributes:
     crop_padding: pixels of zeros on each side; 0 for no crop.
     flip: whether to mirror left and right with probability one half.
+    views: how many views there are of an image, in turn; 0: a new one in each
+      epoch.
   """
 
   crop_padding: int
   flip: bool
+  views: int = 0
 
   def __call__(self, key: jax.Array, images, epochs, indices) -> jax.Array:
     """Returns the view of each image that belongs to (key, epoch, index).
 
-    It depends on nothing else: not on the step, the row or the device.
+    It depends on nothing else: not on the step, the row or the device. Where
+    there are so many views, it depends on the epoch modulo their number.
 
     Args:
       key: random key of the run's augmentation stream.
@@ -57,6 +61,8 @@ class Augmentation:
       epochs: (B,) int32.
       indices: (B,) int32, of the examples in their data set.
     """
+    if self.views:
+      epochs = epochs % self.views
     return jax.vmap(self._one, in_axes=(None, 0, 0, 0))(
       key, images, epochs, indices
     )

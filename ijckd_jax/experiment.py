@@ -19,6 +19,7 @@ from ijckd_jax import models
 from ijckd_jax import network
 from ijckd_jax import optim
 from ijckd_jax import parallel
+from ijckd_jax import teacher_outputs
 from ijckd_jax import teachers
 from ijckd_jax import torch_import
 
@@ -60,6 +61,12 @@ def default_config(
     'total_epochs': 0.0,  # All three 0: as long as the student.
     'total_steps': 0,
     'total_examples': 0,
+    'store': {
+      'views': 0,  # Of each image, whose outputs are stored; 0: none are.
+      'dtype': 'float16',
+      'directory': '',  # Empty: in the run's folder.
+      'limit_gib': 20.0,
+    },
   }
   config.student = {'backbone': student}
   config.method = config_utils.section(methods.get(method), method)
@@ -107,7 +114,10 @@ def teacher_config(
     for unit in config_utils.UNITS:
       own[f'total_{unit}'] = config.teacher[f'total_{unit}']
   for field in own.teacher:
-    own.teacher[field] = type(own.teacher[field])()
+    if field != 'store':
+      own.teacher[field] = type(own.teacher[field])()
+  unstored = default_config(dataset=None, teacher='', student='', method='ce')
+  own.teacher.store = unstored.teacher.store
   return own
 
 
@@ -124,6 +134,7 @@ class Experiment:
     augmentation: of the training images.
     mapper: see parallel.
     dtype: of the computation.
+    stored: which of the teacher's outputs are stored; None where none are.
   """
 
   config: ml_collections.ConfigDict
@@ -133,6 +144,7 @@ class Experiment:
   augmentation: augment.Augmentation
   mapper: parallel.Mapper
   dtype: Any
+  stored: teacher_outputs.Stored | None
 
   def total_steps(self, num_examples: int) -> int:
     """Returns the steps of the run."""
@@ -164,6 +176,30 @@ class Experiment:
       total_steps=self.total_steps(num_examples),
     )
     return optim.make_optimizer(self.config.optimizer, schedule), schedule
+
+  def abstract_batch(
+    self, num_rows: int, *, with_teacher: bool
+  ) -> dict[str, Any]:
+    """Returns the shapes of a batch.
+
+    Args:
+      num_rows: of the batch.
+      with_teacher: whether it holds stored outputs, as all do once the run has
+        stored them.
+    """
+    row = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
+    batch = {
+      'image': jax.ShapeDtypeStruct(
+        (num_rows, *self.dataset.image_shape), jnp.uint8
+      ),
+      **dict.fromkeys(('label', 'index', 'epoch'), row),
+    }
+    if with_teacher:
+      batch['teacher'] = {
+        name: jax.ShapeDtypeStruct((num_rows, *shape), self.stored.dtype)
+        for name, shape in self.stored.shapes.items()
+      }
+    return batch
 
 
 def build(
@@ -223,14 +259,22 @@ def build(
     axis_name=axis_name,
     dtype=dtype,
   )
+  stored, views = None, config.teacher.store.views
+  if views:
+    stored = teacher_outputs.plan(
+      distiller, tuple(dataset.image_shape), config.teacher.store.dtype
+    )
   return Experiment(
     config=config,
     dataset=dataset,
     distiller=distiller,
     judge=teacher,
-    augmentation=augment.Augmentation(dataset.crop_padding, dataset.flip),
+    augmentation=augment.Augmentation(
+      dataset.crop_padding, dataset.flip, views
+    ),
     mapper=parallel.Mapper(config.mapper),
     dtype=dtype,
+    stored=stored,
   )
 
 
@@ -317,6 +361,17 @@ def _check_numbers(config):
     raise config_utils.unknown('bundle', config.bundle, ('last', 'best'))
   if config.seed < 0 or config.teacher.seed < 0:
     raise config_utils.UserError('a seed cannot be negative')
+  store = config.teacher.store
+  if store.views < 0:
+    raise config_utils.UserError(
+      f'teacher.store.views={store.views}: it cannot be negative; 0 stores '
+      'nothing'
+    )
+  if store.dtype not in teacher_outputs.DTYPES:
+    raise config_utils.unknown(
+      'teacher.store.dtype', store.dtype, list(teacher_outputs.DTYPES)
+    )
+  config_utils.check_positive('teacher.store.limit_gib', store.limit_gib)
   num_devices = jax.device_count()
   if config.num_cpu_devices > 1 and (
     jax.default_backend() == 'cpu'

@@ -1,5 +1,6 @@
 """Batches as functions of (seed, step), and every test example once."""
 
+from collections.abc import Callable
 from collections.abc import Iterator
 
 import grain
@@ -16,6 +17,7 @@ def train_batches(
   start_step: int,
   num_steps: int,
   rows: slice,
+  teacher: Callable[[np.ndarray, np.ndarray], Batch] | None = None,
 ) -> Iterator[Batch]:
   """Yields the batches of an endless, shuffled stream of epochs.
 
@@ -29,22 +31,29 @@ def train_batches(
     start_step: batches to leave out at the start.
     num_steps: where to end, counted from the start of the stream.
     rows: this process's part of the global batch.
+    teacher: `(indices, epochs) -> rows by name`, stored outputs to go with the
+      images; None for none.
 
   Yields:
-    'image' uint8 (b, H, W, C), 'label', 'index' and 'epoch' int32 (b,).
+    'image' uint8 (b, H, W, C), 'label', 'index' and 'epoch' int32 (b,), and
+    'teacher' where there are stored outputs.
   """
   order = grain.MapDataset.range(len(arrays)).seed(seed).shuffle().repeat()
 
   def gather(step: int, indices: np.ndarray) -> Batch:
     positions = step * batch_size + np.arange(batch_size)
     indices = indices[rows].astype(np.int32)
+    epochs = (positions[rows] // len(arrays)).astype(np.int32)
     chosen = arrays.take(indices)
-    return {
+    batch = {
       'image': chosen.images,
       'label': chosen.labels.astype(np.int32),
       'index': indices,
-      'epoch': (positions[rows] // len(arrays)).astype(np.int32),
+      'epoch': epochs,
     }
+    if teacher is not None:
+      batch['teacher'] = teacher(indices, epochs)
+    return batch
 
   batches = order.batch(batch_size).map_with_index(gather)
   yield from batches[start_step:num_steps].to_iter_dataset(

@@ -1,5 +1,6 @@
 """The loop over steps: feed, count, evaluate, save, stop."""
 
+from collections.abc import Iterator
 import dataclasses
 import functools
 import logging
@@ -20,6 +21,7 @@ from ijckd_jax import input_pipeline
 from ijckd_jax import metric_writer
 from ijckd_jax import parallel
 from ijckd_jax import steps
+from ijckd_jax import teacher_outputs
 from ijckd_jax import train_state
 
 # How far the host may run ahead of the devices: each step holds its batch.
@@ -76,8 +78,8 @@ class Progress:
   Attributes:
     sums: [sum, count] of each metric since the last row was written.
     examples: trained on while `seconds` were counted.
-    seconds: spent in training steps, without the first one of a process (which
-      compiles), evaluations and saves.
+    seconds: spent in training steps, without those that compile (the first one
+      of a process, the first one with stored outputs), evaluations and saves.
   """
 
   sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)
@@ -101,6 +103,7 @@ class Loop:
     writer: of the metrics.
     frozen: the teacher's arrays, placed; None without a teacher.
     key: the run's key.
+    recorder: of the teacher's outputs; None where they are not stored.
     name: what the progress line calls the run.
   """
 
@@ -110,6 +113,7 @@ class Loop:
   writer: metric_writer.Writers
   frozen: Any
   key: jax.Array
+  recorder: teacher_outputs.Recorder | None
   name: str
 
   def run(
@@ -135,17 +139,26 @@ class Loop:
     num_examples = len(self.splits['train'])
     total_steps = exp.total_steps(num_examples)
     tx, schedule = exp.optimizer(num_examples)
-    p_train_step = exp.mapper.map(
-      functools.partial(
-        steps.train_step,
-        distiller=exp.distiller,
-        tx=tx,
-        augmentation=exp.augmentation,
-        ema_decay=config.ema_decay,
-        num_pieces=config.accumulation,
-      ),
-      rows_in=(False, False, True, False),
-      donate=0,
+    recorder = self.recorder
+    p_train_step, p_filling_step = (
+      exp.mapper.map(
+        functools.partial(
+          body,
+          distiller=exp.distiller,
+          tx=tx,
+          augmentation=exp.augmentation,
+          ema_decay=config.ema_decay,
+          num_pieces=config.accumulation,
+          stored=exp.stored,
+        ),
+        rows_in=(False, False, True, False),
+        rows_out=rows_out,
+        donate=0,
+      )
+      for body, rows_out in (
+        (steps.train_step, False),
+        (steps.filling_step, True),
+      )
     )
     evaluator = evaluate.make_evaluator(
       exp.distiller.deployed_network,
@@ -153,21 +166,19 @@ class Loop:
       batch_size=config.eval_batch_size,
     )
     split = self.ranking_split
-    rows = config.batch_size // jax.process_count()
-    first_row = rows * jax.process_index()
-    batches = input_pipeline.train_batches(
-      self.splits['train'],
-      batch_size=config.batch_size,
-      seed=config.seed,
-      start_step=start,
-      num_steps=total_steps,
-      rows=slice(first_row, first_row + rows),
-    )
+    batches = self._batches(start, total_steps)
+    compiling = {start + 1}
+    if recorder is not None:
+      compiling.add(recorder.last_step + 1)
     pending, clock = [], None
-    batches = parallel.ahead(map(exp.mapper.shard, batches))
     with _ProgressLine(self.name, start, total_steps) as line:
       for step, batch in enumerate(batches, start + 1):
-        state, sums = p_train_step(state, self.frozen, batch, self.key)
+        arguments = state, self.frozen, batch, self.key
+        if recorder is not None and step <= recorder.last_step:
+          (state, sums), rows = p_filling_step(*arguments)
+          recorder.add(step, rows)
+        else:
+          state, sums = p_train_step(*arguments)
         pending.append((step, sums))
         if len(pending) > MAX_STEPS_AHEAD:
           jax.block_until_ready(pending[-MAX_STEPS_AHEAD])
@@ -176,13 +187,14 @@ class Loop:
           step == total_steps or exp.is_due(what, step, num_examples)
           for what in ('log', 'eval', 'checkpoint')
         )
-        if not (
-          log or evaluation or save or stop.requested or step == start + 1
-        ):
+        clocked = compiling & {step, step + 1}
+        if not (log or evaluation or save or stop.requested or clocked):
           continue
+        if recorder is not None:  # First: it knows why a loss is not finite.
+          recorder.flush()
         before = dict(examples=progress.examples, seconds=progress.seconds)
         _add(progress.sums, pending)
-        if clock is not None:
+        if clock is not None and step not in compiling:
           progress.examples += len(pending) * config.batch_size
           progress.seconds += time.perf_counter() - clock
         pending = []
@@ -227,8 +239,37 @@ class Loop:
     """Starts to save a state on the host, which is good, after its metrics."""
     _check_finite(step, state)
     self.writer.flush()
+    if self.recorder is not None:
+      self.recorder.close_file()
     memo = dataclasses.asdict(progress)
     self.store.save(step, state, score=score, memo=memo)
+
+  def _batches(self, start: int, stop: int) -> Iterator[Any]:
+    """Yields the placed batches of the steps after `start`, up to `stop`.
+
+    The first one with stored outputs must not be asked for before all steps
+    that fill the store are made.
+    """
+    config = self.experiment.config
+    rows = config.batch_size // jax.process_count()
+    first_row = rows * jax.process_index()
+    stages = [(start, stop, None)]
+    if self.recorder is not None:
+      full = max(start, self.recorder.last_step)
+      stages = [(start, full, None), (full, stop, self.recorder.reader)]
+    for first, last, reader in stages:
+      if first < last:
+        batches = input_pipeline.train_batches(
+          self.splits['train'],
+          batch_size=config.batch_size,
+          seed=config.seed,
+          start_step=first,
+          num_steps=last,
+          rows=slice(first_row, first_row + rows),
+          teacher=reader and reader(),
+        )
+        shard = self.experiment.mapper.shard
+        yield from parallel.ahead(map(shard, batches))
 
   @property
   def ranking_split(self) -> str:

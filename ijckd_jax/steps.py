@@ -9,6 +9,7 @@ import optax
 from ijckd_jax import distiller as distiller_lib
 from ijckd_jax import metrics
 from ijckd_jax import parallel
+from ijckd_jax import teacher_outputs
 from ijckd_jax import train_state as train_state_lib
 from ijckd_jax.models import cpu_conv
 
@@ -17,8 +18,23 @@ AUGMENTATION_STREAM = 0
 INIT_STREAM = 1
 
 
-@cpu_conv.fast_convolutions()
 def train_step(
+  state: train_state_lib.TrainState,
+  frozen: Any,
+  batch: dict[str, jax.Array],
+  key: jax.Array,
+  **static,
+) -> tuple[train_state_lib.TrainState, dict[str, tuple]]:
+  """Makes one update from this device's rows of the batch.
+
+  Args and results are those of `filling_step`, without the rows.
+  """
+  result, _ = filling_step(state, frozen, batch, key, **static)
+  return result
+
+
+@cpu_conv.fast_convolutions()
+def filling_step(
   state: train_state_lib.TrainState,
   frozen: Any,
   batch: dict[str, jax.Array],
@@ -29,13 +45,15 @@ def train_step(
   augmentation,
   ema_decay: float,
   num_pieces: int,
-) -> tuple[train_state_lib.TrainState, dict[str, tuple]]:
-  """Makes one update from this device's rows of the batch.
+  stored: teacher_outputs.Stored | None = None,
+) -> tuple[tuple[train_state_lib.TrainState, dict[str, tuple]], dict[str, Any]]:
+  """Makes one update, and returns the teacher's outputs beside it.
 
   Args:
     state: the state before; its buffers may be taken over.
     frozen: the teacher's arrays, never donated; None without a teacher.
-    batch: 'image' uint8 (B, H, W, C), 'label', 'index' and 'epoch' int32 (B,).
+    batch: 'image' uint8 (B, H, W, C), 'label', 'index' and 'epoch' int32 (B,);
+      and 'teacher', its stored outputs, where it is not to run.
     key: the run's key.
     distiller: the pair and the method.
     tx: the optimizer.
@@ -44,9 +62,11 @@ def train_step(
       first steps.
     num_pieces: parts in which the rows are worked through, gradients averaged;
       batch norm sees one part at a time.
+    stored: which of the teacher's outputs are stored; None where none are.
 
   Returns:
-    The state after, and (sum, count) of each metric over all devices.
+    The state after, and (sum, count) of each metric over all devices; and rows:
+    'index', 'epoch' and, where they are stored, the 'teacher' outputs.
   """
   images = augmentation(
     jax.random.fold_in(key, AUGMENTATION_STREAM),
@@ -64,24 +84,30 @@ def train_step(
 
   def piece(carry, rows):
     batch_stats, gradients = carry
-    teacher = None
-    if distiller.teacher is not None:
+    rows = dict(rows)
+    teacher, kept = None, rows.pop('teacher', None)
+    if kept is None and distiller.teacher is not None:
       teacher = distiller.teacher(frozen, rows['image'])
+      if stored is not None:
+        kept = stored.take(teacher)
+    if kept is not None:
+      teacher = stored.restore(kept)
     (total, (batch_stats, terms, logits)), new = jax.value_and_grad(
       loss_fn, has_aux=True
     )(state.params, batch_stats, teacher, rows)
     gradients = jax.tree.map(jnp.add, gradients, new)
     sums = _sums({'loss': total, **terms}, logits, rows['label'])
-    return (batch_stats, gradients), sums
+    return (batch_stats, gradients), (sums, kept)
 
   carry = (state.batch_stats, jax.tree.map(jnp.zeros_like, state.params))
   if num_pieces == 1:
-    (batch_stats, gradients), sums = piece(carry, batch)
+    (batch_stats, gradients), (sums, kept) = piece(carry, batch)
   else:
     pieces = jax.tree.map(
       lambda x: x.reshape(num_pieces, -1, *x.shape[1:]), batch
     )
-    (batch_stats, gradients), sums = jax.lax.scan(piece, carry, pieces)
+    (batch_stats, gradients), (sums, kept) = jax.lax.scan(piece, carry, pieces)
+    kept = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
     gradients = jax.tree.map(lambda g: g / num_pieces, gradients)
     sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
@@ -107,7 +133,8 @@ def train_step(
     opt_state=opt_state,
     ema=ema,
   )
-  return state, sums
+  rows = {'index': batch['index'], 'epoch': batch['epoch'], 'teacher': kept}
+  return (state, sums), rows
 
 
 def _sums(means, logits, labels):

@@ -28,6 +28,7 @@ from ijckd_jax import metric_writer
 from ijckd_jax import models
 from ijckd_jax import report
 from ijckd_jax import steps
+from ijckd_jax import teacher_outputs
 from ijckd_jax import teachers
 from ijckd_jax import train_state
 from ijckd_jax import workdirs
@@ -165,8 +166,9 @@ def train_and_evaluate(
     config_utils.resolve('writer', name, {}) for name in config.writers
   ]
   splits = {split: exp.dataset.load(split) for split in datasets.SPLITS}
-  for run, _ in runs:
+  for run, folder in runs:
     run.optimizer(len(splits['train']))  # Raises where durations do not fit.
+    teacher_outputs.check(run, folder, splits['train'], overwrite=overwrite)
   workdirs.claim(folders, overwrite=overwrite)
   extra = [factory(config.to_dict(), str(workdir)) for factory in factories]
   with loop.StopSignals() as stop:
@@ -237,6 +239,7 @@ def _run(exp, workdir, splits, writers, stop) -> Result:
     logger.info('%s: continues after step %d', workdir, start)
   else:
     state = mapper.replicate(state)
+  recorder = teacher_outputs.start(exp, workdir, splits['train'], start)
   writer = metric_writer.Writers(
     [
       metric_writer.JsonLinesWriter(metrics_file, resume_step=start),
@@ -253,6 +256,7 @@ def _run(exp, workdir, splits, writers, stop) -> Result:
     writer=writer,
     frozen=frozen,
     key=mapper.replicate(key),
+    recorder=recorder,
     name='student' if exp.distiller.teacher else config.student.backbone,
   )
   try:

@@ -19,6 +19,7 @@ SUMMARY = 'summary.json'
 REPORT = 'report.md'
 PLOTS = 'plots'
 BUNDLE = 'bundle'
+TEACHER_OUTPUTS = 'teacher_outputs'
 CONTENTS = (
   CHECKPOINTS,
   METRICS,
@@ -27,6 +28,7 @@ CONTENTS = (
   REPORT,
   PLOTS,
   BUNDLE,
+  TEACHER_OUTPUTS,
   CONFIG,
 )
 # By this field of the config's file a folder is known to be a run's.
@@ -38,10 +40,16 @@ RUNTIME_FIELDS = (
   'dataset.data_dir',
   'mapper',
   'num_cpu_devices',
+  'teacher.store.directory',
+  'teacher.store.limit_gib',
   'writers',
 )
 # Fields that configs of older versions lack, with what was done then.
-ADDED_FIELDS = {'unbiased_variance': False}
+ADDED_FIELDS = {
+  'teacher.store.dtype': 'float16',
+  'teacher.store.views': 0,
+  'unbiased_variance': False,
+}
 MAX_CHANGES = 5
 
 Runs = Sequence[tuple[epath.Path, ml_collections.ConfigDict]]

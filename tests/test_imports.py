@@ -41,6 +41,7 @@ LAYERS = {
     'network',
     'experiment',
     'steps',
+    'teacher_outputs',
     'train_state',
   ),
   'parts': (
@@ -58,6 +59,8 @@ LAYERS = {
     'compilation_cache',
     'cpu_memory',
     'metric_writer',
+    'record_files',
+    'teacher_store',
     'workdirs',
     'torch_files',
     'torch_unwrap',

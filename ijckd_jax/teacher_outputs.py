@@ -1,0 +1,327 @@
+"""Which of a teacher's outputs a run stores, and how steps come by them.
+
+The teacher of a run with `config.teacher.store.views = M` sees M fixed views of
+each image. In the first M epochs it runs, and what the method reads of it is
+rounded and stored; from then on it is read. The student learns from the rounded
+values in both, so that it does not matter when a step is made.
+"""
+
+import collections
+from collections.abc import Mapping
+import dataclasses
+import hashlib
+import logging
+import math
+from typing import Any
+
+from etils import epath
+import jax
+from jax.experimental import multihost_utils
+from jax.extend import core
+import jax.numpy as jnp
+import numpy as np
+
+from ijckd_jax import config_utils
+from ijckd_jax import outputs
+from ijckd_jax import parallel
+from ijckd_jax import teacher_store
+from ijckd_jax import workdirs
+
+DTYPES = {
+  'float32': jnp.float32,
+  'float16': jnp.float16,
+  'bfloat16': jnp.bfloat16,
+}
+# How far writing is behind the steps, lest it wait for the devices.
+STEPS_BEHIND = 8
+
+logger = logging.getLogger('ijckd_jax')
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """The outputs that are stored, out of all.
+
+  Attributes:
+    like: Outputs of ShapeDtypeStructs for one image.
+    names: which of its leaves are stored.
+    dtype: in which they are.
+  """
+
+  like: outputs.Outputs
+  names: tuple[str, ...]
+  dtype: Any
+
+  def take(self, teacher: outputs.Outputs) -> dict[str, jax.Array]:
+    """Returns the rows to be stored, rounded."""
+    # A plain cast there and back may be optimised away.
+    info = jnp.finfo(self.dtype)
+    return {
+      name: jax.lax.reduce_precision(leaf, info.nexp, info.nmant).astype(
+        self.dtype
+      )
+      for name, leaf in _leaves(teacher).items()
+      if name in self.names
+    }
+
+  def restore(self, rows: Mapping[str, jax.Array]) -> outputs.Outputs:
+    """Returns the Outputs of rows; what was not stored is zero."""
+    num_rows = len(next(iter(rows.values())))
+    leaves = [
+      rows[name].astype(leaf.dtype)
+      if name in rows
+      else jnp.zeros((num_rows, *leaf.shape[1:]), leaf.dtype)
+      for name, leaf in _leaves(self.like).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(self.like), leaves)
+
+  @property
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    """Shape of a row by name."""
+    leaves = _leaves(self.like)
+    return {name: tuple(leaves[name].shape[1:]) for name in self.names}
+
+
+def _leaves(tree: outputs.Outputs) -> dict[str, Any]:
+  """Returns the leaves by name: 'final', 'logits', 'stages/0', ..."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def plan(distiller, image_shape: tuple[int, int, int], dtype: str) -> Stored:
+  """Returns what a run stores: the outputs that its method's loss reads.
+
+  Args:
+    distiller: the pair and the method; its teacher's arrays may be shapes.
+    image_shape: (H, W, C) of the shared view.
+    dtype: one of DTYPES.
+
+  Raises:
+    config_utils.UserError: there is nothing to store.
+  """
+  if distiller.teacher is None:
+    raise _nothing_to_store(distiller)
+  frozen = distiller.teacher.frozen
+
+  def loss(teacher, frozen, images):
+    variables = distiller.init(jax.random.key(0), image_shape)
+    student, _ = distiller.student(variables, frozen, images)
+    rows = jnp.zeros(images.shape[0], jnp.int32)
+    batch = {'image': images, 'label': rows, 'index': rows, 'epoch': rows}
+    return distiller.method.loss(student, teacher, batch)
+
+  images = jax.ShapeDtypeStruct((2, *image_shape), jnp.uint8)
+  like = jax.eval_shape(distiller.teacher, frozen, images)
+  shards = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), (like, images)
+  )
+  traced = jax.make_jaxpr(
+    jax.vmap(loss, in_axes=(0, None, 0), axis_name=parallel.AXIS)
+  )(shards[0], frozen, shards[1]).jaxpr
+  read = _inputs_read(traced, [True] * len(traced.outvars))
+  # The teacher's outputs are the first of the inputs.
+  names = tuple(
+    name for name, is_read in zip(_leaves(like), read, strict=False) if is_read
+  )
+  if not names:
+    raise _nothing_to_store(distiller)
+  return Stored(like, names, jnp.dtype(DTYPES[dtype]))
+
+
+def _nothing_to_store(distiller) -> config_utils.UserError:
+  return config_utils.UserError(
+    f'{distiller.method} reads no outputs of a teacher, so there is nothing to '
+    'store: set teacher.store.views=0'
+  )
+
+
+def _inputs_read(jaxpr, wanted) -> list[bool]:
+  """Returns which inputs the wanted outputs of a traced function depend on."""
+  needed = {
+    var
+    for var, is_wanted in zip(jaxpr.outvars, wanted, strict=True)
+    if is_wanted and not isinstance(var, core.Literal)
+  }
+  for equation in reversed(jaxpr.eqns):
+    results = [var in needed for var in equation.outvars]
+    if not any(results):
+      continue
+    reads = [True] * len(equation.invars)
+    if equation.primitive.name in ('jit', 'pjit'):
+      # A method whose loss is jitted need not read all that it is given.
+      reads = _inputs_read(equation.params['jaxpr'].jaxpr, results)
+    needed |= {
+      var
+      for var, is_read in zip(equation.invars, reads, strict=True)
+      if is_read and not isinstance(var, core.Literal)
+    }
+  return [var in needed for var in jaxpr.invars]
+
+
+class Recorder:
+  """What a loop knows of a store: whether to fill it, and when to read."""
+
+  def __init__(self, store: teacher_store.Store, mapper, batch_size: int):
+    """Takes a store that is open.
+
+    Args:
+      store: of the teacher's outputs.
+      mapper: parallel.Mapper of the filling steps.
+      batch_size: rows of a step, of all devices and processes.
+    """
+    size = store.layout.size
+    # The step after which there is nothing left to fill.
+    self.last_step = 0 if store.complete else math.ceil(size / batch_size)
+    self._store = store
+    self._mapper = mapper
+    self._batch_size = batch_size
+    self._pending = collections.deque()
+
+  def add(self, step: int, rows: Any) -> None:
+    """Takes the rows of steps.filling_step, counted from 1; does not wait."""
+    self._pending.append((step, rows))
+    while len(self._pending) > STEPS_BEHIND:
+      self._write()
+
+  def flush(self) -> None:
+    """Waits until all that was added is written."""
+    while self._pending:
+      self._write()
+
+  def close_file(self) -> None:
+    """Completes the file that is written, so that a checkpoint can follow."""
+    self.flush()
+    self._store.close_file()
+
+  def reader(self):
+    """Returns `(indices, epochs) -> rows by name`, once all is stored."""
+    self.close_file()
+    _wait_for_others('stored')
+    self._store.load()
+    return self._store.read
+
+  def _write(self) -> None:
+    step, rows = self._pending.popleft()
+    rows = self._mapper.rows(rows)
+    end = step * self._batch_size
+    self._store.write(
+      end - self._batch_size,
+      end,
+      rows['index'],
+      rows['epoch'],
+      rows['teacher'],
+    )
+
+
+def check(exp, folder: epath.Path, arrays, *, overwrite: bool) -> None:
+  """Raises where a run's outputs cannot be stored; nothing is written.
+
+  Args:
+    exp: experiment.Experiment.
+    folder: of the run.
+    arrays: datasets.Arrays that it trains on.
+    overwrite: whether what the folder holds will be removed.
+
+  Raises:
+    config_utils.UserError: too large, or the place is taken.
+  """
+  if exp.stored is None:
+    return
+  store = _store(exp, folder, arrays)
+  if exp.config.teacher.store.directory or not overwrite:
+    unknown = ('teacher',) if _is_abstract(exp.judge.frozen) else ()
+    store.check(ignore=unknown)
+    if store.complete:
+      return
+  store.check_size(exp.config.teacher.store.limit_gib)
+  num_examples = exp.total_steps(len(arrays)) * exp.config.batch_size
+  if store.layout.size > num_examples:
+    raise config_utils.UserError(
+      f'teacher.store.views={store.layout.views}: the run is shorter than so '
+      'many epochs, and would never read what it stores: take fewer, or 0'
+    )
+
+
+def start(exp, folder: epath.Path, arrays, step: int) -> Recorder | None:
+  """Opens a run's store after a step; None where it has none.
+
+  Args:
+    exp: experiment.Experiment, whose teacher is there.
+    folder: of the run.
+    arrays: datasets.Arrays that it trains on.
+    step: how many were made before.
+
+  Raises:
+    config_utils.UserError: it is another store, or something is missing.
+  """
+  if exp.stored is None or step == exp.total_steps(len(arrays)):
+    return None
+  store, batch_size = _store(exp, folder, arrays), exp.config.batch_size
+  if jax.process_index() == 0:
+    store.open(step * batch_size)
+  _wait_for_others('opened')
+  layout = store.layout
+  logger.info(
+    '%s: %s: %.3g GiB, %d views of %d images, %d bytes each (%s in %s)%s',
+    folder,
+    store.directory,
+    layout.num_bytes / teacher_store.GIB,
+    layout.views,
+    layout.num_examples,
+    layout.record_bytes,
+    ', '.join(layout.leaves),
+    layout.dtype,
+    '; complete' if store.complete else '',
+  )
+  return Recorder(store, exp.mapper, batch_size)
+
+
+def _store(exp, folder, arrays) -> teacher_store.Store:
+  """Returns the store that a run's config describes."""
+  settings, teacher = exp.config.teacher.store, exp.judge
+  layout = teacher_store.Layout(
+    len(arrays), settings.views, exp.stored.dtype, exp.stored.shapes
+  )
+  identity = {
+    'teacher': f'{teacher.name} {_digest(teacher.frozen)}',
+    'preprocessing': str(teacher.preprocessing),
+    'compute_dtype': exp.config.dtype,
+    'dataset': exp.config.dataset.name,
+    'examples': _digest((arrays.images, arrays.labels)),
+    'augmentation': str(exp.augmentation),
+    'seed': exp.config.seed,
+  }
+  return teacher_store.Store(
+    settings.directory or folder / workdirs.TEACHER_OUTPUTS,
+    layout,
+    identity,
+    owner=str(folder.resolve()),
+    process=jax.process_index(),
+    num_processes=jax.process_count(),
+  )
+
+
+def _is_abstract(tree) -> bool:
+  """Returns whether there are shapes in place of arrays."""
+  return any(
+    isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)
+  )
+
+
+def _digest(tree) -> str:
+  """Returns a hash of a tree's arrays; '' where they are not there yet."""
+  if _is_abstract(tree):
+    return ''
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    array = np.ascontiguousarray(leaf)
+    digest.update(f'{path}{array.shape}{array.dtype}'.encode())
+    digest.update(array.view(np.uint8))
+  return digest.hexdigest()[:16]
+
+
+def _wait_for_others(what: str) -> None:
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(f'teacher outputs {what}')
