@@ -117,9 +117,10 @@ def test_float32_rows_are_what_the_live_teacher_gives(exact):
     assert rows.keys() == {'final', 'logits'}
     for name, value in rows.items():
       assert value.dtype == np.float32
-      live_value = getattr(expected, name)
-      scale = np.abs(live_value).max()
-      np.testing.assert_allclose(value, live_value, rtol=0, atol=1e-6 * scale)
+      # Other batches, other roundings: of the largest number's size.
+      np.testing.assert_allclose(
+        value, getattr(expected, name), rtol=0, atol=1e-6 * value.max()
+      )
   # It is not one view over and over.
   first, second = (
     store.read(indices, np.full_like(indices, e)) for e in (0, 1)
@@ -130,8 +131,9 @@ def test_float32_rows_are_what_the_live_teacher_gives(exact):
 def test_twenty_steps_from_the_store_are_those_of_the_live_teacher(exact):
   store, exp, arrays = exact
   tx, _ = exp.optimizer(len(arrays))
+  init = jax.jit(exp.distiller.init, static_argnums=1)
   state = train_state.create(
-    exp.distiller.init(jax.random.key(0), (8, 8, 1)), tx, with_ema=False
+    init(jax.random.key(0), (8, 8, 1)), tx, with_ema=False
   )
 
   def terms(stored, read):
@@ -352,7 +354,8 @@ def test_what_the_loss_reads_is_what_is_stored(
   assert exp.stored.names == names
   batch = exp.abstract_batch(48, with_teacher=True)
   assert batch['teacher'].keys() == set(names)
-  assert {leaf.dtype for leaf in batch['teacher'].values()} == {np.float16}
+  for leaf in batch['teacher'].values():
+    assert leaf.dtype == np.float16
 
 
 @pytest.mark.parametrize(
