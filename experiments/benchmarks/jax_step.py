@@ -66,6 +66,7 @@ def make_step(exp: experiment.Experiment, pair: pairs.Pair):
       augmentation=exp.augmentation,
       ema_decay=0.0,
       num_pieces=1,
+      stored=exp.stored,
     ),
     rows_in=(False, False, True, False),
     donate=0,
@@ -75,14 +76,18 @@ def make_step(exp: experiment.Experiment, pair: pairs.Pair):
   for seed in range(pairs.NUM_BATCHES):
     images, labels = pair.batch(seed)
     index = np.arange(len(labels), dtype=np.int32)
-    batches.append(
-      {
-        'image': images,
-        'label': labels,
-        'index': index,
-        'epoch': np.full_like(index, seed),
-      }
-    )
+    batch = {
+      'image': images,
+      'label': labels,
+      'index': index,
+      'epoch': np.full_like(index, seed),
+    }
+    if exp.stored is not None:
+      shapes = exp.abstract_batch(len(labels), with_teacher=True)['teacher']
+      batch['teacher'] = jax.tree.map(
+        lambda x: np.full(x.shape, 0.1, x.dtype), shapes
+      )
+    batches.append(batch)
   batches = itertools.cycle(batches)
 
   def step():
@@ -98,11 +103,11 @@ def main():
   parser = argparse.ArgumentParser()
   parser.add_argument('pair')
   parser.add_argument('num_devices', type=int)
-  parser.add_argument('convolutions', choices=['fast', 'xla'])
+  parser.add_argument('kind', choices=['fast', 'xla', 'stored'])
   args = parser.parse_args()
   jax.config.update('jax_num_cpu_devices', args.num_devices)
   cpu_memory.keep_freed()
-  if args.convolutions == 'xla':
+  if args.kind == 'xla':
     cpu_conv.MIN_CHANNELS = math.inf
   pair = pairs.PAIRS[args.pair]
   # Batch norm over the whole batch, as PyTorch's.
@@ -110,6 +115,8 @@ def main():
     'num_cpu_devices': args.num_devices,
     'sync_batch_norm': args.num_devices > 1,
   }
+  if args.kind == 'stored':
+    settings['teacher'] = {'store': {'views': 1}}
   worker.serve(*make_step(make_experiment(pair, settings), pair))
 
 

@@ -21,6 +21,7 @@ from ijckd_jax import wording
 
 JAX = 'experiments.benchmarks.jax_step'
 TORCH = 'experiments.benchmarks.torch_step'
+STORED = 'ours, teacher stored'
 
 
 def start(candidates: dict[str, tuple[str, ...]]) -> dict[str, worker.Worker]:
@@ -59,6 +60,7 @@ def run(name: str, rounds: int, seconds: float) -> dict:
       "ours, XLA's convolutions": (JAX, name, cores, 'xla'),
       'ours, 1 device': (JAX, name, '1', 'fast'),
       f'ours, {cores} devices': (JAX, name, cores, 'fast'),
+      STORED: (JAX, name, cores, 'stored'),
     }
   )
   print(f'{pair}: timing', file=sys.stderr, flush=True)
@@ -79,6 +81,7 @@ def run(name: str, rounds: int, seconds: float) -> dict:
       key: max(values) / min(values) for key, values in times.items()
     },
     'ratio': ours / theirs,
+    'ratio_stored': speed[STORED] / theirs,
   }
 
 
@@ -102,10 +105,11 @@ def main():
       result['pair'],
       *(f'{result["images_per_second"][column]:.1f}' for column in columns),
       f'{result["ratio"]:.2f}',
+      f'{result["ratio_stored"]:.2f}',
     ]
     for result in results
   ]
-  titles = ['pair', *columns, 'ratio']
+  titles = ['pair', *columns, 'ratio', 'ratio, stored']
   print(wording.grid([titles, *rows]))
   ratios = [result['ratio'] for result in results]
   print(
