@@ -1,6 +1,8 @@
 """From a config to everything that a run is made of, before anything runs."""
 
+from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -19,6 +21,7 @@ from ijckd_jax import models
 from ijckd_jax import network
 from ijckd_jax import optim
 from ijckd_jax import parallel
+from ijckd_jax import steps
 from ijckd_jax import teachers
 from ijckd_jax import torch_import
 
@@ -161,6 +164,23 @@ class Experiment:
       total_steps=self.total_steps(num_examples),
     )
     return optim.make_optimizer(self.config.optimizer, schedule), schedule
+
+  def train_step(self, tx: optax.GradientTransformation) -> Callable:
+    """Returns one device's training step, steps.train_step of four arrays."""
+    return functools.partial(
+      steps.train_step,
+      distiller=self.distiller,
+      tx=tx,
+      augmentation=self.augmentation,
+      ema_decay=self.config.ema_decay,
+      num_pieces=self.config.accumulation,
+    )
+
+  def map_train_step(self, step: Callable) -> Callable:
+    """Returns a training step compiled and mapped; it donates the state."""
+    return self.mapper.map(
+      step, rows_in=(False, False, True, False), donate=0
+    )
 
 
 def build(

@@ -1,7 +1,6 @@
 """The loop over steps: feed, count, evaluate, save, stop."""
 
 import dataclasses
-import functools
 import logging
 import signal
 import sys
@@ -18,7 +17,6 @@ from ijckd_jax import evaluate
 from ijckd_jax import experiment as experiment_lib
 from ijckd_jax import input_pipeline
 from ijckd_jax import metric_writer
-from ijckd_jax import steps
 from ijckd_jax import train_state
 
 # How far the host may run ahead of the devices: each step holds its batch.
@@ -134,18 +132,7 @@ class Loop:
     num_examples = len(self.splits['train'])
     total_steps = exp.total_steps(num_examples)
     tx, schedule = exp.optimizer(num_examples)
-    p_train_step = exp.mapper.map(
-      functools.partial(
-        steps.train_step,
-        distiller=exp.distiller,
-        tx=tx,
-        augmentation=exp.augmentation,
-        ema_decay=config.ema_decay,
-        num_pieces=config.accumulation,
-      ),
-      rows_in=(False, False, True, False),
-      donate=0,
-    )
+    p_train_step = exp.map_train_step(exp.train_step(tx))
     evaluator = evaluate.make_evaluator(
       exp.distiller.deployed_network,
       mapper=exp.mapper,
