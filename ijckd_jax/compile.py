@@ -373,6 +373,9 @@ def prepare_environment() -> None:
   """Keeps JAX off any accelerator, and libtpu from looking and logging."""
   os.environ['JAX_PLATFORMS'] = 'cpu'
   os.environ['TPU_SKIP_MDS_QUERY'] = '1'  # Where Cloud TPU tells what it is.
+  # What it would ask; without, it complains.
+  os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
+  os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   # Only compiling, it does not need the TPU that another process may hold.
   os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
   os.environ.setdefault('TPU_MIN_LOG_LEVEL', '3')

@@ -178,9 +178,7 @@ class Experiment:
 
   def map_train_step(self, step: Callable) -> Callable:
     """Returns a training step compiled and mapped; it donates the state."""
-    return self.mapper.map(
-      step, rows_in=(False, False, True, False), donate=0
-    )
+    return self.mapper.map(step, rows_in=(False, False, True, False), donate=0)
 
 
 def build(

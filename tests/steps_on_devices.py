@@ -77,7 +77,9 @@ def initial_state(exp):
 def mapped_steps(exp, batches):
   """Returns the state and the last sums, by the experiment's mapper."""
   mapper = exp.mapper
-  p_train_step = exp.map_train_step(exp.train_step(exp.optimizer(BATCH_SIZE)[0]))
+  p_train_step = exp.map_train_step(
+    exp.train_step(exp.optimizer(BATCH_SIZE)[0])
+  )
   state = mapper.replicate(initial_state(exp))
   frozen = mapper.replicate(exp.judge.frozen)
   key = mapper.replicate(jax.random.key(2))
