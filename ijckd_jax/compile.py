@@ -293,16 +293,17 @@ def budget(exp, compiled, topology: str) -> Budget:
 def describe(found: Budget) -> str:
   """Returns the lines that the command prints."""
   name, peak = roofline.chip(found.topology)
-  bound, images = found.bound, found.images
+  bound, images, number = found.bound, found.images, roofline.number
   cores = '' if found.devices_per_chip == 1 else ' of two devices'
   rows = [
     ('chips', f'{found.num_chips} {name}{cores}, {images:,} images each'),
-    ('arithmetic', f'{found.flops / images / 1e9:.2f} GFLOP per image'),
+    ('arithmetic', f'{number(found.flops / images / 1e9)} GFLOP per image'),
     (
       'HBM traffic',
-      f'{found.hbm_bytes / images / 1e6:.1f} MB per image (XLA\'s "bytes '
+      f'{number(found.hbm_bytes / images / 1e6)} MB per image (XLA\'s "bytes '
       f'accessed", on-chip memory included: '
-      f'{found.xla_bytes / images / 1e6:.1f} MB)',
+      f'{number(found.xla_bytes / images / 1e6)} MB, or '
+      f'{number(1e3 * found.xla_bytes / peak.hbm_bandwidth)} ms)',
     ),
     (
       'intensity',
@@ -311,19 +312,19 @@ def describe(found: Budget) -> str:
     ),
     (
       'peak HBM',
-      f'{found.peak_bytes / 1e9:.2f} GB of {peak.hbm_size / 1e9:.0f} GB',
+      f'{number(found.peak_bytes / 1e9)} GB of {peak.hbm_size / 1e9:.0f} GB',
     ),
     (
       'interconnect',
-      f'{found.interconnect_bytes / 1e6:.1f} MB per step and chip, by '
+      f'{number(found.interconnect_bytes / 1e6)} MB per step and chip, by '
       f'{found.collectives} all-reduce{"s" * (found.collectives != 1)} '
-      f'(gradients are {found.gradient_bytes / 1e6:.1f} MB)',
+      f'(gradients are {number(found.gradient_bytes / 1e6)} MB)',
     ),
     (
       'a step takes',
-      f'at least {1e3 * bound.seconds:.1f} ms, bound by {bound.side} '
-      f'(arithmetic {1e3 * bound.compute_seconds:.1f} ms, memory '
-      f'{1e3 * bound.memory_seconds:.1f} ms)',
+      f'at least {number(1e3 * bound.seconds)} ms, bound by {bound.side} '
+      f'(arithmetic {number(1e3 * bound.compute_seconds)} ms, memory '
+      f'{number(1e3 * bound.memory_seconds)} ms)',
     ),
     (
       'that is',
@@ -352,6 +353,10 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--images_per_chip', type=int)
   parser.add_argument('--json')
   flags, overrides = parser.parse_known_args(argv)
+  if flags.json and not os.path.isdir(os.path.dirname(flags.json) or '.'):
+    raise config_utils.UserError(
+      f'--json {flags.json}: there is no such folder'
+    )
   config = config_utils.load(flags.config)
   config_utils.apply_flags(config, overrides)
   prepare_environment()

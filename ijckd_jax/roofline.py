@@ -252,3 +252,9 @@ def report(rows: Sequence[tuple[str, str]]) -> str:
   """Returns lines of a label and what it says, aligned."""
   width = max(len(label) for label, _ in rows)
   return '\n'.join(f'{label.ljust(width)}  {text}' for label, text in rows)
+
+
+def number(value: float) -> str:
+  """Returns a positive number with three digits that count, or its integer."""
+  digits = 2 - math.floor(math.log10(value)) if value else 0
+  return f'{value:,.{max(0, digits)}f}'

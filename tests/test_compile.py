@@ -146,6 +146,14 @@ def test_the_roofline_by_hand():
   assert roofline.bound(394e9, 819e6, chip).side == 'arithmetic'
 
 
+@pytest.mark.parametrize(
+  'value, said',
+  [(22.093, '22.1'), (0.012345, '0.0123'), (105965.0, '105,965'), (0, '0')],
+)
+def test_numbers_keep_three_digits(value, said):
+  assert roofline.number(value) == said
+
+
 @pytest.mark.parametrize('name', roofline.CHIPS)
 def test_a_chip_says_where_its_numbers_stand(name):
   chip = roofline.CHIPS[name]
