@@ -266,7 +266,7 @@ def budget(exp, compiled, topology: str) -> Budget:
   cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
   # XLA counts a loop as if it turned once. Nearly all is in the loop.
   pieces = exp.config.accumulation
-  turns = pieces if pieces in roofline.trip_counts(text) else 1
+  turns = pieces if pieces in roofline.loop_turns(text) else 1
   peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
   state, *_ = step_arguments(exp)
   return Budget(

@@ -104,26 +104,40 @@ _COLLECTIVES = (
 )
 
 
-def _sizes(shapes: str) -> list[tuple[int, bool]]:
-  """Returns (bytes, whether in HBM) of each array of an instruction's shapes.
+@dataclasses.dataclass(frozen=True)
+class _Array:
+  """An operand or a result: what it holds, what it fills, and where it lies."""
+
+  size: int  # Bytes.
+  tiled: int  # In whole tiles.
+  in_hbm: bool
+
+
+def _arrays(shapes: str) -> list[_Array]:
+  """Returns the arrays of an instruction's shapes.
 
   An array fills whole tiles: in `{1,0:T(8,128)}` the last dimension is padded
   to 128 and the one before it to 8.
   """
-  sizes = []
+  arrays = []
   for kind, dims, layout in _SHAPE.findall(shapes):
     dims = [int(dim) for dim in dims.split(',') if dim]
+    padded = list(dims)
     order, _, tiling = layout.partition(':')
     minor_to_major = [int(axis) for axis in order.split(',') if axis]
     tile = re.match(r'T\(([\d,]+)\)', tiling)
     if tile:
       sides = [int(side) for side in tile[1].split(',')]
       for axis, side in zip(minor_to_major, reversed(sides), strict=False):
-        dims[axis] = -(-dims[axis] // side) * side
+        padded[axis] = -(-padded[axis] // side) * side
     bits = _BITS.search(kind)
-    size = math.prod(dims) * max(1, int(bits[0]) // 8 if bits else 1)
-    sizes.append((size, 'S(' not in layout))
-  return sizes
+    width = max(1, int(bits[0]) // 8 if bits else 1)
+    arrays.append(
+      _Array(
+        width * math.prod(dims), width * math.prod(padded), 'S(' not in layout
+      )
+    )
+  return arrays
 
 
 def _parse(hlo: str):
@@ -143,19 +157,39 @@ def traffic(hlo: str) -> Traffic:
   """Returns what one device moves, by the text of its optimized program.
 
   Every operation reads its operands and writes its results once, each from or
-  to the memory where it lies, in whole; a copy or a slice that is brought
-  on-chip ahead of its use is one read of HBM, and its use is none. What XLA
-  fuses into an operation moves nothing. Loops count as often as they turn.
-  Of all-reduces, a ring's share is counted: 2 (n - 1) / n times the result.
+  to the memory where it lies, in whole unless it takes slices; a copy or a
+  slice that is brought on-chip ahead of its use is one read of HBM, and its use
+  is none. What XLA fuses into an operation moves nothing. Loops count as often
+  as they turn. Of all-reduces, a ring's share is counted: 2 (n - 1) / n times
+  the result.
   """
   computations, entry = _parse(hlo)
   return _of_computation(entry, computations, _group_size(hlo))
 
 
-def trip_counts(hlo: str) -> list[int]:
-  """Returns how often each loop of a program turns, where that is known."""
-  counts = re.findall(r'"known_trip_count":\{"n":"(\d+)"\}', hlo)
-  return [int(count) for count in counts]
+def loop_turns(hlo: str) -> list[int]:
+  """Returns how often each loop of a program turns."""
+  computations, _ = _parse(hlo)
+  return [
+    _turns(found, computations)
+    for instructions in computations.values()
+    for found in instructions
+    if found['op'] == 'while'
+  ]
+
+
+def _turns(loop, computations) -> int:
+  """Returns how often a loop turns: by XLA's word, or what it counts up to."""
+  known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop['attributes'])
+  if known:
+    return int(known[1])
+  condition = re.search(r'condition=%([\w.\-]+)', loop['attributes'])[1]
+  limits = [
+    int(found['operands'])
+    for found in computations[condition]
+    if found['op'] == 'constant' and found['operands'].isdigit()
+  ]
+  return limits[0] if len(limits) == 1 else 1
 
 
 def _group_size(hlo: str) -> int:
@@ -165,45 +199,73 @@ def _group_size(hlo: str) -> int:
   return math.prod(map(int, counts))
 
 
+def _operand_names(instruction) -> list[str]:
+  return re.findall(r'%([\w.\-]+)', instruction['operands'])
+
+
 def _of_computation(name, computations, num_devices) -> Traffic:
   instructions = computations[name]
-  sizes = {found['name']: _sizes(found['shapes']) for found in instructions}
+  arrays = {found['name']: _arrays(found['shapes']) for found in instructions}
   total = Traffic()
   for found in instructions:
     op, attributes = found['op'], found['attributes']
     if op in _FREE or op.endswith('-done') or 'ConcatBitcast' in attributes:
       continue
     if op in ('while', 'call', 'conditional'):
-      (times,) = trip_counts(attributes) or [1]
+      times = _turns(found, computations) if op == 'while' else 1
       called = re.findall(r'(?:body|to_apply)=%([\w.\-]+)', attributes)
       for inner in called:
         part = _of_computation(inner, computations, num_devices)
         total += part * times
       continue
-    results = sizes[found['name']]
+    results = arrays[found['name']]
     operands = [
-      size
-      for operand in re.findall(r'%([\w.\-]+)', found['operands'])
-      for size in sizes.get(operand, ())
+      array
+      for operand in _operand_names(found)
+      for array in arrays.get(operand, ())
     ]
     if op in ('copy-start', 'slice-start'):
       # Results are aliases too: copies are (target, source, context), slices
       # ((sources), target, context).
       target = results[0] if op == 'copy-start' else results[len(operands)]
-      results, operands = [target], [(target[0], operands[0][1])]
+      source = dataclasses.replace(target, in_hbm=operands[0].in_hbm)
+      results, operands = [target], [source]
+    elif op == 'fusion':
+      fused = re.search(r'calls=%([\w.\-]+)', attributes)
+      if fused and len(operands) == len(_operand_names(found)):
+        operands = _sliced(operands, computations[fused[1]])
     total += _of_operation(op, results, operands, num_devices)
   return total
 
 
+def _sliced(operands, fused) -> list[_Array]:
+  """Returns a fusion's operands, those as slices of which it takes slices."""
+  taken = []
+  for i, operand in enumerate(operands):
+    parameter = [
+      found['name']
+      for found in fused
+      if found['op'] == 'parameter' and found['operands'] == str(i)
+    ]
+    users = [
+      found for found in fused if set(parameter) & set(_operand_names(found))
+    ]
+    if users and all(found['op'] == 'dynamic-slice' for found in users):
+      tiled = sum(_arrays(found['shapes'])[0].tiled for found in users)
+      operand = dataclasses.replace(operand, tiled=min(tiled, operand.tiled))
+    taken.append(operand)
+  return taken
+
+
 def _of_operation(op, results, operands, num_devices) -> Traffic:
   moved = [*results, *operands]
-  hbm = sum(size for size, in_hbm in moved if in_hbm)
-  on_chip = sum(size for size, in_hbm in moved if not in_hbm)
+  hbm = sum(array.tiled for array in moved if array.in_hbm)
+  on_chip = sum(array.tiled for array in moved if not array.in_hbm)
   kind = op.removesuffix('-start')
   if kind not in _COLLECTIVES:
     return Traffic(hbm, on_chip)
   share = (num_devices - 1) / num_devices
-  whole = sum(size for size, _ in operands)
+  whole = sum(array.size for array in operands)
   if kind == 'all-reduce':
     return Traffic(hbm, on_chip, 1, whole, 2 * share * whole)
   if kind == 'all-gather':

@@ -38,7 +38,16 @@ calls=%inside
 
 %condition (s: (s32[], bf16[64,8,128])) -> pred[] {
   %s = (s32[]{:T(128)}, bf16[64,8,128]{2,1,0:T(8,128)(2,1)}) parameter(0)
-  ROOT %yes = pred[]{:T(512)} constant(true)
+  %limit = s32[]{:T(128)} constant(5)
+  %counter = s32[]{:T(128)} get-tuple-element(%s), index=0
+  ROOT %less = pred[]{:T(512)} compare(%counter, %limit), direction=LT
+}
+
+%slices (q: bf16[64,8,128]) -> bf16[16,8,128] {
+  %q = bf16[64,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  ROOT %part = bf16[16,8,128]{2,1,0:T(8,128)(2,1)} dynamic-slice(%q, %zero, \
+%zero, %zero), dynamic_slice_sizes={16,8,128}
 }
 
 ENTRY %main (x: bf16[64,8,128], w: f32[100]) -> bf16[64,8,128] {
@@ -101,15 +110,25 @@ def test_bringing_a_slice_on_chip_reads_the_slice():
   assert moved == roofline.Traffic(hbm=MAP / 4, on_chip=MAP / 4)
 
 
-def test_a_loop_counts_as_often_as_it_turns():
+@pytest.mark.parametrize(
+  'known', ['', ', backend_config={"known_trip_count":{"n":"5"}}']
+)
+def test_a_loop_counts_as_often_as_it_turns(known):
+  """By XLA's word, or by what its condition counts up to."""
   shapes = f'(s32[]{{:T(128)}}, {HBM})'
-  moved = traffic(
+  lines = [
     f'%t = {shapes} tuple(%x)',
-    f'ROOT %loop = {shapes} while(%t), condition=%condition, body=%body, '
-    'backend_config={"known_trip_count":{"n":"5"}}',
-  )
-  assert moved == roofline.Traffic(hbm=5 * 2 * MAP)
-  assert roofline.trip_counts('{"known_trip_count":{"n":"5"}}') == [5]
+    f'ROOT %loop = {shapes} while(%t), condition=%condition, body=%body{known}',
+  ]
+  assert traffic(*lines) == roofline.Traffic(hbm=5 * 2 * MAP)
+  text = PROGRAM + '\n'.join(f'  {line}' for line in lines) + '\n}'
+  assert roofline.loop_turns(text) == [5]
+
+
+def test_a_fusion_that_takes_a_slice_reads_the_slice():
+  result = HBM.replace('64', '16')
+  moved = traffic(f'ROOT %y = {result} fusion(%x), kind=kLoop, calls=%slices')
+  assert moved == roofline.Traffic(hbm=2 * MAP / 4)
 
 
 @pytest.mark.parametrize(
