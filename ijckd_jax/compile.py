@@ -235,7 +235,8 @@ def compile_step(exp, step=None, arguments=None):
 
 def does_not_fit(message: str, config) -> Exception:
   """Returns what the user is told of a compiler's error."""
-  found = re.search(r'Used (\S+) of (\S+) hbm', message)
+  size = r'([\d.]+[KMGT])\b'
+  found = re.search(rf'Ran out of memory.*?{size}.*?{size}', message, re.DOTALL)
   if not found:
     return config_utils.UserError(
       f'XLA cannot compile the step: {config_utils.short(message)}'
