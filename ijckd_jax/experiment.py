@@ -1,6 +1,8 @@
 """From a config to everything that a run is made of, before anything runs."""
 
+from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -19,6 +21,7 @@ from ijckd_jax import models
 from ijckd_jax import network
 from ijckd_jax import optim
 from ijckd_jax import parallel
+from ijckd_jax import steps
 from ijckd_jax import teacher_outputs
 from ijckd_jax import teachers
 from ijckd_jax import torch_import
@@ -200,6 +203,34 @@ class Experiment:
         for name, shape in self.stored.shapes.items()
       }
     return batch
+
+  def train_step(
+    self, tx: optax.GradientTransformation, body: Callable = steps.train_step
+  ) -> Callable:
+    """Returns one device's training step, as a function of four arrays.
+
+    Args:
+      tx: the optimizer.
+      body: steps.train_step, or steps.filling_step.
+    """
+    return functools.partial(
+      body,
+      distiller=self.distiller,
+      tx=tx,
+      augmentation=self.augmentation,
+      ema_decay=self.config.ema_decay,
+      num_pieces=self.config.accumulation,
+      stored=self.stored,
+    )
+
+  def map_train_step(self, step: Callable, *, rows_out=False) -> Callable:
+    """Returns a training step compiled and mapped; it donates the state."""
+    return self.mapper.map(
+      step,
+      rows_in=(False, False, True, False),
+      rows_out=rows_out,
+      donate=0,
+    )
 
 
 def build(

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 import dataclasses
-import functools
 import logging
 import signal
 import sys
@@ -140,25 +139,9 @@ class Loop:
     total_steps = exp.total_steps(num_examples)
     tx, schedule = exp.optimizer(num_examples)
     recorder = self.recorder
-    p_train_step, p_filling_step = (
-      exp.mapper.map(
-        functools.partial(
-          body,
-          distiller=exp.distiller,
-          tx=tx,
-          augmentation=exp.augmentation,
-          ema_decay=config.ema_decay,
-          num_pieces=config.accumulation,
-          stored=exp.stored,
-        ),
-        rows_in=(False, False, True, False),
-        rows_out=rows_out,
-        donate=0,
-      )
-      for body, rows_out in (
-        (steps.train_step, False),
-        (steps.filling_step, True),
-      )
+    p_train_step = exp.map_train_step(exp.train_step(tx))
+    p_filling_step = exp.map_train_step(
+      exp.train_step(tx, steps.filling_step), rows_out=True
     )
     evaluator = evaluate.make_evaluator(
       exp.distiller.deployed_network,

@@ -39,21 +39,29 @@ class Mapper:
 
   Attributes:
     kind: 'pmap' or 'shard_map'.
+    devices: for 'shard_map', of the mesh, such as those of a machine that is
+      not there but compiled for; None: all that there are.
   """
 
   kind: str = 'pmap'
+  devices: tuple[Any, ...] | None = None
 
   @property
   def mesh(self) -> jax.sharding.Mesh:
     """This process's devices under pmap, all devices under shard_map."""
     local = self.kind == 'pmap'
-    devices = jax.local_devices() if local else jax.devices()
+    devices = jax.local_devices() if local else self.devices or jax.devices()
     return jax.sharding.Mesh(np.array(devices), (AXIS,))
 
   @property
   def replicated(self) -> jax.sharding.NamedSharding:
     """The sharding of state: a whole copy on every device."""
     return jax.sharding.NamedSharding(self.mesh, jax.P())
+
+  @property
+  def cut(self) -> jax.sharding.NamedSharding:
+    """The sharding of a batch under shard_map: its rows cut over devices."""
+    return jax.sharding.NamedSharding(self.mesh, jax.P(AXIS))
 
   def replicate(self, tree: Any) -> Any:
     """Returns host arrays as arrays on every device, in buffers of their own.
@@ -72,8 +80,7 @@ class Mapper:
       batch = jax.tree.map(
         lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch
       )
-    sharding = jax.sharding.NamedSharding(self.mesh, jax.P(AXIS))
-    return jax.make_array_from_process_local_data(sharding, batch)
+    return jax.make_array_from_process_local_data(self.cut, batch)
 
   def map(
     self,

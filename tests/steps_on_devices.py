@@ -5,7 +5,6 @@ A process has its number of devices for life, so the tests run this as a child:
   python steps_on_devices.py OUT.npz NUM_DEVICES MAPPER SYNC_BATCH_NORM
 """
 
-import functools
 import sys
 
 import jax
@@ -75,25 +74,11 @@ def initial_state(exp):
   return train_state.create(variables, tx, with_ema=True)
 
 
-def body(exp):
-  """Returns the per-device training step."""
-  from ijckd_jax import steps
-
-  return functools.partial(
-    steps.train_step,
-    distiller=exp.distiller,
-    tx=exp.optimizer(BATCH_SIZE)[0],
-    augmentation=exp.augmentation,
-    ema_decay=0.5,
-    num_pieces=exp.config.accumulation,
-  )
-
-
 def mapped_steps(exp, batches):
   """Returns the state and the last sums, by the experiment's mapper."""
   mapper = exp.mapper
-  p_train_step = mapper.map(
-    body(exp), rows_in=(False, False, True, False), donate=0
+  p_train_step = exp.map_train_step(
+    exp.train_step(exp.optimizer(BATCH_SIZE)[0])
   )
   state = mapper.replicate(initial_state(exp))
   frozen = mapper.replicate(exp.judge.frozen)
@@ -109,7 +94,7 @@ def vmapped_steps(exp, batches, num_devices):
 
   step = jax.jit(
     jax.vmap(
-      body(exp),
+      exp.train_step(exp.optimizer(BATCH_SIZE)[0]),
       in_axes=(None, None, 0, None),
       out_axes=None,
       axis_name=parallel.AXIS,

@@ -72,6 +72,7 @@ LAYERS = {
     'bounds/',
     'config_utils',
     'outputs',
+    'roofline',
     'wording',
   ),
 }
@@ -220,7 +221,13 @@ def test_slow_libraries_are_imported_where_they_are_used(module):
 
 def test_commands_read_their_flags_before_they_load_jax():
   """A wrong flag is answered at once."""
-  for module in ('main', 'evaluate', 'datasets.prepare', 'torch_weights'):
+  for module in (
+    'main',
+    'evaluate',
+    'compile',
+    'datasets.prepare',
+    'torch_weights',
+  ):
     roots = {
       name.partition('.')[0] for name in imported_at_once(MODULES[module])
     }

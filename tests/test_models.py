@@ -819,3 +819,44 @@ def test_multiply_adds_by_hand():
   )
   convolution = 3 * (2 * 2 * 6) * (3 * 3 * 2)
   assert zoo.multiply_adds(program.jaxpr) == convolution + 3 * 24 * 7
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_a_pool_before_the_normalisation_is_one_after_it(dtype):
+  """Also of channels whose scale is negative, in values and in gradients."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(4, 8, 8, 6)), dtype)
+  weight = jnp.asarray(rng.normal(size=(4, 4, 4, 6)))
+  norm = layers.BatchNorm(use_running_average=False, dtype=dtype, unbiased=True)
+  variables = norm.init(jax.random.key(0), x)
+  params = {
+    'scale': jnp.asarray([1.0, -0.5, 0.3, -2.0, 0.1, 3.0]),
+    'bias': jnp.asarray(rng.normal(size=6), jnp.float32),
+  }
+
+  def pool(x):
+    return nn.max_pool(x, (2, 2), (2, 2))
+
+  def loss(params, x, first):
+    y, changed = norm.apply(
+      {**variables, 'params': params},
+      x,
+      pool if first else None,
+      mutable='batch_stats',
+    )
+    y = y if first else pool(y)
+    return jnp.sum(y * weight), (y, changed)
+
+  first, after = (
+    jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x, flag)
+    for flag in (True, False)
+  )
+  for one, other in zip(
+    jax.tree.leaves(first[0]), jax.tree.leaves(after[0]), strict=True
+  ):
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+  if dtype == jnp.float32:  # In bfloat16 equal values tie only once rounded.
+    for one, other in zip(
+      jax.tree.leaves(first[1]), jax.tree.leaves(after[1]), strict=True
+    ):
+      np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ijckd_jax import losses
+
 KAIMING_FAN_OUT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 # PyTorch's default start of kernels: uniform in +-1/sqrt(fan_in).
 TORCH_DEFAULT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
@@ -52,11 +54,21 @@ class BatchNorm(nn.BatchNorm):
   epsilon: float = 1e-5
   unbiased: bool = False
 
-  def __call__(self, x):
-    """Returns `x` (..., C) normalised; in training, follows its statistics."""
+  def __call__(self, x, pool=None):
+    """Returns `x` (..., C) normalised; in training, follows its statistics.
+
+    Args:
+      x: a map.
+      pool: a max-pool that follows, or None.
+    """
     trains = not (self.use_running_average or self.is_initializing())
     old = self.get_variable('batch_stats', 'var')
-    y = super().__call__(x)
+    if pool is None:
+      y = super().__call__(x)
+    elif not trains:
+      y = pool(super().__call__(x))
+    else:
+      y = self._pool_first(x, pool)
     if self.unbiased and trains:
       count = x.size // x.shape[-1]
       if self.axis_name is not None:
@@ -67,6 +79,29 @@ class BatchNorm(nn.BatchNorm):
       added *= count / max(count - 1, 1)
       self.put_variable('batch_stats', 'var', kept + added)
     return y
+
+  def _pool_first(self, x, pool):
+    """Returns `pool(self(x))` in training, normalising what is pooled alone.
+
+    A channel's largest value stays the largest, or with a negative scale
+    becomes the smallest: of such channels the sign is turned first. A TPU
+    would write the whole normalised map, and read it twice.
+    """
+    scale, bias = (self.get_variable('params', k) for k in ('scale', 'bias'))
+    sign = jnp.where(scale < 0, -1, 1)
+    x = x * sign.astype(x.dtype)
+    exact = losses.at_least_float32(x)
+    axes = tuple(range(x.ndim - 1))
+    moments = jnp.mean(exact, axes), jnp.mean(jnp.square(exact), axes)
+    if self.axis_name is not None:
+      moments = jax.lax.pmean(moments, self.axis_name)
+    mean, square = moments
+    var = jnp.maximum(0, square - jnp.square(mean))
+    for name, value in (('mean', sign * mean), ('var', var)):
+      kept = self.momentum * self.get_variable('batch_stats', name)
+      self.put_variable('batch_stats', name, kept + (1 - self.momentum) * value)
+    multiplier = jax.lax.rsqrt(var + self.epsilon) * (sign * scale)
+    return ((pool(x) - mean) * multiplier + bias).astype(self.dtype)
 
 
 def channel_shuffle(x: jax.Array, groups: int) -> jax.Array:

@@ -50,9 +50,8 @@ class ResNet(backbone.Backbone):
       x = self.conv(64, 3, name='conv1')(images)
     else:
       x = self.conv(64, 7, 2, name='conv1')(images)
-    x = nn.relu(self.norm(train, name='bn1')(x))
-    if not self.cifar:
-      x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    pool = None if self.cifar else _max_pool
+    x = nn.relu(self.norm(train, name='bn1')(x, pool))
     stages = [x]
     for stage, num_blocks in enumerate(self.num_blocks, 1):
       for block in range(num_blocks):
@@ -87,3 +86,7 @@ class ResNet(backbone.Backbone):
       x = self.conv(width, 1, stride, name=f'{name}_downsample_conv')(x)
       x = self.norm(train, name=f'{name}_downsample_bn')(x)
     return nn.relu(x + y)
+
+
+def _max_pool(x):
+  return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
