@@ -93,11 +93,11 @@ def main():
   parser.add_argument('--seconds', type=float, default=2.0, help='of a window')
   parser.add_argument('--json', type=pathlib.Path)
   args = parser.parse_args()
-  results = []
+  results, machine = [], f'{platform.machine()}, {os.cpu_count()} cores'
   for name in args.pairs.split(','):
     results.append(run(name, args.rounds, args.seconds))
     if args.json:
-      content = {'machine': platform.processor(), 'results': results}
+      content = {'machine': machine, 'results': results}
       args.json.write_text(json.dumps(content, indent=2) + '\n')
   columns = list(results[0]['images_per_second'])
   rows = [
