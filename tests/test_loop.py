@@ -26,7 +26,7 @@ def traced(monkeypatch):
 
     monkeypatch.setattr(steps, name, watched)
 
-  watch('train_step')
+  watch('filling_step')  # Of which train_step is a part.
   watch('eval_step')
   return names
 
@@ -75,7 +75,7 @@ def test_each_step_is_compiled_once(
       logger.removeHandler(watch)
     # The second evaluation is the one with the teacher, at the end.
     ends = [] if stop_at else ['eval_step']
-    assert traced == ['train_step', 'eval_step', *ends]
+    assert traced == ['filling_step', 'eval_step', *ends]
     traced.clear()
     evaluations = [count for kind, _, count in watch.rows if kind == 'eval']
     assert evaluations[0] > 0
@@ -89,9 +89,8 @@ def test_each_step_is_compiled_once(
 @pytest.mark.parametrize('mapper', parallel.MAPPERS)
 def test_the_state_is_donated_and_the_teacher_is_not(mapper):
   exp = steps_on_devices.make_experiment(mapper, sync_batch_norm=False)
-  p_train_step = exp.mapper.map(
-    steps_on_devices.body(exp), rows_in=(False, False, True, False), donate=0
-  )
+  tx, _ = exp.optimizer(steps_on_devices.BATCH_SIZE)
+  p_train_step = exp.map_train_step(exp.train_step(tx))
   state = exp.mapper.replicate(steps_on_devices.initial_state(exp))
   frozen = exp.mapper.replicate(exp.judge.frozen)
   key = exp.mapper.replicate(jax.random.key(0))
