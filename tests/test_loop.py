@@ -51,7 +51,9 @@ class CompilationsByStep(logging.Handler):
       raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize('mapper', parallel.MAPPERS)
+@pytest.mark.parametrize(
+  'mapper', ['pmap', pytest.param('shard_map', marks=pytest.mark.slow)]
+)
 def test_each_step_is_compiled_once(
   finished_run, small_config, tmp_path, traced, mapper
 ):
