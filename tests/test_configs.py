@@ -1,6 +1,5 @@
 """Every config can be loaded and built; nothing is trained."""
 
-import functools
 import pathlib
 
 import jax
@@ -11,7 +10,6 @@ from ijckd_jax import config_utils
 from ijckd_jax import experiment
 from ijckd_jax import models
 from ijckd_jax import parallel
-from ijckd_jax import steps
 from ijckd_jax import train
 from ijckd_jax import train_state
 
@@ -38,16 +36,8 @@ def trace(config):
       frozen = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), exp.distiller.teacher.frozen
       )
-    body = functools.partial(
-      steps.train_step,
-      distiller=exp.distiller,
-      tx=tx,
-      augmentation=exp.augmentation,
-      ema_decay=config.ema_decay,
-      num_pieces=config.accumulation,
-    )
     return jax.vmap(
-      body,
+      exp.train_step(tx),
       in_axes=(None, None, 0, None),
       out_axes=None,
       axis_name=parallel.AXIS,

@@ -100,6 +100,8 @@ def test_what_is_handled_and_what_is_left_to_xla():
     layers.conv(64, 3, kernel_dilation=2),
     layers.conv(64, 3, input_dilation=2),
     layers.conv(64, 3, padding='SAME'),
+    layers.conv(64, 3, precision='highest'),
+    layers.conv(64, 3, conv_general_dilated=jax.lax.conv_general_dilated),
     layers.conv(64, 3, dtype=jnp.bfloat16),
   ):
     assert not is_custom(conv, x), conv
@@ -107,6 +109,19 @@ def test_what_is_handled_and_what_is_left_to_xla():
   assert not is_custom(layers.conv(64, 3), x.astype(jnp.bfloat16))
   with jax.enable_x64(True):
     assert not is_custom(layers.conv(64, 3), x.astype(jnp.float64))
+
+
+def test_however_a_convolution_is_called():
+  x = jnp.zeros((2, 8, 8, 64))
+  conv = layers.conv(
+    64,
+    3,
+    kernel_init=nn.with_partitioning(nn.initializers.ones, 4 * (None,)),
+  )
+  variables = conv.init(jax.random.key(0), x)
+  with cpu_conv.fast_convolutions():
+    assert conv.apply(variables, x).shape == x.shape
+    assert conv.apply(nn.unbox(variables), inputs=x).shape == x.shape
 
 
 @pytest.mark.parametrize('use_bias', [False, True])

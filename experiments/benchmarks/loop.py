@@ -23,9 +23,9 @@ from ijckd_jax import compilation_cache
 from ijckd_jax import config_utils
 from ijckd_jax import datasets
 from ijckd_jax import experiment
-from ijckd_jax import steps
 from ijckd_jax import train
 from ijckd_jax import train_state
+from ijckd_jax import wording
 
 # Shape, classes and training examples as of digits and of CIFAR-100.
 DATA = {'digits': ((8, 8, 1), 10, 1437), 'cifar100': ((32, 32, 3), 100, 50000)}
@@ -76,18 +76,7 @@ class BareSteps:
     variables = jax.jit(exp.distiller.init, static_argnums=1)(
       key, tuple(data.image_shape)
     )
-    p_train_step = mapper.map(
-      functools.partial(
-        steps.train_step,
-        distiller=exp.distiller,
-        tx=tx,
-        augmentation=exp.augmentation,
-        ema_decay=config.ema_decay,
-        num_pieces=config.accumulation,
-      ),
-      rows_in=(False, False, True, False),
-      donate=0,
-    )
+    p_train_step = exp.map_train_step(exp.train_step(tx))
     indices = np.arange(config.batch_size, dtype=np.int32)
     rows = arrays.take(indices)
     self._state = mapper.replicate(
@@ -201,19 +190,31 @@ def main(argv=None):
     options |= {'num_windows': flags.windows, 'num_steps': max(10, num_steps)}
     rows += [measure(name, every=every, **options) for every in (0, 3)]
   print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}\n')
-  print(
-    '| data | steps a window | checkpoint every | ms a step | step alone '
-    '| loop | ratio |'
-  )
-  print('| :- | -: | -: | -: | -: | -: | -: |')
+  cells = [
+    (
+      'data',
+      'steps a window',
+      'checkpoint every',
+      'ms a step',
+      'step alone',
+      'loop',
+      'ratio',
+    )
+  ]
   for row in rows:
     every = row['checkpoint_every_windows']
-    print(
-      f'| {row["data"]} | {row["steps_a_window"]} '
-      f'| {f"{every} windows" if every else "none"} '
-      f'| {row["step_milliseconds"]:.1f} | {row["bare"]:,.0f} '
-      f'| {row["loop"]:,.0f} | {row["ratio"]:.3f} |'
+    cells.append(
+      (
+        row['data'],
+        str(row['steps_a_window']),
+        f'{every} windows' if every else 'none',
+        f'{row["step_milliseconds"]:.1f}',
+        f'{row["bare"]:,.0f}',
+        f'{row["loop"]:,.0f}',
+        f'{row["ratio"]:.3f}',
+      )
     )
+  print(wording.grid(cells))
   if flags.json:
     content = {
       'device': jax.devices()[0].device_kind,

@@ -56,61 +56,14 @@ def epoch():
 def step(num_steps=1):
   """One step of resnet32x4 -> resnet8x4 on a batch of 64, compiled first."""
   imports()
-  import functools
+  from experiments.benchmarks import jax_step
+  from experiments.benchmarks import pairs
 
-  import jax
-  import numpy as np
-
-  from ijckd_jax import datasets
-  from ijckd_jax import experiment
-  from ijckd_jax import steps
-  from ijckd_jax import train_state
-
-  rows = make_arrays(BATCH_SIZE)
-  data = datasets.ArrayDataset(
-    train=rows,
-    test=rows,
-    class_names=tuple(map(str, range(100))),
-    mean=(0.5,) * 3,
-    std=(0.25,) * 3,
-    crop_padding=4,
-    flip=True,
-  )
-
-  config = experiment.default_config(
-    dataset=None, teacher='resnet32x4', student='resnet8x4'
-  )
-  config.total_steps = 10
-  exp = experiment.build(config, dataset=data)
-  key = jax.random.key(0)
-  frozen = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), exp.judge.frozen)
-  tx, _ = exp.optimizer(BATCH_SIZE)
-  variables = jax.jit(exp.distiller.init, static_argnums=1)(key, IMAGE_SHAPE)
-  mapper = exp.mapper
-  p_train_step = mapper.map(
-    functools.partial(
-      steps.train_step,
-      distiller=exp.distiller,
-      tx=tx,
-      augmentation=exp.augmentation,
-      ema_decay=0.0,
-      num_pieces=1,
-    ),
-    rows_in=(False, False, True, False),
-    donate=0,
-  )
-  state = mapper.replicate(train_state.create(variables, tx, with_ema=False))
-  frozen, key = mapper.replicate(frozen), mapper.replicate(key)
-  indices = np.arange(BATCH_SIZE, dtype=np.int32)
-  batch = {
-    'image': rows.images,
-    'label': rows.labels,
-    'index': indices,
-    'epoch': np.zeros_like(indices),
-  }
+  pair = pairs.PAIRS['resnet32x4']
+  make, wait = jax_step.make_step(jax_step.make_experiment(pair, {}), pair)
   for _ in range(num_steps):
-    state, sums = p_train_step(state, frozen, mapper.shard(batch), key)
-  jax.block_until_ready((state, sums))
+    make()
+  wait()
 
 
 def steps_20():

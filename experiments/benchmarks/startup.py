@@ -21,13 +21,13 @@ STARTS = ('no cache', 'cold', 'warm')
 
 def start(folder, teacher, student, *more, until):
   """Returns the seconds until a run of digits logs a line with `until`."""
-  cache = {
+  env = {
     'XDG_CACHE_HOME': str(folder),
     'HOME': os.environ['HOME'],
     'PATH': os.environ['PATH'],
   }
   kept = ('JAX_PLATFORMS', 'LD_LIBRARY_PATH', 'CUDA_VISIBLE_DEVICES')
-  cache |= {name: os.environ[name] for name in kept if name in os.environ}
+  env |= {name: os.environ[name] for name in kept if name in os.environ}
   arguments = [
     f'--config=configs/digits.py:teacher={teacher},student={student}',
     f'--config.dataset.data_dir={folder}/data',
@@ -39,7 +39,7 @@ def start(folder, teacher, student, *more, until):
   begin = time.perf_counter()
   process = subprocess.Popen(
     [sys.executable, '-m', 'ijckd_jax.main', *arguments],
-    env=cache,
+    env=env,
     stderr=subprocess.PIPE,
     stdout=subprocess.DEVNULL,
     text=True,

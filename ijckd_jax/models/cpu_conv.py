@@ -28,8 +28,11 @@ def _intercept(next_fun, args, kwargs, context):
   conv = context.module
   if type(conv) is not nn.Conv or context.method_name != '__call__':
     return next_fun(*args, **kwargs)
-  kernel = conv.get_variable('params', 'kernel')  # None: it is being made.
-  if kernel is None or not _is_handled(conv, kernel, *args):
+  kernel = conv.get_variable('params', 'kernel')
+  # While it is being made there is none.
+  if len(args) != 1 or not isinstance(kernel, jax.Array):
+    return next_fun(*args, **kwargs)
+  if not _is_handled(conv, kernel, *args):
     return next_fun(*args, **kwargs)
   y = convolve(*args, kernel, conv.strides)
   return y + conv.get_variable('params', 'bias') if conv.use_bias else y
@@ -42,7 +45,8 @@ def _is_handled(conv, kernel, x):
     and x.dtype == kernel.dtype == jnp.float32
     and conv.dtype in (None, jnp.float32)
     and conv.padding == conv.input_dilation == conv.kernel_dilation == 1
-    and conv.mask is None
+    and conv.mask is conv.precision is None
+    and conv.conv_general_dilated is conv.conv_general_dilated_cls is None
   )
   if not plain or kernel.shape[2] == 1:
     depthwise = conv.feature_group_count == conv.features == x.shape[-1]
