@@ -1,5 +1,6 @@
 """What the tests share: small runs on real data, compiled once."""
 
+import logging
 import os
 
 import jax
@@ -20,6 +21,14 @@ def compilation_cache(tmp_path_factory):
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
   jax.config.update('jax_compilation_cache_dir', str(folder))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+@pytest.fixture(autouse=True)
+def root_logger():
+  """Undoes what commands do, lest later tests read nothing."""
+  level = logging.root.level
+  yield
+  logging.root.setLevel(level)
 
 
 @pytest.fixture(scope='session')
