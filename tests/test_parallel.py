@@ -48,7 +48,9 @@ def one_device(mapper='pmap', sync_batch_norm=True, **fields):
   return steps_on_devices.flatten(*steps_on_devices.mapped_steps(exp, batches))
 
 
-@pytest.mark.parametrize('mapper', ['pmap', 'shard_map'])
+@pytest.mark.parametrize(
+  'mapper', ['pmap', pytest.param('shard_map', marks=pytest.mark.slow)]
+)
 def test_eight_devices_give_what_one_gives(on_devices, mapper):
   """With batch norm over all devices, how many there are does not matter."""
   assert_close(on_devices(8, mapper, True), one_device())

@@ -198,7 +198,14 @@ def test_view_depends_on_the_epoch_modulo_the_views_and_on_the_seed():
   assert not np.array_equal(views(epochs), views(epochs, np.zeros(30, int)))
 
 
-@pytest.mark.parametrize('stop_at', [3, 7, 9], ids=['filling', 'full', 'after'])
+@pytest.mark.parametrize(
+  'stop_at',
+  [
+    pytest.param(3, id='filling'),
+    pytest.param(7, id='full', marks=pytest.mark.slow),
+    pytest.param(9, id='after', marks=pytest.mark.slow),
+  ],
+)
 def test_stopped_run_continues_to_the_same_bits(
   stop_at, full, config_of, teacher, tmp_path
 ):

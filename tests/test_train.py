@@ -286,7 +286,15 @@ def test_ema_is_what_is_evaluated_and_the_raw_student_stands_beside_it(
   )
 
 
-@pytest.mark.parametrize('method', ['ce', 'kd', 'srrl', 'simkd'])
+@pytest.mark.parametrize(
+  'method',
+  [
+    'ce',
+    pytest.param('kd', marks=pytest.mark.slow),
+    'srrl',
+    pytest.param('simkd', marks=pytest.mark.slow),
+  ],
+)
 def test_every_method_runs(method, finished_run, small_config, tmp_path):
   workdir, _ = finished_run
   config = small_config(method, total_steps=4)
