@@ -1,6 +1,6 @@
 """Gathers the runs of run.sh into WORKDIR/results.json and a table.
 
-python experiments/stored_outputs/collect.py WORKDIR
+python experiments/cheaper_steps/collect.py WORKDIR
 """
 
 import json
@@ -9,6 +9,15 @@ import sys
 
 import numpy as np
 
+from ijckd_jax import wording
+
+ARMS = {
+  'views1': '1 stored view',
+  'views4': '4 stored views',
+  'views16': '16 stored views',
+  'live': 'live teacher, float32',
+  'bfloat16': 'live teacher, bfloat16',
+}
 FIELDS = ('top1', 'nll', 'agreement')
 
 
@@ -21,7 +30,6 @@ def read(workdir):
     results['teacher'] = summary['teacher']
     results['arms'].setdefault(arm, {})[seed] = {
       **{key: summary['student']['last'][key] for key in FIELDS},
-      'images_per_second': summary['images_per_second'],
       'steps': summary['steps'],
       'versions': summary['versions'],
     }
@@ -29,35 +37,27 @@ def read(workdir):
 
 
 def table(results):
-  """Returns the arms as a Markdown table, the fewest views first."""
-  lines = [
-    '| views | top-1 %, last | less than live | agreement % | seeds |',
-    '| :--- | ---: | ---: | ---: | ---: |',
-  ]
-  arms = results['arms']
-  live = arms.get('live', {})
-
-  def views(arm):
-    return int(arm.removeprefix('views')) if arm != 'live' else np.inf
-
-  for arm in sorted(arms, key=views):
-    runs = arms[arm]
-    name = 'a new one each epoch' if arm == 'live' else str(views(arm))
+  """Returns the arms as a Markdown table."""
+  rows = [('', 'top-1 %, last', 'less than live', 'agreement %', 'seeds')]
+  live = results['arms'].get('live', {})
+  for arm, name in ARMS.items():
+    runs = results['arms'].get(arm, {})
     # By seed: what the seeds share does not count as noise.
     paired = [
       live[seed]['top1'] - run['top1']
       for seed, run in runs.items()
       if seed in live and arm != 'live'
     ]
-    cells = [
-      name,
-      _spread([run['top1'] for run in runs.values()]),
-      _spread(paired),
-      _spread([run['agreement'] for run in runs.values()]),
-      str(len(runs)),
-    ]
-    lines.append(f'| {" | ".join(cells)} |')
-  return '\n'.join(lines)
+    rows.append(
+      (
+        name,
+        _spread([run['top1'] for run in runs.values()]),
+        _spread(paired),
+        _spread([run['agreement'] for run in runs.values()]),
+        str(len(runs)),
+      )
+    )
+  return wording.grid(rows)
 
 
 def _spread(values):
