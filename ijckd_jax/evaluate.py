@@ -31,6 +31,7 @@ class Evaluation:
     confusion: (K, K) int64, true class by predicted, of this process's
       labelled examples.
     predictions: (N,) predicted classes of this process's examples.
+    labels: (N,) the true classes of these; -1 where there is none.
     indices: (N,) which examples these are.
     teacher: the same of the teacher; None where there is none.
   """
@@ -38,12 +39,13 @@ class Evaluation:
   metrics: dict[str, float]
   confusion: np.ndarray
   predictions: np.ndarray
+  labels: np.ndarray
   indices: np.ndarray
   teacher: 'Evaluation | None' = None
 
 
 def make_evaluator(
-  network, *, mapper, batch_size: int, teacher=None
+  network, *, mapper, batch_size: int, teacher=None, num_workers: int = 0
 ) -> Callable[[Any, Any, Any], Evaluation]:
   """Returns a compiled evaluation that counts every example once.
 
@@ -52,6 +54,7 @@ def make_evaluator(
     mapper: parallel.Mapper.
     batch_size: rows of all devices together.
     teacher: teachers.Teacher to compare with, or None.
+    num_workers: processes that decode images which do not lie in memory.
 
   Returns:
     A function of the network's variables, the teacher's arrays as the mapper
@@ -77,6 +80,7 @@ def make_evaluator(
       batch_size=batch_size,
       process_index=jax.process_index(),
       num_processes=jax.process_count(),
+      num_workers=num_workers,
     )
     results = (
       (batch, *p_eval_step(variables, frozen, mapper.shard(batch)))
@@ -108,6 +112,7 @@ def make_evaluator(
         {**metrics.summarize(totals[name]), **more},
         _confusion(joined['label'], joined[name], num_classes),
         joined[name],
+        joined['label'],
         joined['index'],
         below,
       )
@@ -153,6 +158,12 @@ def main(argv: list[str]) -> None:
     '--batch_size', type=int, help='default: as in the run that made the bundle'
   )
   parser.add_argument(
+    '--num_workers',
+    type=int,
+    default=0,
+    help='processes that decode images which do not lie in memory',
+  )
+  parser.add_argument(
     '--trust_code',
     action='store_true',
     help='the bundle may name code outside the package, which is imported',
@@ -183,6 +194,7 @@ def main(argv: list[str]) -> None:
     mapper=mapper,
     batch_size=batch_size,
     teacher=teacher,
+    num_workers=flags.num_workers,
   )
   frozen = mapper.replicate(teacher.frozen) if teacher else None
   result = evaluator(bundle.variables, frozen, arrays)

@@ -21,6 +21,7 @@ from ijckd_jax import models
 from ijckd_jax import network
 from ijckd_jax import optim
 from ijckd_jax import parallel
+from ijckd_jax import pretrained
 from ijckd_jax import steps
 from ijckd_jax import teacher_outputs
 from ijckd_jax import teachers
@@ -59,6 +60,8 @@ def default_config(
     # A bundle, a run or hf:OWNER/NAME@COMMIT; empty: train the teacher first.
     'checkpoint': '',
     'fingerprint': 0,  # Of its arrays; a run fills it in.
+    # A bundle whose backbone it starts from, where a run trains it.
+    'init_from': '',
     'learning_rate': 0.05,
     'seed': 1000,  # Unlike the student's, lest they start alike.
     'total_epochs': 0.0,  # All three 0: as long as the student.
@@ -71,7 +74,8 @@ def default_config(
       'limit_gib': 20.0,
     },
   }
-  config.student = {'backbone': student}
+  # A bundle of the same backbone, from which it starts; its head is not taken.
+  config.student = {'backbone': student, 'init_from': ''}
   config.method = config_utils.section(methods.get(method), method)
   config.optimizer = optim.default_config()
   config.batch_size = 64  # Of all devices and processes together.
@@ -95,6 +99,7 @@ def default_config(
   config.keep_checkpoints = 2  # The last ones; the best is kept beside them.
   config.bundle = 'last'  # Or 'best', by the validation split or the test set.
   config.mapper = 'pmap'
+  config.num_workers = 0  # Processes that decode images; 0: a thread does.
   config.num_cpu_devices = 1
   # Where commands keep compiled programs: 'default' is a folder in the user's
   # cache directory, '' none.
@@ -109,6 +114,7 @@ def teacher_config(
   """Returns the config by which a run trains its own teacher."""
   own = ml_collections.ConfigDict(config.to_dict())
   own.student.backbone = config.teacher.backbone
+  own.student.init_from = config.teacher.init_from
   own.method = config_utils.section(methods.get('ce'), 'ce')
   own.optimizer.learning_rate = config.teacher.learning_rate
   own.seed = config.teacher.seed
@@ -138,6 +144,7 @@ class Experiment:
     mapper: see parallel.
     dtype: of the computation.
     stored: which of the teacher's outputs are stored; None where none are.
+    start: where the student's backbone starts; None: at random.
   """
 
   config: ml_collections.ConfigDict
@@ -148,6 +155,14 @@ class Experiment:
   mapper: parallel.Mapper
   dtype: Any
   stored: teacher_outputs.Stored | None
+  start: pretrained.Start | None
+
+  def init(self, key: jax.Array) -> dict[str, Any]:
+    """Returns 'params' and 'batch_stats' with which training starts."""
+    variables = jax.jit(self.distiller.init, static_argnums=1)(
+      key, tuple(self.dataset.image_shape)
+    )
+    return variables if self.start is None else self.start.fill(variables)
 
   def total_steps(self, num_examples: int) -> int:
     """Returns the steps of the run."""
@@ -266,6 +281,14 @@ def build(
   preprocessing = augment.Preprocessing(
     tuple(dataset.mean), tuple(dataset.std), (height, width)
   )
+  start = None
+  if config.student.init_from:
+    start = pretrained.load(
+      config.student.init_from,
+      config.student.backbone,
+      tuple(dataset.image_shape),
+    )
+    preprocessing = start.preprocessing
   backbone = models.build(
     config.student.backbone,
     truncated=method.tap == 'stage',
@@ -290,6 +313,12 @@ def build(
     axis_name=axis_name,
     dtype=dtype,
   )
+  if start is not None:
+    start.fill(
+      jax.eval_shape(
+        lambda: distiller.init(jax.random.key(0), tuple(dataset.image_shape))
+      )
+    )
   stored, views = None, config.teacher.store.views
   if views:
     stored = teacher_outputs.plan(
@@ -306,6 +335,7 @@ def build(
     mapper=parallel.Mapper(config.mapper),
     dtype=dtype,
     stored=stored,
+    start=start,
   )
 
 
@@ -403,6 +433,15 @@ def _check_numbers(config):
       'teacher.store.dtype', store.dtype, list(teacher_outputs.DTYPES)
     )
   config_utils.check_positive('teacher.store.limit_gib', store.limit_gib)
+  if config.teacher.checkpoint and config.teacher.init_from:
+    raise config_utils.UserError(
+      'teacher.checkpoint is a teacher that is there, teacher.init_from the '
+      'start of one to train: give one of them'
+    )
+  if config.num_workers < 0:
+    raise config_utils.UserError(
+      f'num_workers={config.num_workers}: it cannot be negative'
+    )
   num_devices = jax.device_count()
   if config.num_cpu_devices > 1 and (
     jax.default_backend() == 'cpu'

@@ -18,6 +18,8 @@ def train_batches(
   start_step: int,
   num_steps: int,
   rows: slice,
+  views: int = 0,
+  num_workers: int = 0,
   teacher: Callable[[np.ndarray, np.ndarray], Batch] | None = None,
 ) -> Iterator[Batch]:
   """Yields the batches of an endless, shuffled stream of epochs.
@@ -26,18 +28,21 @@ def train_batches(
   stream belongs to epoch p // N, and each epoch has an order of its own.
 
   Args:
-    arrays: datasets.Arrays with N examples.
+    arrays: datasets.Arrays, or photos.Photos, with N examples.
     batch_size: rows of the global batch.
-    seed: of the order.
+    seed: of the order, and of what views there are.
     start_step: batches to leave out at the start.
     num_steps: where to end, counted from the start of the stream.
     rows: this process's part of the global batch.
+    views: how many there are of an image, in turn; 0: a new one in each epoch.
+    num_workers: processes that decode; see `_read`.
     teacher: `(indices, epochs) -> rows by name`, stored outputs to go with the
       images; None for none.
 
   Yields:
-    'image' uint8 (b, H, W, C), 'label', 'index' and 'epoch' int32 (b,), and
-    'teacher' where there are stored outputs.
+    'image' uint8 (b, H, W, C), 'label', 'index' and 'epoch' int32 (b,),
+    'teacher' where there are stored outputs, and 'bad' bool (b,) where images
+    are decoded: which could not be, and were replaced.
   """
   num_examples = len(arrays)
   # Two, since a batch may cross from one epoch to the next.
@@ -55,10 +60,8 @@ def train_batches(
       ]
     )
     epochs = epochs.astype(np.int32)
-    chosen = arrays.take(indices)
     batch = {
-      'image': chosen.images,
-      'label': chosen.labels.astype(np.int32),
+      **arrays.train_views(indices, epochs % views if views else epochs, seed),
       'index': indices,
       'epoch': epochs,
     }
@@ -67,9 +70,7 @@ def train_batches(
     return batch
 
   batches = grain.MapDataset.range(start_step, num_steps).map(gather)
-  yield from batches.to_iter_dataset(
-    grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-  )
+  yield from _read(batches, 0 if arrays.in_memory else num_workers)
 
 
 def permutation(seed: int, epoch: int, *, num_examples: int) -> np.ndarray:
@@ -82,7 +83,12 @@ def permutation(seed: int, epoch: int, *, num_examples: int) -> np.ndarray:
 
 
 def eval_batches(
-  arrays, *, batch_size: int, process_index: int, num_processes: int
+  arrays,
+  *,
+  batch_size: int,
+  process_index: int,
+  num_processes: int,
+  num_workers: int = 0,
 ) -> Iterator[Batch]:
   """Yields every example once, over all processes, in full batches.
 
@@ -90,24 +96,53 @@ def eval_batches(
   mask leaves out.
 
   Args:
-    arrays: datasets.Arrays.
+    arrays: datasets.Arrays, or photos.Photos.
     batch_size: rows of the global batch.
     process_index: which part of each batch is yielded.
     num_processes: in how many parts a batch is cut.
+    num_workers: processes that decode; see `_read`.
 
   Yields:
     'image', 'label', 'index' int32 and 'mask' bool, (b, ...) each.
   """
   part = batch_size // num_processes
-  for start in range(0, len(arrays), batch_size):
+
+  def gather(start: int) -> Batch:
     first = start + process_index * part
     indices = np.arange(first, first + part, dtype=np.int32)
     mask = indices < len(arrays)
     indices = np.where(mask, indices, 0)
     chosen = arrays.take(indices)
-    yield {
+    return {
       'image': chosen.images,
       'label': chosen.labels.astype(np.int32),
       'index': indices,
       'mask': mask,
     }
+
+  if arrays.in_memory:
+    yield from map(gather, range(0, len(arrays), batch_size))
+  else:
+    batches = grain.MapDataset.range(0, len(arrays), batch_size).map(gather)
+    yield from _read(batches, num_workers)
+
+
+def _read(batches: grain.MapDataset, num_workers: int) -> Iterator[Batch]:
+  """Yields batches in their order, made ahead of their use.
+
+  Args:
+    batches: by their number.
+    num_workers: processes that make them, a batch each; 0: a thread does.
+  """
+  if not num_workers:
+    yield from batches.to_iter_dataset(
+      grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    )
+    return
+  yield from batches.to_iter_dataset(
+    grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+  ).mp_prefetch(
+    grain.MultiprocessingOptions(
+      num_workers=num_workers, per_worker_buffer_size=2
+    )
+  )

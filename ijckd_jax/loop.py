@@ -14,6 +14,7 @@ import numpy as np
 import tqdm
 
 from ijckd_jax import checkpoints as checkpoints_lib
+from ijckd_jax import config_utils
 from ijckd_jax import evaluate
 from ijckd_jax import experiment as experiment_lib
 from ijckd_jax import input_pipeline
@@ -79,11 +80,13 @@ class Progress:
     examples: trained on while `seconds` were counted.
     seconds: spent in training steps, without those that compile (the first one
       of a process, the first one with stored outputs), evaluations and saves.
+    damaged: indices of training images that could not be decoded.
   """
 
   sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)
   examples: int = 0
   seconds: float = 0.0
+  damaged: list[int] = dataclasses.field(default_factory=list)
 
   @property
   def images_per_second(self) -> float | None:
@@ -133,6 +136,7 @@ class Loop:
     Raises:
       Diverged: a metric is not finite; nothing has been saved since.
       Interrupted: a stop was asked for; the state is saved.
+      config_utils.UserError: too many images cannot be decoded.
     """
     exp, config = self.experiment, self.experiment.config
     num_examples = len(self.splits['train'])
@@ -147,9 +151,10 @@ class Loop:
       exp.distiller.deployed_network,
       mapper=exp.mapper,
       batch_size=config.eval_batch_size,
+      num_workers=config.num_workers,
     )
     split = self.ranking_split
-    batches = self._batches(start, total_steps)
+    batches = self._batches(start, total_steps, progress)
     compiling = {start + 1}
     if recorder is not None:
       compiling.add(recorder.last_step + 1)
@@ -227,11 +232,13 @@ class Loop:
     memo = dataclasses.asdict(progress)
     self.store.save(step, state, score=score, memo=memo)
 
-  def _batches(self, start: int, stop: int) -> Iterator[Any]:
+  def _batches(
+    self, start: int, stop: int, progress: Progress
+  ) -> Iterator[Any]:
     """Yields the placed batches of the steps after `start`, up to `stop`.
 
     The first one with stored outputs must not be asked for before all steps
-    that fill the store are made.
+    that fill the store are made. What is damaged in them goes to `progress`.
     """
     config = self.experiment.config
     rows = config.batch_size // jax.process_count()
@@ -249,10 +256,35 @@ class Loop:
           start_step=first,
           num_steps=last,
           rows=slice(first_row, first_row + rows),
+          views=config.teacher.store.views,
+          num_workers=config.num_workers,
           teacher=reader and reader(),
         )
-        shard = self.experiment.mapper.shard
-        yield from parallel.ahead(map(shard, batches))
+        yield from parallel.ahead(
+          self._place(batch, progress) for batch in batches
+        )
+
+  def _place(self, batch, progress: Progress) -> Any:
+    """Returns a batch on the devices, once what is damaged in it is noted."""
+    bad = batch.pop('bad', None)
+    if bad is not None:
+      arrays = self.splits['train']
+      new = set(batch['index'][bad].tolist()) - set(progress.damaged)
+      for index in sorted(new):
+        logger.warning(
+          '%s cannot be decoded; another image takes its place',
+          arrays.name_of(index),
+        )
+        progress.damaged.append(index)
+      if len(progress.damaged) > arrays.max_bad_fraction * len(arrays):
+        names = [arrays.name_of(index) for index in progress.damaged]
+        raise config_utils.UserError(
+          f'{len(names)} training images cannot be decoded, more than '
+          f'max_bad_fraction={arrays.max_bad_fraction} of {len(arrays)}: '
+          f'{", ".join(names[:20])}{", ..." if names[20:] else ""}; prepare the '
+          'data without them, or allow more'
+        )
+    return self.experiment.mapper.shard(batch)
 
   @property
   def ranking_split(self) -> str:

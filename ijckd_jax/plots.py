@@ -343,13 +343,13 @@ def _shorten(name, width):
 def _images(summary, evaluation, arrays, class_names) -> tuple:
   """Draws test images that the network gets wrong and the teacher right."""
   learner, judge = wording.learner(summary), evaluation.teacher
-  shown = arrays.take(evaluation.indices)
-  wrong = evaluation.predictions != shown.labels
+  labels, num = evaluation.labels, len(evaluation.labels)
+  wrong = evaluation.predictions != labels
   title = f'Test images that the {learner} gets wrong'
-  text = f'The {learner} gets {np.sum(wrong):,} of {len(shown):,} test images'
-  text += ' wrong' if len(shown) == len(arrays) else ' of this process wrong'
+  text = f'The {learner} gets {np.sum(wrong):,} of {num:,} test images'
+  text += ' wrong' if num == len(arrays) else ' of this process wrong'
   if judge is not None:
-    wrong &= judge.predictions == shown.labels
+    wrong &= judge.predictions == labels
     title += ' and the teacher right'
     text += f', and the teacher is right on {np.sum(wrong):,} of these'
   rows = np.flatnonzero(wrong)
@@ -360,8 +360,8 @@ def _images(summary, evaluation, arrays, class_names) -> tuple:
     spread = np.linspace(0, len(rows) - 1, MAX_IMAGES)
     rows = rows[spread.round().astype(int)]
   figure = _draw_images(
-    shown.images[rows],
-    [class_names[label] for label in shown.labels[rows]],
+    arrays.take(evaluation.indices[rows]).images,
+    [class_names[label] for label in labels[rows]],
     [class_names[label] for label in evaluation.predictions[rows]],
   )
   text += (

@@ -148,7 +148,7 @@ def _headline(summary, evaluation, arrays):
     worth += (
       f', the teacher **{theirs:.2%}**: {100 * (mine - theirs):+.2f} points'
     )
-  labels = arrays.labels[evaluation.indices]
+  labels = evaluation.labels
   if judge is not None and len(labels) == len(arrays):
     right = [e.predictions == labels for e in (evaluation, judge)]
     won, lost = right[0] & ~right[1], right[1] & ~right[0]

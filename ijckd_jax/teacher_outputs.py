@@ -289,7 +289,7 @@ def _store(exp, folder, arrays) -> teacher_store.Store:
     'preprocessing': str(teacher.preprocessing),
     'compute_dtype': exp.config.dtype,
     'dataset': exp.config.dataset.name,
-    'examples': _digest((arrays.images, arrays.labels)),
+    'examples': arrays.digest(),
     'augmentation': str(exp.augmentation),
     'seed': exp.config.seed,
   }

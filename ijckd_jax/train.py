@@ -218,11 +218,15 @@ def _run(exp, workdir, splits, writers, stop) -> Result:
   if exp.judge is not None and exp.judge.origin:
     said = (f'{name} {value}' for name, value in exp.judge.origin.items())
     logger.info('%s: the teacher is of %s', workdir, ', '.join(said))
+  if exp.start is not None:
+    logger.info(
+      '%s: the backbone starts with the weights of %s, the rest afresh',
+      workdir,
+      exp.start.path,
+    )
   key = jax.random.key(config.seed)
   state = train_state.create(
-    jax.jit(exp.distiller.init, static_argnums=1)(
-      jax.random.fold_in(key, steps.INIT_STREAM), tuple(exp.dataset.image_shape)
-    ),
+    exp.init(jax.random.fold_in(key, steps.INIT_STREAM)),
     exp.optimizer(len(splits['train']))[0],
     with_ema=config.ema_decay > 0,
   )
@@ -294,6 +298,7 @@ def _finish(training, workdir, state, progress, history):
     mapper=training.experiment.mapper,
     batch_size=config.eval_batch_size,
     teacher=training.experiment.judge,
+    num_workers=config.num_workers,
   )
   test = training.splits['test']
   results = {
@@ -313,6 +318,9 @@ def _finish(training, workdir, state, progress, history):
     'steps': int(state.step),
     'test_examples': len(test),
     'images_per_second': progress.images_per_second,
+    'damaged_images': [
+      training.splits['train'].name_of(index) for index in progress.damaged
+    ],
     **_circumstances(training.experiment, bundle, results[chosen].teacher),
   }
   bundle.save(workdir / workdirs.BUNDLE)

@@ -40,12 +40,15 @@ RUNTIME_FIELDS = (
   'dataset.data_dir',
   'mapper',
   'num_cpu_devices',
+  'num_workers',
   'teacher.store.directory',
   'teacher.store.limit_gib',
   'writers',
 )
 # Fields that configs of older versions lack, with what was done then.
 ADDED_FIELDS = {
+  'student.init_from': '',
+  'teacher.init_from': '',
   'teacher.store.dtype': 'float16',
   'teacher.store.views': 0,
   'unbiased_variance': False,

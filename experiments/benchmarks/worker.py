@@ -6,6 +6,8 @@ them, and answers with the seconds.
 """
 
 from collections.abc import Callable
+import os
+import pathlib
 import subprocess
 import sys
 import time
@@ -33,14 +35,27 @@ def serve(step: Callable[[], None], wait: Callable[[], None]) -> None:
 class Worker:
   """The other end of a process that serves steps."""
 
-  def __init__(self, module: str, *arguments: str, env: dict[str, str]):
-    """Starts `python -m module arguments`."""
+  def __init__(
+    self,
+    module: str,
+    *arguments: str,
+    env: dict[str, str],
+    python: str = sys.executable,
+    cores: int | None = None,
+  ):
+    """Starts `python -m module arguments` on so many cores; None: on all."""
+
+    def pin():
+      if cores is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+
     self._process = subprocess.Popen(
-      [sys.executable, '-m', module, *arguments],
+      [python, '-m', module, *arguments],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
       env=env,
+      preexec_fn=pin,
     )
 
   def wait_until_ready(self) -> None:
@@ -52,6 +67,17 @@ class Worker:
     self._process.stdin.write(f'{num_steps}\n')
     self._process.stdin.flush()
     return float(self._answer())
+
+  def peak_memory(self) -> list[float]:
+    """Returns MB that the process, and each that it started, took at most."""
+    first = self._process.pid
+    children = pathlib.Path(f'/proc/{first}/task/{first}/children')
+    peaks = []
+    for pid in (first, *children.read_text().split()):
+      status = pathlib.Path(f'/proc/{pid}/status').read_text()
+      (line,) = (x for x in status.splitlines() if x.startswith('VmHWM'))
+      peaks.append(int(line.split()[1]) / 1000)
+    return peaks
 
   def close(self) -> None:
     """Ends the process."""

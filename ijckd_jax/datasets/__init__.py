@@ -12,14 +12,16 @@ fields can be set in a config. It has these attributes:
 and one function, `load(split) -> Arrays`, for 'train', 'validation' and 'test'
 ('validation' is held out of 'train', and empty where no part is asked for).
 
-What tfds knows under a name is a `TfdsDataset` with those attributes filled in;
-arrays from Python are an `ArrayDataset`.
+What tfds knows under a name is a `TfdsDataset` with those attributes filled in,
+which lies in memory, or a `photos.PhotoDataset`, whose images are decoded when
+they are asked for; arrays from Python are an `ArrayDataset`.
 """
 
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -37,6 +39,9 @@ DATASETS = {
   'digits': 'ijckd_jax.datasets.digits:Dataset',
   'fashion_mnist': 'ijckd_jax.datasets.fashion_mnist:Dataset',
   'fashion_pairs_100': 'ijckd_jax.datasets.fashion_pairs:Dataset',
+  'image_folder': 'ijckd_jax.datasets.own_images:Dataset',
+  'imagenet2012': 'ijckd_jax.datasets.imagenet:Imagenet',
+  'imagenette': 'ijckd_jax.datasets.imagenet:Imagenette',
 }
 
 SPLITS = ('train', 'validation', 'test')
@@ -49,12 +54,30 @@ class Arrays:
   images: np.ndarray
   labels: np.ndarray
 
+  in_memory = True
+
   def __len__(self):
     return len(self.labels)
 
   def take(self, indices: np.ndarray) -> 'Arrays':
     """Returns the examples at `indices`, in their order."""
     return Arrays(self.images[indices], self.labels[indices])
+
+  def train_views(
+    self, indices: np.ndarray, epochs: np.ndarray, seed: int
+  ) -> dict[str, np.ndarray]:
+    """Returns 'image' and 'label' of the examples, which devices augment."""
+    del epochs, seed
+    chosen = self.take(indices)
+    return {'image': chosen.images, 'label': chosen.labels.astype(np.int32)}
+
+  def digest(self) -> str:
+    """Returns a hash of images and labels."""
+    digest = hashlib.sha256()
+    for array in (self.images, self.labels):
+      digest.update(f'{array.shape}{array.dtype}'.encode())
+      digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:16]
 
 
 def get(name: str) -> type:
@@ -231,10 +254,16 @@ def find(name: str, data_dir: str):
   """Returns tfds's builder of a prepared data set, or None.
 
   Raises:
-    UserError: it is there, but stored so that only TensorFlow can read it.
+    UserError: it is there, but stored so that only TensorFlow can read it; or
+      it would have to be read from a bucket.
   """
   import tensorflow_datasets as tfds
 
+  if data_dir.startswith('gs://'):
+    raise config_utils.UserError(
+      f'{data_dir}: ArrayRecord files are read from a file system; mount the '
+      'bucket (gcsfuse) or copy the folder, and give that path as data_dir'
+    )
   try:
     builder = tfds.core.read_only_builder.builder_from_files(
       name, data_dir=os.path.expanduser(data_dir) or None
@@ -247,6 +276,23 @@ def find(name: str, data_dir: str):
       f'{name} is stored as {", ".join(formats)} in {builder.data_dir}, and '
       'only array_record is read without TensorFlow; choose another data_dir '
       'to prepare it in, or delete that folder'
+    )
+  return builder
+
+
+def prepared(name: str, data_dir: str):
+  """Returns tfds's builder of a data set that must be there.
+
+  Raises:
+    UserError: it is not prepared; or see `find`.
+  """
+  builder = find(name, data_dir)
+  if builder is None:
+    where = f' --data_dir {data_dir}' if data_dir else ''
+    raise config_utils.UserError(
+      f'{name} is not prepared in {_root(data_dir)}; run: python -m '
+      f'ijckd_jax.datasets.prepare {name}{where} (or, with the original files '
+      'in a folder DIR, the same with --source DIR)'
     )
   return builder
 
@@ -265,14 +311,7 @@ def from_tfds(
   Raises:
     UserError: it is not prepared, or is not what is expected.
   """
-  builder = find(name, data_dir)
-  if builder is None:
-    where = f' --data_dir {data_dir}' if data_dir else ''
-    raise config_utils.UserError(
-      f'{name} is not prepared in {_root(data_dir)}; run: python -m '
-      f'ijckd_jax.datasets.prepare {name}{where} (or, with the original files '
-      'in a folder DIR, the same with --source DIR)'
-    )
+  builder = prepared(name, data_dir)
   source = builder.as_data_source(split)
   # One call for all of them: record by record, reading takes four times longer.
   examples = source.__getitems__(range(len(source)))

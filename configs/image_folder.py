@@ -1,0 +1,59 @@
+"""Your own images: fine-tune a teacher, then distil a small student.
+
+  python -m ijckd_jax.datasets.prepare image_folder --source DIR --name pets
+  wget https://download.pytorch.org/models/resnet34-b627a593.pth
+  python -m ijckd_jax.torch_weights import --output imagenet/resnet34 \
+    --checkpoint resnet34-b627a593.pth --backbone resnet34
+  python -m ijckd_jax.main --workdir runs/pets --config.num_workers=2 \
+    --config configs/image_folder.py:folder=pets,teacher=resnet34,student=resnet18 \
+    --config.teacher.init_from=imagenet/resnet34
+
+DIR holds `train/CLASS/*.jpg` and `val/CLASS/*.jpg`, or the class folders alone,
+of which a part is then held out. The teacher keeps the backbone's weights and
+gets a head of its own, for your classes. A student may start from weights as
+well, by `--config.student.init_from`.
+
+Images without classes help too, since the teacher tells the student what it
+sees in them: prepare their folder under another name, and give it as
+`unlabelled=NAME`. They are mixed in with the training images.
+
+`size=64` and the like are for small images, or for little time.
+
+The recipe is short, for a teacher that starts from ImageNet's weights: cosine
+schedule, 30 epochs of batch 64. From random weights a teacher needs far more.
+"""
+
+from ijckd_jax import config_utils
+from ijckd_jax import experiment
+
+
+def get_config(arg=None):
+  """Returns the config for `folder=...,unlabelled=...,size=...` etc."""
+  arg = config_utils.parse_arg(
+    arg,
+    folder='image_folder',
+    unlabelled='',
+    teacher='resnet34',
+    student='resnet18',
+    method='ijckd',
+    size='224',
+  )
+  config = experiment.default_config(
+    dataset='image_folder',
+    teacher=arg.teacher,
+    student=arg.student,
+    method=arg.method,
+  )
+  config.dataset.folder = arg.folder
+  config.dataset.unlabelled = arg.unlabelled
+  config.dataset.size = int(arg.size)
+  config.dataset.resize = round(256 / 224 * config.dataset.size)
+  config.total_epochs = 30.0
+  config.batch_size = 64
+  config.eval_batch_size = 64
+  config.optimizer.schedule = 'cosine'
+  config.optimizer.warmup_epochs = 1.0
+  config.optimizer.weight_decay = 1e-4
+  config.optimizer.learning_rate = 0.05
+  config.teacher.learning_rate = 0.01
+  return config

@@ -1,0 +1,78 @@
+"""ImageNet by the recipes of the distillation tables.
+
+Its two archives come from https://image-net.org, and tfds looks for them in a
+folder of its own:
+
+  pip install -e '.[prepare,torch]'
+  mkdir -p ~/tensorflow_datasets/downloads/manual
+  mv ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar \
+    ~/tensorflow_datasets/downloads/manual
+  python -m ijckd_jax.datasets.prepare imagenet2012
+
+The teachers are torchvision's, with their first weights:
+
+  wget https://download.pytorch.org/models/resnet34-b627a593.pth
+  python -m ijckd_jax.torch_weights import --output teachers/resnet34 \
+    --checkpoint resnet34-b627a593.pth --backbone resnet34
+  python -m ijckd_jax.main --workdir runs/imagenet --config.num_workers=16 \
+    --config configs/imagenet.py:teacher=resnet34,student=resnet18 \
+    --config.teacher.checkpoint=teachers/resnet34
+
+and resnet50-0676ba61.pth for `teacher=resnet50,student=mobilenet_v1`. The same
+command continues a run that was stopped. `--config.dtype=bfloat16` computes in
+half precision; `num_workers` are the processes of each host that decode.
+
+`recipe=pod` is for a batch of 4,096 on 16 chips, see docs/tpu.md:
+
+  python -m ijckd_jax.main --workdir runs/imagenet --config.num_workers=64 \
+    --config configs/imagenet.py:teacher=resnet34,student=resnet18,recipe=pod \
+    --config.teacher.checkpoint=teachers/resnet34
+
+Neither has been run here. Published with this recipe for resnet34 -> resnet18:
+top-1 71.73 by SRRL, 71.03 by KD, 69.76 without a teacher; the last step is what
+counts.
+
+Source of the recipe: the official scripts of IJCKD and SRRL agree on SGD with
+momentum 0.9, weight decay 1e-4, times 0.1 after epochs 30, 60 and 90, without
+warm-up; resnet34 -> resnet18 takes 120 epochs of batch 256 at learning rate
+0.1, resnet50 -> mobilenet_v1 100 epochs of batch 512 at 0.2. The pod's: Goyal
+et al. 2017, https://arxiv.org/abs/1706.02677.
+"""
+
+from ijckd_jax import config_utils
+from ijckd_jax import experiment
+
+RECIPES = ('official', 'pod')
+
+
+def get_config(arg=None):
+  """Returns the config for `teacher=...,student=...,method=...,recipe=...`."""
+  arg = config_utils.parse_arg(
+    arg,
+    teacher='resnet34',
+    student='resnet18',
+    method='ijckd',
+    recipe='official',
+  )
+  if arg.recipe not in RECIPES:
+    raise config_utils.unknown('recipe', arg.recipe, RECIPES)
+  config = experiment.default_config(
+    dataset='imagenet2012',
+    teacher=arg.teacher,
+    student=arg.student,
+    method=arg.method,
+  )
+  mobile = arg.student.startswith(('mobilenet', 'shufflenet'))
+  config.total_epochs = 100.0 if mobile else 120.0
+  config.batch_size = 512 if mobile else 256
+  config.optimizer.schedule = 'step'
+  config.optimizer.decay_epochs = (30.0, 60.0, 90.0)
+  config.optimizer.weight_decay = 1e-4
+  if arg.recipe == 'pod':
+    config.batch_size = 4096
+    config.dtype = 'bfloat16'
+    config.optimizer.warmup_epochs = 5.0
+    config.optimizer.decay_norm_and_bias = False
+  rate = 0.1 * config.batch_size / 256
+  config.optimizer.learning_rate = config.teacher.learning_rate = rate
+  return config

@@ -1,0 +1,55 @@
+"""ImageNet's 1,281,167 training images of 1,000 classes, and a small part.
+
+Source: Russakovsky et al. 2015, "ImageNet Large Scale Visual Recognition
+Challenge", https://arxiv.org/abs/1409.0575; Imagenette, ten classes that are
+easily told apart: https://github.com/fastai/imagenette.
+"""
+
+import dataclasses
+import functools
+
+from ijckd_jax.datasets import photos
+
+
+@functools.cache
+def _class_names(file_name: str) -> tuple[str, ...]:
+  from tensorflow_datasets.core import tfds_path
+
+  path = tfds_path('image_classification') / file_name
+  return tuple(path.read_text().split())
+
+
+@dataclasses.dataclass(frozen=True)
+class Imagenet(photos.PhotoDataset):
+  """ILSVRC 2012; evaluated on its 50,000 validation images."""
+
+  tfds_name = 'imagenet2012'
+  test_split = 'validation'
+
+  @property
+  def class_names(self) -> tuple[str, ...]:
+    """WordNet's identifiers, in the order of their labels."""
+    return _class_names('imagenet2012_labels.txt')
+
+
+@dataclasses.dataclass(frozen=True)
+class Imagenette(photos.PhotoDataset):
+  """9,469 training and 3,925 test images.
+
+  Attributes:
+    version: which of its sizes: 'full-size-v2', '320px-v2' or '160px-v2'.
+  """
+
+  version: str = 'full-size-v2'
+
+  test_split = 'validation'
+
+  @property
+  def tfds_name(self) -> str:
+    """The name under which tfds stores it."""
+    return f'imagenette/{self.version}'
+
+  @property
+  def class_names(self) -> tuple[str, ...]:
+    """WordNet's identifiers, in the order of their labels."""
+    return _class_names('imagenette_labels.txt')

@@ -1,0 +1,65 @@
+"""Your own images, once `datasets.prepare image_folder` has stored them."""
+
+import dataclasses
+import functools
+
+from ijckd_jax import config_utils
+from ijckd_jax.datasets import photos
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset(photos.PhotoDataset):
+  """A folder of images, under the name that it was prepared with.
+
+  Attributes:
+    folder: that name.
+    unlabelled: the same of images without classes, which are mixed in with the
+      training images; '' for none. Their labels are -1.
+  """
+
+  folder: str = ''
+  unlabelled: str = ''
+
+  test_split = 'test'
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not self.folder:
+      raise config_utils.UserError(
+        'no dataset.folder: give the name under which the images were '
+        'prepared, by --config.dataset.folder=NAME'
+      )
+
+  @property
+  def tfds_name(self) -> str:
+    """The name under which tfds stores it."""
+    return self.folder
+
+  @functools.cached_property
+  def class_names(self) -> tuple[str, ...]:
+    """The folders' names.
+
+    Raises:
+      UserError: it is not prepared, or has no classes.
+    """
+    (source,) = super().sources('train')
+    label = source.builder.info.features.get('label')
+    if label is None:
+      raise config_utils.UserError(
+        f'{self.folder} was prepared from images without classes: give it as '
+        'dataset.unlabelled, beside a folder with classes'
+      )
+    return tuple(label.names)
+
+  def sources(self, split: str) -> tuple[photos.Source, ...]:
+    """Returns where a split is read: the unlabelled images behind the others."""
+    sources = super().sources(split)
+    if split == 'train' and self.unlabelled:
+      unlabelled = photos.Source(self.unlabelled, self.data_dir, 'train')
+      if 'label' in unlabelled.builder.info.features:
+        raise config_utils.UserError(
+          f'dataset.unlabelled={self.unlabelled} has labels: prepare its images '
+          'without class folders, or leave it out'
+        )
+      sources += (unlabelled,)
+    return sources
