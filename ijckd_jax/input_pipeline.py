@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 import functools
 
+from absl import flags
 import grain
 import numpy as np
 
@@ -45,17 +46,13 @@ def train_batches(
     are decoded: which could not be, and were replaced.
   """
   num_examples = len(arrays)
-  # Two, since a batch may cross from one epoch to the next.
-  epoch_order = functools.lru_cache(2)(
-    functools.partial(permutation, seed, num_examples=num_examples)
-  )
 
   def gather(step: int) -> Batch:
     positions = (step * batch_size + np.arange(batch_size))[rows]
     epochs, places = np.divmod(positions, num_examples)
     indices = np.concatenate(
       [
-        epoch_order(epoch)[places[epochs == epoch]]
+        permutation(seed, epoch, num_examples)[places[epochs == epoch]]
         for epoch in range(epochs[0], epochs[-1] + 1)
       ]
     )
@@ -73,8 +70,10 @@ def train_batches(
   yield from _read(batches, 0 if arrays.in_memory else num_workers)
 
 
-def permutation(seed: int, epoch: int, *, num_examples: int) -> np.ndarray:
-  """Returns the order of an epoch: int32 (num_examples,)."""
+# Two, since a batch may cross from one epoch to the next.
+@functools.lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+  """Returns the order of an epoch: int32 (num_examples,), not to be changed."""
   # RandomState's streams, unlike Generator's, are promised never to change.
   bits = np.random.MT19937(np.random.SeedSequence((seed, epoch)))
   order = np.arange(num_examples, dtype=np.int32)
@@ -139,6 +138,8 @@ def _read(batches: grain.MapDataset, num_workers: int) -> Iterator[Batch]:
       grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     )
     return
+  if not flags.FLAGS.is_parsed():  # Grain has some, which its workers look at.
+    flags.FLAGS.mark_as_parsed()
   yield from batches.to_iter_dataset(
     grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
   ).mp_prefetch(

@@ -12,11 +12,11 @@ from ijckd_jax.datasets import photos
 
 
 @functools.cache
-def _class_names(file_name: str) -> tuple[str, ...]:
+def _class_names(path: str) -> tuple[str, ...]:
+  """Returns the lines of a file that tfds brings along."""
   from tensorflow_datasets.core import tfds_path
 
-  path = tfds_path('image_classification') / file_name
-  return tuple(path.read_text().split())
+  return tuple(tfds_path(path).read_text().split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Imagenet(photos.PhotoDataset):
   @property
   def class_names(self) -> tuple[str, ...]:
     """WordNet's identifiers, in the order of their labels."""
-    return _class_names('imagenet2012_labels.txt')
+    return _class_names('datasets/imagenet2012/labels.txt')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,4 +52,4 @@ class Imagenette(photos.PhotoDataset):
   @property
   def class_names(self) -> tuple[str, ...]:
     """WordNet's identifiers, in the order of their labels."""
-    return _class_names('imagenette_labels.txt')
+    return _class_names('image_classification/imagenette_labels.txt')
