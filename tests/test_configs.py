@@ -4,6 +4,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from ijckd_jax import config_utils
@@ -14,6 +15,7 @@ from ijckd_jax import train
 from ijckd_jax import train_state
 
 ROOT = pathlib.Path(__file__).parents[1]
+IMAGE_FOLDER = ROOT / 'configs/image_folder.py'
 NUM_EXAMPLES = 50_000
 
 
@@ -46,9 +48,11 @@ def trace(config):
   return jax.eval_shape(step)
 
 
-@pytest.mark.parametrize(
-  'path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda path: path.stem
-)
+# A folder's classes are known once it is prepared: tests/test_own_images.py.
+PATHS = sorted(set((ROOT / 'configs').glob('*.py')) - {IMAGE_FOLDER})
+
+
+@pytest.mark.parametrize('path', PATHS, ids=lambda path: path.stem)
 def test_config_builds(path):
   config = config_utils.load(str(path))
   state, sums = trace(config)
@@ -158,3 +162,29 @@ def test_extension_example_runs(tmp_path, data_dir, monkeypatch):
   again = train.train_and_evaluate(config, tmp_path)
   assert again.bundle.backbone_name.endswith('backbone:PlainNet')
   assert type(again.bundle.network.connector).__name__ == 'Gated'
+
+
+@pytest.mark.parametrize(
+  'arg, epochs, batch_size, rate',
+  [
+    ('teacher=resnet34,student=resnet18', 120.0, 256, 0.1),
+    ('teacher=resnet50,student=mobilenet_v1', 100.0, 512, 0.2),
+    ('teacher=resnet34,student=resnet18,recipe=pod', 120.0, 4096, 1.6),
+  ],
+)
+def test_imagenets_recipes(arg, epochs, batch_size, rate):
+  config = config_utils.load(f'{ROOT}/configs/imagenet.py:{arg}')
+  assert (config.total_epochs, config.batch_size) == (epochs, batch_size)
+  exp = experiment.build(config)
+  assert exp.dataset.image_shape == (224, 224, 3)
+  num_examples = 1_281_167
+  _, schedule = exp.optimizer(num_examples)
+  steps_per_epoch = num_examples / batch_size
+  for epoch, factor in ((29.9, 1), (30.1, 0.1), (60.1, 0.01), (90.1, 0.001)):
+    step = round(epoch * steps_per_epoch)
+    np.testing.assert_allclose(schedule(step), rate * factor, rtol=1e-5)
+
+
+def test_imagenets_recipe_is_known():
+  with pytest.raises(config_utils.UserError, match="did you mean 'official'"):
+    config_utils.load(f'{ROOT}/configs/imagenet.py:recipe=oficial')

@@ -23,6 +23,7 @@ from ijckd_jax.datasets import cifar
 from ijckd_jax.datasets import digits
 from ijckd_jax.datasets import fashion_mnist
 from ijckd_jax.datasets import fashion_pairs
+from ijckd_jax.datasets import photos
 from ijckd_jax.datasets import prepare
 
 
@@ -176,13 +177,21 @@ def data_dir(tmp_path_factory):
   return str(data_dir)
 
 
+# The others are in tests/test_photos.py.
+IN_MEMORY = [
+  name
+  for name in datasets.DATASETS
+  if not issubclass(datasets.get(name), photos.PhotoDataset)
+]
+
+
 def small(name, data_dir, **fields):
   if name == 'fashion_pairs_100':
     fields = {'num_train': 200, 'num_test': 100, **fields}
   return datasets.get(name)(data_dir=data_dir, **fields)
 
 
-@pytest.mark.parametrize('name', datasets.DATASETS)
+@pytest.mark.parametrize('name', IN_MEMORY)
 def test_contract(name, data_dir):
   dataset = small(name, data_dir, validation_fraction=0.2)
   num_classes = len(dataset.class_names)
@@ -213,7 +222,7 @@ def test_contract(name, data_dir):
     dataclasses.replace(dataset, validation_fraction=-0.1)
 
 
-@pytest.mark.parametrize('name', datasets.DATASETS)
+@pytest.mark.parametrize('name', IN_MEMORY)
 def test_no_validation_unless_asked_for(name, data_dir):
   dataset = small(name, data_dir)
   validation = dataset.load('validation')
@@ -225,7 +234,7 @@ def test_no_validation_unless_asked_for(name, data_dir):
     assert parts == len(dataset.load('train'))
 
 
-@pytest.mark.parametrize('name', datasets.DATASETS)
+@pytest.mark.parametrize('name', IN_MEMORY)
 def test_no_validation_is_told_without_reading_the_images(name, tmp_path):
   if name == 'digits':
     digits.Dataset(data_dir=str(tmp_path)).prepare()
