@@ -1,11 +1,11 @@
 """The batch scripts: what they print is what they run, down to the workers."""
 
-import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -20,7 +20,7 @@ SETTINGS = {
   'TPU_PROJECT': "it's a project",
   'TPU_ZONE': 'us-west4-a',
   'TPU_NAME': 'mine',
-  'POLL_SECONDS': '0.01',
+  'POLL_SECONDS': '0.05',
   'BUCKET': 'bucket',
   'WORKDIR': WORKDIR,
   'COMMAND': COMMAND,
@@ -36,44 +36,37 @@ DELETE = [*TPUS, 'queued-resources', 'delete', 'mine', *WHERE, '--force']
 
 # Under the name of each program that the scripts call: it writes down its
 # arguments, and does as much as the scripts need. A TPU is a home directory.
-FAKE = """#!PYTHON -IS
-import json, os, shutil, signal, subprocess, sys
-cloud = CLOUD
-home = os.path.join(cloud, 'home')
-name, *args = os.path.basename(sys.argv[0]), *sys.argv[1:]
-if name != 'mountpoint':
-  with open(os.path.join(cloud, 'calls'), 'a') as file:
-    print(json.dumps([name, *args]), file=file)
-if name == 'gcloud' and 'describe' in args:
-  states = open(os.path.join(cloud, 'states')).read().split()
-  print(states[0])
-  with open(os.path.join(cloud, 'states'), 'w') as file:
-    print(*(states[1:] or states), file=file)
-elif name == 'gcloud' and 'create' in args:
-  os.mkdir(home)
-elif name == 'gcloud' and 'delete' in args:
-  if os.path.exists(home + '/group'):
-    os.killpg(int(open(home + '/group').read()), signal.SIGKILL)
-  shutil.rmtree(home)
-elif name == 'gcloud' and 'scp' in args:
-  shutil.copy(args[4], home)
-elif name == 'gcloud' and 'ssh' in args:
-  command = args[-1].removeprefix('--command=')
-  environ = os.environ | {'HOME': home}
-  done = subprocess.run(['bash', '-c', command], cwd=home, env=environ)
-  sys.exit(done.returncode)
-elif name == 'python3':
-  os.makedirs('uv/bin', exist_ok=True)
-  for program in ('pip', 'uv'):
-    if not os.path.exists('uv/bin/' + program):
-      os.symlink(os.path.join(cloud, 'bin', 'gcloud'), 'uv/bin/' + program)
-elif name == 'gcsfuse':
-  os.rmdir(args[-1])
-  os.symlink(os.path.join(cloud, args[-2]), args[-1])
-elif name == 'mountpoint':
-  sys.exit(not os.path.islink(args[-1]))
-elif name == 'srun':
-  sys.exit(int(os.environ['SRUN_EXITS']))
+FAKE = r"""#!/usr/bin/env bash
+cloud=$(dirname "$(readlink -f "$0")") name=${0##*/}
+[ "$name" = mountpoint ] ||
+  printf '%s\0' "$name" "$@" $'\n' >>"$cloud/calls"
+case "$name $4" in
+  'gcloud describe')
+    read -r state later <"$cloud/states"
+    echo "$state"
+    [ -z "$later" ] || echo "$later" >"$cloud/states" ;;
+  'gcloud create') mkdir "$cloud/home" ;;
+  'gcloud delete')
+    cd "$cloud/home"
+    if ! flock --nonblock run.lock true; then  # What runs goes with it.
+      until [ -s group ]; do sleep 0.01; done
+      kill -KILL -- "-$(cat group)"
+    fi
+    rm -r "$cloud/home" ;;
+  'gcloud scp') cp "$5" "$cloud/home" ;;
+  'gcloud ssh')
+    cd "$cloud/home"
+    last=${*: -1}
+    HOME=$PWD exec bash -c "${last#--command=}" ;;
+  python3*) mkdir -p uv/bin && ln -sf ../../../fake uv/bin/pip &&
+    ln -sf ../../../fake uv/bin/uv ;;
+  gcsfuse*) rmdir "$4" && ln -s "../../$3" "$4" ;;
+  mountpoint*) [ -L "$2" ] ;;
+  srun*) exit "$SRUN_EXITS" ;;
+esac
+"""
+# Makes a function of each program that only prints its arguments.
+RECORD = r"""%s() { printf '%%s\0' %s "$@" $'\n'; }
 """
 FAKED = ('gcloud', 'gcsfuse', 'mountpoint', 'python3', 'sudo')
 NOT_FAKED = ('bash', 'cp', 'flock', 'git', 'mkdir', 'rm', 'setsid')
@@ -87,22 +80,44 @@ def link_programs(folder, names, target=None):
   return folder
 
 
+def parse(calls):
+  """Returns the calls that were written with a zero byte after each word."""
+  return [call.split('\0')[:-1] for call in calls.split('\n\0')[:-1]]
+
+
+def pasted(printed):
+  """Returns the commands that a shell sees in what was printed."""
+  names = (*FAKED, *NOT_FAKED, 'uv/bin/pip', 'uv/bin/uv')
+  functions = [RECORD % (name, name.rpartition('/')[2]) for name in names]
+  with tempfile.TemporaryDirectory() as home:
+    done = subprocess.run(
+      ['bash', '-euc', ''.join(functions) + printed],
+      cwd=home,
+      capture_output=True,
+      text=True,
+    )
+  assert (done.returncode, done.stderr) == (0, '')
+  return parse(done.stdout)
+
+
 class Cloud:
   """Runs scripts where gcloud and a worker's programs are fakes."""
 
   def __init__(self, folder, scripts):
     self.folder = folder
     self.scripts = scripts
-    fake = folder / 'fake'
-    fake.write_text(
-      FAKE.replace('PYTHON', sys.executable).replace('CLOUD', repr(str(folder)))
-    )
-    fake.chmod(0o755)
-    self.fake = fake
-    link_programs(folder / 'bin', FAKED + ('srun', 'scontrol'), fake)
+    self.path = f'{folder / "bin"}:{os.environ["PATH"]}'
+
+  @classmethod
+  def create(cls, folder, scripts):
+    """Makes one with a bucket and without a TPU."""
+    folder.mkdir()
+    (folder / 'fake').write_text(FAKE)
+    (folder / 'fake').chmod(0o755)
+    link_programs(folder / 'bin', FAKED + ('srun', 'scontrol'), '../fake')
     (folder / 'bucket' / 'tensorflow_datasets').mkdir(parents=True)
     (folder / 'bucket' / 'tensorflow_datasets' / 'records').write_text('data')
-    self.path = f'{folder / "bin"}:{os.environ["PATH"]}'
+    return cls(folder, scripts)
 
   def run(self, script, *args, states='ACTIVE', path=None, **settings):
     """Runs experiments/tpu_vm/SCRIPT.sh."""
@@ -120,8 +135,7 @@ class Cloud:
   @property
   def calls(self):
     """The arguments of each call of a fake in the last run."""
-    lines = (self.folder / 'calls').read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return parse((self.folder / 'calls').read_text())
 
   @property
   def verbs(self):
@@ -153,43 +167,24 @@ def scripts(tmp_path_factory):
 @pytest.fixture
 def cloud(tmp_path, scripts):
   """A Cloud without a TPU."""
-  return Cloud(tmp_path, scripts)
+  return Cloud.create(tmp_path / 'cloud', scripts)
+
+
+@pytest.fixture(scope='module')
+def installed(tmp_path_factory, scripts):
+  """A Cloud with a TPU on which everything is installed, to be copied."""
+  made = Cloud.create(tmp_path_factory.mktemp('installed') / 'cloud', scripts)
+  for script in ('create', 'install'):
+    done = made.run(script)
+    assert done.returncode == 0, done.stderr
+  return made
 
 
 @pytest.fixture
-def tpu(cloud):
+def tpu(tmp_path, installed):
   """A Cloud with a TPU on which everything is installed."""
-  assert cloud.run('create').returncode == 0
-  done = cloud.run('install')
-  assert done.returncode == 0, done.stderr
-  return cloud
-
-
-@pytest.fixture
-def pasted(cloud, tmp_path):
-  """Returns a function: the commands that a shell sees in what was printed."""
-  programs = (*FAKED, *NOT_FAKED)
-  folder = link_programs(tmp_path / 'paste', programs, cloud.fake)
-  (folder / 'uv').mkdir()
-  link_programs(folder / 'uv' / 'bin', ('pip', 'uv'), cloud.fake)
-  silent = cloud.fake.read_text().partition("if name == 'gcloud'")[0]
-
-  def paste(printed):
-    acts = cloud.fake.read_text()
-    cloud.fake.write_text(silent)
-    (cloud.folder / 'calls').write_text('')
-    done = subprocess.run(
-      [shutil.which('bash'), '-euc', printed],
-      cwd=folder,
-      env={'PATH': str(folder)},
-      capture_output=True,
-      text=True,
-    )
-    cloud.fake.write_text(acts)
-    assert (done.returncode, done.stderr) == (0, '')
-    return cloud.calls
-
-  return paste
+  shutil.copytree(installed.folder, tmp_path / 'cloud', symlinks=True)
+  return Cloud(tmp_path / 'cloud', installed.scripts)
 
 
 def test_shellcheck():
@@ -206,7 +201,7 @@ def test_shellcheck():
   assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_dry_run_prints_every_command(cloud, pasted, scripts):
+def test_dry_run_prints_every_command(cloud, scripts):
   commands = {
     script: pasted(cloud.run(script, '--dry_run').stdout) for script in SCRIPTS
   }
@@ -233,7 +228,7 @@ def test_dry_run_prints_every_command(cloud, pasted, scripts):
 
 
 @pytest.mark.parametrize('script', ['create', 'install', 'start', 'collect'])
-def test_what_is_printed_is_what_runs(tpu, pasted, script):
+def test_what_is_printed_is_what_runs(tpu, script):
   printed = tpu.run(script, '--dry_run')
   assert printed.returncode == 0 and not tpu.calls
   if script == 'create':
@@ -327,7 +322,7 @@ def test_watch_resumes_after_preemption(cloud):
     assert said in done.stdout
 
 
-@pytest.mark.parametrize('codes, code', [('130 143 0', 0), ('130 3', 1)])
+@pytest.mark.parametrize('codes, code', [('143 0', 0), ('130 3', 1)])
 def test_watch_starts_again_what_was_told_to_stop(tpu, codes, code):
   (tpu.folder / 'home' / 'codes').write_text(codes.replace(' ', '\n') + '\n')
   command = 'read -r code <~/codes; sed -i 1d ~/codes; exit "$code"'
