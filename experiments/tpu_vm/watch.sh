@@ -51,8 +51,8 @@ while true; do
             'why, and start.sh starts it again' >&2
           exit 1
           ;;
-        *running* | *'do not answer'*) ;;
-        *) exit ;;
+        *running*) ;;
+        *'exited 0'*) exit ;;
       esac
       ;;
   esac
