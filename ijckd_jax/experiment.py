@@ -17,6 +17,7 @@ from ijckd_jax import datasets
 from ijckd_jax import distiller as distiller_lib
 from ijckd_jax import hub
 from ijckd_jax import methods
+from ijckd_jax import mixing as mixing_lib
 from ijckd_jax import models
 from ijckd_jax import network
 from ijckd_jax import optim
@@ -72,6 +73,7 @@ def default_config(
     },
   }
   config.student = {'backbone': student}
+  config.augment = augment.default_config()  # Of what both of them see.
   config.method = config_utils.section(methods.get(method), method)
   config.optimizer = optim.default_config()
   config.batch_size = 64  # Of all devices and processes together.
@@ -119,8 +121,9 @@ def teacher_config(
   for field in own.teacher:
     if field != 'store':
       own.teacher[field] = type(own.teacher[field])()
-  unstored = default_config(dataset=None, teacher='', student='', method='ce')
-  own.teacher.store = unstored.teacher.store
+  plain = default_config(dataset=None, teacher='', student='', method='ce')
+  own.teacher.store = plain.teacher.store
+  own.augment = plain.augment
   return own
 
 
@@ -138,6 +141,7 @@ class Experiment:
     mapper: see parallel.
     dtype: of the computation.
     stored: which of the teacher's outputs are stored; None where none are.
+    mixing: of the augmented images; None where they are not mixed.
   """
 
   config: ml_collections.ConfigDict
@@ -148,6 +152,7 @@ class Experiment:
   mapper: parallel.Mapper
   dtype: Any
   stored: teacher_outputs.Stored | None
+  mixing: mixing_lib.Mixing | None
 
   def total_steps(self, num_examples: int) -> int:
     """Returns the steps of the run."""
@@ -221,6 +226,7 @@ class Experiment:
       ema_decay=self.config.ema_decay,
       num_pieces=self.config.accumulation,
       stored=self.stored,
+      mixing=self.mixing,
     )
 
   def map_train_step(self, step: Callable, *, rows_out=False) -> Callable:
@@ -261,6 +267,7 @@ def build(
     'method', methods.get(config.method.name), config.method
   )
   _check_numbers(config)
+  mixing = mixing_lib.build(config.augment)
   axis_name = parallel.AXIS if config.sync_batch_norm else None
   height, width, _ = dataset.image_shape
   preprocessing = augment.Preprocessing(
@@ -289,6 +296,7 @@ def build(
     num_classes=len(dataset.class_names),
     axis_name=axis_name,
     dtype=dtype,
+    mixed=mixing is not None,
   )
   stored, views = None, config.teacher.store.views
   if views:
@@ -300,12 +308,11 @@ def build(
     dataset=dataset,
     distiller=distiller,
     judge=teacher,
-    augmentation=augment.Augmentation(
-      dataset.crop_padding, dataset.flip, views
-    ),
+    augmentation=augment.build(config.augment, dataset, views),
     mapper=parallel.Mapper(config.mapper),
     dtype=dtype,
     stored=stored,
+    mixing=mixing,
   )
 
 
@@ -403,6 +410,14 @@ def _check_numbers(config):
       'teacher.store.dtype', store.dtype, list(teacher_outputs.DTYPES)
     )
   config_utils.check_positive('teacher.store.limit_gib', store.limit_gib)
+  augment.check(config.augment)
+  mixed = mixing_lib.build(config.augment) is not None
+  if mixed and store.views:
+    raise config_utils.UserError(
+      f'teacher.store.views={store.views}: mixup and cutmix mix an image with '
+      'another one in each epoch, so that no view is seen twice and could be '
+      'stored: set it to 0, or augment.mixup_alpha and augment.cutmix_alpha'
+    )
   num_devices = jax.device_count()
   if config.num_cpu_devices > 1 and (
     jax.default_backend() == 'cpu'
@@ -425,6 +440,8 @@ def _check_numbers(config):
       f'accumulation={config.accumulation}: it must divide the {rows} rows '
       'that a device gets of a batch'
     )
+  if mixed:
+    mixing_lib.check_rows(rows)
   if not 0 <= config.ema_decay < 1:
     raise config_utils.UserError(
       f'ema_decay={config.ema_decay}: it must be in [0, 1)'

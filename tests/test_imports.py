@@ -51,7 +51,10 @@ LAYERS = {
     'datasets/',
     'augment',
     'input_pipeline',
+    'mixing',
     'optim',
+    'randaugment',
+    'transforms',
   ),
   'adapters': (
     'parallel',
