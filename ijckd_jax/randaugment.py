@@ -14,6 +14,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from ijckd_jax import transforms
+
 OPERATIONS = (
   'Identity',
   'ShearX',
@@ -145,14 +147,15 @@ def _grey(x):
 
 
 def _smooth(x):
-  """Returns the mean with the neighbours, the centre counted five times."""
-  if min(x.shape[:2]) < 3:
-    return x
-  total = jax.lax.reduce_window(
-    x, 0, jax.lax.add, (3, 3, 1), (1, 1, 1), 'VALID'
-  )
-  total += 4 * x[1:-1, 1:-1]
-  return x.at[1:-1, 1:-1].set((2 * total + 13) // 26)  # Rounded; edges stay.
+  """Returns the mean with the neighbours, the centre counted five times.
+
+  Pixels on the edges stay.
+  """
+  height, width, _ = x.shape
+  total = jax.lax.reduce_window(x, 0, jax.lax.add, (3, 3, 1), (1, 1, 1), 'SAME')
+  rounded = (2 * (total + 4 * x) + 13) // 26
+  inner = transforms.inside((height, width), 1, 1, height - 2, width - 2)
+  return jnp.where(inner[..., None], rounded, x)
 
 
 def _stretch(x):
