@@ -5,7 +5,7 @@
   python -m ijckd_jax.torch_weights import --output imagenet/resnet34 \
     --checkpoint resnet34-b627a593.pth --backbone resnet34
   python -m ijckd_jax.main --workdir runs/pets --config.num_workers=2 \
-    --config configs/image_folder.py:folder=pets,teacher=resnet34,student=resnet18 \
+    --config configs/image_folder.py:folder=pets,student=resnet18 \
     --config.teacher.init_from=imagenet/resnet34
 
 DIR holds `train/CLASS/*.jpg` and `val/CLASS/*.jpg`, or the class folders alone,

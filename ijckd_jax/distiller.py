@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ijckd_jax import config_utils
+from ijckd_jax import losses
 from ijckd_jax import network as network_lib
 from ijckd_jax import outputs
 from ijckd_jax import parallel
@@ -47,7 +48,7 @@ class Distiller:
     Args:
       variables: its 'params' and 'batch_stats'.
       frozen: the teacher's arrays (Teacher.frozen); None without a teacher.
-      images: (B, H, W, C) uint8.
+      images: (B, H, W, C) uint8, or float32 of 0 to 255.
 
     Returns:
       outputs.Outputs and the updated batch statistics.
@@ -127,6 +128,7 @@ def bind(
   num_classes: int,
   axis_name: str | None,
   dtype,
+  mixed: bool = False,
 ) -> Distiller:
   """Returns the Distiller of a pair, with the connector that the method wants.
 
@@ -139,6 +141,7 @@ def bind(
     num_classes: K of the data set.
     axis_name: mapped axis over which batch norm is synchronised, or None.
     dtype: of the connector's computation.
+    mixed: whether its batches hold losses.MixedLabels.
 
   Raises:
     config_utils.UserError: the pair does not fit; nothing has been compiled.
@@ -193,10 +196,20 @@ def bind(
     raise config_utils.UserError(
       f'there is nothing to learn: every weight of {method} is zero'
     )
+  if mixed:
+    try:
+      _trace_terms(distiller, image_shape, mixed=True)
+    except Exception as error:  # The method may be anyone's.
+      raise config_utils.UserError(
+        f'{method} does not take the labels of mixed images '
+        f'({config_utils.short(error)}): let it read them by '
+        'losses.cross_entropy or losses.single_labels, or set '
+        'augment.mixup_alpha=0 and augment.cutmix_alpha=0'
+      ) from error
   return distiller
 
 
-def _trace_terms(distiller, image_shape):
+def _trace_terms(distiller, image_shape, *, mixed=False):
   """Traces a loss and returns its terms' shapes.
 
   What does not fit is said now, not after its teacher has been trained.
@@ -210,6 +223,9 @@ def _trace_terms(distiller, image_shape):
     student, _ = distiller.student(variables, frozen, images)
     rows = jnp.zeros(images.shape[0], jnp.int32)
     batch = {'image': images, 'label': rows, 'index': rows, 'epoch': rows}
+    if mixed:
+      weights = jnp.ones(rows.shape)
+      batch['label'] = losses.MixedLabels(rows, rows, weights)
     return distiller.method.loss(student, teacher, batch)[1]
 
   return jax.eval_shape(

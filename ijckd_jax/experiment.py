@@ -12,11 +12,13 @@ import optax
 
 from ijckd_jax import augment
 from ijckd_jax import bundles
+from ijckd_jax import config_checks
 from ijckd_jax import config_utils
 from ijckd_jax import datasets
 from ijckd_jax import distiller as distiller_lib
 from ijckd_jax import hub
 from ijckd_jax import methods
+from ijckd_jax import mixing as mixing_lib
 from ijckd_jax import models
 from ijckd_jax import network
 from ijckd_jax import optim
@@ -76,6 +78,7 @@ def default_config(
   }
   # A bundle of the same backbone, from which it starts; its head is not taken.
   config.student = {'backbone': student, 'init_from': ''}
+  config.augment = augment.default_config()  # Of what both of them see.
   config.method = config_utils.section(methods.get(method), method)
   config.optimizer = optim.default_config()
   config.batch_size = 64  # Of all devices and processes together.
@@ -125,8 +128,9 @@ def teacher_config(
   for field in own.teacher:
     if field != 'store':
       own.teacher[field] = type(own.teacher[field])()
-  unstored = default_config(dataset=None, teacher='', student='', method='ce')
-  own.teacher.store = unstored.teacher.store
+  plain = default_config(dataset=None, teacher='', student='', method='ce')
+  own.teacher.store = plain.teacher.store
+  own.augment = plain.augment
   return own
 
 
@@ -145,6 +149,7 @@ class Experiment:
     dtype: of the computation.
     stored: which of the teacher's outputs are stored; None where none are.
     start: where the student's backbone starts; None: at random.
+    mixing: of the augmented images; None where they are not mixed.
   """
 
   config: ml_collections.ConfigDict
@@ -163,6 +168,8 @@ class Experiment:
       key, tuple(self.dataset.image_shape)
     )
     return variables if self.start is None else self.start.fill(variables)
+
+  mixing: mixing_lib.Mixing | None
 
   def total_steps(self, num_examples: int) -> int:
     """Returns the steps of the run."""
@@ -236,6 +243,7 @@ class Experiment:
       ema_decay=self.config.ema_decay,
       num_pieces=self.config.accumulation,
       stored=self.stored,
+      mixing=self.mixing,
     )
 
   def map_train_step(self, step: Callable, *, rows_out=False) -> Callable:
@@ -275,7 +283,8 @@ def build(
   method = config_utils.instantiate(
     'method', methods.get(config.method.name), config.method
   )
-  _check_numbers(config)
+  config_checks.check_numbers(config)
+  mixing = mixing_lib.build(config.augment)
   axis_name = parallel.AXIS if config.sync_batch_norm else None
   height, width, _ = dataset.image_shape
   preprocessing = augment.Preprocessing(
@@ -312,6 +321,7 @@ def build(
     num_classes=len(dataset.class_names),
     axis_name=axis_name,
     dtype=dtype,
+    mixed=mixing is not None,
   )
   if start is not None:
     start.fill(
@@ -329,13 +339,12 @@ def build(
     dataset=dataset,
     distiller=distiller,
     judge=teacher,
-    augmentation=augment.Augmentation(
-      dataset.crop_padding, dataset.flip, views
-    ),
+    augmentation=augment.build(config.augment, dataset, views),
     mapper=parallel.Mapper(config.mapper),
     dtype=dtype,
     stored=stored,
     start=start,
+    mixing=mixing,
   )
 
 
@@ -405,70 +414,4 @@ def _check_teacher(teacher, dataset):
     raise config_utils.UserError(
       f'teacher {teacher.name} reads images of {num_channels} channels, but '
       f"the data set's have {dataset.image_shape[-1]}"
-    )
-
-
-def _check_numbers(config):
-  """Raises where a number of the config cannot be."""
-  for what in ('total', 'log', 'eval', 'checkpoint'):
-    _, value = config_utils.duration(config, what)
-    if what != 'checkpoint' and not value:
-      raise config_utils.UserError(
-        f'no {what}_epochs, {what}_steps or {what}_examples: give one'
-      )
-  if config.mapper not in parallel.MAPPERS:
-    raise config_utils.unknown('mapper', config.mapper, parallel.MAPPERS)
-  if config.bundle not in ('last', 'best'):
-    raise config_utils.unknown('bundle', config.bundle, ('last', 'best'))
-  if config.seed < 0 or config.teacher.seed < 0:
-    raise config_utils.UserError('a seed cannot be negative')
-  store = config.teacher.store
-  if store.views < 0:
-    raise config_utils.UserError(
-      f'teacher.store.views={store.views}: it cannot be negative; 0 stores '
-      'nothing'
-    )
-  if store.dtype not in teacher_outputs.DTYPES:
-    raise config_utils.unknown(
-      'teacher.store.dtype', store.dtype, list(teacher_outputs.DTYPES)
-    )
-  config_utils.check_positive('teacher.store.limit_gib', store.limit_gib)
-  if config.teacher.checkpoint and config.teacher.init_from:
-    raise config_utils.UserError(
-      'teacher.checkpoint is a teacher that is there, teacher.init_from the '
-      'start of one to train: give one of them'
-    )
-  if config.num_workers < 0:
-    raise config_utils.UserError(
-      f'num_workers={config.num_workers}: it cannot be negative'
-    )
-  num_devices = jax.device_count()
-  if config.num_cpu_devices > 1 and (
-    jax.default_backend() == 'cpu'
-    and config.num_cpu_devices != jax.local_device_count()
-  ):
-    raise config_utils.UserError(
-      f'num_cpu_devices={config.num_cpu_devices}, but JAX has started with '
-      f'{jax.local_device_count()}: from Python, set jax_num_cpu_devices by '
-      'jax.config.update before anything else'
-    )
-  for name in ('batch_size', 'eval_batch_size'):
-    if config[name] < 1 or config[name] % num_devices:
-      raise config_utils.UserError(
-        f'{name}={config[name]}: it must be a positive multiple of the '
-        f'{num_devices} devices'
-      )
-  rows = config.batch_size // num_devices
-  if config.accumulation < 1 or rows % config.accumulation:
-    raise config_utils.UserError(
-      f'accumulation={config.accumulation}: it must divide the {rows} rows '
-      'that a device gets of a batch'
-    )
-  if not 0 <= config.ema_decay < 1:
-    raise config_utils.UserError(
-      f'ema_decay={config.ema_decay}: it must be in [0, 1)'
-    )
-  if config.keep_checkpoints < 1:
-    raise config_utils.UserError(
-      f'keep_checkpoints={config.keep_checkpoints}: it must be at least 1'
     )

@@ -74,9 +74,7 @@ class Views:
     image = PIL.Image.fromarray(image).resize(
       (width, height), PIL.Image.Resampling.BILINEAR
     )
-    top, left = (
-      round((side - self.size) / 2) for side in (height, width)
-    )
+    top, left = (round((side - self.size) / 2) for side in (height, width))
     image = image.crop((left, top, left + self.size, top + self.size))
     return np.asarray(image)
 
@@ -90,8 +88,8 @@ class Views:
     """
     low, high = np.log(self.aspect)
     for part, shape, row, column in random.random_sample((CROP_ATTEMPTS, 4)):
-      area = height * width * (
-        self.area[0] + part * (self.area[1] - self.area[0])
+      area = (
+        height * width * (self.area[0] + part * (self.area[1] - self.area[0]))
       )
       aspect = math.exp(low + shape * (high - low))
       crop_width = round(math.sqrt(area * aspect))

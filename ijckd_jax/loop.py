@@ -281,8 +281,8 @@ class Loop:
         raise config_utils.UserError(
           f'{len(names)} training images cannot be decoded, more than '
           f'max_bad_fraction={arrays.max_bad_fraction} of {len(arrays)}: '
-          f'{", ".join(names[:20])}{", ..." if names[20:] else ""}; prepare the '
-          'data without them, or allow more'
+          f'{", ".join(names[:20])}{", ..." if names[20:] else ""}; prepare '
+          'the data without them, or allow more'
         )
     return self.experiment.mapper.shard(batch)
 

@@ -5,6 +5,7 @@ All are computed in float32, or in float64 where that is what comes in.
 
 from collections.abc import Callable
 
+from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,20 +17,51 @@ def at_least_float32(x: jax.Array) -> jax.Array:
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+@struct.dataclass
+class MixedLabels:
+  """Labels of images that were mixed of two.
+
+  Attributes:
+    own: (B,) int32; -1 where there is none.
+    other: (B,) int32, of the other image.
+    weight: (B,) float32, of the own one; the other's is one minus that.
+  """
+
+  own: jax.Array
+  other: jax.Array
+  weight: jax.Array
+
+
+def single_labels(labels: jax.Array | MixedLabels) -> jax.Array:
+  """Returns (B,) int32: of a mixed image, the label of its larger part."""
+  if isinstance(labels, MixedLabels):
+    return jnp.where(labels.weight < 0.5, labels.other, labels.own)
+  return labels
+
+
+def cross_entropy(
+  logits: jax.Array, labels: jax.Array | MixedLabels
+) -> jax.Array:
   """Returns the cross-entropy of labelled rows, summed, over the batch size.
 
   Dividing by all rows, labelled or not, makes the mean over shards equal to the
-  mean over the batch.
+  mean over the batch. A mixed row's is that with either label, by its weight.
 
   Args:
     logits: (B, K).
-    labels: (B,) int32; -1 for an unlabelled row.
+    labels: (B,) int32; -1 for an unlabelled row. Or MixedLabels.
   """
-  rows = optax.losses.softmax_cross_entropy_with_integer_labels(
-    at_least_float32(logits), jnp.maximum(labels, 0)
-  )
-  return jnp.mean(jnp.where(labels >= 0, rows, 0.0))
+
+  def rows(labels):
+    rows = optax.losses.softmax_cross_entropy_with_integer_labels(
+      at_least_float32(logits), jnp.maximum(labels, 0)
+    )
+    return jnp.where(labels >= 0, rows, 0.0)
+
+  if not isinstance(labels, MixedLabels):
+    return jnp.mean(rows(labels))
+  own = labels.weight * rows(labels.own)
+  return jnp.mean(own + (1 - labels.weight) * rows(labels.other))
 
 
 def mean_squared_error(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -46,8 +46,8 @@ class Start:
       if getattr(value, 'shape', None) != like.shape:
         raise config_utils.UserError(
           f'{self.path}: {jax.tree_util.keystr(path)} must be {like.shape}, '
-          f'but is {getattr(value, "shape", "not there")}: give a bundle of the '
-          'same backbone for the same size of images'
+          f'but is {getattr(value, "shape", "not there")}: give a bundle of '
+          'the same backbone for the same size of images'
         )
       return value
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ijckd_jax import distiller as distiller_lib
+from ijckd_jax import losses
 from ijckd_jax import metrics
 from ijckd_jax import parallel
 from ijckd_jax import teacher_outputs
@@ -16,6 +17,7 @@ from ijckd_jax.models import cpu_conv
 # Streams of the run's key.
 AUGMENTATION_STREAM = 0
 INIT_STREAM = 1
+MIXING_STREAM = 2
 
 
 def train_step(
@@ -46,6 +48,7 @@ def filling_step(
   ema_decay: float,
   num_pieces: int,
   stored: teacher_outputs.Stored | None = None,
+  mixing=None,
 ) -> tuple[tuple[train_state_lib.TrainState, dict[str, tuple]], dict[str, Any]]:
   """Makes one update, and returns the teacher's outputs beside it.
 
@@ -63,18 +66,21 @@ def filling_step(
     num_pieces: parts in which the rows are worked through, gradients averaged;
       batch norm sees one part at a time.
     stored: which of the teacher's outputs are stored; None where none are.
+    mixing: `(key, images, labels, epochs, indices) -> images, labels` of the
+      augmented images, see mixing; None: they are not mixed.
 
   Returns:
     The state after, and (sum, count) of each metric over all devices; and rows:
     'index', 'epoch' and, where they are stored, the 'teacher' outputs.
   """
-  images = augmentation(
-    jax.random.fold_in(key, AUGMENTATION_STREAM),
-    batch['image'],
-    batch['epoch'],
-    batch['index'],
-  )
-  batch = {**batch, 'image': images}
+  images, labels = batch['image'], batch['label']
+  epochs, indices = batch['epoch'], batch['index']
+  stream = jax.random.fold_in(key, AUGMENTATION_STREAM)
+  images = augmentation(stream, images, epochs, indices)
+  if mixing is not None:
+    stream = jax.random.fold_in(key, MIXING_STREAM)
+    images, labels = mixing(stream, images, labels, epochs, indices)
+  batch = {**batch, 'image': images, 'label': labels}
 
   def loss_fn(params, batch_stats, teacher, rows):
     variables = {'params': params, 'batch_stats': batch_stats}
@@ -139,8 +145,9 @@ def filling_step(
 
 def _sums(means, logits, labels):
   """Returns (sum, count) of means over the rows, and of the accuracy."""
-  count = jnp.asarray(labels.shape[0], jnp.float32)
+  count = jnp.asarray(len(logits), jnp.float32)
   sums = {name: (value * count, count) for name, value in means.items()}
+  labels = losses.single_labels(labels)
   labelled = labels >= 0
   correct = labelled & (jnp.argmax(logits, axis=-1) == labels)
   sums['accuracy'] = (

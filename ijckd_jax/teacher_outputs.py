@@ -290,7 +290,7 @@ def _store(exp, folder, arrays) -> teacher_store.Store:
     'compute_dtype': exp.config.dtype,
     'dataset': exp.config.dataset.name,
     'examples': arrays.digest(),
-    'augmentation': str(exp.augmentation),
+    'augmentation': exp.augmentation.identity,
     'seed': exp.config.seed,
   }
   return teacher_store.Store(

@@ -35,7 +35,7 @@ class Teacher:
     variables: its arrays, a pytree; `head` and `pool_variables` apart.
     head: 'kernel' (D, K) and 'bias' (K,): `apply` gives `pooled @ kernel +
       bias` as logits.
-    preprocessing: from the shared uint8 view to its input.
+    preprocessing: from the shared view to its input.
     name: what reports call it.
     pool: `(pool_variables, map) -> pooled`.
     pool_name: 'average', or the name of the backbone whose pool it is: by it, a
@@ -93,7 +93,7 @@ class Teacher:
     }
 
   def __call__(self, frozen, images: jax.Array) -> outputs.Outputs:
-    """Returns the Outputs of the uint8 view (B, H, W, C)."""
+    """Returns the Outputs of the view (B, H, W, C), of 0 to 255."""
     result = self.apply(frozen['network'], self.preprocessing(images))
     return jax.lax.stop_gradient(result)
 

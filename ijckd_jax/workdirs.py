@@ -47,6 +47,14 @@ RUNTIME_FIELDS = (
 )
 # Fields that configs of older versions lack, with what was done then.
 ADDED_FIELDS = {
+  'augment.cutmix_alpha': 0.0,
+  'augment.erasing_probability': 0.0,
+  'augment.inception_area': (0.08, 1.0),
+  'augment.inception_aspect': (3 / 4, 4 / 3),
+  'augment.inception_crop': False,
+  'augment.mixup_alpha': 0.0,
+  'augment.randaugment_layers': 0,
+  'augment.randaugment_magnitude': 9,
   'student.init_from': '',
   'teacher.init_from': '',
   'teacher.store.dtype': 'float16',

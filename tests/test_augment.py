@@ -1,6 +1,7 @@
 """Views are pure functions of key, epoch and example, and true crops."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 from ijckd_jax import augment
+from ijckd_jax import config_utils
+from ijckd_jax import experiment
 
 # Compiling takes most of a small test's time.
 FAST_COMPILE = {'xla_backend_optimization_level': 0}
@@ -106,6 +109,70 @@ def test_views_depend_on_key_epoch_and_index():
   ):
     equal = (other == first).all((1, 2, 3)).mean()
     assert equal < 0.2  # 1/50 by chance.
+
+
+def test_by_default_views_are_crops_and_flips_and_nothing_else():
+  """Written anew, example by example, with the keys that they have."""
+  config = experiment.default_config(
+    dataset='digits', teacher='resnet8', student='resnet8'
+  )
+  config.total_epochs = 1.0
+  config.dataset.crop_padding, config.dataset.flip = 2, True
+  exp = experiment.build(config)
+  assert exp.augmentation == augment.Augmentation(2, True, 0)
+  assert exp.mixing is None
+  images, indices = images_of(8), np.arange(50, 58)
+  made = views(images, indices, epochs=3, seed=4)
+  for image, index, view in zip(images, indices, made, strict=True):
+    key = jax.random.fold_in(jax.random.key(4), 3)
+    crop_key, flip_key = jax.random.split(jax.random.fold_in(key, index))
+    row, column = jax.random.randint(crop_key, (2,), 0, 5)
+    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
+    expected = padded[row : row + 6, column : column + 6]
+    if jax.random.bernoulli(flip_key):
+      expected = expected[:, ::-1]
+    np.testing.assert_array_equal(view, expected)
+
+
+@pytest.mark.parametrize(
+  'field, value, message',
+  [
+    ('randaugment_layers', -1, 'randaugment_layers=-1: it must be at least 0'),
+    ('randaugment_magnitude', 31, 'from 0 to 30'),
+    ('erasing_probability', 1.5, 'from 0 to 1'),
+    ('mixup_alpha', -0.5, 'mixup_alpha=-0.5'),
+    ('cutmix_alpha', float('inf'), 'cutmix_alpha=inf'),
+    ('inception_area', (0.5, 0.1), 'smallest and the largest.*at most 1'),
+    ('inception_area', (0.5, 1.1), 'inception_area'),
+    ('inception_area', (0.0, 1.0), 'above 0'),
+    ('inception_aspect', (1.0,), 'inception_aspect'),
+  ],
+)
+def test_numbers_that_cannot_be_are_refused(field, value, message):
+  config = augment.default_config()
+  augment.check(config)
+  config[field] = value
+  with pytest.raises(config_utils.UserError, match=message):
+    augment.check(config)
+
+
+def test_transforms_follow_in_order_and_each_draws_by_itself():
+  config = augment.default_config()
+  config.inception_crop, config.randaugment_layers = True, 1
+  config.erasing_probability = 1.0
+  dataset = types.SimpleNamespace(crop_padding=4, flip=False, mean=(0.5,) * 3)
+  made = augment.build(config, dataset, views=3)
+  assert (made.crop_padding, made.views) == (0, 3)
+  crop, layers, erasing = made.transforms
+  assert erasing.fill == (128, 128, 128)
+  images, indices = images_of(4, side=8), np.arange(4)
+  run = jax.jit(made, compiler_options=FAST_COMPILE)
+  result = run(jax.random.key(0), images, 4 * np.ones(4, int), indices)
+  for image, index, view in zip(images, indices, result, strict=True):
+    key = augment.example_key(jax.random.key(0), 1, index)
+    keys = [jax.random.fold_in(key, number) for number in (2, 3, 4)]
+    expected = layers(keys[1], crop(keys[0], image))
+    np.testing.assert_array_equal(view, erasing(keys[2], expected))
 
 
 def test_preprocessing_by_hand():

@@ -9,10 +9,12 @@ import pytest
 
 from ijckd_jax import config_utils
 from ijckd_jax import experiment
+from ijckd_jax import mixing
 from ijckd_jax import models
 from ijckd_jax import parallel
 from ijckd_jax import train
 from ijckd_jax import train_state
+from ijckd_jax import transforms
 
 ROOT = pathlib.Path(__file__).parents[1]
 IMAGE_FOLDER = ROOT / 'configs/image_folder.py'
@@ -56,8 +58,11 @@ PATHS = sorted(set((ROOT / 'configs').glob('*.py')) - {IMAGE_FOLDER})
 def test_config_builds(path):
   config = config_utils.load(str(path))
   state, sums = trace(config)
-  assert {'loss', 'accuracy', 'feature', 'logit'} <= sums.keys()
-  assert 'head' not in state.params  # The teacher's is reused, not carried.
+  reuses_head = config.method.name == 'ijckd'
+  terms = {'feature', 'logit'} if reuses_head else {'distillation'}
+  assert {'loss', 'accuracy'} | terms <= sums.keys()
+  # Where the teacher's is reused, it is not carried.
+  assert ('head' in state.params) != reuses_head
   trace(experiment.teacher_config(config))
 
 
@@ -138,6 +143,26 @@ def test_cifar100_is_the_recipe_of_the_tables():
     for epoch in (150, 180, 210)
     for past in (-1, 0)
   ] == [0.05, 0.005, 0.005, 0.0005, 0.0005, 0.00005]
+
+
+def test_function_matching_is_long_mixed_and_without_labels():
+  config = config_utils.load(f'{ROOT}/configs/function_matching.py')
+  exp = experiment.build(config)
+  assert exp.total_steps(50_000) == 117_188
+  _, schedule = exp.optimizer(50_000)
+  np.testing.assert_allclose(
+    [float(schedule(step)) for step in (0, 1465, 117_188)], [0, 1e-3, 0]
+  )
+  assert exp.distiller.method.cross_entropy_weight == 0
+  assert exp.augmentation.crop_padding == 0 and exp.augmentation.flip
+  assert exp.augmentation.transforms == (
+    transforms.InceptionCrop((0.05, 1.0), (3 / 4, 4 / 3)),
+  )
+  assert exp.mixing == mixing.Mixing(mixup_alpha=1.0, cutmix_alpha=0.0)
+  # A teacher that it trains itself learns from plain images.
+  own = experiment.build(experiment.teacher_config(config))
+  assert own.mixing is None and not own.augmentation.transforms
+  assert own.augmentation.crop_padding == 4
 
 
 def test_cifar100_exceptions_by_student():

@@ -99,7 +99,7 @@ def test_evaluation_pixels_are_torchvisions(photograph, shape):
 
 
 def test_training_pixels_are_near_to_pils():
-  """Within one grey level on average at ImageNet's sizes; most, where it grows."""
+  """Within one grey level on average, at ImageNet's sizes."""
   views, errors, scales = images.Views(size=224, resize=256), [], []
   for number, pixels in enumerate(sklearn.datasets.load_sample_images().images):
     image = PIL.Image.fromarray(pixels).resize((500, 333 + 100 * number))

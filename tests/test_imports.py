@@ -39,6 +39,7 @@ LAYERS = {
     'teachers',
     'distiller',
     'network',
+    'config_checks',
     'pretrained',
     'experiment',
     'steps',
@@ -53,7 +54,10 @@ LAYERS = {
     'augment',
     'images',
     'input_pipeline',
+    'mixing',
     'optim',
+    'randaugment',
+    'transforms',
   ),
   'adapters': (
     'parallel',

@@ -56,6 +56,41 @@ def test_cross_entropy_gradient_by_hand_and_none_of_unlabelled_rows():
   np.testing.assert_allclose(gradient, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+  'own, other, expected',
+  [
+    ([1, 0], [0, 0], 0.75 * math.log(4 / 3) + 0.25 * math.log(4) + math.log(2)),
+    ([1, -1], [1, 1], math.log(4 / 3) + 0.5 * math.log(2)),
+    ([-1, -1], [0, -1], 0.25 * math.log(4)),
+  ],
+)
+def test_cross_entropy_of_mixed_rows_is_that_of_either_label_by_its_weight(
+  own, other, expected
+):
+  labels = losses.MixedLabels(*map(jnp.array, (own, other, [0.75, 0.5])))
+  loss = losses.cross_entropy(LOGITS, labels)
+  np.testing.assert_allclose(loss, expected / 2, rtol=1e-6)
+  gradient = jax.grad(losses.cross_entropy)(LOGITS, labels)
+  weights = np.array([0.75, 0.5])
+  by_row = np.zeros((2, 2))
+  for row, (a, b, weight) in enumerate(zip(own, other, weights, strict=True)):
+    for label, share in ((a, weight), (b, 1 - weight)):
+      if label >= 0:
+        softmax = scipy.special.softmax(LOGITS[row].astype(float))
+        by_row[row] += share * (softmax - np.eye(2)[label]) / 2
+  np.testing.assert_allclose(gradient, by_row, atol=1e-7)
+
+
+def test_a_mixed_row_counts_as_its_larger_part():
+  labels = losses.MixedLabels(
+    jnp.array([1, 2, 3, -1]),
+    jnp.array([4, 5, 6, 7]),
+    jnp.array([0.75, 0.25, 0.5, 0.9]),
+  )
+  np.testing.assert_array_equal(losses.single_labels(labels), [1, 5, 3, -1])
+  np.testing.assert_array_equal(losses.single_labels(labels.own), labels.own)
+
+
 def test_cross_entropy_of_shards_averages_to_that_of_the_batch():
   logits = normal(0, 8, 5)
   labels = np.array([0, -1, -1, -1, 4, 3, 2, -1])  # Shard 1 has no label.

@@ -55,13 +55,17 @@ def write_imagenet(data_dir, splits):
 
       def _generate(self, split, encoded):
         for number, image in enumerate(encoded):
-          yield number, {
-            'image': io.BytesIO(image),
-            'label': number % 1000,
-            'file_name': f'{split}_{number}.JPEG',
-          }
+          yield (
+            number,
+            {
+              'image': io.BytesIO(image),
+              'label': number % 1000,
+              'file_name': f'{split}_{number}.JPEG',
+            },
+          )
 
-    Builder(data_dir=data_dir, file_format='array_record').download_and_prepare()
+    builder = Builder(data_dir=data_dir, file_format='array_record')
+    builder.download_and_prepare()
 
 
 @pytest.fixture(scope='module')

@@ -46,7 +46,7 @@ def test_the_backbone_is_taken_and_nothing_else(source, small_config, method):
   for kind in ('params', 'batch_stats'):
     assert_part_of(after[kind]['backbone'], taken[kind]['backbone'])
     rest = (
-      {name: part for name, part in variables[kind].items() if name != 'backbone'}
+      {key: part for key, part in variables[kind].items() if key != 'backbone'}
       for variables in (before, after)
     )
     jax.tree.map(np.testing.assert_array_equal, *rest)

@@ -198,6 +198,32 @@ def test_view_depends_on_the_epoch_modulo_the_views_and_on_the_seed():
   assert not np.array_equal(views(epochs), views(epochs, np.zeros(30, int)))
 
 
+def test_another_augmentation_is_another_store(config_of, teacher):
+  def identity(**fields):
+    exp = experiment.build(config_of(**fields), teacher=teacher)
+    return exp.augmentation.identity
+
+  # As it was known before there was more of it.
+  known = f'Augmentation(crop_padding=1, flip=True, views={VIEWS})'
+  assert identity() == known
+  others = {
+    identity(**{f'augment.{name}': value})
+    for name, value in (
+      ('randaugment_layers', 1),
+      ('erasing_probability', 0.1),
+      ('inception_crop', True),
+    )
+  }
+  assert len(others) == 3 and known not in others
+  layers = {'augment.randaugment_layers': 1}
+  assert identity(**layers) != identity(
+    **layers, **{'augment.randaugment_magnitude': 5}
+  )
+  for name in ('augment.mixup_alpha', 'augment.cutmix_alpha'):
+    with pytest.raises(config_utils.UserError, match='no view is seen twice'):
+      identity(**{name: 1.0})
+
+
 @pytest.mark.parametrize(
   'stop_at',
   [

@@ -106,6 +106,7 @@ def test_run_of_a_version_with_fewer_fields_is_found(
     config = json.loads(file.read_text())
     assert config.pop('unbiased_variance') is False
     assert config['teacher'].pop('store')['views'] == 0
+    assert config.pop('augment')['randaugment_layers'] == 0
     file.write_text(json.dumps(config))
   found = train.train_and_evaluate(small_config(), workdir)
   assert found.state is None

@@ -80,11 +80,14 @@ def write(folder: pathlib.Path, num: int) -> None:
 
       def _examples(self):
         for number, content in enumerate(encoded):
-          yield number, {
-            'image': io.BytesIO(content),
-            'label': number % 10,
-            'file_name': f'{number:05d}.jpg',
-          }
+          yield (
+            number,
+            {
+              'image': io.BytesIO(content),
+              'label': number % 10,
+              'file_name': f'{number:05d}.jpg',
+            },
+          )
 
     builder = Builder(data_dir=folder, file_format='array_record')
     builder.download_and_prepare()

@@ -52,14 +52,14 @@ class Dataset(photos.PhotoDataset):
     return tuple(label.names)
 
   def sources(self, split: str) -> tuple[photos.Source, ...]:
-    """Returns where a split is read: the unlabelled images behind the others."""
+    """Returns where a split is read: the unlabelled images come last."""
     sources = super().sources(split)
     if split == 'train' and self.unlabelled:
       unlabelled = photos.Source(self.unlabelled, self.data_dir, 'train')
       if 'label' in unlabelled.builder.info.features:
         raise config_utils.UserError(
-          f'dataset.unlabelled={self.unlabelled} has labels: prepare its images '
-          'without class folders, or leave it out'
+          f'dataset.unlabelled={self.unlabelled} has labels: prepare its '
+          'images without class folders, or leave it out'
         )
       sources += (unlabelled,)
     return sources

@@ -39,7 +39,7 @@ class Source:
 
   @functools.cached_property
   def builder(self):
-    """tfds's builder.
+    """The builder of tfds.
 
     Raises:
       UserError: it is not prepared, or without such a split.
@@ -64,7 +64,7 @@ class Source:
     return self.builder.info.splits[self.split].num_examples
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns 'image' (bytes), and 'label' and 'file_name' where it has them."""
+    """Returns 'image' (bytes), 'label' and 'file_name', where it has them."""
     return self._examples[index]
 
   def describe(self) -> list:

@@ -9,7 +9,8 @@ are its hyper-parameters. It has
   build_connector(student, teacher): the module that connects the two (see
     connectors.py), from their outputs.Shapes, or None.
   loss(student, teacher, batch): the total and the unweighted terms by name,
-    from their outputs.Outputs and the batch of one device.
+    from their outputs.Outputs and the batch of one device. Its labels are for
+    losses.cross_entropy: with mixup and cutmix they are losses.MixedLabels.
 
 A method that learns without a teacher says `needs_teacher = False`.
 """

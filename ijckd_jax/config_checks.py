@@ -1,0 +1,85 @@
+"""Numbers of a config that cannot be are told before anything is built."""
+
+import jax
+
+from ijckd_jax import augment
+from ijckd_jax import config_utils
+from ijckd_jax import mixing as mixing_lib
+from ijckd_jax import parallel
+from ijckd_jax import teacher_outputs
+
+
+def check_numbers(config) -> None:
+  """Raises UserError where a number of a config (see experiment) cannot be."""
+  for what in ('total', 'log', 'eval', 'checkpoint'):
+    _, value = config_utils.duration(config, what)
+    if what != 'checkpoint' and not value:
+      raise config_utils.UserError(
+        f'no {what}_epochs, {what}_steps or {what}_examples: give one'
+      )
+  if config.mapper not in parallel.MAPPERS:
+    raise config_utils.unknown('mapper', config.mapper, parallel.MAPPERS)
+  if config.bundle not in ('last', 'best'):
+    raise config_utils.unknown('bundle', config.bundle, ('last', 'best'))
+  if config.seed < 0 or config.teacher.seed < 0:
+    raise config_utils.UserError('a seed cannot be negative')
+  store = config.teacher.store
+  if store.views < 0:
+    raise config_utils.UserError(
+      f'teacher.store.views={store.views}: it cannot be negative; 0 stores '
+      'nothing'
+    )
+  if store.dtype not in teacher_outputs.DTYPES:
+    raise config_utils.unknown(
+      'teacher.store.dtype', store.dtype, list(teacher_outputs.DTYPES)
+    )
+  config_utils.check_positive('teacher.store.limit_gib', store.limit_gib)
+  if config.teacher.checkpoint and config.teacher.init_from:
+    raise config_utils.UserError(
+      'teacher.checkpoint is a teacher that is there, teacher.init_from the '
+      'start of one to train: give one of them'
+    )
+  if config.num_workers < 0:
+    raise config_utils.UserError(
+      f'num_workers={config.num_workers}: it cannot be negative'
+    )
+  augment.check(config.augment)
+  mixed = mixing_lib.build(config.augment) is not None
+  if mixed and store.views:
+    raise config_utils.UserError(
+      f'teacher.store.views={store.views}: mixup and cutmix mix an image with '
+      'another one in each epoch, so that no view is seen twice and could be '
+      'stored: set it to 0, or augment.mixup_alpha and augment.cutmix_alpha'
+    )
+  num_devices = jax.device_count()
+  if config.num_cpu_devices > 1 and (
+    jax.default_backend() == 'cpu'
+    and config.num_cpu_devices != jax.local_device_count()
+  ):
+    raise config_utils.UserError(
+      f'num_cpu_devices={config.num_cpu_devices}, but JAX has started with '
+      f'{jax.local_device_count()}: from Python, set jax_num_cpu_devices by '
+      'jax.config.update before anything else'
+    )
+  for name in ('batch_size', 'eval_batch_size'):
+    if config[name] < 1 or config[name] % num_devices:
+      raise config_utils.UserError(
+        f'{name}={config[name]}: it must be a positive multiple of the '
+        f'{num_devices} devices'
+      )
+  rows = config.batch_size // num_devices
+  if config.accumulation < 1 or rows % config.accumulation:
+    raise config_utils.UserError(
+      f'accumulation={config.accumulation}: it must divide the {rows} rows '
+      'that a device gets of a batch'
+    )
+  if mixed:
+    mixing_lib.check_rows(rows)
+  if not 0 <= config.ema_decay < 1:
+    raise config_utils.UserError(
+      f'ema_decay={config.ema_decay}: it must be in [0, 1)'
+    )
+  if config.keep_checkpoints < 1:
+    raise config_utils.UserError(
+      f'keep_checkpoints={config.keep_checkpoints}: it must be at least 1'
+    )

@@ -1,0 +1,276 @@
+"""Mixup and cutmix: by hand, on any number of devices, in whole runs."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ijckd_jax import config_utils
+from ijckd_jax import datasets
+from ijckd_jax import experiment
+from ijckd_jax import losses
+from ijckd_jax import mixing
+from ijckd_jax import parallel
+from ijckd_jax import steps
+from ijckd_jax import train
+from ijckd_jax import train_state
+from tests import views_on_devices
+
+# Compiling takes most of a small test's time.
+FAST_COMPILE = {'xla_backend_optimization_level': 0}
+ROOT = views_on_devices.ROOT
+
+
+def mix(made, images, labels, indices=None):
+  num = len(images)
+  indices = np.arange(num) if indices is None else np.asarray(indices)
+  run = jax.jit(made, compiler_options=FAST_COMPILE)
+  return run(
+    jax.random.key(0), images, labels, np.zeros(num, np.int32), indices
+  )
+
+
+def blacks_and_whites(num, side=8):
+  """Returns black images labelled 0, and their white partners labelled 1."""
+  labels = np.arange(num, dtype=np.int32) % 2
+  images = np.zeros((num, side, side, 1), np.uint8)
+  images[1::2] = 200
+  return images, labels
+
+
+def test_mixing_by_hand():
+  @dataclasses.dataclass(frozen=True)
+  class Given(mixing.Mixing):
+    """The left column is the row's own, the right one to index / 4."""
+
+    def _share(self, key, epoch, index, size):
+      right = jnp.full((1, 1), index / 4)
+      return jnp.concatenate([jnp.ones((1, 1)), right], axis=1)
+
+  images = np.array([[10, 20], [30, 40], [50, 60], [70, 80]], np.uint8)
+  mixed, labels = mix(
+    Given(1.0, 1.0),
+    images.reshape(4, 1, 2, 1),
+    np.array([5, -1, 7, 8]),
+    [1, 0, 2, 4],
+  )
+  assert mixed.dtype == np.float32
+  expected = [[10, 35], [30, 20], [50, 70], [70, 80]]
+  np.testing.assert_array_equal(np.reshape(mixed, (4, 2)), expected)
+  np.testing.assert_array_equal(labels.own, [5, -1, 7, 8])
+  np.testing.assert_array_equal(labels.other, [-1, 5, 8, 7])
+  np.testing.assert_array_equal(labels.weight, [5 / 8, 1 / 2, 3 / 4, 1])
+
+
+@pytest.mark.parametrize('alpha', [1.0, 0.2])
+def test_mixup_is_a_share_of_every_pixel(alpha):
+  images, labels = blacks_and_whites(2000, side=2)
+  mixed, labels = mix(mixing.Mixing(alpha, 0.0), images, labels)
+  assert (np.ptp(mixed, axis=(1, 2, 3)) == 0).all()
+  white = np.asarray(mixed)[:, 0, 0, 0] / 200
+  expected = np.where(labels.own == 1, labels.weight, 1 - labels.weight)
+  np.testing.assert_allclose(white, expected, atol=1e-6)
+  # Beta(alpha, alpha), each row by itself.
+  weights = np.asarray(labels.weight)
+  assert abs(weights.mean() - 0.5) < 0.05
+  assert abs(weights.var() * 4 * (2 * alpha + 1) - 1) < 0.1
+  assert abs(np.corrcoef(weights[::2], weights[1::2])[0, 1]) < 0.15
+
+
+def test_cutmix_is_a_box_out_of_the_partner():
+  images, labels = blacks_and_whites(400)
+  mixed, labels = mix(mixing.Mixing(0.0, 1.0), images, labels)
+  mixed = np.asarray(mixed)[..., 0]
+  assert set(np.unique(mixed)) == {0, 200}
+  partner = (mixed == 200) != (np.asarray(labels.own) == 1)[:, None, None]
+  np.testing.assert_allclose(1 - partner.mean((1, 2)), labels.weight)
+  for view in partner:
+    rows, columns = np.flatnonzero(view.any(1)), np.flatnonzero(view.any(0))
+    assert view.sum() == len(rows) * len(columns)
+    assert not len(rows) or np.ptp(rows) + 1 == len(rows)
+    assert not len(columns) or np.ptp(columns) + 1 == len(columns)
+  # Anywhere, of any size: 8x8 boxes at the corner are cut to 4x4.
+  assert (partner.mean(0) > 0.1).all()
+  assert {0, 1 / 16} < set(partner.mean((1, 2)))
+
+
+def test_with_both_a_row_is_mixed_in_one_way_or_the_other():
+  images, labels = blacks_and_whites(400)
+  mixed, labels = mix(mixing.Mixing(1.0, 1.0), images, labels)
+  is_cut = np.isin(mixed, (0, 200)).all((1, 2, 3))
+  assert 150 < is_cut.sum() < 250
+
+
+def test_an_odd_number_of_rows_is_refused():
+  config = experiment.default_config(
+    dataset='digits', teacher='resnet8', student='resnet8'
+  )
+  config.total_epochs, config.batch_size = 1.0, 15
+  experiment.build(config)
+  config.augment.cutmix_alpha = 1.0
+  with pytest.raises(config_utils.UserError, match='15 rows.*even'):
+    experiment.build(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+  """Cross-entropy, and a number that tells the views and indices apart."""
+
+  predicts_with = 'own'
+  tap = 'final'
+  needs_teacher = False
+
+  def build_connector(self, student, teacher):
+    del student, teacher
+
+  def loss(self, student, teacher, batch):
+    del teacher
+    images = batch['image']
+    ramp = jnp.linspace(0.5, 1.5, images[0].size).reshape(images.shape[1:])
+    rows = jnp.mean(images * ramp, axis=(1, 2, 3)) * (1 + batch['index'] % 7)
+    return losses.combine(
+      cross_entropy=(
+        1.0,
+        lambda: losses.cross_entropy(student.logits, batch['label']),
+      ),
+      probe=(1.0, lambda: jnp.mean(rows)),
+    )
+
+
+class LabelReader(Probe):
+  """Takes labels for integers."""
+
+  def loss(self, student, teacher, batch):
+    del teacher
+    rows = jax.nn.one_hot(batch['label'], 10) * student.logits
+    return -jnp.mean(rows), {'own': jnp.mean(rows)}
+
+
+def probe_config(method='Probe', **fields):
+  config = experiment.default_config(
+    dataset='digits',
+    teacher='',
+    student='experiments.extension_example.backbone:PlainNet',
+    method=f'tests.test_mixing:{method}',
+  )
+  config.total_epochs, config.batch_size = 1.0, 48
+  config_utils.override(config, {**views_on_devices.FIELDS, **fields})
+  return config
+
+
+def test_a_method_that_reads_labels_itself_is_refused_at_once():
+  fields = {'augment.mixup_alpha': 0.0, 'augment.cutmix_alpha': 0.0}
+  assert experiment.build(probe_config('LabelReader', **fields)).mixing is None
+  with pytest.raises(config_utils.UserError, match='does not take the labels'):
+    experiment.build(probe_config('LabelReader'))
+
+
+def one_step(num_devices, num_pieces):
+  """Returns the means after a step of as many shards, on one device."""
+  exp = experiment.build(probe_config(accumulation=num_pieces))
+  tx, _ = exp.optimizer(48)
+  step = jax.vmap(
+    exp.train_step(tx),
+    in_axes=(None, None, 0, None),
+    out_axes=None,
+    axis_name=parallel.AXIS,
+  )
+  state = train_state.create(
+    exp.distiller.init(jax.random.key(0), (8, 8, 1)), tx, with_ema=False
+  )
+  shards = jax.tree.map(
+    lambda x: x.reshape(num_devices, -1, *x.shape[1:]),
+    views_on_devices.make_batch(),
+  )
+  run = jax.jit(step, compiler_options=FAST_COMPILE)
+  _, sums = run(state, None, shards, jax.random.key(views_on_devices.SEED))
+  return {name: float(value / count) for name, (value, count) in sums.items()}
+
+
+def test_steps_see_the_same_views_on_any_devices_and_in_any_pieces():
+  expected = one_step(1, 1)
+  for num_devices, num_pieces in ((8, 1), (2, 8)):
+    means = one_step(num_devices, num_pieces)
+    np.testing.assert_allclose(means['probe'], expected['probe'], rtol=1e-6)
+  images, labels = views_on_devices.views(views_on_devices.make_batch())
+  ramp = np.linspace(0.5, 1.5, 64).reshape(8, 8, 1)
+  rows = (images * ramp).mean((1, 2, 3)) * (1 + np.arange(48) % 7)
+  np.testing.assert_allclose(rows.mean(), expected['probe'], rtol=1e-5)
+  assert 0 < labels.weight.min() and labels.weight.max() <= 1
+
+
+def test_views_are_the_same_on_one_device_two_and_eight(tmp_path):
+  out = tmp_path / 'views.npz'
+  subprocess.run(
+    [sys.executable, views_on_devices.__file__, out],
+    check=True,
+    cwd=ROOT,
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+  )
+  images, labels = views_on_devices.views(views_on_devices.make_batch())
+  found = np.load(out)
+  assert set(found['devices']) == {1, 2, 8}
+  for number in found['devices']:
+    np.testing.assert_array_equal(found[f'{number}/images'], images)
+    for name in ('own', 'other', 'weight'):
+      np.testing.assert_array_equal(
+        found[f'{number}/{name}'], getattr(labels, name)
+      )
+
+
+def test_accuracy_of_training_is_by_the_larger_part():
+  labels = losses.MixedLabels(
+    *map(np.array, ([1, 0, -1], [0, 1, 1], [0.6, 0.3, 0.9]))
+  )
+  logits = np.array([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]], np.float32)
+  sums = steps._sums({}, jnp.asarray(logits), labels)
+  assert tuple(map(float, sums['accuracy'])) == (2.0, 2.0)
+
+
+def test_function_matching_learns_from_mixed_images_without_labels(
+  tmp_path, data_dir
+):
+  config = config_utils.load(
+    f'{ROOT}/configs/function_matching.py:dataset=digits,teacher=resnet8,'
+    'student=resnet8'
+  )
+  config_utils.override(
+    config,
+    {
+      'dataset.data_dir': data_dir,
+      'batch_size': 96,
+      'total_epochs': 8.0,
+      'teacher.total_epochs': 4.0,
+      'eval_epochs': 8.0,
+      'optimizer.warmup_epochs': 1.0,
+      'optimizer.learning_rate': 0.01,
+      'teacher.learning_rate': 0.01,
+    },
+  )
+  # Half of the images have no label; the teacher learns from the others.
+  digits = experiment.build(config).dataset
+  labelled = digits.load('train')
+  rows = np.arange(len(labelled)) % 2
+  data = datasets.ArrayDataset(
+    train=datasets.Arrays(labelled.images, np.where(rows, labelled.labels, -1)),
+    test=digits.load('test'),
+    class_names=digits.class_names,
+    mean=digits.mean,
+    std=digits.std,
+  )
+  result = train.train_and_evaluate(config, tmp_path, dataset=data)
+  history = [
+    row['train/distillation']
+    for row in result.history
+    if 'train/distillation' in row
+  ]
+  assert history[-1] < 0.5 * history[0]
+  assert not any('train/cross_entropy' in row for row in result.history)
+  # What no label tells it, and no view without a partner.
+  assert result.summary['student']['last']['top1'] > 0.5
+  assert result.summary['teacher']['top1'] > 0.7
