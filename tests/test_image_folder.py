@@ -28,7 +28,7 @@ def noise(seed, mode='RGB', size=(7, 5)):
   """Returns a picture known by its pixels, wider than high."""
   shape = (size[1], size[0], len(mode))
   pixels = np.random.RandomState(seed).randint(0, 256, shape, np.uint8)
-  return Image.fromarray(pixels[..., 0] if mode == 'L' else pixels, mode)
+  return Image.fromarray(pixels[..., 0] if mode == 'L' else pixels)
 
 
 def encode(image, kind='PNG', **options):
@@ -80,7 +80,8 @@ def contents(data_dir, name='pets'):
     examples = list(source.__getitems__(range(len(source))))
     names = [example['file_name'] for example in examples]
     assert len(set(names)) == len(names)
-    label = builder.info.features.get('label')
+    features = builder.info.features
+    label = features['label'] if 'label' in features else None
     found[split] = {
       os.fsdecode(example['file_name']): (
         example['image'],
@@ -132,9 +133,8 @@ def test_folders_of_splits(held, splits, tmp_path, capsys):
   assert list(builder.info.features) == ['image', 'label', 'file_name']
   assert builder.info.features['label'].names == ['cat', 'dog']
   assert builder.info.supervised_keys == ('image', 'label')
-  counts = ', '.join(
-    f'{len(found[split])} {split}' for split in datasets.SPLITS if split in found
-  )
+  ordered = [split for split in datasets.SPLITS if split in found]
+  counts = ', '.join(f'{len(found[split])} {split}' for split in ordered)
   out = capsys.readouterr().out
   final = tmp_path / 'data/pets/1.0.0'
   assert out.startswith(f'pets: written in {final} ({counts})\n')
@@ -320,9 +320,7 @@ KINDS = {
     'TIFF format',
   ),
   'animated.webp': (
-    encode(
-      RGB, 'WEBP', save_all=True, append_images=[noise(9)], lossless=True
-    ),
+    encode(RGB, 'WEBP', save_all=True, append_images=[noise(9)], lossless=True),
     np.asarray(RGB),
     'animated',
   ),

@@ -221,7 +221,7 @@ def hold_out(arrays: Arrays, fraction: float) -> tuple[Arrays, Arrays]:
   return arrays.take(~held), arrays.take(held)
 
 
-def root(data_dir: str) -> pathlib.Path:
+def data_root(data_dir: str) -> pathlib.Path:
   """Returns tfds's data directory; '' is tfds's default."""
   from tensorflow_datasets.core import constants
 
@@ -270,7 +270,7 @@ def from_tfds(
   if builder is None:
     where = f' --data_dir {data_dir}' if data_dir else ''
     raise config_utils.UserError(
-      f'{name} is not prepared in {root(data_dir)}; run: python -m '
+      f'{name} is not prepared in {data_root(data_dir)}; run: python -m '
       f'ijckd_jax.datasets.prepare {name}{where} (or, with the original files '
       'in a folder DIR, the same with --source DIR)'
     )
@@ -340,14 +340,14 @@ def write(
           progress.update()
           yield key, example
 
-  folder = root(data_dir)
+  root = data_root(data_dir)
   try:
-    folder.mkdir(parents=True, exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
     # tfds writes aside too, but under a name from Python's global generator:
     # two processes that seeded it alike would write into one folder.
     with (
       progress,
-      tempfile.TemporaryDirectory(prefix='incomplete.', dir=folder) as temporary,
+      tempfile.TemporaryDirectory(prefix='incomplete.', dir=root) as temporary,
     ):
       builder = Builder(data_dir=temporary, file_format='array_record')
       for feature, values in (names or {}).items():
@@ -358,7 +358,7 @@ def write(
         contextlib.redirect_stderr(io.StringIO()),
       ):
         builder.download_and_prepare()
-      final = folder / pathlib.Path(builder.data_dir).relative_to(temporary)
+      final = root / pathlib.Path(builder.data_dir).relative_to(temporary)
       final.parent.mkdir(exist_ok=True)
       try:
         os.rename(builder.data_dir, final)
@@ -367,6 +367,6 @@ def write(
           raise
   except OSError as error:
     raise config_utils.UserError(
-      f'cannot write {builder_cls.name} under {folder}: {error}; give a '
+      f'cannot write {builder_cls.name} under {root}: {error}; give a '
       'directory that can be written as data_dir'
     ) from error

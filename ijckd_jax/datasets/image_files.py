@@ -115,9 +115,9 @@ def _to_rgb(image):
     image = ImageOps.exif_transpose(image)
   if image.mode.startswith('I;16'):
     # PIL's own conversion clips at 255, which leaves a white picture.
-    return Image.fromarray(
-      (np.asarray(image) >> 8).astype(np.uint8)
-    ).convert('RGB')
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(
+      'RGB'
+    )
   if image.has_transparency_data:
     image = image.convert('RGBA')
     white = Image.new('RGBA', image.size, 'white')

@@ -53,7 +53,8 @@ def prepare(
     UserError: the request cannot be met; there is no new data set.
     OSError: reading or writing failed; the same call continues.
   """
-  folder, root = pathlib.Path(source).expanduser(), datasets.root(data_dir)
+  folder = pathlib.Path(source).expanduser()
+  root = datasets.data_root(data_dir)
   _check_name(name)
   if num_workers < 1:
     raise config_utils.UserError(f'num_workers={num_workers}: give at least 1')
@@ -167,9 +168,7 @@ def _fill(folder, name, source, layout, num_workers):
     raise config_utils.UserError(
       f'{error}; {folder / "report.json"} lists all'
     ) from error
-  workdirs.write_text(
-    folder / 'report.md', image_report.markdown(name, report)
-  )
+  workdirs.write_text(folder / 'report.md', image_report.markdown(name, report))
   _write_metadata(folder, name, layout, splits)
 
 

@@ -162,10 +162,9 @@ def markdown(name: str, report: Report) -> str:
     ('ignored', 'Ignored'),
   ):
     if report[key]:
-      rows = [['file', '']]
-      rows.extend([_cell(path), _cell(why)] for path, why in _first(report[key]))
+      rows = [[_cell(path), _cell(why)] for path, why in _first(report[key])]
       parts.append(f'## {title}: {len(report[key])}')
-      parts.append(wording.grid(rows))
+      parts.append(wording.grid([['file', ''], *rows]))
       if len(report[key]) > SHOWN:
         parts.append('All of them are in report.json.')
   return '\n\n'.join(parts) + '\n'

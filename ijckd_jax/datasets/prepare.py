@@ -9,9 +9,9 @@ The second takes the original files from a local folder, with neither TensorFlow
 nor network: Fashion-MNIST's four IDX files, gzipped or not; CIFAR's binary or
 Python version, as its archive or unpacked.
 The third writes pictures of your own (JPEG, PNG, WebP, BMP, GIF, TIFF, PPM) as
-a data set called NAME. DIR holds train/CLASS/... and val/CLASS/..., test/CLASS/...
-or both; or a folder for each class, of which a part becomes the split 'test';
-or pictures without classes. What was cut off, the same command continues.
+a data set called NAME. DIR holds train/CLASS/... and val/CLASS/... (or test, or
+both); or a folder for each class, a part of which becomes the split 'test'; or
+pictures without classes. What was cut off, the same command continues.
 """
 
 import argparse
