@@ -66,9 +66,10 @@ def prepare(
       f'data_dir {root} lies in --source {folder}, where it would be taken for '
       'pictures: give another --data_dir'
     )
-  plan = {'digest': _digest(layout), 'num_files': len(layout.examples)}
   final, incomplete = root / name / VERSION, root / f'incomplete.{name}'
-  if _read_json(final / PLAN) == plan:
+  splits = _divide(incomplete, name, layout)
+  plan = _plan(layout, splits)
+  if (_read_json(final / PLAN) or {}).get('digest') == plan['digest']:
     _tell(name, 'already prepared', final)
     return final
   if final.parent.exists() and os.listdir(final.parent):
@@ -79,7 +80,7 @@ def prepare(
   incomplete.mkdir(parents=True, exist_ok=True)
   with _alone(incomplete):
     _begin(incomplete, plan)
-    _fill(incomplete, name, folder, layout, num_workers)
+    _fill(incomplete, name, folder, layout, splits, num_workers)
     final.parent.mkdir(exist_ok=True)
     incomplete.rename(final)
     shutil.rmtree(final / image_shards.NOTES)
@@ -103,10 +104,24 @@ def _check_name(name):
     )
 
 
-def _digest(layout):
-  """Returns a checksum of all that decides what is written."""
+def _divide(folder, name, layout):
+  """Returns what each file of each split is to hold."""
+  members = {}
+  for example in layout.examples:
+    members.setdefault(example.split, []).append(example)
+  return {
+    split: image_shards.divide(folder, name, split, examples)
+    for split, examples in members.items()
+  }
+
+
+def _plan(layout, splits):
+  """Returns by what a data set is known again, and one that is not complete."""
   content = [FORMAT, layout.class_names, layout.examples]
-  return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+  return {
+    'digest': hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+    'num_shards': {split: len(shards) for split, shards in splits.items()},
+  }
 
 
 @contextlib.contextmanager
@@ -138,15 +153,8 @@ def _begin(folder, plan):
   _write_json(folder / PLAN, plan)
 
 
-def _fill(folder, name, source, layout, num_workers):
+def _fill(folder, name, source, layout, splits, num_workers):
   """Writes whatever the data set lacks."""
-  members = {}
-  for example in layout.examples:
-    members.setdefault(example.split, []).append(example)
-  splits = {
-    split: image_shards.divide(folder, name, split, examples)
-    for split, examples in members.items()
-  }
   shards = {
     shard: part for split in splits.values() for shard, part in split.items()
   }

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from ijckd_jax import config_utils
 from ijckd_jax import workdirs
 from ijckd_jax.datasets import image_files
 from ijckd_jax.datasets import image_layout
@@ -176,7 +175,7 @@ def _array_record(path):
     yield writer.write
     writer.close()
   except RuntimeError as error:
-    raise OSError(config_utils.short(error)) from error
+    raise OSError(str(error)) from error
 
 
 def write(

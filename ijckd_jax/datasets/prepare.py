@@ -69,7 +69,7 @@ def _prepare_folder(options) -> int:
     return 130
   except OSError as error:
     print(
-      f'error: {config_utils.short(error)}: once that is mended, the same '
+      f'error: {" ".join(str(error).split())}: once that is mended, the same '
       'command continues',
       file=sys.stderr,
     )
