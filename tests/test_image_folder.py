@@ -506,8 +506,8 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     assert 'fewer than 10 training pictures: dog 4' in text
     assert 'converted to PNG: 1 (CMYK 1)' in text
     assert 'skipped: 1 (train/cat/broken.jpg: ' in text
-    assert 'WARNING: 1 pictures are in two splits' in text
-    assert 'val/dog/copy.png is train/cat/same.png' in text
+    assert 'WARNING: copies in two splits' in text
+    assert ': 1 (val/dog/copy.png is train/cat/same.png)' in text
     assert 'hidden 3' in text
   assert re.search(r'\| cat +\| +32 \| +2 \|', page)
   assert 'list\\|of.txt' in page

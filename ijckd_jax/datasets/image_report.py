@@ -140,8 +140,8 @@ def lines(report: Report) -> list[str]:
   if leaks:
     shown = '; '.join(_pairs(leaks, 3, ' is '))
     found.append(
-      f'WARNING: {len(leaks)} pictures are in two splits, so that accuracy '
-      f'would be too high ({shown})'
+      f'WARNING: copies in two splits, which make accuracy look better than it '
+      f'is: {len(leaks)} ({shown})'
     )
   return found
 
