@@ -244,7 +244,8 @@ def hold_out(arrays: Arrays, fraction: float) -> tuple[Arrays, Arrays]:
   return arrays.take(~held), arrays.take(held)
 
 
-def _root(data_dir: str) -> pathlib.Path:
+def data_root(data_dir: str) -> pathlib.Path:
+  """Returns tfds's data directory; '' is tfds's default."""
   from tensorflow_datasets.core import constants
 
   return pathlib.Path(data_dir or constants.DATA_DIR).expanduser()
@@ -289,10 +290,13 @@ def prepared(name: str, data_dir: str):
   builder = find(name, data_dir)
   if builder is None:
     where = f' --data_dir {data_dir}' if data_dir else ''
+    command = f'image_folder --source DIR --name {name}{where}'
+    if name.partition('/')[0] in DATASETS:
+      command = f'{name.partition("/")[0]}{where} (or, with the original files '
+      command += 'in a folder DIR, the same with --source DIR)'
     raise config_utils.UserError(
-      f'{name} is not prepared in {_root(data_dir)}; run: python -m '
-      f'ijckd_jax.datasets.prepare {name}{where} (or, with the original files '
-      'in a folder DIR, the same with --source DIR)'
+      f'{name} is not prepared in {data_root(data_dir)}; run: python -m '
+      f'ijckd_jax.datasets.prepare {command}'
     )
   return builder
 
@@ -378,7 +382,7 @@ def write(
           progress.update()
           yield key, example
 
-  root = _root(data_dir)
+  root = data_root(data_dir)
   try:
     root.mkdir(parents=True, exist_ok=True)
     # tfds writes aside too, but under a name from Python's global generator:

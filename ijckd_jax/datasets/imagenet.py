@@ -34,20 +34,10 @@ class Imagenet(photos.PhotoDataset):
 
 @dataclasses.dataclass(frozen=True)
 class Imagenette(photos.PhotoDataset):
-  """9,469 training and 3,925 test images.
+  """9,469 training and 3,925 test images of ten classes, in their full size."""
 
-  Attributes:
-    version: which of its sizes: 'full-size-v2', '320px-v2' or '160px-v2'.
-  """
-
-  version: str = 'full-size-v2'
-
+  tfds_name = 'imagenette/full-size-v2'
   test_split = 'validation'
-
-  @property
-  def tfds_name(self) -> str:
-    """The name under which tfds stores it."""
-    return f'imagenette/{self.version}'
 
   @property
   def class_names(self) -> tuple[str, ...]:
