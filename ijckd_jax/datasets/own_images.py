@@ -43,13 +43,32 @@ class Dataset(photos.PhotoDataset):
       UserError: it is not prepared, or has no classes.
     """
     (source,) = super().sources('train')
-    label = source.builder.info.features.get('label')
-    if label is None:
+    features = source.builder.info.features
+    if 'label' not in features:
       raise config_utils.UserError(
         f'{self.folder} was prepared from images without classes: give it as '
         'dataset.unlabelled, beside a folder with classes'
       )
-    return tuple(label.names)
+    return tuple(features['label'].names)
+
+  def load(self, split: str) -> photos.Photos:
+    """Returns the examples of a split; none is read yet.
+
+    Raises:
+      UserError: there is no such split, the data set is not prepared, or images
+        are to be held out where there are validation images.
+    """
+    (source,) = super().sources('train')
+    if 'validation' not in source.builder.info.splits:
+      return super().load(split)
+    if self.validation_fraction:
+      raise config_utils.UserError(
+        f'{self.folder} has validation images of its own: leave out '
+        'dataset.validation_fraction'
+      )
+    if split != 'validation':
+      return super().load(split)
+    return self.photos(self.sources(split))
 
   def sources(self, split: str) -> tuple[photos.Source, ...]:
     """Returns where a split is read: the unlabelled images come last."""

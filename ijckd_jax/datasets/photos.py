@@ -247,7 +247,8 @@ class PhotoDataset:
     """
     datasets.check_split(split)
     sources = self.sources(self.test_split if split == 'test' else 'train')
-    rows = np.arange(sum(map(len, sources)), dtype=np.int32)
+    whole = self.photos(sources)
+    rows = whole.rows
     if split != 'test':
       # By chance, not by class: to know the classes is to read everything. A
       # source of unlabelled images stands behind the first, and is not held
@@ -258,9 +259,13 @@ class PhotoDataset:
       held = np.zeros(len(rows), bool)
       held[order[:num_held]] = True
       rows = rows[held if split == 'validation' else ~held]
+    return dataclasses.replace(whole, rows=rows)
+
+  def photos(self, sources: Sequence[Source]) -> Photos:
+    """Returns all examples of some sources."""
     return Photos(
       sources,
-      rows,
+      np.arange(sum(map(len, sources)), dtype=np.int32),
       images.Views(self.size, self.resize, (self.min_area, 1.0)),
       self.max_bad_fraction,
     )

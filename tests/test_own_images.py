@@ -1,0 +1,154 @@
+"""Your own images: from a folder to a report, unlabelled ones mixed in."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from ijckd_jax import config_utils
+from ijckd_jax import datasets
+from ijckd_jax import evaluate
+from ijckd_jax import experiment
+from ijckd_jax import train
+from ijckd_jax.datasets import own_images
+from ijckd_jax.datasets import prepare
+from tests import test_configs
+
+CLASSES = ('ant', 'bee')
+
+
+def paint(path, seed):
+  """Writes a picture of noise, JPEG or PNG."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  random = np.random.RandomState(seed)
+  pixels = random.randint(0, 256, (40 + seed % 7, 44, 3), np.uint8)
+  PIL.Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(scope='module')
+def data_dir(tmp_path_factory):
+  """Two prepared folders: 'insects' with classes, 'heap' without."""
+  source, data_dir = (tmp_path_factory.mktemp(x) for x in ('source', 'data'))
+  for number in range(24):
+    split = 'val' if number < 8 else 'train'
+    kind = ('jpg', 'png')[number // 2 % 2]
+    paint(source / f'in/{split}/{CLASSES[number % 2]}/{number}.{kind}', number)
+  for number in range(6):
+    paint(source / f'heap/{number}.jpg', 100 + number)
+  for folder, name in (('in', 'insects'), ('heap', 'heap')):
+    prepare.main(
+      ['image_folder', '--source', str(source / folder), '--name', name]
+      + ['--data_dir', str(data_dir), '--num_workers', '1']
+    )
+  return str(data_dir)
+
+
+@pytest.fixture(scope='module')
+def with_validation(tmp_path_factory):
+  """A prepared folder, 'sorted', of which three splits were given."""
+  source, data_dir = (tmp_path_factory.mktemp(x) for x in ('three', 'data'))
+  sizes = {'train': 6, 'val': 4, 'test': 2}
+  for place, (split, size) in enumerate(sizes.items()):
+    for number in range(size):
+      path = source / split / CLASSES[number % 2] / f'{number}.png'
+      paint(path, 50 * place + number)
+  prepare.main(
+    ['image_folder', '--source', str(source), '--name', 'sorted']
+    + ['--data_dir', str(data_dir), '--num_workers', '1']
+  )
+  return str(data_dir)
+
+
+def test_validation_images_of_its_own_are_taken(with_validation):
+  data = dataset(with_validation, folder='sorted')
+  assert [len(data.load(split)) for split in datasets.SPLITS] == [6, 4, 2]
+  assert data.load('validation').name_of(0).startswith('val')
+  with pytest.raises(config_utils.UserError, match='of its own'):
+    dataset(with_validation, folder='sorted', validation_fraction=0.5).load(
+      'train'
+    )
+
+
+def dataset(data_dir, **fields):
+  fields = {'folder': 'insects', 'size': 32, 'resize': 36, **fields}
+  return own_images.Dataset(data_dir=data_dir, **fields)
+
+
+def test_a_folder_is_a_data_set(data_dir):
+  data = dataset(data_dir)
+  assert data.class_names == CLASSES
+  assert [len(data.load(split)) for split in datasets.SPLITS] == [16, 0, 8]
+  for split in ('train', 'test'):
+    arrays = data.load(split)
+    labels = arrays.take(np.arange(len(arrays))).labels
+    for index, label in enumerate(labels):
+      assert CLASSES[label] in arrays.name_of(index)
+
+
+def test_unlabelled_images_come_last_and_are_not_held_out(data_dir):
+  data = dataset(data_dir, unlabelled='heap', validation_fraction=0.25)
+  arrays, held = data.load('train'), data.load('validation')
+  assert (len(arrays), len(held)) == (12 + 6, 4)
+  batch = arrays.train_views(np.arange(18), np.zeros(18, int), seed=0)
+  assert (batch['label'][:12] >= 0).all()
+  assert (batch['label'][12:] == -1).all()
+  assert (held.take(np.arange(4)).labels >= 0).all()
+  assert len(data.load('test')) == 8
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({'folder': ''}, r'--config\.dataset\.folder=NAME'),
+    ({'folder': 'heap'}, 'give it as dataset.unlabelled'),
+    ({'folder': 'wasps'}, 'image_folder --source DIR --name wasps'),
+    ({'unlabelled': 'insects'}, 'has labels'),
+    ({'unlabelled': 'wasps'}, '--name wasps'),
+  ],
+)
+def test_what_is_wrong_is_said(data_dir, fields, message):
+  with pytest.raises(config_utils.UserError, match=message):
+    data = dataset(data_dir, **fields)
+    _ = data.class_names
+    data.load('train')
+
+
+def test_the_config_builds(data_dir):
+  path = f'{test_configs.IMAGE_FOLDER}:folder=insects,unlabelled=heap,size=32'
+  config = config_utils.load(path)
+  config.dataset.data_dir = data_dir
+  assert config.dataset.resize == 37
+  state, sums = test_configs.trace(config)
+  assert 'head' not in state.params and 'feature' in sums
+  test_configs.trace(experiment.teacher_config(config))
+
+
+def test_from_a_folder_to_a_report(data_dir, tmp_path, capsys):
+  """Teacher, student, report, and the bundle again by itself."""
+  config = config_utils.load(
+    f'{test_configs.IMAGE_FOLDER}:folder=insects,unlabelled=heap,size=32,'
+    'teacher=resnet8,student=resnet8'
+  )
+  config_utils.override(
+    config,
+    {
+      'dataset.data_dir': data_dir,
+      'batch_size': 8,
+      'eval_batch_size': 8,
+      'total_epochs': 2.0,
+    },
+  )
+  train.train_and_evaluate(config, tmp_path / 'run')
+  summary = json.loads((tmp_path / 'run/summary.json').read_text())
+  assert summary['test_examples'] == 8 and summary['damaged_images'] == []
+  assert (tmp_path / 'run/report.md').exists()
+  capsys.readouterr()
+  evaluate.main(
+    ['--bundle', str(tmp_path / 'run'), '--json', '--data_dir', data_dir]
+  )
+  again = json.loads(capsys.readouterr().out)
+  last = summary['student']['last']
+  assert again['network'] == {
+    name: last[name] for name in ('top1', 'nll', 'ece')
+  }
