@@ -165,14 +165,18 @@ def test_transforms_follow_in_order_and_each_draws_by_itself():
   assert (made.crop_padding, made.views) == (0, 3)
   crop, layers, erasing = made.transforms
   assert erasing.fill == (128, 128, 128)
-  images, indices = images_of(4, side=8), np.arange(4)
-  run = jax.jit(made, compiler_options=FAST_COMPILE)
-  result = run(jax.random.key(0), images, 4 * np.ones(4, int), indices)
-  for image, index, view in zip(images, indices, result, strict=True):
+
+  def expected(image, index):
     key = augment.example_key(jax.random.key(0), 1, index)
     keys = [jax.random.fold_in(key, number) for number in (2, 3, 4)]
-    expected = layers(keys[1], crop(keys[0], image))
-    np.testing.assert_array_equal(view, erasing(keys[2], expected))
+    return erasing(keys[2], layers(keys[1], crop(keys[0], image)))
+
+  images, indices = images_of(4, side=8), np.arange(4)
+  run = jax.jit(made, compiler_options=FAST_COMPILE)
+  np.testing.assert_array_equal(
+    run(jax.random.key(0), images, np.full(4, 4), indices),
+    jax.jit(jax.vmap(expected), compiler_options=FAST_COMPILE)(images, indices),
+  )
 
 
 def test_preprocessing_by_hand():
