@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 import json
 import os
+import tempfile
 from typing import Protocol
 
 from etils import epath
 
 from ijckd_jax import config_utils
+from ijckd_jax import workdirs
 
 
 class MetricWriter(Protocol):
@@ -33,20 +35,35 @@ class JsonLinesWriter:
     self._path = epath.Path(path)
     kept = [row for row in read_rows(path) if row['step'] <= resume_step]
     partial = self._path.with_name(f'.{self._path.name}.rows.partial')
-    partial.write_text(''.join(json.dumps(row) + '\n' for row in kept))
+    text = ''.join(json.dumps(row) + '\n' for row in kept)
+    partial.write_text(text)
     partial.replace(self._path)
-    self._file = self._path.open('a')
+    self._file = None
+    if workdirs.is_remote(path):
+      self._text = text
+    else:
+      self._file = self._path.open('a')
 
   def write(self, step, scalars):
-    self._file.write(json.dumps({'step': step, **scalars}) + '\n')
+    line = json.dumps({'step': step, **scalars}) + '\n'
+    if self._file is None:
+      self._text += line
+    else:
+      self._file.write(line)
 
   def flush(self) -> None:
-    """Hands everything to the disk."""
-    self._file.flush()
-    os.fsync(self._file.fileno())
+    """Hands everything to the disk, or the bucket."""
+    if self._file is None:
+      self._path.write_text(self._text)  # Objects in buckets cannot grow.
+    else:
+      self._file.flush()
+      os.fsync(self._file.fileno())
 
   def close(self):
-    self._file.close()
+    if self._file is None:
+      self.flush()
+    else:
+      self._file.close()
 
 
 def read_rows(path: epath.PathLike) -> list[dict]:
@@ -75,12 +92,18 @@ def read_rows(path: epath.PathLike) -> list[dict]:
 
 
 class TensorBoardWriter:
-  """TensorBoard events, by tensorboardX."""
+  """TensorBoard events, by tensorboardX; in a bucket, as often as flushed."""
 
   def __init__(self, directory: epath.PathLike, *, resume_step: int):
     """Opens a new event file; TensorBoard hides older rows past the step."""
     import tensorboardX  # Takes a while; only runs that write need it.
 
+    self._remote = self._scratch = None
+    if workdirs.is_remote(directory):
+      self._remote = epath.Path(directory)
+      self._remote.mkdir(parents=True, exist_ok=True)
+      self._scratch = tempfile.TemporaryDirectory()
+      directory = self._scratch.name
     self._writer = tensorboardX.SummaryWriter(
       str(directory), purge_step=resume_step + 1
     )
@@ -89,8 +112,21 @@ class TensorBoardWriter:
     for name, value in scalars.items():
       self._writer.add_scalar(name, value, step)
 
+  def flush(self) -> None:
+    """Hands everything to the disk, or the bucket."""
+    self._writer.flush()
+    self._copy()
+
   def close(self):
     self._writer.close()
+    self._copy()
+    if self._scratch is not None:
+      self._scratch.cleanup()
+
+  def _copy(self):
+    if self._remote is not None:
+      for path in epath.Path(self._scratch.name).iterdir():
+        (self._remote / path.name).write_bytes(path.read_bytes())
 
 
 class Writers:

@@ -229,6 +229,11 @@ def check(exp, folder: epath.Path, arrays, *, overwrite: bool) -> None:
   """
   if exp.stored is None:
     return
+  if workdirs.is_remote(exp.config.teacher.store.directory or folder):
+    raise config_utils.UserError(
+      'stored teacher outputs are ArrayRecord files, which lie on a disk, not '
+      'in a bucket: give a local teacher.store.directory'
+    )
   store = _store(exp, folder, arrays)
   if exp.config.teacher.store.directory or not overwrite:
     unknown = ('teacher',) if _is_abstract(exp.judge.frozen) else ()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import importlib.metadata
 import json
+import os
 from typing import Any
 import uuid
 
@@ -79,6 +80,13 @@ def check(runs: Runs, *, overwrite: bool) -> None:
       not a run's.
   """
   for folder, config in reversed(runs):
+    try:
+      folder.exists()
+    except ImportError as error:  # epath's, of a file system.
+      raise config_utils.UserError(
+        f'{folder} cannot be opened: {config_utils.short(error)}; for gs://, '
+        "pip install -e '.[gcs]'"
+      ) from error
     _check_owner(folder)
     changes = _changes(folder, config)
     if changes and not overwrite:
@@ -119,6 +127,11 @@ def claim(runs: Runs, *, overwrite: bool) -> None:
     raise config_utils.UserError(
       f'the folder {runs[-1][0]} cannot be written: {error}'
     ) from error
+
+
+def is_remote(path: epath.PathLike) -> bool:
+  """Returns whether a path is of a bucket, such as gs://..., not of a disk."""
+  return '://' in os.fspath(path)
 
 
 def is_finished(folder: epath.Path) -> bool:
