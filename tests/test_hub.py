@@ -377,6 +377,7 @@ def test_licences(library, tmp_path, card, licence):
   assert hub._licence(library, path) == licence
 
 
+@pytest.mark.slow
 def test_teacher_of_the_hub(library, server, tmp_path, finished_run, data_dir):
   """A run takes it, and says what it took; timm's config.json is believed."""
   workdir, _ = finished_run

@@ -852,6 +852,7 @@ if __name__ == '__main__':
 CONTINUES = 'the same command continues'
 
 
+@pytest.mark.slow
 def test_all_that_cuts_the_command_off(tmp_path):
   """In a row: each leaves what is complete to the next, and no process."""
   source = fill(tmp_path / 'source', TRAIN_AND_VAL)

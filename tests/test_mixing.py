@@ -203,6 +203,7 @@ def expected():
 
 
 @pytest.mark.parametrize('num_devices, num_pieces', [(2, 8)])
+@pytest.mark.slow
 def test_steps_see_these_views_on_any_devices_and_in_any_pieces(
   expected, num_devices, num_pieces
 ):

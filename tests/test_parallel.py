@@ -60,6 +60,7 @@ def test_shard_map_is_pmap_on_one_device():
   assert_close(one_device('shard_map'), one_device('pmap'))
 
 
+@pytest.mark.slow
 def test_per_device_batch_norm_is_the_same_by_every_mapper(on_devices):
   exp = steps_on_devices.make_experiment('pmap', sync_batch_norm=False)
   batches = steps_on_devices.make_batches()
@@ -70,6 +71,7 @@ def test_per_device_batch_norm_is_the_same_by_every_mapper(on_devices):
   assert_close(on_devices(8, 'shard_map', False), expected)
 
 
+@pytest.mark.slow
 def test_per_device_batch_norm_normalises_each_devices_rows_by_themselves(
   on_devices,
 ):

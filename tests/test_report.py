@@ -70,7 +70,7 @@ def make_evaluation(labels, predictions, num_classes, teacher=None):
   top1 = float(np.mean(labels == predictions))
   indices = np.arange(len(labels))
   return evaluate.Evaluation(
-    {'top1': top1}, confusion, predictions, indices, teacher
+    {'top1': top1}, confusion, predictions, labels, indices, teacher
   )
 
 
@@ -365,7 +365,9 @@ def test_part_of_a_split_is_called_one(tmp_path):
   whole = case['evaluation']
   part = np.array([0, 1, 4, 5])
   halves = [
-    evaluate.Evaluation(e.metrics, e.confusion, e.predictions[part], part)
+    evaluate.Evaluation(
+      e.metrics, e.confusion, e.predictions[part], e.labels[part], part
+    )
     for e in (whole, whole.teacher)
   ]
   case['evaluation'] = evaluate.Evaluation(

@@ -257,6 +257,7 @@ def test_stopped_run_continues_to_the_same_bits(
   )
 
 
+@pytest.mark.slow
 def test_files_beyond_the_checkpoint_are_written_again(
   full, config_of, teacher, tmp_path
 ):
@@ -458,6 +459,7 @@ def quarters(variables, images):
   return outputs.Outputs((final,), final, pooled, 1e6 * pooled)
 
 
+@pytest.mark.slow
 def test_overflow_says_what_to_take_and_a_teacher_may_be_a_function(tmp_path):
   rng = np.random.default_rng(0)
 

@@ -404,6 +404,7 @@ def test_half_precision_and_timm(tmp_path, capsys):
   assert bundle.variables['params']['head']['bias'].dtype == np.float32
 
 
+@pytest.mark.slow
 def test_kd_srrl_has_mobilenets_layers_in_two_sequences():
   net, _ = imported('mobilenet_v1')
   state = {}
@@ -589,6 +590,7 @@ def test_how_images_were_prepared_must_be_known(tmp_path):
   assert bundles.load(tmp_path / 'bundle').image_shape == (28, 28, 1)
 
 
+@pytest.mark.slow
 def test_a_network_that_is_none_of_ours():
   state = torch_files.StateDict({'fc.weight': np.ones((3, 4))}, {}, {}, (), '')
   with pytest.raises(

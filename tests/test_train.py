@@ -359,6 +359,7 @@ def test_config_names_a_writer(finished_run, small_config, tmp_path):
   assert tracker.rows == [*result.history, 'closed']
 
 
+@pytest.mark.slow
 def test_best_is_chosen_on_the_validation_split(
   finished_run, small_config, tmp_path
 ):
@@ -469,6 +470,7 @@ def test_parameters_that_are_not_finite_are_not_saved():
     loop._check_finite(7, State)
 
 
+@pytest.mark.slow
 def test_changed_teacher_is_another_run(finished_run, small_config, tmp_path):
   workdir, _ = finished_run
   loaded = bundles.load(workdir / 'teacher')
@@ -481,6 +483,7 @@ def test_changed_teacher_is_another_run(finished_run, small_config, tmp_path):
     train.train_and_evaluate(config, tmp_path, teacher=loaded.teacher())
 
 
+@pytest.mark.slow
 def test_summary_lost_is_made_again(finished_run, small_config, tmp_path):
   workdir, _ = finished_run
   config = small_config(total_steps=4)
