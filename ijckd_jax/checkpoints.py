@@ -13,7 +13,7 @@ from orbax.checkpoint import v1 as ocp
 
 from ijckd_jax import config_utils
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 went through the examples in another order.
 ADVICE = 'remove its folder to continue from the one before'
 
 

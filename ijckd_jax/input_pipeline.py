@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Iterator
+import functools
 
 import grain
 import numpy as np
@@ -38,12 +39,22 @@ def train_batches(
     'image' uint8 (b, H, W, C), 'label', 'index' and 'epoch' int32 (b,), and
     'teacher' where there are stored outputs.
   """
-  order = grain.MapDataset.range(len(arrays)).seed(seed).shuffle().repeat()
+  num_examples = len(arrays)
+  # Two, since a batch may cross from one epoch to the next.
+  epoch_order = functools.lru_cache(2)(
+    functools.partial(permutation, seed, num_examples=num_examples)
+  )
 
-  def gather(step: int, indices: np.ndarray) -> Batch:
-    positions = step * batch_size + np.arange(batch_size)
-    indices = indices[rows].astype(np.int32)
-    epochs = (positions[rows] // len(arrays)).astype(np.int32)
+  def gather(step: int) -> Batch:
+    positions = (step * batch_size + np.arange(batch_size))[rows]
+    epochs, places = np.divmod(positions, num_examples)
+    indices = np.concatenate(
+      [
+        epoch_order(epoch)[places[epochs == epoch]]
+        for epoch in range(epochs[0], epochs[-1] + 1)
+      ]
+    )
+    epochs = epochs.astype(np.int32)
     chosen = arrays.take(indices)
     batch = {
       'image': chosen.images,
@@ -55,10 +66,19 @@ def train_batches(
       batch['teacher'] = teacher(indices, epochs)
     return batch
 
-  batches = order.batch(batch_size).map_with_index(gather)
-  yield from batches[start_step:num_steps].to_iter_dataset(
+  batches = grain.MapDataset.range(start_step, num_steps).map(gather)
+  yield from batches.to_iter_dataset(
     grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
   )
+
+
+def permutation(seed: int, epoch: int, *, num_examples: int) -> np.ndarray:
+  """Returns the order of an epoch: int32 (num_examples,)."""
+  # RandomState's streams, unlike Generator's, are promised never to change.
+  bits = np.random.MT19937(np.random.SeedSequence((seed, epoch)))
+  order = np.arange(num_examples, dtype=np.int32)
+  np.random.RandomState(bits).shuffle(order)
+  return order
 
 
 def eval_batches(
