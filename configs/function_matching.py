@@ -10,6 +10,10 @@ be missing (-1). Without a checkpoint the teacher is trained first, from labels
 and without mixing. `dataset=NAME` takes any data set of images that fit into
 memory; for one of n training images, total_epochs=60000000/n is as long.
 
+What to expect: `train/distillation`, the KL, falls for as long as it trains.
+Training accuracy means little on mixed images. It has not been run at this
+length: no result is claimed.
+
 Source: Beyer et al. 2022, "Knowledge distillation: A good teacher is patient
 and consistent", https://arxiv.org/abs/2106.05237; numbers from the settings
 that its authors published for Flowers102 (100,000 epochs, T = 1) and ImageNet
