@@ -66,6 +66,7 @@ def test_config_builds(path):
   trace(experiment.teacher_config(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'arg',
   [

@@ -408,6 +408,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('pair', PAIRS.values(), ids=PAIRS)
 def test_simkd_is_ijckd_without_cross_entropy_and_logits(pair):
   """Their losses and gradients are the same, bit by bit."""

@@ -216,6 +216,7 @@ def test_steps_see_these_views_on_any_devices_and_in_any_pieces(
   assert 0 <= labels.weight.min() < 0.2 and labels.weight.max() > 0.9
 
 
+@pytest.mark.slow
 def test_views_are_the_same_on_one_device_two_and_eight(expected, tmp_path):
   out = tmp_path / 'views.npz'
   flags = '--xla_backend_optimization_level=0'

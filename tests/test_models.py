@@ -660,6 +660,7 @@ def assert_uniform(leaf, bound, path):
   assert abs(leaf.mean() / std) < 6 / np.sqrt(leaf.size), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name',
   by_default(

@@ -114,6 +114,7 @@ def test_what_is_wrong_is_said(data_dir, fields, message):
     data.load('train')
 
 
+@pytest.mark.slow
 def test_the_config_builds(data_dir):
   path = f'{test_configs.IMAGE_FOLDER}:folder=insects,unlabelled=heap,size=32'
   config = config_utils.load(path)

@@ -56,6 +56,7 @@ def test_eight_devices_give_what_one_gives(on_devices, mapper):
   assert_close(on_devices(8, mapper, True), one_device())
 
 
+@pytest.mark.slow
 def test_shard_map_is_pmap_on_one_device():
   assert_close(one_device('shard_map'), one_device('pmap'))
 

@@ -53,6 +53,7 @@ def test_the_backbone_is_taken_and_nothing_else(source, small_config, method):
   assert exp.distiller.network.preprocessing.mean == (0.123,)
 
 
+@pytest.mark.slow
 def test_a_run_fine_tunes_its_teacher(source, small_config, tmp_path, caplog):
   config = small_config(
     **{'teacher.init_from': str(source), 'teacher.learning_rate': 1e-9}

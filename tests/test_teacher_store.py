@@ -276,6 +276,7 @@ def test_files_beyond_the_checkpoint_are_written_again(
   assert not list(folder.glob('.*'))
 
 
+@pytest.mark.slow
 def test_another_run_reads_a_full_store_from_its_first_step(
   full, config_of, teacher, tmp_path
 ):

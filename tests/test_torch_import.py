@@ -136,6 +136,7 @@ def test_parity(name):
 QUICKLY_TOLD = ('resnet8', 'resnet8x4', 'wrn_16_1', 'vgg8', 'mobilenet_v1')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name',
   [
@@ -254,6 +255,7 @@ def random_bundle(method, teacher, student, **fields):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'method, teacher, student, fields, suffix',
   [
@@ -697,6 +699,7 @@ def test_a_bundle_of_code_outside_is_trusted_by_a_flag(tmp_path):
   assert_same(bundles.load(output, trust_code=True), bundle)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'change, said',
   [

@@ -188,6 +188,7 @@ def image_shape(name):
   return {'size': (64, 64), 'channels': 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name',
   [

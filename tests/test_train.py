@@ -178,6 +178,7 @@ def test_bundle_alone_gives_the_same_accuracy(finished_run, data_dir, capsys):
   assert printed['teacher'] == result.summary['teacher']
 
 
+@pytest.mark.slow
 def test_distilled_student_can_be_the_next_teacher(
   finished_run, small_config, tmp_path
 ):
@@ -270,6 +271,7 @@ def test_damaged_checkpoint_is_not_used(finished_run, small_config, tmp_path):
   assert refused.count(arrays) == 3
 
 
+@pytest.mark.slow
 def test_ema_is_what_is_evaluated_and_the_raw_student_stands_beside_it(
   finished_run, small_config, tmp_path
 ):
