@@ -151,6 +151,7 @@ class Reader:
     Raises:
       config_utils.UserError: something is missing or damaged.
     """
+    self._arguments = directory, size
     files = find(directory)
     if covered(files) != size:
       raise config_utils.UserError(f'{directory} lacks {gap(files, size)}')
@@ -176,6 +177,10 @@ class Reader:
         'for each view: its files do not belong together; remove the folder '
         'and fill it again'
       )
+
+  def __reduce__(self):
+    # Open files cannot cross to processes that decode: they open them anew.
+    return type(self), self._arguments
 
   def read(self, keys: np.ndarray, record_bytes: int) -> np.ndarray:
     """Returns the records (b, record_bytes) uint8 of keys (b,).

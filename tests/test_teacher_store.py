@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import pickle
 import re
 import shutil
 import subprocess
@@ -95,6 +96,14 @@ def exact(tmp_path_factory, config_of, teacher):
   config = config_of(**{'teacher.store.dtype': 'float32', 'total_steps': 7})
   train.train_and_evaluate(config, workdir, teacher=teacher)
   return store_of(config, workdir, teacher)
+
+
+def test_a_loaded_store_crosses_to_processes_that_decode(exact):
+  store, _, arrays = exact
+  asked = np.arange(len(arrays)), np.zeros(len(arrays), np.int32)
+  crossed = pickle.loads(pickle.dumps(store.read))(*asked)
+  for name, rows in store.read(*asked).items():
+    np.testing.assert_array_equal(crossed[name], rows)
 
 
 def test_float32_rows_are_what_the_live_teacher_gives(exact):
