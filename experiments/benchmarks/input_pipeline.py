@@ -22,6 +22,7 @@ import sklearn.datasets
 import tensorflow_datasets as tfds
 
 from experiments.benchmarks import worker
+from ijckd_jax import datasets
 from ijckd_jax import wording
 
 READER = 'experiments.benchmarks.input_reader'
@@ -69,28 +70,13 @@ def write(folder: pathlib.Path, num: int) -> None:
     path = folder / 'files' / f'{number % 10}' / f'{number:05d}.jpg'
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
-  with tfds.core.registered.skip_registration():
-
-    class Builder(tfds.builder_cls('imagenet2012')):
-      name = 'imagenet2012'
-      url_infos = None
-
-      def _split_generators(self, dl_manager):
-        return {'train': self._examples()}
-
-      def _examples(self):
-        for number, content in enumerate(encoded):
-          yield (
-            number,
-            {
-              'image': io.BytesIO(content),
-              'label': number % 10,
-              'file_name': f'{number:05d}.jpg',
-            },
-          )
-
-    builder = Builder(data_dir=folder, file_format='array_record')
-    builder.download_and_prepare()
+  columns = {
+    'image': encoded,
+    'label': [number % 10 for number in range(num)],
+    'file_name': [f'{number:05d}.jpg' for number in range(num)],
+  }
+  builder_cls = tfds.builder_cls('imagenet2012')
+  datasets.write(builder_cls, str(folder), {'train': columns})
 
 
 def main():

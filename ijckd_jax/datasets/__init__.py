@@ -343,8 +343,8 @@ def write(
   Args:
     builder_cls: tfds's builder class, for name, version and features.
     data_dir: tfds's data directory; '' is tfds's default.
-    splits: for each split its features by name; 'image' is uint8
-      (N, H, W, C), the others have N entries.
+    splits: for each split its features by name, of N entries each; 'image' is
+      uint8 (N, H, W, C), or holds encoded images.
     names: class names of those label features that have none yet.
 
   Raises:
@@ -374,11 +374,14 @@ def write(
       def _generate_examples(self, columns):
         for key, row in enumerate(zip(*columns.values(), strict=True)):
           example = dict(zip(columns, row, strict=True))
-          # tfds encodes arrays by TensorFlow, but PIL images without.
           image = example['image']
-          example['image'] = Image.fromarray(
-            image[..., 0] if image.shape[-1] == 1 else image
-          )
+          if isinstance(image, bytes):
+            example['image'] = io.BytesIO(image)
+          else:
+            # tfds encodes arrays by TensorFlow, but PIL images without.
+            example['image'] = Image.fromarray(
+              image[..., 0] if image.shape[-1] == 1 else image
+            )
           progress.update()
           yield key, example
 
