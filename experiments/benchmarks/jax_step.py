@@ -60,8 +60,7 @@ def make_step(exp: experiment.Experiment, pair: pairs.Pair):
   tx, _ = exp.optimizer(50_000)
   mapper, key = exp.mapper, jax.random.key(0)
   frozen = jax.tree.map_with_path(draw, exp.judge.frozen)
-  init = jax.jit(exp.distiller.init, static_argnums=1)
-  state = train_state.create(init(key, pair.image_shape), tx, with_ema=False)
+  state = train_state.create(exp.init(key), tx, with_ema=False)
   p_train_step = exp.map_train_step(exp.train_step(tx))
   state, frozen, key = (mapper.replicate(x) for x in (state, frozen, key))
   batches = []

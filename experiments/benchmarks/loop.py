@@ -73,14 +73,11 @@ class BareSteps:
     mapper, arrays = exp.mapper, data.load('train')
     tx, _ = exp.optimizer(len(arrays))
     key = jax.random.key(0)
-    variables = jax.jit(exp.distiller.init, static_argnums=1)(
-      key, tuple(data.image_shape)
-    )
     p_train_step = exp.map_train_step(exp.train_step(tx))
     indices = np.arange(config.batch_size, dtype=np.int32)
     rows = arrays.take(indices)
     self._state = mapper.replicate(
-      train_state.create(variables, tx, with_ema=False)
+      train_state.create(exp.init(key), tx, with_ema=False)
     )
     arguments = (
       mapper.replicate(teacher.frozen),

@@ -20,8 +20,8 @@ from ijckd_jax import wording
 
 FOLDER = pathlib.Path(__file__).parent
 RESULTS = FOLDER / 'results' / 'tpu_budget.json'
-IMAGENET = str(FOLDER / 'imagenet_shapes.py')
-CIFAR = str(FOLDER.parents[1] / 'configs' / 'cifar100.py')
+CONFIGS = FOLDER.parents[1] / 'configs'
+IMAGENET, CIFAR = str(CONFIGS / 'imagenet.py'), str(CONFIGS / 'cifar100.py')
 
 
 @dataclasses.dataclass(frozen=True)
