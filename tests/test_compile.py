@@ -9,10 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.benchmarks import imagenet_shapes
 from ijckd_jax import compile as compile_lib
 from ijckd_jax import config_utils
-from ijckd_jax import experiment
 from ijckd_jax import parallel
 from ijckd_jax import roofline
 from ijckd_jax.models import __main__ as models_command
@@ -283,14 +281,6 @@ def test_devices_of_a_mapper_are_its_mesh():
   device = jax.devices()[0]
   mapper = parallel.Mapper('shard_map', (device,))
   assert mapper.mesh.devices.tolist() == [device]
-
-
-def test_shapes_have_no_images():
-  config = imagenet_shapes.get_config('student=mobilenet_v1')
-  exp = experiment.build(config)
-  assert exp.dataset.image_shape == (224, 224, 3)
-  with pytest.raises(config_utils.UserError, match='no train images'):
-    exp.dataset.load('train')
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Pixels are PIL's in evaluation, and near to PIL's in training."""
 
 import io
+import itertools
 import pathlib
 
 import numpy as np
@@ -55,11 +56,15 @@ def test_decoded_pixels_are_those_of_pil(photograph):
       )
 
 
-@pytest.mark.parametrize('kind', ['PNG', 'WEBP', 'BMP', 'GIF'])
-@pytest.mark.parametrize('mode', ['RGB', 'L', 'P', 'RGBA'])
+@pytest.mark.parametrize(
+  'kind, mode',
+  [
+    *itertools.product(('PNG', 'BMP'), ('RGB', 'L', 'P', 'RGBA')),
+    *itertools.product(('WEBP',), ('RGB', 'L', 'RGBA')),
+    *itertools.product(('GIF',), ('RGB', 'L', 'P')),
+  ],
+)
 def test_other_formats_are_read(photograph, kind, mode):
-  if (kind, mode) in (('WEBP', 'P'), ('GIF', 'RGBA')):
-    pytest.skip('PIL writes another mode then')
   encoded = encode(PIL.Image.fromarray(photograph).convert(mode), kind)
   decoded = images.decode(encoded)
   assert decoded.shape == photograph.shape and decoded.dtype == np.uint8
