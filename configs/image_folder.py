@@ -31,7 +31,7 @@ def get_config(arg=None):
   """Returns the config for `folder=...,unlabelled=...,size=...` etc."""
   arg = config_utils.parse_arg(
     arg,
-    folder='image_folder',
+    folder='',
     unlabelled='',
     teacher='resnet34',
     student='resnet18',

@@ -281,22 +281,26 @@ def find(name: str, data_dir: str):
   return builder
 
 
-def prepared(name: str, data_dir: str):
+def prepared(name: str, data_dir: str, hint: str = ''):
   """Returns tfds's builder of a data set that must be there.
+
+  Args:
+    name: tfds's name.
+    data_dir: tfds's data directory; '' is tfds's default.
+    hint: what else can be done where it is not there.
 
   Raises:
     UserError: it is not prepared; or see `find`.
   """
   builder = find(name, data_dir)
   if builder is None:
+    known = name.partition('/')[0]
+    if known not in DATASETS:
+      known = f'image_folder --source DIR --name {name}'
     where = f' --data_dir {data_dir}' if data_dir else ''
-    command = f'image_folder --source DIR --name {name}{where}'
-    if name.partition('/')[0] in DATASETS:
-      command = f'{name.partition("/")[0]}{where} (or, with the original files '
-      command += 'in a folder DIR, the same with --source DIR)'
     raise config_utils.UserError(
       f'{name} is not prepared in {data_root(data_dir)}; run: python -m '
-      f'ijckd_jax.datasets.prepare {command}'
+      f'ijckd_jax.datasets.prepare {known}{where}{hint}'
     )
   return builder
 
@@ -315,7 +319,11 @@ def from_tfds(
   Raises:
     UserError: it is not prepared, or is not what is expected.
   """
-  builder = prepared(name, data_dir)
+  builder = prepared(
+    name,
+    data_dir,
+    ' (or, with the original files in a folder DIR, the same by --source DIR)',
+  )
   source = builder.as_data_source(split)
   # One call for all of them: record by record, reading takes four times longer.
   examples = source.__getitems__(range(len(source)))

@@ -29,12 +29,15 @@ from ijckd_jax.datasets import originals
 
 def _download(name, data_dir):
   """Lets tfds download and write a data set."""
+  otherwise = ''
+  if name in originals.READERS:
+    otherwise = ', or give the original files by --source DIR'
   # tfds uses the second without installing it.
   for module in ('tensorflow', 'importlib_resources'):
     if importlib.util.find_spec(module) is None:
       raise config_utils.UserError(
         f'tfds needs {module} to download {name}: pip install '
-        "'ijckd_jax[prepare]', or give the original files by --source DIR"
+        f"'ijckd_jax[prepare]'{otherwise}"
       )
   import tensorflow_datasets as tfds
 
@@ -51,9 +54,9 @@ def _download(name, data_dir):
     tfds.core.download.download_manager.NonMatchingChecksumError,
   ) as error:
     reason = ' '.join(str(error).split())[:300]
-    if name in originals.READERS:
-      reason += '; give the original files by --source DIR'
-    raise config_utils.UserError(f'cannot prepare {name}: {reason}') from error
+    raise config_utils.UserError(
+      f'cannot prepare {name}: {reason}{otherwise}'
+    ) from error
 
 
 def _prepare_folder(options) -> int:
