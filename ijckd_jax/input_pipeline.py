@@ -2,7 +2,14 @@
 
 from collections.abc import Callable
 from collections.abc import Iterator
+import contextlib
 import functools
+import itertools
+import multiprocessing
+from multiprocessing import connection
+import os
+import signal
+import threading
 
 from absl import flags
 import grain
@@ -133,17 +140,54 @@ def _read(batches: grain.MapDataset, num_workers: int) -> Iterator[Batch]:
     batches: by their number.
     num_workers: processes that make them, a batch each; 0: a thread does.
   """
-  if not num_workers:
-    yield from batches.to_iter_dataset(
-      grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    )
-    return
-  if not flags.FLAGS.is_parsed():  # Grain has some, which its workers look at.
-    flags.FLAGS.mark_as_parsed()
-  yield from batches.to_iter_dataset(
-    grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-  ).mp_prefetch(
-    grain.MultiprocessingOptions(
-      num_workers=num_workers, per_worker_buffer_size=2
+  dataset = batches.to_iter_dataset(
+    grain.ReadOptions(
+      num_threads=1, prefetch_buffer_size=1 if num_workers else 4
     )
   )
+  if num_workers:
+    if (
+      not flags.FLAGS.is_parsed()
+    ):  # Grain has some, which its workers look at.
+      flags.FLAGS.mark_as_parsed()
+    dataset = dataset.mp_prefetch(
+      grain.MultiprocessingOptions(
+        num_workers=num_workers, per_worker_buffer_size=2
+      ),
+      worker_init_fn=_end_with_the_run,
+    )
+  iterator = iter(dataset)
+  try:
+    # The first one starts the workers.
+    with _signals_blocked():
+      first = list(itertools.islice(iterator, 1))
+    yield from first
+    yield from iterator
+  finally:
+    iterator.close()  # The workers, and memory shared with them.
+
+
+@contextlib.contextmanager
+def _signals_blocked():
+  """Starts processes that never get SIGINT and SIGTERM; this one does, later.
+
+  A terminal sends Ctrl-C to workers as well, and a batch system SIGTERM: they
+  would be gone before the run has saved.
+  """
+  stops = (signal.SIGINT, signal.SIGTERM)
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_the_run(worker: int, num_workers: int) -> None:
+  """Ends a worker whose run was killed, and could not end it."""
+  del worker, num_workers
+
+  def watch():
+    connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()

@@ -3,7 +3,14 @@
 import dataclasses
 import io
 import json
+import multiprocessing
+import os
+import pathlib
 import pickle
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import PIL.Image
@@ -152,6 +159,64 @@ def test_any_number_of_workers_and_processes_sees_the_same(data_dir):
       for a, b in zip(*parts, strict=True)
     ],
   )
+
+
+def test_workers_outlive_the_signals_that_stop_a_run(data_dir):
+  """A terminal's Ctrl-C and a batch system's SIGTERM reach them as well."""
+  arrays = dataset(data_dir).load('train')
+  batches = input_pipeline.train_batches(
+    arrays,
+    batch_size=8,
+    seed=3,
+    start_step=2,
+    num_steps=12,
+    rows=slice(0, 8),
+    num_workers=2,
+  )
+  seen = [next(batches)]
+  workers = multiprocessing.active_children()
+  assert len(workers) == 2
+  for number in (signal.SIGINT, signal.SIGTERM):
+    for worker in workers:
+      os.kill(worker.pid, number)
+  assert_same([*seen, *batches], stream(arrays, 0))
+  assert not any(worker.is_alive() for worker in workers)
+
+
+ORPHANS = """
+import multiprocessing, sys, time
+from tests import test_photos
+if __name__ == '__main__':
+  arrays = test_photos.dataset(sys.argv[1]).load('train')
+  batches = test_photos.input_pipeline.train_batches(
+    arrays, batch_size=8, seed=0, start_step=0, num_steps=10**6,
+    rows=slice(0, 8), num_workers=1)
+  next(batches)
+  print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+  time.sleep(600)
+"""
+
+
+def test_workers_end_with_a_run_that_was_killed(data_dir, tmp_path):
+  (tmp_path / 'run.py').write_text(ORPHANS)
+  root = str(pathlib.Path(__file__).parents[1])
+  with subprocess.Popen(
+    [sys.executable, tmp_path / 'run.py', data_dir],
+    stdout=subprocess.PIPE,
+    env={**os.environ, 'PYTHONPATH': root},
+    text=True,
+  ) as run:
+    (worker,) = map(int, run.stdout.readline().split())
+    os.kill(worker, 0)
+    run.kill()
+    run.wait()
+    for _ in range(300):
+      try:
+        os.kill(worker, 0)
+      except ProcessLookupError:
+        return
+      time.sleep(0.1)
+  pytest.fail('the worker lives on')
 
 
 def test_so_many_views_come_again(data_dir):
