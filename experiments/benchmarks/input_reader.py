@@ -87,9 +87,11 @@ def simplejpeg(num_workers, folder):
 def torch(num_workers, folder):
   """Yields batches of PyTorch's DataLoader and torchvision on PIL."""
   import torch as library
-  from torchvision import datasets
-  from torchvision import transforms
 
+  # Gives torchvision also where its operators do not fit this PyTorch.
+  from tests.torch_networks import torchvision
+
+  datasets, transforms = torchvision.datasets, torchvision.transforms
   library.set_num_threads(1)
   data = datasets.ImageFolder(
     folder / 'files',
