@@ -11,8 +11,13 @@ import math
 
 import numpy as np
 
+MAX_SMOOTHED = 2  # In `resize`; what shrinks by more, by areas.
 CROP_ATTEMPTS = 10  # As torchvision's RandomResizedCrop.
+# Markers of ITU-T T.81, B.1.1.3: the end, and frames of every kind.
 JPEG_END = b'\xff\xd9'
+JPEG_FRAMES = frozenset(
+  bytes([code]) for code in range(0xC0, 0xD0) if code not in (0xC4, 0xC8, 0xCC)
+)
 
 
 class BadImage(ValueError):
@@ -105,10 +110,13 @@ class Views:
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-  """Returns uint8 (size, size, 3): what shrinks by areas, what grows linearly.
+  """Returns uint8 (size, size, 3): smoothed where it shrinks, then linear.
 
-  On average it is within one grey level of PIL's antialiased bilinear filter,
-  in half its time.
+  PIL's antialiased filter is a triangle of half-width s where a side shrinks by
+  s, of variance s^2 / 6; linear interpolation is one of variance 1 / 6. Taps of
+  (a, 1 - 2a, a) add 2a: with a = (s^2 - 1) / 12 the two are alike, within one
+  grey level on average. By more than 2, where three taps no longer are enough,
+  it shrinks by areas, in twice the time.
 
   Args:
     image: uint8 (H, W, 3).
@@ -116,12 +124,26 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
   """
   cv2 = _opencv()
   height, width = image.shape[:2]
-  shrunk = min(width, size), min(height, size)
-  if shrunk != (width, height):
+  scale = max(height, width) / size
+  if scale > MAX_SMOOTHED:
+    shrunk = min(width, size), min(height, size)
     image = cv2.resize(image, shrunk, interpolation=cv2.INTER_AREA)
-  if shrunk != (size, size):
+  elif scale > 1:
+    image = cv2.sepFilter2D(
+      image,
+      ddepth=-1,
+      kernelX=_taps(width / size),
+      kernelY=_taps(height / size),
+      borderType=cv2.BORDER_REPLICATE,
+    )
+  if image.shape[:2] != (size, size):
     image = cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
   return image
+
+
+def _taps(scale: float) -> np.ndarray:
+  a = max(0.0, scale * scale - 1) / 12
+  return np.array([a, 1 - 2 * a, a])
 
 
 def decode(encoded: bytes) -> np.ndarray:
@@ -137,18 +159,34 @@ def decode(encoded: bytes) -> np.ndarray:
 
   cv2 = _opencv()
   try:
-    header = PIL.Image.open(io.BytesIO(encoded))
     pixels = None
-    if header.format == 'JPEG' and header.mode in ('RGB', 'L'):
-      # OpenCV decodes them faster, and to the same pixels, but makes up what a
-      # truncated file lacks; without the end's mark, PIL is asked.
-      if encoded.rstrip(b'\0').endswith(JPEG_END):
-        pixels = cv2.imdecode(
-          np.frombuffer(encoded, np.uint8),
-          cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION,
-        )
+    # OpenCV decodes these faster, and to the same pixels, but makes up what a
+    # truncated file lacks; without the end's mark, PIL is asked.
+    complete = encoded.rstrip(b'\0').endswith(JPEG_END)
+    if complete and jpeg_channels(encoded) in (1, 3):
+      pixels = cv2.imdecode(
+        np.frombuffer(encoded, np.uint8),
+        cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION,
+      )
     if pixels is None:
-      pixels = np.asarray(header.convert('RGB'))
+      pixels = np.asarray(PIL.Image.open(io.BytesIO(encoded)).convert('RGB'))
+    return pixels
   except Exception as error:  # PIL's decoders raise whatever they like.
     raise BadImage(f'{type(error).__name__}: {error}') from error
-  return pixels
+
+
+def jpeg_channels(encoded: bytes) -> int:
+  """Returns how many channels a JPEG's frame header names; 0 if there is none.
+
+  In a twentieth of the time that PIL takes to open it. ITU-T T.81, B.1 and B.2:
+  segments are a marker, the length of what follows, and that; a frame's are the
+  precision, height, width and number of channels.
+  """
+  position = 2
+  while encoded[position : position + 1] == b'\xff':
+    marker = encoded[position + 1 : position + 2]
+    if marker in JPEG_FRAMES:
+      return int.from_bytes(encoded[position + 9 : position + 10])
+    length = int.from_bytes(encoded[position + 2 : position + 4])
+    position += 2 + length
+  return 0

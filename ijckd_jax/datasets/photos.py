@@ -60,8 +60,12 @@ class Source:
       self.split, decoders={'image': tfds.decode.SkipDecoding()}
     )
 
-  def __len__(self):
+  @functools.cached_property
+  def _num_examples(self):
     return self.builder.info.splits[self.split].num_examples
+
+  def __len__(self):
+    return self._num_examples
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     """Returns 'image' (bytes), 'label' and 'file_name', where it has them."""
