@@ -26,6 +26,8 @@ from ijckd_jax import datasets
 from ijckd_jax import wording
 
 READER = 'experiments.benchmarks.input_reader'
+# More batches than any candidate has ready, which it made before its turn.
+READY = 8
 # What is measured: library, workers, cores.
 CANDIDATES = {
   'ours, in the process': ('ours', 0, 1),
@@ -108,17 +110,23 @@ def main():
         cores=num_cores,
       )
       workers[title].wait_until_ready()
-    num_batches = {
-      title: max(1, round(args.seconds / one.seconds(1)))
-      for title, one in workers.items()
-    }
+      workers[title].pause()
+    num_batches = {}
     speeds = {title: [] for title in workers}
-    for _ in range(args.rounds):
+    for number in range(1 + args.rounds):
       for title, one in workers.items():
-        num = num_batches[title]
-        speeds[title].append(64 * num / one.seconds(num))
+        one.go()
+        one.seconds(READY)
+        num = num_batches.get(title, READY)
+        seconds = one.seconds(num)
+        one.pause()
+        if number:
+          speeds[title].append(64 * num / seconds)
+        else:
+          num_batches[title] = max(1, round(args.seconds * num / seconds))
     memory = {title: one.peak_memory() for title, one in workers.items()}
     for one in workers.values():
+      one.go()
       one.close()
   medians = {title: statistics.median(v) for title, v in speeds.items()}
   theirs = medians['PyTorch, in the process']

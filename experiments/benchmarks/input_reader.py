@@ -102,10 +102,13 @@ def torch(num_workers, folder):
       ]
     ),
   )
-  while True:
-    yield from library.utils.data.DataLoader(
-      data, BATCH, shuffle=True, num_workers=num_workers, drop_last=True
-    )
+  # One endless epoch: between two, the workers would start anew.
+  sampler = library.utils.data.RandomSampler(
+    data, replacement=True, num_samples=10**9
+  )
+  yield from library.utils.data.DataLoader(
+    data, BATCH, sampler=sampler, num_workers=num_workers
+  )
 
 
 def tensorflow(num_workers, folder):

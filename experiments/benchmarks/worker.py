@@ -8,6 +8,7 @@ them, and answers with the seconds.
 from collections.abc import Callable
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -56,6 +57,7 @@ class Worker:
       text=True,
       env=env,
       preexec_fn=pin,
+      process_group=0,  # With what it starts, for `pause`.
     )
 
   def wait_until_ready(self) -> None:
@@ -68,12 +70,20 @@ class Worker:
     self._process.stdin.flush()
     return float(self._answer())
 
+  def pause(self) -> None:
+    """Stops it, and what it started, until `go`."""
+    os.killpg(self._process.pid, signal.SIGSTOP)
+
+  def go(self) -> None:
+    """Lets it go on."""
+    os.killpg(self._process.pid, signal.SIGCONT)
+
   def peak_memory(self) -> list[float]:
     """Returns MB that the process, and each that it started, took at most."""
     first = self._process.pid
-    children = pathlib.Path(f'/proc/{first}/task/{first}/children')
+    children = pathlib.Path(f'/proc/{first}/task').glob('*/children')
     peaks = []
-    for pid in (first, *children.read_text().split()):
+    for pid in (first, *' '.join(x.read_text() for x in children).split()):
       status = pathlib.Path(f'/proc/{pid}/status').read_text()
       (line,) = (x for x in status.splitlines() if x.startswith('VmHWM'))
       peaks.append(int(line.split()[1]) / 1000)
