@@ -9,6 +9,9 @@ import pytest
 from ijckd_jax import experiment
 from ijckd_jax import train
 
+# Tests compile much and compute little: a third of their time is saved.
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=1')
+
 
 @pytest.fixture(scope='session', autouse=True)
 def compilation_cache(tmp_path_factory):

@@ -63,7 +63,7 @@ def test_config_builds(path):
   assert {'loss', 'accuracy'} | terms <= sums.keys()
   # Where the teacher's is reused, it is not carried.
   assert ('head' in state.params) != reuses_head
-  trace(experiment.teacher_config(config))
+  experiment.build(experiment.teacher_config(config))
 
 
 @pytest.mark.slow

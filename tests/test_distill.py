@@ -99,7 +99,7 @@ def test_other_arrays_are_another_run(data, tmp_path):
   def distill(arrays):
     return ijckd_jax.distill(
       teacher='resnet8',
-      student='resnet8',
+      student='experiments.extension_example.backbone:PlainNet',
       data=arrays,
       method='ce',
       workdir=tmp_path,

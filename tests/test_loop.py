@@ -11,6 +11,10 @@ from ijckd_jax import steps
 from ijckd_jax import train
 from tests import steps_on_devices
 
+BY_EITHER_MAPPER = pytest.mark.parametrize(
+  'mapper', ['pmap', pytest.param('shard_map', marks=pytest.mark.slow)]
+)
+
 
 @pytest.fixture
 def traced(monkeypatch):
@@ -51,9 +55,7 @@ class CompilationsByStep(logging.Handler):
       raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-  'mapper', ['pmap', pytest.param('shard_map', marks=pytest.mark.slow)]
-)
+@BY_EITHER_MAPPER
 def test_each_step_is_compiled_once(
   finished_run, small_config, tmp_path, traced, mapper
 ):
@@ -88,7 +90,7 @@ def test_each_step_is_compiled_once(
       assert {count for _, _, count in watch.rows[2:]} == {evaluations[0]}
 
 
-@pytest.mark.parametrize('mapper', parallel.MAPPERS)
+@BY_EITHER_MAPPER
 def test_the_state_is_donated_and_the_teacher_is_not(mapper):
   exp = steps_on_devices.make_experiment(mapper, sync_batch_norm=False)
   tx, _ = exp.optimizer(steps_on_devices.BATCH_SIZE)

@@ -169,7 +169,8 @@ def test_workdir_of_another_config(command, finished_run, data_dir, tmp_path):
 
 def test_foreign_folders_are_left_alone(command, tmp_path, data_dir):
   """Another tool's folder may have files of the same names."""
-  common = ['--config', DIGITS, f'--config.dataset.data_dir={data_dir}']
+  common = ['--config', f'{DIGITS}:teacher=resnet8']
+  common += [f'--config.dataset.data_dir={data_dir}']
   for name in ('config.json', 'checkpoints/precious.pt', 'bundle/mine'):
     folder = tmp_path / name.replace('/', '_')
     (folder / name).parent.mkdir(parents=True)
@@ -183,7 +184,6 @@ def test_foreign_folders_are_left_alone(command, tmp_path, data_dir):
   assert command(*common, '--workdir', '')[0] == 2
 
 
-@pytest.mark.slow
 def test_damaged_config_of_a_run_can_be_overwritten(
   command, finished_run, tmp_path, data_dir
 ):
@@ -237,6 +237,7 @@ def test_interrupted_command_continues(tmp_path, data_dir):
   process.communicate()
 
 
+@pytest.mark.slow
 def test_command_from_start_to_end_and_overwrite(tmp_path, data_dir):
   fields = ['--config.total_epochs=0', '--config.total_steps=4']
   fields += ['--config.optimizer.warmup_epochs=0', '--config.num_cpu_devices=2']

@@ -246,6 +246,7 @@ def test_accuracy_of_training_is_by_the_larger_part():
   assert tuple(map(float, sums['accuracy'])) == (2.0, 2.0)
 
 
+@pytest.mark.slow
 def test_function_matching_learns_from_mixed_images_without_labels(
   tmp_path, finished_run, small_config
 ):

@@ -274,7 +274,7 @@ def test_sizes_are_the_published_ones(name):
   assert features.pooled.shape == (2, head['kernel'].shape[0])
 
 
-@pytest.mark.parametrize('name', models.BACKBONES)
+@pytest.mark.parametrize('name', by_default(ONE_OF_EACH))
 def test_images_may_have_any_size_and_any_number_of_channels(name):
   image_shape = (65, 47, 4)
   _, _, stages = PUBLISHED[name]
@@ -378,7 +378,7 @@ def test_contract(name, truncated):
   assert out.connected is None
 
 
-@pytest.mark.parametrize('name', models.BACKBONES)
+@pytest.mark.parametrize('name', by_default(ONE_OF_EACH))
 def test_truncated_ends_at_the_last_stage(name):
   features, cut = shapes_of(name, small(name), truncated=True)
   assert features.final.shape == features.stages[-1].shape

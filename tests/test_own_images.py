@@ -114,7 +114,6 @@ def test_what_is_wrong_is_said(data_dir, fields, message):
     data.load('train')
 
 
-@pytest.mark.slow
 def test_the_config_builds(data_dir):
   path = f'{test_configs.IMAGE_FOLDER}:folder=insects,unlabelled=heap,size=32'
   config = config_utils.load(path)
@@ -125,6 +124,7 @@ def test_the_config_builds(data_dir):
   test_configs.trace(experiment.teacher_config(config))
 
 
+@pytest.mark.slow
 def test_from_a_folder_to_a_report(data_dir, tmp_path, capsys):
   """Teacher, student, report, and the bundle again by itself."""
   config = config_utils.load(

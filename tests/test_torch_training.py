@@ -257,7 +257,10 @@ def train_in_both(teacher, student, method, *, dtype, unbiased=True):
   return ours, theirs, compare(pair, start, state, dist)
 
 
-@pytest.mark.parametrize('method', ['ijckd', 'simkd', 'srrl'])
+@pytest.mark.parametrize(
+  'method',
+  ['ijckd', 'simkd', pytest.param('srrl', marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize('teacher, student', PAIRS)
 def test_twenty_steps_are_pytorchs(teacher, student, method):
   """In float64, so that rounding errors, which grow, can hide no mistake."""

@@ -294,7 +294,7 @@ def test_ema_is_what_is_evaluated_and_the_raw_student_stands_beside_it(
   [
     'ce',
     pytest.param('kd', marks=pytest.mark.slow),
-    'srrl',
+    pytest.param('srrl', marks=pytest.mark.slow),
     pytest.param('simkd', marks=pytest.mark.slow),
   ],
 )
