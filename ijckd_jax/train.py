@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+import math
 import platform
 import tempfile
 from typing import Any
@@ -33,6 +34,8 @@ from ijckd_jax import teachers
 from ijckd_jax import train_state
 from ijckd_jax import workdirs
 
+# Part of the running statistics that a run may start with and still end with.
+MAX_OF_FIRST_STATISTICS = 0.01
 PACKAGES = ('ijckd_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
 
 logger = logging.getLogger('ijckd_jax')
@@ -202,6 +205,29 @@ def _found(exp, workdir) -> Result:
   )
 
 
+def _warn_of_unsettled_statistics(exp, workdir, num_examples):
+  """Warns where tests will be of statistics that batch norm began with."""
+  backbone = exp.distiller.network.backbone
+  num_steps = exp.total_steps(num_examples)
+  remaining = backbone.momentum ** (num_steps * exp.config.accumulation)
+  if exp.start is None and remaining > MAX_OF_FIRST_STATISTICS:
+    logger.warning(
+      '%s: %d steps are few for %s, whose batch norm keeps %g of its running '
+      'statistics at each: %.0f%% of those that it starts with, which know no '
+      'image, will be in the last, and test accuracy may be far below that of '
+      'training. %d steps leave less than %.0f%%',
+      workdir,
+      num_steps,
+      exp.config.student.backbone,
+      backbone.momentum,
+      100 * remaining,
+      math.ceil(
+        math.log(MAX_OF_FIRST_STATISTICS) / math.log(backbone.momentum)
+      ),
+      100 * MAX_OF_FIRST_STATISTICS,
+    )
+
+
 def _run(exp, workdir, splits, writers, stop) -> Result:
   """Trains one network on loaded data, or returns it where it is finished."""
   if workdirs.is_finished(workdir):
@@ -230,6 +256,8 @@ def _run(exp, workdir, splits, writers, stop) -> Result:
     exp.optimizer(len(splits['train']))[0],
     with_ema=config.ema_decay > 0,
   )
+  if state.batch_stats['backbone']:
+    _warn_of_unsettled_statistics(exp, workdir, len(splits['train']))
   frozen = None if exp.judge is None else mapper.replicate(exp.judge.frozen)
   store = checkpoints.Checkpoints(
     workdir / workdirs.CHECKPOINTS,

@@ -14,6 +14,7 @@ from ijckd_jax import bundles
 from ijckd_jax import checkpoints
 from ijckd_jax import config_utils
 from ijckd_jax import evaluate
+from ijckd_jax import experiment
 from ijckd_jax import loop
 from ijckd_jax import metric_writer
 from ijckd_jax import train
@@ -503,3 +504,23 @@ def test_teacher_does_not_start_as_its_student(finished_run):
   config = json.loads((workdir / 'config.json').read_text())
   teacher = json.loads((workdir / 'teacher' / 'config.json').read_text())
   assert teacher['seed'] == config['teacher']['seed'] != config['seed']
+
+
+@pytest.mark.parametrize(
+  'student, few, enough, percent',
+  [('resnet8', 43, 44, 1), ('mobilenet_v3_small', 188, 459, 15)],
+)
+def test_too_few_steps_for_batch_norm_are_told(
+  small_config, tmp_path, caplog, student, few, enough, percent
+):
+  """MobileNetV3 keeps 0.99 of its running statistics at a step, others 0.9."""
+  for num_steps in (enough, few):
+    assert not caplog.text
+    config = small_config(
+      'ce', **{'student.backbone': student}, total_steps=num_steps
+    )
+    train._warn_of_unsettled_statistics(
+      experiment.build(config), tmp_path, num_examples=1437
+    )
+  assert f'{percent}% of those that it starts with' in caplog.text
+  assert f'{enough} steps leave less than 1%' in caplog.text

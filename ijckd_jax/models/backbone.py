@@ -40,6 +40,7 @@ class Backbone(nn.Module):
 
   usual_size = 32  # Side of the square images that it was made for.
   torch_head = 'fc'  # The head's name in the published PyTorch network.
+  momentum = 0.9  # What batch norm keeps of its running statistics at a step.
   kernel_init = staticmethod(layers.KAIMING_FAN_OUT)  # Of convolutions.
 
   @property
@@ -106,6 +107,7 @@ class Backbone(nn.Module):
     """Returns a batch norm, see layers.BatchNorm."""
     return layers.BatchNorm(
       use_running_average=not train,
+      momentum=self.momentum,
       axis_name=self.axis_name,
       dtype=self.dtype,
       unbiased=self.unbiased_variance,

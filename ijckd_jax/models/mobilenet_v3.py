@@ -43,6 +43,7 @@ class MobileNetV3Small(backbone.Backbone):
   """
 
   usual_size = 224
+  momentum = 0.99
   torch_head = 'classifier.3'
 
   @property
@@ -57,8 +58,8 @@ class MobileNetV3Small(backbone.Backbone):
     return super().torch_name(layer).replace('pool.hidden', 'classifier.0')
 
   def norm(self, train, **kwargs):
-    """Returns a batch norm of the paper's epsilon and momentum."""
-    return super().norm(train, epsilon=1e-3, momentum=0.99, **kwargs)
+    """Returns a batch norm of the paper's epsilon, as its momentum is."""
+    return super().norm(train, epsilon=1e-3, **kwargs)
 
   def setup(self):
     if not self.truncated:
