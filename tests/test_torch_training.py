@@ -289,6 +289,7 @@ def test_twenty_steps_in_float32_are_near():
       np.testing.assert_allclose(mine[name], value, rtol=rtol, err_msg=name)
 
 
+@pytest.mark.slow
 def test_biased_running_variance_is_all_that_differs_by_default():
   with jax.enable_x64(True):
     _, _, errors = train_in_both(
