@@ -34,7 +34,9 @@ from ijckd_jax import teachers
 from ijckd_jax import train_state
 from ijckd_jax import workdirs
 
-# Part of the running statistics that a run may start with and still end with.
+# What may be left, at the end, of the running statistics' start. A MobileNetV3
+# of 188 steps tested at 10% with 15% left; once more images had brought that to
+# 2 and to 0.4%, without any training, at 49 and at 70%.
 MAX_OF_FIRST_STATISTICS = 0.01
 PACKAGES = ('ijckd_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
 
@@ -206,24 +208,24 @@ def _found(exp, workdir) -> Result:
 
 
 def _warn_of_unsettled_statistics(exp, workdir, num_examples):
-  """Warns where tests will be of statistics that batch norm began with."""
-  backbone = exp.distiller.network.backbone
+  """Warns where batch norm's first statistics would count in the last ones."""
+  momentum = exp.distiller.network.backbone.momentum
   num_steps = exp.total_steps(num_examples)
-  remaining = backbone.momentum ** (num_steps * exp.config.accumulation)
-  if exp.start is None and remaining > MAX_OF_FIRST_STATISTICS:
+  updates = exp.config.accumulation  # In a step.
+  remaining = momentum ** (num_steps * updates)
+  if remaining > MAX_OF_FIRST_STATISTICS:
+    enough = math.log(MAX_OF_FIRST_STATISTICS) / math.log(momentum) / updates
     logger.warning(
-      '%s: %d steps are few for %s, whose batch norm keeps %g of its running '
-      'statistics at each: %.0f%% of those that it starts with, which know no '
-      'image, will be in the last, and test accuracy may be far below that of '
-      'training. %d steps leave less than %.0f%%',
+      '%s: %d steps are few for the batch norm of %s, which keeps %g of its '
+      'running statistics at each update: at the end %.0f%% of them will be '
+      'what they started as, before any image, and test accuracy may be far '
+      'below that of training. %d steps leave less than %.0f%%',
       workdir,
       num_steps,
       exp.config.student.backbone,
-      backbone.momentum,
+      momentum,
       100 * remaining,
-      math.ceil(
-        math.log(MAX_OF_FIRST_STATISTICS) / math.log(backbone.momentum)
-      ),
+      math.ceil(enough),
       100 * MAX_OF_FIRST_STATISTICS,
     )
 
@@ -256,7 +258,7 @@ def _run(exp, workdir, splits, writers, stop) -> Result:
     exp.optimizer(len(splits['train']))[0],
     with_ema=config.ema_decay > 0,
   )
-  if state.batch_stats['backbone']:
+  if state.batch_stats['backbone'] and exp.start is None:
     _warn_of_unsettled_statistics(exp, workdir, len(splits['train']))
   frozen = None if exp.judge is None else mapper.replicate(exp.judge.frozen)
   store = checkpoints.Checkpoints(

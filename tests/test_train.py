@@ -522,5 +522,5 @@ def test_too_few_steps_for_batch_norm_are_told(
     train._warn_of_unsettled_statistics(
       experiment.build(config), tmp_path, num_examples=1437
     )
-  assert f'{percent}% of those that it starts with' in caplog.text
+  assert f'{percent}% of them will be what they started as' in caplog.text
   assert f'{enough} steps leave less than 1%' in caplog.text
