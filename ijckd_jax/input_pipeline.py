@@ -146,9 +146,8 @@ def _read(batches: grain.MapDataset, num_workers: int) -> Iterator[Batch]:
     )
   )
   if num_workers:
-    if (
-      not flags.FLAGS.is_parsed()
-    ):  # Grain has some, which its workers look at.
+    # Grain has some, which its workers look at.
+    if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()
     dataset = dataset.mp_prefetch(
       grain.MultiprocessingOptions(

@@ -9,7 +9,7 @@ import pytest
 from ijckd_jax import experiment
 from ijckd_jax import train
 
-# Tests compile much and compute little: a third of their time is saved.
+# Tests compile much and compute little: a sixth of their time is saved.
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=1')
 
 
