@@ -43,6 +43,9 @@ def check_numbers(config) -> None:
     raise config_utils.UserError(
       f'num_workers={config.num_workers}: it cannot be negative'
     )
+  config_utils.check_positive(
+    'heartbeat_timeout_seconds', config.heartbeat_timeout_seconds
+  )
   augment.check(config.augment)
   mixed = mixing_lib.build(config.augment) is not None
   if mixed and store.views:

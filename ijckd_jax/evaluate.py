@@ -28,11 +28,9 @@ class Evaluation:
   Attributes:
     metrics: 'top1', 'top5' (for more than 5 classes), 'nll', 'ece', and where
       there is a teacher 'agreement' with it and 'kl' to it.
-    confusion: (K, K) int64, true class by predicted, of this process's
-      labelled examples.
-    predictions: (N,) predicted classes of this process's examples.
-    labels: (N,) the true classes of these; -1 where there is none.
-    indices: (N,) which examples these are.
+    confusion: (K, K) int64, true class by predicted, of labelled examples.
+    predictions: (N,) predicted classes.
+    labels: (N,) the true classes; -1 where there is none.
     teacher: the same of the teacher; None where there is none.
   """
 
@@ -40,7 +38,6 @@ class Evaluation:
   confusion: np.ndarray
   predictions: np.ndarray
   labels: np.ndarray
-  indices: np.ndarray
   teacher: 'Evaluation | None' = None
 
 
@@ -61,6 +58,7 @@ def make_evaluator(
     placed them (None without a teacher) and datasets.Arrays.
   """
   import jax
+  from jax.experimental import multihost_utils
 
   from ijckd_jax import input_pipeline
   from ijckd_jax import metrics
@@ -93,18 +91,14 @@ def make_evaluator(
         totals = sums
       else:
         totals = jax.tree.map(np.add, totals, sums)
-      predicted = mapper.rows(predicted)
-      rows.append(
-        {
-          name: values[batch['mask']]
-          for name, values in {
-            **predicted,
-            'index': batch['index'],
-            'label': batch['label'],
-          }.items()
-        }
-      )
+      about = {name: batch[name] for name in ('index', 'label', 'mask')}
+      rows.append({**mapper.rows(predicted), **about})
     joined = {name: np.concatenate([r[name] for r in rows]) for name in rows[0]}
+    if jax.process_count() > 1:
+      joined = multihost_utils.process_allgather(joined, tiled=True)
+    chosen = np.flatnonzero(joined['mask'])
+    chosen = chosen[np.argsort(joined['index'][chosen])]
+    joined = {name: values[chosen] for name, values in joined.items()}
     num_classes = variables['params']['head']['bias'].shape[0]
 
     def evaluation(name, more, below):
@@ -113,7 +107,6 @@ def make_evaluator(
         _confusion(joined['label'], joined[name], num_classes),
         joined[name],
         joined['label'],
-        joined['index'],
         below,
       )
 

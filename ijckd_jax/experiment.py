@@ -103,6 +103,8 @@ def default_config(
   config.bundle = 'last'  # Or 'best', by the validation split or the test set.
   config.mapper = 'pmap'
   config.num_workers = 0  # Processes that decode images; 0: a thread does.
+  # After which a silent host is taken for dead, and the others are aborted.
+  config.heartbeat_timeout_seconds = 30
   config.num_cpu_devices = 1
   # Where commands keep compiled programs: 'default' is a folder in the user's
   # cache directory, '' none.

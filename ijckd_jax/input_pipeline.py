@@ -52,18 +52,12 @@ def train_batches(
     'teacher' where there are stored outputs, and 'bad' bool (b,) where images
     are decoded: which could not be, and were replaced.
   """
-  num_examples = len(arrays)
 
   def gather(step: int) -> Batch:
-    positions = (step * batch_size + np.arange(batch_size))[rows]
-    epochs, places = np.divmod(positions, num_examples)
-    indices = np.concatenate(
-      [
-        permutation(seed, epoch, num_examples)[places[epochs == epoch]]
-        for epoch in range(epochs[0], epochs[-1] + 1)
-      ]
+    indices, epochs = examples(
+      step, batch_size=batch_size, seed=seed, num_examples=len(arrays)
     )
-    epochs = epochs.astype(np.int32)
+    indices, epochs = indices[rows], epochs[rows]
     batch = {
       **arrays.train_views(indices, epochs % views if views else epochs, seed),
       'index': indices,
@@ -75,6 +69,28 @@ def train_batches(
 
   batches = grain.MapDataset.range(start_step, num_steps).map(gather)
   yield from _read(batches, 0 if arrays.in_memory else num_workers)
+
+
+def examples(
+  step: int, *, batch_size: int, seed: int, num_examples: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns which examples a step sees: indices and epochs, (B,) int32 each.
+
+  Args:
+    step: counted from 0.
+    batch_size: B rows of the global batch.
+    seed: of the order.
+    num_examples: in the training set.
+  """
+  positions = step * batch_size + np.arange(batch_size)
+  epochs, places = np.divmod(positions, num_examples)
+  indices = np.concatenate(
+    [
+      permutation(seed, epoch, num_examples)[places[epochs == epoch]]
+      for epoch in range(epochs[0], epochs[-1] + 1)
+    ]
+  )
+  return indices, epochs.astype(np.int32)
 
 
 # Two, since a batch may cross from one epoch to the next.

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import dataclasses
 import logging
+import os
 import signal
 import sys
 import threading
@@ -10,6 +11,7 @@ import time
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 import tqdm
 
@@ -17,6 +19,7 @@ from ijckd_jax import checkpoints as checkpoints_lib
 from ijckd_jax import config_utils
 from ijckd_jax import evaluate
 from ijckd_jax import experiment as experiment_lib
+from ijckd_jax import hosts
 from ijckd_jax import input_pipeline
 from ijckd_jax import metric_writer
 from ijckd_jax import parallel
@@ -35,36 +38,78 @@ logger = logging.getLogger('ijckd_jax')
 
 
 class Interrupted(KeyboardInterrupt):
-  """The run was asked to stop; it has saved, and continues when run again."""
+  """The run was asked to stop; it has saved, and continues when run again.
+
+  Attributes:
+    number: of the signal.
+  """
+
+  def __init__(self, message: str, number: int):
+    super().__init__(message)
+    self.number = number
 
 
 class Diverged(RuntimeError):
-  """A metric of training is not finite."""
+  """A metric of training, or a parameter, is not finite.
+
+  Attributes:
+    step: after which it was not, counted from 1.
+    what: was not.
+  """
+
+  def __init__(self, step: int, what: list[str], more: str = ''):
+    super().__init__(f'step {step}: {", ".join(what)}; {STOPPED}{more}')
+    self.step = step
+    self.what = what
 
 
 class StopSignals:
   """Turns SIGINT and SIGTERM into a request that the loop looks at.
 
-  A second signal is no longer caught.
+  A second signal is no longer caught. Where there are several processes, JAX
+  has taken SIGTERM over, and has all of them stop after the same step; SIGINT
+  is handed on as that.
   """
 
   def __init__(self):
-    self.requested = False
+    self.number = signal.SIGTERM  # Of the signal that came.
+    self._requested = False
+    self._came = time.monotonic()
+    self._looks = 0
     self._before = {}
 
   def __enter__(self):
+    caught = [signal.SIGINT, signal.SIGTERM]
+    if jax.process_count() > 1:
+      caught.remove(signal.SIGTERM)
     if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGINT, signal.SIGTERM):
+      for number in caught:
         self._before[number] = signal.signal(number, self._request)
     return self
 
   def __exit__(self, *_):
     self._restore()
 
+  def reached(self) -> bool:
+    """Returns whether to stop after this step; to be asked after each one."""
+    self._looks += 1
+    if jax.process_count() > 1:
+      return multihost_utils.reached_preemption_sync_point(self._looks)
+    return self._requested
+
+  @property
+  def seconds(self) -> float | None:
+    """How long ago the signal came; None where it came to another process."""
+    return time.monotonic() - self._came if self._requested else None
+
   def _request(self, number, frame):
-    del number, frame
-    self.requested = True
+    del frame
+    self._requested, self._came = True, time.monotonic()
     self._restore()
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    else:
+      self.number = number
 
   def _restore(self):
     while self._before:
@@ -171,12 +216,13 @@ class Loop:
         if len(pending) > MAX_STEPS_AHEAD:
           jax.block_until_ready(pending[-MAX_STEPS_AHEAD])
         line.advance()
+        stopping = stop.reached()
         log, evaluation, save = (
           step == total_steps or exp.is_due(what, step, num_examples)
           for what in ('log', 'eval', 'checkpoint')
         )
         clocked = compiling & {step, step + 1}
-        if not (log or evaluation or save or stop.requested or clocked):
+        if not (log or evaluation or save or stopping or clocked):
           continue
         if recorder is not None:  # First: it knows why a loss is not finite.
           recorder.flush()
@@ -212,13 +258,17 @@ class Loop:
           row = {f'{split}/{name}': value for name, value in result.items()}
           self.writer.write(step, {'epoch': epoch, **row})
           line.show(step, row)
-        if evaluation or save or stop.requested:
+        if evaluation or save or stopping:
           self._save(step, jax.device_get(state), score, progress)
-        if stop.requested and step < total_steps:
+        if stopping and step < total_steps:
           self.store.wait()
+          took = ''
+          if stop.seconds is not None:
+            took = f', {stop.seconds:.1f} s after the signal'
           raise Interrupted(
-            f'{self.name} stopped after step {step} of {total_steps}; it is '
-            'saved, and the same command continues from there'
+            f'{self.name} stopped after step {step} of {total_steps}{took}; it '
+            'is saved, and the same command continues from there',
+            stop.number,
           )
         clock = time.perf_counter()
     return state
@@ -226,9 +276,13 @@ class Loop:
   def _save(self, step, state, score, progress) -> None:
     """Starts to save a state on the host, which is good, after its metrics."""
     _check_finite(step, state)
-    self.writer.flush()
+    if not self.splits['train'].in_memory:
+      found = hosts.exchange(progress.damaged)
+      progress.damaged = sorted(set().union(*found))
+    hosts.share(self.writer.flush)
     if self.recorder is not None:
       self.recorder.close_file()
+      hosts.wait('teacher outputs closed')
     memo = dataclasses.asdict(progress)
     self.store.save(step, state, score=score, memo=memo)
 
@@ -301,7 +355,7 @@ def _add(sums: dict[str, list[float]], pending) -> None:
       if not np.isfinite(total)
     ]
     if bad:
-      raise Diverged(f'step {step}: {", ".join(bad)}; {STOPPED}')
+      raise Diverged(step, bad)
     for name, (total, count) in metrics.items():
       running = sums.setdefault(name, [0.0, 0.0])
       running[0] += float(total)
@@ -312,10 +366,8 @@ def _check_finite(step: int, state: train_state.TrainState) -> None:
   """Raises where a parameter is not finite: such a state must not be saved."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
     if not np.isfinite(leaf).all():
-      raise Diverged(
-        f'step {step}: params{jax.tree_util.keystr(path)} is not finite; '
-        f'{STOPPED}'
-      )
+      name = jax.tree_util.keystr(path)
+      raise Diverged(step, [f'params{name} is not finite'])
 
 
 class _ProgressLine:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import json
 import os
 import tempfile
+import time
 from typing import Protocol
 
 from etils import epath
@@ -34,36 +35,33 @@ class JsonLinesWriter:
     """
     self._path = epath.Path(path)
     kept = [row for row in read_rows(path) if row['step'] <= resume_step]
-    partial = self._path.with_name(f'.{self._path.name}.rows.partial')
-    text = ''.join(json.dumps(row) + '\n' for row in kept)
-    partial.write_text(text)
-    partial.replace(self._path)
-    self._file = None
-    if workdirs.is_remote(path):
-      self._text = text
-    else:
-      self._file = self._path.open('a')
+    self._old = ''.join(json.dumps(row) + '\n' for row in kept)
+    self._new = ''
+    workdirs.write_text(self._path, self._old)
 
   def write(self, step, scalars):
-    line = json.dumps({'step': step, **scalars}) + '\n'
-    if self._file is None:
-      self._text += line
-    else:
-      self._file.write(line)
+    self._new += json.dumps({'step': step, **scalars}) + '\n'
 
   def flush(self) -> None:
-    """Hands everything to the disk, or the bucket."""
-    if self._file is None:
-      self._path.write_text(self._text)  # Objects in buckets cannot grow.
+    """Hands everything to the disk, or the bucket.
+
+    Raises:
+      OSError: it could not be written, and may be tried again.
+    """
+    if workdirs.is_remote(self._path):
+      self._path.write_text(self._old + self._new)  # Objects cannot grow.
     else:
-      self._file.flush()
-      os.fsync(self._file.fileno())
+      # Opened each time: a file of a folder that has vanished would take all.
+      with open(self._path, 'r+') as file:
+        file.seek(len(self._old))  # What a failed try has written goes.
+        file.truncate()
+        file.write(self._new)
+        file.flush()
+        os.fsync(file.fileno())
+    self._old, self._new = self._old + self._new, ''
 
   def close(self):
-    if self._file is None:
-      self.flush()
-    else:
-      self._file.close()
+    self.flush()
 
 
 def read_rows(path: epath.PathLike) -> list[dict]:
@@ -92,11 +90,18 @@ def read_rows(path: epath.PathLike) -> list[dict]:
 
 
 class TensorBoardWriter:
-  """TensorBoard events, by tensorboardX; in a bucket, as often as flushed."""
+  """TensorBoard events, by tensorboardX; in a bucket, as often as flushed.
+
+  By its plain writer of events: its SummaryWriter has a thread that dies when
+  the disk is full, and the run would wait for it for ever.
+  """
 
   def __init__(self, directory: epath.PathLike, *, resume_step: int):
     """Opens a new event file; TensorBoard hides older rows past the step."""
-    import tensorboardX  # Takes a while; only runs that write need it.
+    # They take a while; only runs that write need them.
+    from tensorboardX import event_file_writer
+    from tensorboardX import summary
+    from tensorboardX.proto import event_pb2
 
     self._remote = self._scratch = None
     if workdirs.is_remote(directory):
@@ -104,13 +109,19 @@ class TensorBoardWriter:
       self._remote.mkdir(parents=True, exist_ok=True)
       self._scratch = tempfile.TemporaryDirectory()
       directory = self._scratch.name
-    self._writer = tensorboardX.SummaryWriter(
-      str(directory), purge_step=resume_step + 1
-    )
+    epath.Path(directory).mkdir(parents=True, exist_ok=True)
+    self._writer = event_file_writer.EventsWriter(f'{directory}/events')
+    self._event, self._scalar = event_pb2.Event, summary.scalar
+    restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._write(resume_step + 1, session_log=restart)
+
+  def _write(self, step, **fields):
+    event = self._event(wall_time=time.time(), step=step, **fields)
+    self._writer.write_event(event)
 
   def write(self, step, scalars):
     for name, value in scalars.items():
-      self._writer.add_scalar(name, value, step)
+      self._write(step, summary=self._scalar(name, value))
 
   def flush(self) -> None:
     """Hands everything to the disk, or the bucket."""
@@ -140,10 +151,14 @@ class Writers:
       writer.write(step, scalars)
 
   def flush(self) -> None:
-    """Flushes those writers that can."""
+    """Flushes those writers that can.
+
+    Raises:
+      OSError: one could not write, over many tries.
+    """
     for writer in self._writers:
       if hasattr(writer, 'flush'):
-        writer.flush()
+        workdirs.retry(writer.flush, f'metrics ({type(writer).__name__})')
 
   def close(self):
     for writer in self._writers:

@@ -13,6 +13,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 AXIS = 'devices'
@@ -64,11 +65,25 @@ class Mapper:
     return jax.sharding.NamedSharding(self.mesh, jax.P(AXIS))
 
   def replicate(self, tree: Any) -> Any:
-    """Returns host arrays as arrays on every device, in buffers of their own.
+    """Returns arrays as arrays on every device, in buffers of their own.
 
     An array that a step donates must not share its buffer with the caller's.
+    Those that are on the devices of all hosts already are returned as they are.
     """
-    return jax.device_put(tree, self.replicated, may_alias=False)
+    if self.replicated.is_fully_addressable:
+      return jax.device_put(tree, self.replicated, may_alias=False)
+    return jax.tree.map(self._on_all_hosts, tree)
+
+  def _on_all_hosts(self, x: Any) -> jax.Array:
+    """Returns an array that every process has, as one over all devices."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      return x
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      data = self._on_all_hosts(jax.random.key_data(x))
+      return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    return jax.make_array_from_process_local_data(
+      self.replicated, np.asarray(x)
+    )
 
   def shard(self, batch: Any) -> Any:
     """Returns this process's rows of a batch, cut over the devices.

@@ -346,8 +346,7 @@ def _images(summary, evaluation, arrays, class_names) -> tuple:
   labels, num = evaluation.labels, len(evaluation.labels)
   wrong = evaluation.predictions != labels
   title = f'Test images that the {learner} gets wrong'
-  text = f'The {learner} gets {np.sum(wrong):,} of {num:,} test images'
-  text += ' wrong' if num == len(arrays) else ' of this process wrong'
+  text = f'The {learner} gets {np.sum(wrong):,} of {num:,} test images wrong'
   if judge is not None:
     wrong &= judge.predictions == labels
     title += ' and the teacher right'
@@ -360,7 +359,7 @@ def _images(summary, evaluation, arrays, class_names) -> tuple:
     spread = np.linspace(0, len(rows) - 1, MAX_IMAGES)
     rows = rows[spread.round().astype(int)]
   figure = _draw_images(
-    arrays.take(evaluation.indices[rows]).images,
+    arrays.take(rows).images,
     [class_names[label] for label in labels[rows]],
     [class_names[label] for label in evaluation.predictions[rows]],
   )

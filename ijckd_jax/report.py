@@ -104,7 +104,7 @@ def write(
   for section in sections:
     if section.png is not None:
       (folder / f'{section.stem}.png').write_bytes(section.png)
-  parts = [_headline(summary, evaluation, arrays), table(summary)]
+  parts = [_headline(summary, evaluation), table(summary)]
   if summary['best_by'] == 'test':
     parts.append(
       "'Best' was chosen on the test set, so its numbers flatter: compare runs "
@@ -120,7 +120,7 @@ def write(
   workdirs.write_text(workdir / workdirs.REPORT, '\n\n'.join(parts) + '\n')
 
 
-def _headline(summary, evaluation, arrays):
+def _headline(summary, evaluation):
   """Returns a title, what was done, and what that was worth."""
   config, judge = summary['config'], evaluation.teacher
   method = config_utils.instantiate(
@@ -149,7 +149,7 @@ def _headline(summary, evaluation, arrays):
       f', the teacher **{theirs:.2%}**: {100 * (mine - theirs):+.2f} points'
     )
   labels = evaluation.labels
-  if judge is not None and len(labels) == len(arrays):
+  if judge is not None:
     right = [e.predictions == labels for e in (evaluation, judge)]
     won, lost = right[0] & ~right[1], right[1] & ~right[0]
     error = np.std(won.astype(int) - lost) / math.sqrt(len(labels))

@@ -16,12 +16,12 @@ from typing import Any
 
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
 from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
 
 from ijckd_jax import config_utils
+from ijckd_jax import hosts
 from ijckd_jax import outputs
 from ijckd_jax import parallel
 from ijckd_jax import teacher_store
@@ -198,7 +198,7 @@ class Recorder:
   def reader(self):
     """Returns `(indices, epochs) -> rows by name`, once all is stored."""
     self.close_file()
-    _wait_for_others('stored')
+    hosts.wait('teacher outputs stored')
     self._store.load()
     return self._store.read
 
@@ -264,9 +264,7 @@ def start(exp, folder: epath.Path, arrays, step: int) -> Recorder | None:
   if exp.stored is None or step == exp.total_steps(len(arrays)):
     return None
   store, batch_size = _store(exp, folder, arrays), exp.config.batch_size
-  if jax.process_index() == 0:
-    store.open(step * batch_size)
-  _wait_for_others('opened')
+  hosts.share(lambda: store.open(step * batch_size))
   layout = store.layout
   logger.info(
     '%s: %s: %.3g GiB, %d views of %d images, %d bytes each (%s in %s)%s',
@@ -325,8 +323,3 @@ def _digest(tree) -> str:
     digest.update(f'{path}{array.shape}{array.dtype}'.encode())
     digest.update(array.view(np.uint8))
   return digest.hexdigest()[:16]
-
-
-def _wait_for_others(what: str) -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f'teacher outputs {what}')

@@ -24,6 +24,9 @@ from ijckd_jax import config_utils
 from ijckd_jax import datasets
 from ijckd_jax import evaluate
 from ijckd_jax import experiment
+from ijckd_jax import hosts
+from ijckd_jax import input_pipeline
+from ijckd_jax import locks
 from ijckd_jax import loop
 from ijckd_jax import metric_writer
 from ijckd_jax import models
@@ -39,6 +42,19 @@ from ijckd_jax import workdirs
 # 2 and to 0.4%, without any training, at 49 and at 70%.
 MAX_OF_FIRST_STATISTICS = 0.01
 PACKAGES = ('ijckd_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
+# Where hosts may differ: in where things lie, and how many hands they have.
+HOST_FIELDS = (
+  'compilation_cache',
+  'dataset.data_dir',
+  'num_workers',
+  'teacher.checkpoint',
+  'teacher.store.directory',
+)
+ONE_STEP = (
+  'The same command with --config.checkpoint_epochs=0 '
+  '--config.checkpoint_examples=0 --config.checkpoint_steps=1 saves the state '
+  'before this step; the same command once more then makes this step alone.'
+)
 
 logger = logging.getLogger('ijckd_jax')
 
@@ -80,7 +96,8 @@ def distill(
     data: name of a data set (datasets.DATASETS), `package.module:Name`, or a
       datasets.ArrayDataset.
     method: name of a method (methods.METHODS), or `package.module:Name`.
-    workdir: the run's folder; None keeps nothing on the disk.
+    workdir: the run's folder; None keeps nothing on the disk, which takes a
+      single process.
     settings: other fields of the config by their dotted names, such as
       {'total_epochs': 30.0, 'method.factor': 4}; see
       experiment.default_config.
@@ -94,6 +111,11 @@ def distill(
     config_utils.UserError: something asked for is unknown or does not fit.
     loop.Diverged: a metric is not finite.
   """
+  if workdir is None and jax.process_count() > 1:
+    raise config_utils.UserError(
+      f'no workdir, but {jax.process_count()} processes: give a folder that '
+      'all of them see'
+    )
   named = isinstance(data, str)
   config = experiment.default_config(
     dataset=data if named else None,
@@ -132,11 +154,13 @@ def train_and_evaluate(
 ) -> Result:
   """Trains a student, and its teacher first if there is none yet.
 
-  A run that was stopped continues; one that is finished is returned.
+  A run that was stopped continues; one that is finished is returned. Where
+  there are several processes, all call this alike.
 
   Args:
     config: see experiment.default_config.
-    workdir: the run's folder; a teacher that is trained goes to `teacher/`.
+    workdir: the run's folder, which all processes see; a teacher that is
+      trained goes to `teacher/`.
     dataset: overrides `config.dataset`.
     teacher: overrides `config.teacher`.
     writers: further writers of the student's metrics.
@@ -147,6 +171,7 @@ def train_and_evaluate(
     config_utils.UserError: the config, the data or the folder is not right.
     loop.Diverged: a metric is not finite.
     loop.Interrupted: SIGINT or SIGTERM came; everything is saved.
+    OSError: something could not be written, over many tries.
   """
   if not str(workdir):
     raise config_utils.UserError('no workdir is given')
@@ -164,19 +189,27 @@ def train_and_evaluate(
     config.teacher.fingerprint = _fingerprint(exp.judge.frozen)
     runs = [(dataclasses.replace(exp, config=config), workdir)]
   folders = [(folder, run.config) for run, folder in runs]
-  workdirs.check(folders, overwrite=overwrite)
-  if workdirs.is_finished(workdir) and not overwrite:
+  _check_hosts_agree(config)
+  hosts.share(lambda: workdirs.check(folders, overwrite=overwrite))
+  if not overwrite and hosts.share(lambda: workdirs.is_finished(workdir)):
     return _found(*runs[-1])
   factories = [
     config_utils.resolve('writer', name, {}) for name in config.writers
   ]
   splits = {split: exp.dataset.load(split) for split in datasets.SPLITS}
+  if jax.process_count() > 1:
+    digests = {split: arrays.digest() for split, arrays in splits.items()}
+    hosts.check_agree({'data': digests})
   for run, folder in runs:
     run.optimizer(len(splits['train']))  # Raises where durations do not fit.
     teacher_outputs.check(run, folder, splits['train'], overwrite=overwrite)
-  workdirs.claim(folders, overwrite=overwrite)
-  extra = [factory(config.to_dict(), str(workdir)) for factory in factories]
-  with loop.StopSignals() as stop:
+  with contextlib.ExitStack() as stack:
+    hosts.share(lambda: _take(stack, folders, overwrite))
+    hosts.check_seen(workdir)
+    if hosts.is_primary():
+      made = [factory(config.to_dict(), str(workdir)) for factory in factories]
+      writers = (*writers, *made)
+    stop = stack.enter_context(loop.StopSignals())
     if len(runs) == 2:
       trained = _run(*runs[0], splits, (), stop)
       exp = experiment.build(
@@ -184,7 +217,42 @@ def train_and_evaluate(
       )
     else:
       exp, _ = runs[0]
-    return _run(exp, workdir, splits, (*writers, *extra), stop)
+    return _run(exp, workdir, splits, writers, stop)
+
+
+def _take(stack, folders: workdirs.Runs, overwrite: bool) -> None:
+  """Makes the folders ready for their runs, and locks them until the end."""
+  workdir, _ = folders[-1]
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(locks.Lock(workdir))
+  except OSError as error:
+    raise config_utils.UserError(
+      f'the folder {workdir} cannot be written: {error}'
+    ) from error
+  workdirs.claim(folders, overwrite=overwrite)
+
+
+def _check_hosts_agree(config: ml_collections.ConfigDict) -> None:
+  """Raises where the processes of a run do not run the same."""
+  if jax.process_count() == 1:
+    return
+  fields = config_utils.flatten(config.to_dict())
+  hosts.check_agree(
+    {
+      'config': {k: v for k, v in fields.items() if k not in HOST_FIELDS},
+      'code': hosts.digest_of_code(),
+      'versions': _versions(),
+    }
+  )
+
+
+def _versions() -> dict[str, str]:
+  """Returns the versions that a run's numbers may depend on."""
+  return {
+    'python': platform.python_version(),
+    **{name: importlib.metadata.version(name) for name in PACKAGES},
+  }
 
 
 def _fingerprint(tree) -> int:
@@ -232,7 +300,7 @@ def _warn_of_unsettled_statistics(exp, workdir, num_examples):
 
 def _run(exp, workdir, splits, writers, stop) -> Result:
   """Trains one network on loaded data, or returns it where it is finished."""
-  if workdirs.is_finished(workdir):
+  if hosts.share(lambda: workdirs.is_finished(workdir)):
     return _found(exp, workdir)
   metrics_file = workdir / workdirs.METRICS
   config, mapper = exp.config, exp.mapper
@@ -262,27 +330,28 @@ def _run(exp, workdir, splits, writers, stop) -> Result:
     _warn_of_unsettled_statistics(exp, workdir, len(splits['train']))
   frozen = None if exp.judge is None else mapper.replicate(exp.judge.frozen)
   store = checkpoints.Checkpoints(
-    workdir / workdirs.CHECKPOINTS,
-    keep=config.keep_checkpoints,
-    sharding=mapper.replicated,
+    workdir / workdirs.CHECKPOINTS, keep=config.keep_checkpoints
   )
-  start, progress = store.last_step or 0, loop.Progress()
-  if start:
-    state, memo = store.restore(start, state)
-    progress = loop.Progress(**memo)
+  start, progress = 0, loop.Progress()
+  if found := store.restore_newest(state):
+    state, memo = found
+    start, progress = int(state.step), loop.Progress(**memo)
     logger.info('%s: continues after step %d', workdir, start)
-  else:
-    state = mapper.replicate(state)
+  state = mapper.replicate(state)
   recorder = teacher_outputs.start(exp, workdir, splits['train'], start)
-  writer = metric_writer.Writers(
-    [
-      metric_writer.JsonLinesWriter(metrics_file, resume_step=start),
+  own = []
+
+  def open_own():
+    own.append(metric_writer.JsonLinesWriter(metrics_file, resume_step=start))
+    own.append(
       metric_writer.TensorBoardWriter(
         workdir / workdirs.TENSORBOARD, resume_step=start
-      ),
-      *writers,
-    ]
-  )
+      )
+    )
+
+  hosts.share(open_own)
+  writers = (*own, *writers) if hosts.is_primary() else ()
+  writer = metric_writer.Writers(writers)
   training = loop.Loop(
     experiment=exp,
     splits=splits,
@@ -295,18 +364,42 @@ def _run(exp, workdir, splits, writers, stop) -> Result:
   )
   try:
     state = training.run(state, start, progress, stop)
-    writer.flush()
+    hosts.share(writer.close)
     store.wait()
-  except BaseException:
+  except BaseException as error:
     with contextlib.suppress(OSError):  # The first error is the one to tell.
       store.close()
+    with contextlib.suppress(OSError):
+      writer.close()
+    if isinstance(error, loop.Diverged):
+      place = workdir / workdirs.DIVERGED
+      described = _describe(error, exp, len(splits['train']))
+      hosts.share(lambda: workdirs.write_text(place, described))
+      more = f'. {place} holds its batch, and how to make that one step again'
+      raise loop.Diverged(error.step, error.what, more) from error
     raise
-  finally:
-    writer.close()
   history = metric_writer.read_rows(metrics_file)
   bundle, summary = _finish(training, workdir, state, progress, history)
   store.close()
   return Result(state, history, bundle, summary)
+
+
+def _describe(error: loop.Diverged, exp, num_examples: int) -> str:
+  """Returns what it takes to make the step again after which a run diverged."""
+  indices, epochs = input_pipeline.examples(
+    error.step - 1,
+    batch_size=exp.config.batch_size,
+    seed=exp.config.seed,
+    num_examples=num_examples,
+  )
+  content = {
+    'step': error.step,
+    'what': error.what,
+    'indices': indices.tolist(),
+    'epochs': epochs.tolist(),
+    'again': ONE_STEP,
+  }
+  return json.dumps(content, indent=2) + '\n'
 
 
 def _finish(training, workdir, state, progress, history):
@@ -315,7 +408,8 @@ def _finish(training, workdir, state, progress, history):
   states = {'last': state}
   best_step = training.store.best_step
   if best_step != int(state.step):
-    states['best'], _ = training.store.restore(best_step, state)
+    states['best'], _ = training.store.restore_best(state)
+    best_step = int(states['best'].step)
   variables = {
     name: distiller.deployed(kept.evaluated, training.frozen)
     for name, kept in states.items()
@@ -353,18 +447,22 @@ def _finish(training, workdir, state, progress, history):
     ],
     **_circumstances(training.experiment, bundle, results[chosen].teacher),
   }
-  bundle.save(workdir / workdirs.BUNDLE)
-  report.write(
-    workdir,
-    summary=summary,
-    history=history,
-    evaluation=results[chosen],
-    arrays=test,
-    class_names=bundle.class_names,
-  )
-  workdirs.write_text(
-    workdir / workdirs.SUMMARY, json.dumps(summary, indent=2) + '\n'
-  )
+
+  def write():
+    bundle.save(workdir / workdirs.BUNDLE)
+    report.write(
+      workdir,
+      summary=summary,
+      history=history,
+      evaluation=results[chosen],
+      arrays=test,
+      class_names=bundle.class_names,
+    )
+    workdirs.write_text(
+      workdir / workdirs.SUMMARY, json.dumps(summary, indent=2) + '\n'
+    )
+
+  hosts.share(lambda: workdirs.retry(write, 'what the run leaves'))
   return bundle, summary
 
 
@@ -405,9 +503,6 @@ def _circumstances(exp, bundle, judged) -> dict[str, Any]:
     },
     'seed': exp.config.seed,
     'config': exp.config.to_dict(),
-    'versions': {
-      'python': platform.python_version(),
-      **{name: importlib.metadata.version(name) for name in PACKAGES},
-    },
+    'versions': _versions(),
     'devices': [device.device_kind for device in jax.devices()],
   }

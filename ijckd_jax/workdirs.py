@@ -1,9 +1,12 @@
 """A run's folder: whose it is, what lies in it, and when it is finished."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import importlib.metadata
 import json
+import logging
 import os
+import time
 from typing import Any
 import uuid
 
@@ -14,6 +17,7 @@ from ijckd_jax import config_utils
 
 CONFIG = 'config.json'
 CHECKPOINTS = 'checkpoints'
+DIVERGED = 'diverged.json'
 METRICS = 'metrics.jsonl'
 TENSORBOARD = 'tensorboard'
 SUMMARY = 'summary.json'
@@ -23,6 +27,7 @@ BUNDLE = 'bundle'
 TEACHER_OUTPUTS = 'teacher_outputs'
 CONTENTS = (
   CHECKPOINTS,
+  DIVERGED,
   METRICS,
   TENSORBOARD,
   SUMMARY,
@@ -37,8 +42,14 @@ MARK = 'ijckd_jax'
 # What may differ between the parts of one run: where and how it is computed.
 RUNTIME_FIELDS = (
   MARK,
+  'checkpoint_epochs',
+  'checkpoint_examples',
+  'checkpoint_steps',
   'compilation_cache',
   'dataset.data_dir',
+  'dtype',
+  'heartbeat_timeout_seconds',
+  'keep_checkpoints',
   'mapper',
   'num_cpu_devices',
   'num_workers',
@@ -63,6 +74,11 @@ ADDED_FIELDS = {
   'unbiased_variance': False,
 }
 MAX_CHANGES = 5
+# How long to wait before each further try to write: two minutes in all, as a
+# file server may take to come back, or somebody to make room on a disk.
+RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 64)
+
+logger = logging.getLogger('ijckd_jax')
 
 Runs = Sequence[tuple[epath.Path, ml_collections.ConfigDict]]
 
@@ -119,6 +135,7 @@ def claim(runs: Runs, *, overwrite: bool) -> None:
       for partial in folder.glob('.*.partial'):  # Left by a process killed.
         partial.unlink()
       if not is_finished(folder):
+        (folder / DIVERGED).unlink(missing_ok=True)  # Of an earlier start.
         mark = {MARK: importlib.metadata.version('ijckd_jax')}
         content = json.loads(config_utils.to_json(config)) | mark
         text = json.dumps(content, indent=2, sort_keys=True)
@@ -153,6 +170,36 @@ def write_text(path: epath.Path, text: str) -> None:
   partial = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.partial')
   partial.write_text(text)
   partial.replace(path)
+
+
+def retry(action: Callable[[], None], what: str) -> None:
+  """Calls an action that writes, again and again where that fails.
+
+  Args:
+    action: may be called anew after an OSError.
+    what: it writes, for the messages.
+
+  Raises:
+    OSError: it failed each time, after RETRY_SECONDS.
+  """
+  for seconds in RETRY_SECONDS:
+    try:
+      return action()
+    except OSError as error:
+      logger.warning(
+        '%s could not be written (%s); next try in %d s',
+        what,
+        config_utils.short(error),
+        seconds,
+      )
+    time.sleep(seconds)
+  try:
+    action()
+  except OSError as error:
+    raise OSError(
+      f'{what} could not be written, over {len(RETRY_SECONDS) + 1} tries in '
+      f'{sum(RETRY_SECONDS)} s: {config_utils.short(error)}'
+    ) from error
 
 
 def _check_owner(folder) -> None:

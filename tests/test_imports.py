@@ -64,6 +64,8 @@ LAYERS = {
     'checkpoints',
     'compilation_cache',
     'cpu_memory',
+    'hosts',
+    'locks',
     'metric_writer',
     'record_files',
     'teacher_store',

@@ -68,9 +68,8 @@ def make_evaluation(labels, predictions, num_classes, teacher=None):
   confusion = np.zeros((num_classes, num_classes), np.int64)
   np.add.at(confusion, (labels, predictions), 1)
   top1 = float(np.mean(labels == predictions))
-  indices = np.arange(len(labels))
   return evaluate.Evaluation(
-    {'top1': top1}, confusion, predictions, labels, indices, teacher
+    {'top1': top1}, confusion, predictions, labels, teacher
   )
 
 
@@ -358,24 +357,6 @@ def test_curves_of_one_row_without_labels_and_of_losses_below_zero(tmp_path):
   summary = make_summary(steps=1000)
   text = write(tmp_path, **make_case(history=history, summary=summary))
   assert 'logarithmic' not in text
-
-
-def test_part_of_a_split_is_called_one(tmp_path):
-  case = make_case()
-  whole = case['evaluation']
-  part = np.array([0, 1, 4, 5])
-  halves = [
-    evaluate.Evaluation(
-      e.metrics, e.confusion, e.predictions[part], e.labels[part], part
-    )
-    for e in (whole, whole.teacher)
-  ]
-  case['evaluation'] = evaluate.Evaluation(
-    **vars(halves[0]) | {'teacher': halves[1]}
-  )
-  text = write(tmp_path, **case)
-  assert 'gets 2 of 4 test images of this process wrong' in text
-  assert '±' not in text
 
 
 def test_names_are_text(tmp_path):
