@@ -24,6 +24,7 @@ FILE = '.lock'
 BEAT_SECONDS = 5
 # After so long without a sign of life the holder is taken for dead.
 PATIENCE_SECONDS = 30
+SIZE = 512  # Bytes of the file.
 
 
 class Lock:
@@ -110,8 +111,8 @@ class Lock:
     if self._file is None:
       self._path.write_text(text)
     else:
-      os.ftruncate(self._file, 0)
-      os.pwrite(self._file, text.encode(), 0)
+      # In one go, over what was there: a reader never finds it empty between.
+      os.pwrite(self._file, text.encode().ljust(SIZE), 0)
 
 
 def _machine() -> str:

@@ -1,0 +1,107 @@
+"""Runs whose folder goes away, or that go on under other circumstances."""
+
+import logging
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from ijckd_jax import bundles
+from ijckd_jax import loop
+from ijckd_jax import train
+from ijckd_jax import workdirs
+from tests import test_train
+
+
+class Unmount:
+  """A writer that takes the run's folder away when a step's row comes."""
+
+  def __init__(self, folder, step, *, seconds=None):
+    """It comes back after so many seconds; None: not by itself."""
+    self.folder = folder
+    self.hidden = folder.with_name('unmounted')
+    self.step = step
+    self.seconds = seconds
+
+  def write(self, step, scalars):
+    if step == self.step:
+      # A save under way would make the folder anew.
+      last = self.folder / 'checkpoints' / str(step // 4 * 4)
+      while not last.exists():
+        time.sleep(0.01)
+      self.folder.rename(self.hidden)
+      if self.seconds is not None:
+        threading.Timer(self.seconds, self.mount).start()
+
+  def mount(self):
+    self.hidden.rename(self.folder)
+
+  def close(self):
+    pass
+
+
+@pytest.fixture
+def teacher(finished_run):
+  return bundles.load(finished_run[0] / 'teacher').teacher()
+
+
+def assert_ends_like(finished_run, workdir, result):
+  reference_dir, reference = finished_run
+  test_train.assert_same_bits(result.state, reference.state)
+  rows = test_train.rows_without_times
+  assert rows(workdir) == rows(reference_dir)
+  assert result.summary['student'] == reference.summary['student']
+
+
+def test_folder_that_is_away_for_a_while_costs_nothing(
+  finished_run, small_config, tmp_path, teacher, monkeypatch, caplog
+):
+  monkeypatch.setattr(workdirs, 'RETRY_SECONDS', (0.2,) * 50)
+  workdir = tmp_path / 'run'
+  result = train.train_and_evaluate(
+    small_config(),
+    workdir,
+    teacher=teacher,
+    writers=[Unmount(workdir, 5, seconds=1)],
+  )
+  assert 'No such file or directory' in caplog.text
+  assert_ends_like(finished_run, workdir, result)
+
+
+def test_folder_that_stays_away_stops_the_run_and_loses_no_checkpoint(
+  finished_run, small_config, tmp_path, teacher, monkeypatch
+):
+  monkeypatch.setattr(workdirs, 'RETRY_SECONDS', (0.1, 0.1))
+  workdir = tmp_path / 'run'
+  unmount = Unmount(workdir, 10)
+  with pytest.raises(OSError, match='over 3 tries .*No such file'):
+    train.train_and_evaluate(
+      small_config(), workdir, teacher=teacher, writers=[unmount]
+    )
+  assert not workdir.exists()  # It is not made anew, on another disk.
+  unmount.mount()
+  result = train.train_and_evaluate(small_config(), workdir, teacher=teacher)
+  assert_ends_like(finished_run, workdir, result)
+
+
+def test_run_continues_under_another_mapper_and_dtype(
+  finished_run, small_config, tmp_path, teacher, caplog
+):
+  caplog.set_level(logging.INFO)
+  with pytest.raises(loop.Interrupted):
+    train.train_and_evaluate(
+      small_config(), tmp_path, teacher=teacher, writers=[test_train.StopAt(5)]
+    )
+  other = small_config(mapper='shard_map', dtype='bfloat16')
+  result = train.train_and_evaluate(other, tmp_path, teacher=teacher)
+  assert 'continues after step 6' in caplog.text
+  _, reference = finished_run
+  terms = [
+    [row['train/loss'] for row in history if 'train/loss' in row]
+    for history in (result.history, reference.history)
+  ]
+  assert terms[0][0] == terms[1][0]
+  # bfloat16 keeps 8 bits: the loss stays near, but not at, float32's.
+  np.testing.assert_allclose(terms[0], terms[1], rtol=0.05)
+  assert terms[0][1:] != terms[1][1:]
