@@ -132,7 +132,7 @@ def assert_near(workdir, reference, like):
       # An image on the border may fall to the other side: 1 of 360, or of 960.
       atol = 0.003 if re.search('top|accuracy|ece', name) else 1e-6
       np.testing.assert_allclose(
-        one[name], other[name], rtol=1e-3, atol=atol, err_msg=name
+        one[name], other[name], rtol=5e-3, atol=atol, err_msg=name
       )
 
 
