@@ -171,9 +171,12 @@ class Recorder:
       mapper: parallel.Mapper of the filling steps.
       batch_size: rows of a step, of all devices and processes.
     """
-    size = store.layout.size
-    # The step after which there is nothing left to fill.
-    self.last_step = 0 if store.complete else math.ceil(size / batch_size)
+    # The step after which there is nothing left to fill. The run that has
+    # filled the store, and goes through those steps again, does so by the same
+    # program: by the other one its numbers would be rounded otherwise.
+    self._is_full, self.last_step = store.complete, 0
+    if store.is_own or not self._is_full:
+      self.last_step = math.ceil(store.layout.size / batch_size)
     self._store = store
     self._mapper = mapper
     self._batch_size = batch_size
@@ -181,6 +184,8 @@ class Recorder:
 
   def add(self, step: int, rows: Any) -> None:
     """Takes the rows of steps.filling_step, counted from 1; does not wait."""
+    if self._is_full:
+      return
     self._pending.append((step, rows))
     while len(self._pending) > STEPS_BEHIND:
       self._write()

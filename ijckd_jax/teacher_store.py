@@ -123,6 +123,15 @@ class Store:
     files = record_files.find(self.directory)
     return record_files.covered(files) == self.layout.size
 
+  @property
+  def is_own(self) -> bool:
+    """Whether it is this run that fills it, or has filled it."""
+    owner = self._manifest['owner']
+    # In a run's own folder it is the run's, also where that was moved.
+    if self.directory.resolve().is_relative_to(owner):
+      return True
+    return workdirs.read_json(self.directory / MANIFEST)['owner'] == owner
+
   def check(self, *, ignore: Sequence[str] = ()) -> Layout:
     """Returns what the store holds, or will hold where it is not there yet.
 
