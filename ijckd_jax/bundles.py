@@ -7,13 +7,17 @@ the network inside.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
+import math
+import pathlib
 import re
 from typing import Any
 import uuid
 
 from etils import epath
 from flax import traverse_util
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
@@ -23,10 +27,14 @@ from ijckd_jax import config_utils
 from ijckd_jax import connectors
 from ijckd_jax import network as network_lib
 from ijckd_jax import teachers
+from ijckd_jax import workdirs
 
 FORMAT_VERSION = 1
 SPEC_FILE = 'bundle.json'
+CHECKSUM = 'arrays_sha256'  # Its field for that of ARRAYS_FILE.
 ARRAYS_FILE = 'variables.safetensors'
+# Far more than the names of ImageNet-21k's classes take, or a header of arrays.
+MAX_TEXT_BYTES = 16 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,14 +120,17 @@ class Bundle:
     partial, old = (
       directory.parent / f'.{directory.name}.{uuid.uuid4().hex}' for _ in '12'
     )
-    text = json.dumps(self.spec(), indent=2) + '\n'
     flat = traverse_util.flatten_dict(self.variables, sep='/')
-    arrays = {key: np.ascontiguousarray(value) for key, value in flat.items()}
+    arrays = safetensors.numpy.save(
+      {key: np.ascontiguousarray(value) for key, value in flat.items()}
+    )
+    spec = {**self.spec(), CHECKSUM: hashlib.sha256(arrays).hexdigest()}
+    text = json.dumps(spec, indent=2) + '\n'
     try:
       directory.parent.mkdir(parents=True, exist_ok=True)
       _remove_partial(directory)
       partial.mkdir()
-      (partial / ARRAYS_FILE).write_bytes(safetensors.numpy.save(arrays))
+      (partial / ARRAYS_FILE).write_bytes(arrays)
       (partial / SPEC_FILE).write_text(text)
       if directory.exists():
         # Set aside first: an interrupt loses neither the old nor the new one.
@@ -162,8 +173,7 @@ def load(
   # Data from strangers can be wrong in more ways than a list could name, so
   # here whatever goes wrong with it is the user's error, and said in one line.
   try:
-    spec = json.loads((directory / SPEC_FILE).read_text())
-    arrays = safetensors.numpy.load((directory / ARRAYS_FILE).read_bytes())
+    spec = json.loads(_read(directory, SPEC_FILE, MAX_TEXT_BYTES))
   except Exception as error:
     raise config_utils.UserError(
       f'the bundle in {directory} cannot be read: {config_utils.short(error)}'
@@ -172,10 +182,28 @@ def load(
     spec, directory, dtype=dtype, trust_code=trust_code
   )
   try:
+    wanted = jax.tree.leaves(bundle_spec.shapes(network, pool_backbone, spec))
+  except Exception as error:
+    raise config_utils.UserError(
+      f'the {SPEC_FILE} in {directory} does not fit together: '
+      f'{config_utils.short(error)}'
+    ) from error
+  try:
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in wanted)
+    data = _read(directory, ARRAYS_FILE, size + MAX_TEXT_BYTES)
+    arrays = safetensors.numpy.load(data)
+  except Exception as error:
+    raise config_utils.UserError(
+      f'the bundle in {directory} cannot be read: {config_utils.short(error)}'
+    ) from error
+  try:
+    bundle_spec.check_arrays(arrays, network, pool_backbone, spec)
+    # Bundles of before have none.
+    if spec.get(CHECKSUM, '') not in ('', hashlib.sha256(data).hexdigest()):
+      raise ValueError('they are not those that were saved')
     variables = traverse_util.unflatten_dict(arrays, sep='/')
     for kind in (*network_lib.COLLECTIONS, 'pool'):
       variables.setdefault(kind, {})
-    bundle_spec.check_arrays(arrays, network, pool_backbone, spec)
   except Exception as error:
     raise config_utils.UserError(
       f'the arrays in {directory} do not fit its {SPEC_FILE}: '
@@ -190,6 +218,24 @@ def load(
     class_names=tuple(spec['class_names']),
     info=spec['info'],
   )
+
+
+def _read(directory: epath.Path, name: str, limit: int) -> bytes:
+  """Returns the content of one of the bundle's files.
+
+  Raises:
+    ValueError: it is none of the folder's own, or too large.
+    OSError: it cannot be read.
+  """
+  path = directory / name
+  if not workdirs.is_remote(path):
+    real = pathlib.Path(path).resolve(strict=True)
+    if real.parent != pathlib.Path(directory).resolve() or not real.is_file():
+      raise ValueError(f'{name} is no file of that folder')
+  size = path.stat().length
+  if size > limit:
+    raise ValueError(f'{name} has {size:,} bytes, at most {limit:,} make sense')
+  return path.read_bytes()
 
 
 def build(spec, where, *, dtype=None, trust_code: bool = False):
