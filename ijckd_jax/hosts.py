@@ -8,6 +8,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 import hashlib
 import json
+import os
 import pathlib
 import pickle
 from typing import Any
@@ -24,6 +25,8 @@ from ijckd_jax import config_utils
 # JAX's words where there is no cluster, and where JAX is in use already.
 NO_CLUSTER = 'coordinator_address should be defined'
 IN_USE = 'must be called before any JAX calls'
+# How many tasks Slurm and Open MPI have started.
+TASKS = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
 
 T = TypeVar('T')
 
@@ -67,6 +70,8 @@ def initialize(
         f'--process_id {process_id}: it must be from 0 to '
         f'{num_processes - 1}, one less than --num_processes'
       )
+  if coordinator is None and '1' in map(os.environ.get, TASKS):
+    return  # Of a cluster's GPUs JAX would give a lone task the first only.
   try:
     jax.distributed.initialize(
       coordinator,

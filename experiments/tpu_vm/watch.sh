@@ -41,15 +41,19 @@ while true; do
     ACTIVE)
       workers=$(worker_states) || workers='do not answer'
       echo "$(date +%T) workers: ${workers//$'\n'/, }"
-      case $workers in
-        *stopped* | *'exited 130'* | *'exited 143'*) # Were told to stop.
-          "$here/install.sh" && "$here/start.sh" ||
-            echo 'that has failed, and is tried again' >&2
-          ;;
-        *'exited '[1-9]*)
+      # 130 and 143: told to stop; 134: ended by JAX, since another one died.
+      # Where one still runs, it is about to end: that is tried again.
+      failed=$(grep -E 'exited [0-9]' <<<"$workers" |
+        grep -Ev 'exited (0|130|134|143)$' || true)
+      case ${failed:+failed}$workers in
+        failed*)
           echo 'error: the command has failed; run.log on the worker says' \
             'why, and start.sh starts it again' >&2
           exit 1
+          ;;
+        *stopped* | *'exited 1'[34]*)
+          "$here/install.sh" && "$here/start.sh" ||
+            echo 'that has failed, and is tried again' >&2
           ;;
         *running*) ;;
         *'exited 0'*) exit ;;
