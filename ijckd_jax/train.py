@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import logging
 import math
-import platform
 import tempfile
 from typing import Any
 import zlib
@@ -18,11 +16,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from ijckd_jax import bundles
 from ijckd_jax import checkpoints
 from ijckd_jax import config_utils
 from ijckd_jax import datasets
-from ijckd_jax import evaluate
 from ijckd_jax import experiment
 from ijckd_jax import hosts
 from ijckd_jax import input_pipeline
@@ -30,7 +26,7 @@ from ijckd_jax import locks
 from ijckd_jax import loop
 from ijckd_jax import metric_writer
 from ijckd_jax import models
-from ijckd_jax import report
+from ijckd_jax import results
 from ijckd_jax import steps
 from ijckd_jax import teacher_outputs
 from ijckd_jax import teachers
@@ -41,7 +37,6 @@ from ijckd_jax import workdirs
 # of 188 steps tested at 10% with 15% left; once more images had brought that to
 # 2 and to 0.4%, without any training, at 49 and at 70%.
 MAX_OF_FIRST_STATISTICS = 0.01
-PACKAGES = ('ijckd_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
 # Where hosts may differ: in where things lie, and how many hands they have.
 HOST_FIELDS = (
   'compilation_cache',
@@ -59,23 +54,6 @@ ONE_STEP = (
 logger = logging.getLogger('ijckd_jax')
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """What a run leaves.
-
-  Attributes:
-    state: after the last step; None where a finished run was found.
-    history: rows of `metrics.jsonl`.
-    bundle: the network, self-contained.
-    summary: as in `summary.json`.
-  """
-
-  state: train_state.TrainState | None
-  history: list[dict[str, float]]
-  bundle: bundles.Bundle
-  summary: dict[str, Any]
-
-
 def distill(
   *,
   teacher: str | epath.PathLike | teachers.Teacher,
@@ -86,7 +64,7 @@ def distill(
   settings: Mapping[str, Any] | None = None,
   writers: Sequence[metric_writer.MetricWriter] = (),
   overwrite: bool = False,
-) -> Result:
+) -> results.Result:
   """Distils a student from Python, as `main` does from a config.
 
   Args:
@@ -151,7 +129,7 @@ def train_and_evaluate(
   teacher: teachers.Teacher | None = None,
   writers: Sequence[metric_writer.MetricWriter] = (),
   overwrite: bool = False,
-) -> Result:
+) -> results.Result:
   """Trains a student, and its teacher first if there is none yet.
 
   A run that was stopped continues; one that is finished is returned. Where
@@ -192,7 +170,7 @@ def train_and_evaluate(
   _check_hosts_agree(config)
   hosts.share(lambda: workdirs.check(folders, overwrite=overwrite))
   if not overwrite and hosts.share(lambda: workdirs.is_finished(workdir)):
-    return _found(*runs[-1])
+    return results.found(*runs[-1])
   factories = [
     config_utils.resolve('writer', name, {}) for name in config.writers
   ]
@@ -242,17 +220,9 @@ def _check_hosts_agree(config: ml_collections.ConfigDict) -> None:
     {
       'config': {k: v for k, v in fields.items() if k not in HOST_FIELDS},
       'code': hosts.digest_of_code(),
-      'versions': _versions(),
+      'versions': results.versions(),
     }
   )
-
-
-def _versions() -> dict[str, str]:
-  """Returns the versions that a run's numbers may depend on."""
-  return {
-    'python': platform.python_version(),
-    **{name: importlib.metadata.version(name) for name in PACKAGES},
-  }
 
 
 def _fingerprint(tree) -> int:
@@ -261,18 +231,6 @@ def _fingerprint(tree) -> int:
   for leaf in jax.tree.leaves(tree):
     checksum = zlib.crc32(np.ascontiguousarray(leaf), checksum)
   return checksum
-
-
-def _found(exp, workdir) -> Result:
-  """Returns what a finished run has left."""
-  logger.info('%s: already finished', workdir)
-  return Result(
-    state=None,
-    history=metric_writer.read_rows(workdir / workdirs.METRICS),
-    # The config of this run names whatever code the bundle does.
-    bundle=bundles.load(workdir, dtype=exp.dtype, trust_code=True),
-    summary=workdirs.read_json(workdir / workdirs.SUMMARY),
-  )
 
 
 def _warn_of_unsettled_statistics(exp, workdir, num_examples):
@@ -298,10 +256,10 @@ def _warn_of_unsettled_statistics(exp, workdir, num_examples):
     )
 
 
-def _run(exp, workdir, splits, writers, stop) -> Result:
+def _run(exp, workdir, splits, writers, stop) -> results.Result:
   """Trains one network on loaded data, or returns it where it is finished."""
   if hosts.share(lambda: workdirs.is_finished(workdir)):
-    return _found(exp, workdir)
+    return results.found(exp, workdir)
   metrics_file = workdir / workdirs.METRICS
   config, mapper = exp.config, exp.mapper
   logger.info(
@@ -379,9 +337,9 @@ def _run(exp, workdir, splits, writers, stop) -> Result:
       raise loop.Diverged(error.step, error.what, more) from error
     raise
   history = metric_writer.read_rows(metrics_file)
-  bundle, summary = _finish(training, workdir, state, progress, history)
+  bundle, summary = results.finish(training, workdir, state, progress, history)
   store.close()
-  return Result(state, history, bundle, summary)
+  return results.Result(state, history, bundle, summary)
 
 
 def _describe(error: loop.Diverged, exp, num_examples: int) -> str:
@@ -400,109 +358,3 @@ def _describe(error: loop.Diverged, exp, num_examples: int) -> str:
     'again': ONE_STEP,
   }
   return json.dumps(content, indent=2) + '\n'
-
-
-def _finish(training, workdir, state, progress, history):
-  """Evaluates the last and the best state, and writes what is kept."""
-  distiller, config = training.experiment.distiller, training.experiment.config
-  states = {'last': state}
-  best_step = training.store.best_step
-  if best_step != int(state.step):
-    states['best'], _ = training.store.restore_best(state)
-    best_step = int(states['best'].step)
-  variables = {
-    name: distiller.deployed(kept.evaluated, training.frozen)
-    for name, kept in states.items()
-  }
-  if state.ema is not None:
-    raw = {'params': state.params, 'batch_stats': state.batch_stats}
-    variables['last_without_ema'] = distiller.deployed(raw, training.frozen)
-  evaluator = evaluate.make_evaluator(
-    distiller.deployed_network,
-    mapper=training.experiment.mapper,
-    batch_size=config.eval_batch_size,
-    teacher=training.experiment.judge,
-    num_workers=config.num_workers,
-  )
-  test = training.splits['test']
-  results = {
-    name: evaluator(arrays, training.frozen, test)
-    for name, arrays in variables.items()
-  }
-  chosen = config.bundle if config.bundle in results else 'last'
-  student = {name: result.metrics for name, result in results.items()}
-  student.setdefault('best', student['last'])
-  bundle = _bundle(
-    training.experiment, jax.device_get(variables[chosen]), chosen, student
-  )
-  summary = {
-    'student': student,
-    'best_step': best_step,
-    'best_by': training.ranking_split,
-    'steps': int(state.step),
-    'test_examples': len(test),
-    'images_per_second': progress.images_per_second,
-    'damaged_images': [
-      training.splits['train'].name_of(index) for index in progress.damaged
-    ],
-    **_circumstances(training.experiment, bundle, results[chosen].teacher),
-  }
-
-  def write():
-    bundle.save(workdir / workdirs.BUNDLE)
-    report.write(
-      workdir,
-      summary=summary,
-      history=history,
-      evaluation=results[chosen],
-      arrays=test,
-      class_names=bundle.class_names,
-    )
-    workdirs.write_text(
-      workdir / workdirs.SUMMARY, json.dumps(summary, indent=2) + '\n'
-    )
-
-  hosts.share(lambda: workdirs.retry(write, 'what the run leaves'))
-  return bundle, summary
-
-
-def _bundle(exp, variables, chosen, student) -> bundles.Bundle:
-  """Returns the network that a run leaves, alone."""
-  config, judge = exp.config, exp.judge
-  backbone_name = config.student.backbone
-  reuses_head = exp.distiller.reuses_head
-  return bundles.Bundle(
-    network=exp.distiller.deployed_network,
-    variables=variables,
-    backbone_name=backbone_name,
-    pool_name=judge.pool_name if reuses_head else backbone_name,
-    image_shape=tuple(exp.dataset.image_shape),
-    class_names=tuple(exp.dataset.class_names),
-    info={
-      'which': chosen,
-      'test': student[chosen],
-      'dataset': config.dataset.to_dict(),
-      'method': config.method.to_dict(),
-      'teacher': judge and judge.name,
-      'eval_batch_size': config.eval_batch_size,
-      'ijckd_jax': importlib.metadata.version('ijckd_jax'),
-    },
-  )
-
-
-def _circumstances(exp, bundle, judged) -> dict[str, Any]:
-  """Returns what a summary says beside the student's numbers."""
-  judge = exp.judge
-  return {
-    'teacher': judged and judged.metrics,
-    'teacher_name': judge and judge.name,
-    'teacher_origin': judge and judge.origin,
-    'parameters': {
-      'student': bundles.num_params(bundle.variables),
-      'teacher': judge and judge.num_params,
-    },
-    'seed': exp.config.seed,
-    'config': exp.config.to_dict(),
-    'versions': _versions(),
-    'devices': [device.device_kind for device in jax.devices()],
-  }

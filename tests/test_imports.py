@@ -26,7 +26,7 @@ LAYERS = {
     'bounds.__main__',
   ),
   # `evaluate` is a command as well; here because loops use it.
-  'loops': ('train', 'loop', 'evaluate', 'report', 'plots'),
+  'loops': ('train', 'loop', 'results', 'evaluate', 'report', 'plots'),
   'assembly': (
     'bundles',
     'bundle_spec',
