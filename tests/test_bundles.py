@@ -458,7 +458,8 @@ def test_a_connector_that_cannot_be(copy, fields, said):
     ([0.5, 0.5], 'mean must be a list of 1 numbers'),
     ('1', 'mean must be'),
     ([float('nan')], 'mean must be'),
-    ([10**400], 'damaged'),
+    ([10**400], 'mean must be'),
+    ([1e300], 'mean must be'),
   ],
 )
 def test_preprocessing_that_cannot_be(copy, mean, said):
