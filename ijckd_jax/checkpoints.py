@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent import futures
 import json
 import logging
+import re
 from typing import Any
 import zlib
 
@@ -22,6 +23,8 @@ from ijckd_jax import workdirs
 # memo without a checksum.
 FORMAT_VERSION = 3
 DAMAGED = 'damaged'  # The folder of those set aside.
+# What a process leaves that was killed as it saved, or removed an old one.
+LEFT_OVER = re.compile(r'\d+\.orbax-checkpoint-tmp.*|\.\d+\.removed')
 ADVICE = 'start anew with --overwrite, or put back a sound one'
 
 logger = logging.getLogger('ijckd_jax')
@@ -70,8 +73,8 @@ class Checkpoints:
           scores[step] = self._content(step)['score']
         except DamagedError as error:
           self._set_aside(step, error)
-      elif path.name != DAMAGED:
-        path.rmtree()  # Left by a process killed as it saved or removed.
+      elif LEFT_OVER.fullmatch(path.name):
+        path.rmtree()
     return scores
 
   @property

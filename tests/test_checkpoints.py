@@ -190,9 +190,12 @@ def test_what_a_killed_process_left_is_removed(two, tmp_path):
   folder = shutil.copytree(two, tmp_path / 'checkpoints')
   shutil.copytree(two / '8', folder / '12.orbax-checkpoint-tmp')
   shutil.copytree(two / '8', folder / '.1.removed')
+  (folder / 'notes').mkdir()  # Somebody's own.
+  (folder / 'notes.txt').write_text('mine')
   store = checkpoints.Checkpoints(folder, keep=2)
   assert store.restore_newest(make_state())[0].step == 8
-  assert sorted(path.name for path in folder.iterdir()) == ['4', '8']
+  left = sorted(path.name for path in folder.iterdir())
+  assert left == ['4', '8', 'notes', 'notes.txt']
 
 
 def test_disk_that_is_full_for_a_while_costs_nothing(
