@@ -74,13 +74,19 @@ class Lock:
             os.close(self._file)
           raise self._held(now)
     self._write(json.dumps(self._life))
-    threading.Thread(target=self._beat, daemon=True).start()
+    self._beating = threading.Thread(target=self._beat, daemon=True)
+    self._beating.start()
     return self
 
   def __exit__(self, *_):
     self._ended.set()
+    self._beating.join(BEAT_SECONDS)
     with contextlib.suppress(OSError):  # It may be gone, with the folder.
-      self._write('')
+      if self._file is None:
+        self._path.unlink()
+      else:
+        # Never removed: another one may have it open, to lock it.
+        self._write('')
     if self._file is not None:
       os.close(self._file)
 
