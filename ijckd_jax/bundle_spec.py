@@ -4,8 +4,10 @@ A bundle may come from a stranger, so nothing in it is believed before it was
 checked, and no code is imported by what it names.
 """
 
+from collections.abc import Mapping
 import dataclasses
 
+from flax import core
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,18 @@ import jax.numpy as jnp
 from ijckd_jax import augment
 from ijckd_jax import config_utils
 from ijckd_jax import connectors
+from ijckd_jax import converted
 from ijckd_jax import models
 from ijckd_jax import network as network_lib
+from ijckd_jax import programs as programs_lib
 from ijckd_jax import teachers
 
 DTYPES = ('float32', 'bfloat16')
+# The files, by name, of what is not built but read.
+PROGRAMS = (
+  *(f'{converted.FEATURES}{dtype}' for dtype in DTYPES),
+  programs_lib.POOL,
+)
 CONNECTOR_RUNTIME_FIELDS = (
   'axis_name',
   'dtype',
@@ -51,6 +60,10 @@ def _is_numbers(value, num):
   )
 
 
+def _is_texts(values):
+  return isinstance(values, list) and all(isinstance(x, str) for x in values)
+
+
 def check(spec):
   """Raises ValueError unless each field is of its type and within bounds."""
 
@@ -60,11 +73,32 @@ def check(spec):
 
   for field in ('backbone', 'pool'):
     require(isinstance(spec.get(field), str), field, 'a name')
-  require(isinstance(spec.get('truncated'), bool), 'truncated', 'true or false')
+  flags = ('signed', 'pooled_signed', 'pools_map')
+  found = spec.get('converted')
+  if found is None:
+    flags, owner = ('truncated',), spec
+  else:
+    require(isinstance(found, dict), 'converted', 'null or an object')
+    require(_is_texts(found.get('buffers')), 'buffers', 'a list of names')
+    require(
+      spec['pool'] in ('average', programs_lib.PROGRAM), 'pool', 'its own'
+    )
+    owner = found
+  for field in flags:
+    require(isinstance(owner.get(field), bool), field, 'true or false')
   require(spec.get('dtype') in DTYPES, 'dtype', f'one of {", ".join(DTYPES)}')
   names = spec.get('class_names')
-  is_texts = isinstance(names, list) and all(isinstance(x, str) for x in names)
-  require(is_texts and names, 'class_names', 'a list of names')
+  # A converted network may have none, and then no head.
+  wanted = 'a list of names'
+  require(_is_texts(names) and (names or found), 'class_names', wanted)
+  hashes = spec.get('programs', {})
+  require(
+    isinstance(hashes, dict)
+    and set(hashes) <= set(PROGRAMS)
+    and _is_texts(list(hashes.values())),
+    'programs',
+    f'checksums of {", ".join(PROGRAMS)}',
+  )
 
   sides = f'a list of sides from 1 to {MAX_SIDE}'
   shape = spec.get('image_shape')
@@ -129,8 +163,10 @@ def names_outside(spec) -> list[str]:
   Raises:
     config_utils.UserError: a name is neither known nor a reference.
   """
+  if spec.get('converted') is not None:
+    return []
   names = [('backbone', spec['backbone'], models.BACKBONES)]
-  if spec['pool'] != 'average':
+  if spec['pool'] not in ('average', programs_lib.PROGRAM):
     names.append(('backbone', spec['pool'], models.BACKBONES))
   if spec['connector'] is not None:
     name = spec['connector']['name']
@@ -142,20 +178,36 @@ def names_outside(spec) -> list[str]:
   return [name for _, name, _ in unknown]
 
 
-def build(spec, dtype):
+def build(spec, dtype, programs: Mapping[str, programs_lib.Program]):
   """Returns the network of a checked spec, and the backbone of its pool.
 
-  That backbone is None where the pool is the plain average or the network's
-  own.
+  That backbone is None where the pool is the plain average, the network's own,
+  or a program.
+
+  Args:
+    spec: checked.
+    dtype: of the computation.
+    programs: those that it names.
+
+  Raises:
+    ValueError: a program is missing.
   """
-  backbone = models.build(
-    spec['backbone'], truncated=spec['truncated'], dtype=dtype
-  )
   preprocessing = augment.Preprocessing(
     **{
       key: tuple(value) if isinstance(value, list) else value
       for key, value in spec['preprocessing'].items()
     }
+  )
+  pool, pool_backbone, pool_signed = teachers.average_pool, None, False
+  if spec['pool'] == programs_lib.PROGRAM:
+    if programs_lib.POOL not in programs:
+      raise ValueError('its pool is a program, which is not there')
+    pool = programs_lib.Pool(programs[programs_lib.POOL])
+    pool_signed = True
+  if spec.get('converted') is not None:
+    return _build_converted(spec, dtype, programs, preprocessing, pool), None
+  backbone = models.build(
+    spec['backbone'], truncated=spec['truncated'], dtype=dtype
   )
   if spec['connector'] is None:
     pool = network_lib.pool_of(backbone)
@@ -166,8 +218,7 @@ def build(spec, dtype):
   }
   cls = connectors.get(fields.pop('name'))
   _check_connector(cls, fields)
-  pool, pool_backbone, pool_signed = teachers.average_pool, None, False
-  if spec['pool'] != 'average':
+  if spec['pool'] not in ('average', programs_lib.PROGRAM):
     pool_backbone = models.build(spec['pool'], dtype=dtype)
     pool = network_lib.pool_of(pool_backbone)
     pool_signed = pool_backbone.pooled_signed
@@ -180,6 +231,32 @@ def build(spec, dtype):
     pool_signed=pool_signed,
   )
   return network, pool_backbone
+
+
+def _build_converted(spec, dtype, programs, preprocessing, pool):
+  """Returns the Converted of a checked spec."""
+  features = {
+    name.removeprefix(converted.FEATURES): program
+    for name, program in programs.items()
+    if name.startswith(converted.FEATURES)
+  }
+  dtype = jnp.dtype(dtype)
+  if dtype.name not in features:
+    raise ValueError(
+      f'it was converted for {", ".join(features) or "nothing"}, not for '
+      f'{dtype.name}'
+    )
+  found = spec['converted']
+  return converted.Converted(
+    features=core.FrozenDict(features),
+    pool=pool,
+    preprocessing=preprocessing,
+    signed=found['signed'],
+    pooled_signed=found['pooled_signed'],
+    pools_map=found['pools_map'],
+    buffers=tuple(found['buffers']),
+    dtype=dtype,
+  )
 
 
 def _check_connector(cls, values):
@@ -217,29 +294,31 @@ def shapes(network, pool_backbone, spec):
   """
   image_shape, key = tuple(spec['image_shape']), jax.random.key(0)
   num_classes, connector = len(spec['class_names']), network.connector
+  if isinstance(network, converted.Converted):
+    return network.shapes(num_classes)
   if connector is None:
     made = jax.eval_shape(lambda: network.init(key, image_shape, num_classes))
     return {**made, 'pool': {}}
   made = jax.eval_shape(lambda: network.init(key, image_shape, None))
   made['pool'], width = {}, connector.features
   if network.pools_map:
-    final = jax.ShapeDtypeStruct((1, 1, 1, width), jnp.float32)
-    if pool_backbone is not None:
+    size = (1, *network.connect_size, width)
+    final = jax.ShapeDtypeStruct(size, jnp.float32)
+    if isinstance(network.pool, programs_lib.Pool):
+      made['pool'] = network.pool.shapes
+    elif pool_backbone is not None:
       made['pool'] = jax.eval_shape(
         lambda x: pool_backbone.init(key, x, method='pool'), final
       )
     width = jax.eval_shape(network.pool, made['pool'], final).shape[-1]
-  made['params']['head'] = {
-    'kernel': jax.ShapeDtypeStruct((width, num_classes), jnp.float32),
-    'bias': jax.ShapeDtypeStruct((num_classes,), jnp.float32),
-  }
+  made['params']['head'] = network_lib.head_shapes(width, num_classes)
   return made
 
 
 def check_whole(spec, network, variables):
   """Raises ValueError unless a bundle would be taken if it were loaded."""
   check(spec)
-  _, pool_backbone = build(spec, network.backbone.dtype)
+  _, pool_backbone = build(spec, network.dtype, network.programs)
   arrays = traverse_util.flatten_dict(variables, sep='/')
   check_arrays(arrays, network, pool_backbone, spec)
 

@@ -1,10 +1,11 @@
 """Bundles: folders that hold a classifier whole, as JSON and arrays.
 
 `bundle.json` says how the parts are built and joined, `variables.safetensors`
-holds their arrays. Nothing else is needed to evaluate, export or distil from
-the network inside.
+holds their arrays, and what was converted from elsewhere is there as programs.
+Nothing else is needed to evaluate, export or distil from the network inside.
 """
 
+from collections.abc import Callable
 import contextlib
 import dataclasses
 import hashlib
@@ -25,16 +26,26 @@ import safetensors.numpy
 from ijckd_jax import bundle_spec
 from ijckd_jax import config_utils
 from ijckd_jax import connectors
+from ijckd_jax import converted
 from ijckd_jax import network as network_lib
+from ijckd_jax import programs as programs_lib
 from ijckd_jax import teachers
 from ijckd_jax import workdirs
 
-FORMAT_VERSION = 1
+# 2: those that hold programs.
+FORMAT_VERSIONS = (1, 2)
 SPEC_FILE = 'bundle.json'
 CHECKSUM = 'arrays_sha256'  # Its field for that of ARRAYS_FILE.
 ARRAYS_FILE = 'variables.safetensors'
+PROGRAM_SUFFIX = '.bin'
+FILES = (
+  SPEC_FILE,
+  ARRAYS_FILE,
+  *(f'{name}{PROGRAM_SUFFIX}' for name in bundle_spec.PROGRAMS),
+)
 # Far more than the names of ImageNet-21k's classes take, or a header of arrays.
 MAX_TEXT_BYTES = 16 * 2**20
+MAX_PROGRAM_BYTES = 2**28  # Hundreds of times what a network's program takes.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +53,16 @@ class Bundle:
   """A classifier that needs nothing else.
 
   Attributes:
-    network: how its parts are joined.
-    variables: their arrays on the host, see network.Network.
-    backbone_name: as models.build takes it.
-    pool_name: 'average', or the backbone whose pool it is.
+    network: how its parts are joined; or a Converted, which is one program.
+    variables: their arrays on the host, see there.
+    backbone_name: as models.build takes it; of a Converted, what it was.
+    pool_name: 'average', the backbone whose pool it is, or 'program'.
     image_shape: (H, W, C) of the images that it was made for.
-    class_names: K names.
+    class_names: K names; none where it has no head.
     info: what else is known of it, JSON: how it was trained and measured.
   """
 
-  network: network_lib.Network
+  network: network_lib.Network | converted.Converted
   variables: Any
   backbone_name: str
   pool_name: str
@@ -63,7 +74,7 @@ class Bundle:
     """Returns it as a teacher."""
     net, pool_variables = self.network, self.variables['pool']
     pool, pool_name = net.pool, self.pool_name
-    if net.connector is None:
+    if isinstance(net, network_lib.Network) and net.connector is None:
       backbone = network_lib.part(self.variables, 'backbone')
       pool_variables = network_lib.pool_variables(backbone)
       if net.backbone.truncated:
@@ -87,8 +98,17 @@ class Bundle:
 
   def spec(self) -> dict[str, Any]:
     """Returns all of it but the arrays, as `bundle.json` says it."""
-    net = self.network
+    net, more = self.network, {}
     connector = None
+    if isinstance(net, converted.Converted):
+      more['converted'] = {
+        'signed': net.signed,
+        'pooled_signed': net.pooled_signed,
+        'pools_map': net.pools_map,
+        'buffers': net.buffers,
+      }
+    else:
+      more['truncated'] = net.backbone.truncated
     if net.connector is not None:
       connector = {
         field.name: getattr(net.connector, field.name)
@@ -99,18 +119,23 @@ class Bundle:
         net.connector, connectors.CONNECTORS
       )
     spec = {
-      'format_version': FORMAT_VERSION,
+      'format_version': FORMAT_VERSIONS[1 if net.programs else 0],
       'backbone': self.backbone_name,
-      'truncated': net.backbone.truncated,
-      'dtype': jnp.dtype(net.backbone.dtype).name,
+      **more,
+      'dtype': jnp.dtype(net.dtype).name,
       'connector': connector,
-      'connect_size': net.connect_size,
+      'connect_size': connector and net.connect_size,
       'pool': self.pool_name,
       'preprocessing': dataclasses.asdict(net.preprocessing),
       'image_shape': self.image_shape,
       'class_names': [str(name) for name in self.class_names],
       'info': self.info,
     }
+    if net.programs:
+      spec['programs'] = {
+        name: hashlib.sha256(program.data).hexdigest()
+        for name, program in net.programs.items()
+      }
     # A mean or std may be of numpy's floats, which JSON does not know.
     return json.loads(json.dumps(spec, default=float))
 
@@ -131,6 +156,8 @@ class Bundle:
       _remove_partial(directory)
       partial.mkdir()
       (partial / ARRAYS_FILE).write_bytes(arrays)
+      for name, program in self.network.programs.items():
+        (partial / f'{name}{PROGRAM_SUFFIX}').write_bytes(program.data)
       (partial / SPEC_FILE).write_text(text)
       if directory.exists():
         # Set aside first: an interrupt loses neither the old nor the new one.
@@ -179,7 +206,11 @@ def load(
       f'the bundle in {directory} cannot be read: {config_utils.short(error)}'
     ) from error
   network, pool_backbone = build(
-    spec, directory, dtype=dtype, trust_code=trust_code
+    spec,
+    directory,
+    dtype=dtype,
+    trust_code=trust_code,
+    read=lambda name: _read_program(directory, spec, name),
   )
   try:
     wanted = jax.tree.leaves(bundle_spec.shapes(network, pool_backbone, spec))
@@ -220,6 +251,24 @@ def load(
   )
 
 
+def _read_program(directory, spec, name: str) -> programs_lib.Program:
+  """Returns one of a bundle's programs.
+
+  Raises:
+    config_utils.UserError: it is damaged, or cannot be run here.
+  """
+  file = f'{name}{PROGRAM_SUFFIX}'
+  try:
+    data = _read(directory, file, MAX_PROGRAM_BYTES)
+    if hashlib.sha256(data).hexdigest() != spec['programs'][name]:
+      raise ValueError(f'{file} is not the one that was saved')
+  except Exception as error:
+    raise config_utils.UserError(
+      f'the bundle in {directory} cannot be read: {config_utils.short(error)}'
+    ) from error
+  return programs_lib.load(data, f'{directory / file}')
+
+
 def _read(directory: epath.Path, name: str, limit: int) -> bytes:
   """Returns the content of one of the bundle's files.
 
@@ -238,7 +287,14 @@ def _read(directory: epath.Path, name: str, limit: int) -> bytes:
   return path.read_bytes()
 
 
-def build(spec, where, *, dtype=None, trust_code: bool = False):
+def build(
+  spec,
+  where,
+  *,
+  dtype=None,
+  trust_code: bool = False,
+  read: Callable[[str], programs_lib.Program] | None = None,
+):
   """Returns the network that a spec describes, and the backbone of its pool.
 
   Args:
@@ -246,17 +302,18 @@ def build(spec, where, *, dtype=None, trust_code: bool = False):
     where: the file or folder that it came from, for the message.
     dtype: see `load`.
     trust_code: see `load`.
+    read: gives a program by its name; None where there are none.
 
   Raises:
     config_utils.UserError: it is no spec, or names code that is not trusted.
   """
   if not isinstance(spec, dict) or 'format_version' not in spec:
     raise config_utils.UserError(f'{where} is not a bundle')
-  if spec['format_version'] != FORMAT_VERSION:
+  if spec['format_version'] not in FORMAT_VERSIONS:
     version = config_utils.short(spec['format_version'])
     raise config_utils.UserError(
-      f'the bundle in {where} has format {version}; '
-      f'this version of ijckd_jax reads {FORMAT_VERSION}'
+      f'the bundle in {where} has format {version}; this version of ijckd_jax '
+      f'reads {" and ".join(map(str, FORMAT_VERSIONS))}'
     )
   try:
     bundle_spec.check(spec)
@@ -272,8 +329,11 @@ def build(spec, where, *, dtype=None, trust_code: bool = False):
       f'({config_utils.short(outside[0])}); load it with trust_code=True '
       '(--trust_code) if you trust it'
     )
+  names = spec.get('programs', {}) if read else {}
+  programs = {name: read(name) for name in names}
   try:
-    return bundle_spec.build(spec, dtype or getattr(jnp, spec['dtype']))
+    dtype = dtype or getattr(jnp, spec['dtype'])
+    return bundle_spec.build(spec, dtype, programs)
   except Exception as error:
     raise config_utils.UserError(
       f'{where}: what its bundle names cannot be built: '

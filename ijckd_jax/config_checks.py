@@ -9,8 +9,13 @@ from ijckd_jax import parallel
 from ijckd_jax import teacher_outputs
 
 
-def check_numbers(config) -> None:
-  """Raises UserError where a number of a config (see experiment) cannot be."""
+def check_numbers(config, *, teacher_given: bool = False) -> None:
+  """Raises UserError where a number of a config (see experiment) cannot be.
+
+  Args:
+    config: the run's.
+    teacher_given: whether teachers come from Python, not from the config.
+  """
   for what in ('total', 'log', 'eval', 'checkpoint'):
     _, value = config_utils.duration(config, what)
     if what != 'checkpoint' and not value:
@@ -39,6 +44,7 @@ def check_numbers(config) -> None:
       'teacher.checkpoint is a teacher that is there, teacher.init_from the '
       'start of one to train: give one of them'
     )
+  _check_teachers(config.teacher, teacher_given)
   if config.num_workers < 0:
     raise config_utils.UserError(
       f'num_workers={config.num_workers}: it cannot be negative'
@@ -85,4 +91,48 @@ def check_numbers(config) -> None:
   if config.keep_checkpoints < 1:
     raise config_utils.UserError(
       f'keep_checkpoints={config.keep_checkpoints}: it must be at least 1'
+    )
+
+
+def _check_teachers(section, given) -> None:
+  """Raises UserError where what is asked of teachers and heads cannot be."""
+  for name, known in (('head', ('', 'fit')), ('refit', ('', 'joint'))):
+    if section[name] not in known:
+      raise config_utils.unknown(f'teacher.{name}', section[name], known)
+  if (section.others or section.head) and not section.checkpoint and not given:
+    raise config_utils.UserError(
+      'teacher.others and teacher.head=fit are for teachers that are there: '
+      'give teacher.checkpoint'
+    )
+  if section.head_views < 0:
+    raise config_utils.UserError(
+      f'teacher.head_views={section.head_views}: it cannot be negative'
+    )
+  if section.head_views and not section.head:
+    raise config_utils.UserError(
+      'teacher.head_views is for a head that is fitted: set teacher.head=fit'
+    )
+  if bool(section.refit) != bool(section.refit_epochs):
+    raise config_utils.UserError(
+      "teacher.refit='joint' and teacher.refit_epochs go together: give both, "
+      'or neither'
+    )
+  epochs = tuple(section.refit_epochs)
+  if any(epoch <= 0 for epoch in epochs) or list(epochs) != sorted(set(epochs)):
+    raise config_utils.UserError(
+      f'teacher.refit_epochs={epochs}: give them in their order, above 0'
+    )
+  if section.refit and section.store.views:
+    raise config_utils.UserError(
+      "teacher.refit changes the teacher's logits, which are not to be stored: "
+      'set teacher.store.views=0'
+    )
+
+
+def check_refit(config, method) -> None:
+  """Raises UserError where a method has no use for a head that is refitted."""
+  if config.teacher.refit and method.predicts_with != 'teacher':
+    raise config_utils.UserError(
+      f"teacher.refit is for a student that predicts with the teacher's head, "
+      f'as that of {config.method.name} does not: set teacher.refit='
     )

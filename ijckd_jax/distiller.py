@@ -1,5 +1,6 @@
 """Student, connector, head, teacher and method, bound into pure functions."""
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
@@ -15,20 +16,38 @@ from ijckd_jax import teachers
 
 
 @dataclasses.dataclass(frozen=True)
+class Other:
+  """A further teacher, whose head is not the joint classifier.
+
+  Attributes:
+    teacher: it.
+    network: the student's parts, as they are connected to it.
+  """
+
+  teacher: teachers.Teacher
+  network: network_lib.Network
+
+
+@dataclasses.dataclass(frozen=True)
 class Distiller:
   """What a step needs to know, apart from arrays.
 
   Attributes:
     network: the student's parts.
     method: the objective, see methods.
-    teacher: whom it learns from; None for a method that needs none.
+    teacher: whom it learns from; None for a method that needs none. Of several,
+      the one whose head is the joint classifier.
     num_classes: K.
+    others: further teachers, each with a connector of its own in training.
+    weights: of the teachers' losses, which are averaged by them.
   """
 
   network: network_lib.Network
   method: Any
   teacher: teachers.Teacher | None
   num_classes: int
+  others: tuple[Other, ...] = ()
+  weights: tuple[float, ...] = (1.0,)
 
   @property
   def reuses_head(self) -> bool:
@@ -40,7 +59,74 @@ class Distiller:
   ) -> dict[str, Any]:
     """Returns fresh 'params' and 'batch_stats' of what is trained."""
     num_classes = None if self.reuses_head else self.num_classes
-    return self.network.init(key, image_shape, num_classes)
+    variables = self.network.init(key, image_shape, num_classes)
+    if not self.others:
+      return variables
+    features = jax.eval_shape(
+      lambda: network_lib.run(
+        self.network.backbone,
+        network_lib.part(variables, 'backbone'),
+        self.network.preprocessing(jnp.zeros((1, *image_shape), jnp.uint8)),
+        train=False,
+      )[0]
+    )
+    for number, other in enumerate(self.others, 1):
+      if other.network.connector is not None:
+        made = other.network.init_connector(
+          jax.random.fold_in(key, number), features
+        )
+        for kind, tree in made.items():
+          variables[kind][_connector(number)] = tree
+    return variables
+
+  @property
+  def teachers(self) -> tuple[teachers.Teacher, ...]:
+    """All of them, the one with the joint classifier first."""
+    if self.teacher is None:
+      return ()
+    return (self.teacher, *(other.teacher for other in self.others))
+
+  @property
+  def frozen(self) -> dict[str, Any] | None:
+    """The arrays of all teachers: the first one's, and 'others'."""
+    if self.teacher is None or not self.others:
+      return self.teacher and self.teacher.frozen
+    others = tuple(other.teacher.frozen for other in self.others)
+    return {**self.teacher.frozen, 'others': others}
+
+  def teach(self, frozen, images: jax.Array):
+    """Returns the teacher's Outputs of the shared view; of several, a tuple."""
+    first = self.teacher(frozen, images)
+    if not self.others:
+      return first
+    pairs = zip(self.others, frozen['others'], strict=True)
+    return (first, *(other.teacher(own, images) for other, own in pairs))
+
+  def loss(self, student: outputs.Outputs, taught, batch):
+    """Returns the method's total and terms; over several teachers, the mean.
+
+    The prediction is the same for all of them; each is compared with the
+    student as it is connected to that one.
+
+    Args:
+      student: as `student` gives it.
+      taught: as `teach` gives it.
+      batch: of the step.
+    """
+    if not self.others:
+      return self.method.loss(student, taught, batch)
+    total, terms = 0.0, {}
+    connected = (student.connected, *student.others)
+    for weight, own, teacher in zip(
+      self.weights, connected, taught, strict=True
+    ):
+      share = weight / sum(self.weights)
+      seen = student.replace(connected=own, others=())
+      value, found = self.method.loss(seen, teacher, batch)
+      total += share * value
+      for name, term in found.items():
+        terms[name] = terms.get(name, 0.0) + share * term
+    return total, terms
 
   def student(self, variables, frozen, images: jax.Array):
     """Runs the student in training on the shared view.
@@ -70,13 +156,32 @@ class Distiller:
         frozen['head'],
         train=True,
       )
+    others = []
+    for number, other in enumerate(self.others, 1):
+      if other.network.connector is None:
+        others.append(None)
+        continue
+      own, name = frozen['others'][number - 1], _connector(number)
+      seen, batch_stats[name] = other.network.connect(
+        network_lib.part(variables, name),
+        features,
+        own['pool'],
+        own['head'],
+        train=True,
+      )
+      others.append(seen)
     if self.reuses_head:
       logits = connected.logits
     else:
       head = variables['params']['head']
       logits = network_lib.classify(head, features.pooled)
     result = outputs.Outputs(
-      features.stages, features.final, features.pooled, logits, connected
+      features.stages,
+      features.final,
+      features.pooled,
+      logits,
+      connected,
+      tuple(others),
     )
     return result, batch_stats
 
@@ -104,18 +209,23 @@ class Distiller:
       frozen: the teacher's arrays, whose head and pool become the student's
         where its head is reused.
     """
-    if self.reuses_head:
-      return {
-        'params': {**variables['params'], 'head': frozen['head']},
-        'batch_stats': variables['batch_stats'],
-        # A connector on pooled features stands behind the pool.
-        'pool': frozen['pool'] if self.network.pools_map else {},
-      }
+    dropped = {_connector(number) for number, _ in enumerate(self.others, 1)}
+    if not self.reuses_head:
+      dropped.add('connector')
     kept = {
-      kind: {k: v for k, v in variables[kind].items() if k != 'connector'}
+      kind: {k: v for k, v in variables[kind].items() if k not in dropped}
       for kind in network_lib.COLLECTIONS
     }
-    return {**kept, 'pool': {}}
+    if not self.reuses_head:
+      return {**kept, 'pool': {}}
+    kept['params']['head'] = frozen['head']
+    # A connector on pooled features stands behind the pool.
+    return {**kept, 'pool': frozen['pool'] if self.network.pools_map else {}}
+
+
+def _connector(number: int) -> str:
+  """Returns what the connector to another teacher is called."""
+  return f'connector_{number}'
 
 
 def bind(
@@ -129,6 +239,8 @@ def bind(
   axis_name: str | None,
   dtype,
   mixed: bool = False,
+  others: Sequence[teachers.Teacher] = (),
+  weights: Sequence[float] = (1.0,),
 ) -> Distiller:
   """Returns the Distiller of a pair, with the connector that the method wants.
 
@@ -142,14 +254,14 @@ def bind(
     axis_name: mapped axis over which batch norm is synchronised, or None.
     dtype: of the connector's computation.
     mixed: whether its batches hold losses.MixedLabels.
+    others: further teachers.
+    weights: see Distiller.
 
   Raises:
     config_utils.UserError: the pair does not fit; nothing has been compiled.
   """
-  connector, connect_size = None, None
-  pool, pool_signed = teachers.average_pool, False
+  source = None
   if teacher is not None:
-    target = teacher.shapes(image_shape)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
     features = jax.eval_shape(
       lambda x: backbone.init_with_output(
@@ -165,33 +277,34 @@ def bind(
       backbone.pools_map,
       backbone.pooled_signed,
     )
-    connector = method.build_connector(source, target)
-    pool, pool_signed = teacher.pool, teacher.pooled_signed
-  if method.predicts_with == 'teacher' and connector is None:
+
+  def connected(teacher):
+    return _connect(
+      teacher,
+      source,
+      network_lib.Network(
+        backbone, preprocessing, None, None, teachers.average_pool
+      ),
+      method=method,
+      image_shape=image_shape,
+      axis_name=axis_name,
+      dtype=dtype,
+    )
+
+  network = connected(teacher)
+  if method.predicts_with == 'teacher' and network.connector is None:
     raise config_utils.UserError(
       f"{method} predicts with the teacher's head, but builds no connector to "
       "it: return one from build_connector, or say predicts_with = 'own'"
     )
-  if connector is not None:
-    connector = connector.clone(
-      axis_name=axis_name,
-      dtype=dtype,
-      unbiased_variance=backbone.unbiased_variance,
-    )
-    if connector.takes == 'map':
-      if not teacher.pools_map:
-        raise config_utils.UserError(
-          f'teacher {teacher.name} does not pool its map, so a student cannot '
-          'be matched there, only on pooled features: take method ijckd with '
-          "connector='mlp' and feature_site='pooled', srrl with "
-          "connects='pooled', or kd"
-        )
-      sizes = zip(source.final.shape[1:3], target.final.shape[1:3], strict=True)
-      connect_size = tuple(min(pair) for pair in sizes)
-  network = network_lib.Network(
-    backbone, preprocessing, connector, connect_size, pool, pool_signed
+  distiller = Distiller(
+    network,
+    method,
+    teacher,
+    num_classes,
+    tuple(Other(other, connected(other)) for other in others),
+    tuple(weights),
   )
-  distiller = Distiller(network, method, teacher, num_classes)
   if not _trace_terms(distiller, image_shape):
     raise config_utils.UserError(
       f'there is nothing to learn: every weight of {method} is zero'
@@ -209,16 +322,56 @@ def bind(
   return distiller
 
 
+def _connect(
+  teacher, source, network, *, method, image_shape, axis_name, dtype
+) -> network_lib.Network:
+  """Returns a student's network connected to a teacher, as the method wants.
+
+  Args:
+    teacher: it, or None.
+    source: outputs.Shapes of the student.
+    network: the student's, without a connector.
+    method: as `bind` takes it, like the others.
+    image_shape: (H, W, C) of the shared view.
+    axis_name: see `bind`.
+    dtype: see `bind`.
+  """
+  if teacher is None:
+    return network
+  target = teacher.shapes(image_shape)
+  connector, connect_size = method.build_connector(source, target), None
+  if connector is not None:
+    connector = connector.clone(
+      axis_name=axis_name,
+      dtype=dtype,
+      unbiased_variance=network.backbone.unbiased_variance,
+    )
+    if connector.takes == 'map':
+      if not teacher.pools_map:
+        raise config_utils.UserError(
+          f'teacher {teacher.name} does not pool its map, so a student cannot '
+          'be matched there, only on pooled features: take method ijckd with '
+          "connector='mlp' and feature_site='pooled', srrl with "
+          "connects='pooled', or kd"
+        )
+      sizes = zip(source.final.shape[1:3], target.final.shape[1:3], strict=True)
+      connect_size = tuple(min(pair) for pair in sizes)
+  return dataclasses.replace(
+    network,
+    connector=connector,
+    connect_size=connect_size,
+    pool=teacher.pool,
+    pool_signed=teacher.pooled_signed,
+  )
+
+
 def _trace_terms(distiller, image_shape, *, mixed=False):
   """Traces a loss and returns its terms' shapes.
 
   What does not fit is said now, not after its teacher has been trained.
   """
 
-  def loss(frozen, images):
-    teacher = None
-    if distiller.teacher is not None:
-      teacher = distiller.teacher(frozen, images)
+  def loss(frozen, taught, images):
     variables = distiller.init(jax.random.key(0), image_shape)
     student, _ = distiller.student(variables, frozen, images)
     rows = jnp.zeros(images.shape[0], jnp.int32)
@@ -226,10 +379,10 @@ def _trace_terms(distiller, image_shape, *, mixed=False):
     if mixed:
       weights = jnp.ones(rows.shape)
       batch['label'] = losses.MixedLabels(rows, rows, weights)
-    return distiller.method.loss(student, teacher, batch)[1]
+    return distiller.loss(student, taught, batch)[1]
 
-  return jax.eval_shape(
-    jax.vmap(loss, in_axes=(None, 0), axis_name=parallel.AXIS),
-    None if distiller.teacher is None else distiller.teacher.frozen,
-    jax.ShapeDtypeStruct((1, 2, *image_shape), jnp.uint8),
-  )
+  images = jax.ShapeDtypeStruct((2, *image_shape), jnp.uint8)
+  frozen, taught = distiller.frozen, None
+  if distiller.teacher is not None:
+    taught = jax.eval_shape(distiller.teach, frozen, images)
+  return parallel.trace(loss, frozen, taught, images)[1]

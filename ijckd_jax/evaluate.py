@@ -227,7 +227,7 @@ def _check_fits(what: str, bundle, dataset) -> None:
       f'the {what} tells {len(bundle.class_names)} classes apart, but the data '
       f'set has {num_classes}'
     )
-  if dataset.image_shape[-1] != bundle.image_shape[-1]:
+  if dataset.image_shape[-1] not in (1, bundle.image_shape[-1]):
     raise config_utils.UserError(
       f'the {what} reads images of {bundle.image_shape[-1]} channels, but the '
       f"data set's have {dataset.image_shape[-1]}"

@@ -1,6 +1,7 @@
 """From a config to everything that a run is made of, before anything runs."""
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -11,12 +12,10 @@ import ml_collections
 import optax
 
 from ijckd_jax import augment
-from ijckd_jax import bundles
 from ijckd_jax import config_checks
 from ijckd_jax import config_utils
 from ijckd_jax import datasets
 from ijckd_jax import distiller as distiller_lib
-from ijckd_jax import hub
 from ijckd_jax import methods
 from ijckd_jax import mixing as mixing_lib
 from ijckd_jax import models
@@ -24,10 +23,10 @@ from ijckd_jax import network
 from ijckd_jax import optim
 from ijckd_jax import parallel
 from ijckd_jax import pretrained
+from ijckd_jax import run_teachers
 from ijckd_jax import steps
 from ijckd_jax import teacher_outputs
 from ijckd_jax import teachers
-from ijckd_jax import torch_import
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
@@ -61,6 +60,17 @@ def default_config(
     'backbone': teacher,
     # A bundle, a run or hf:OWNER/NAME@COMMIT; empty: train the teacher first.
     'checkpoint': '',
+    # 'fit': a linear head on its features is fitted first, for the classes of
+    # the data set; '': its own.
+    'head': '',
+    'head_views': 0,  # Augmented views of each image that it is fitted on too.
+    # 'joint': the head is fitted again, on the features of teacher and student,
+    # after each of refit_epochs.
+    'refit': '',
+    'refit_epochs': (),
+    'others': (),  # Further teachers, as `checkpoint` names the first.
+    'weights': (),  # Of the teachers' losses; none given: all alike.
+    'joint': 0,  # Whose head is the joint classifier; 0: that of `checkpoint`.
     'fingerprint': 0,  # Of its arrays; a run fills it in.
     # A bundle whose backbone it starts from, where a run trains it.
     'init_from': '',
@@ -145,13 +155,15 @@ class Experiment:
     dataset: see datasets.
     distiller: student, teacher and method.
     judge: the teacher that the student is compared with at the end, also by
-      methods that learn without one; None where there is none.
+      methods that learn without one; None where there is none. Of several, the
+      one whose head is the joint classifier.
     augmentation: of the training images.
     mapper: see parallel.
     dtype: of the computation.
     stored: which of the teacher's outputs are stored; None where none are.
     start: where the student's backbone starts; None: at random.
     mixing: of the augmented images; None where they are not mixed.
+    fitted: of each teacher's head that was fitted, what it is worth (JSON).
   """
 
   config: ml_collections.ConfigDict
@@ -164,6 +176,11 @@ class Experiment:
   stored: teacher_outputs.Stored | None
   start: pretrained.Start | None
 
+  @property
+  def frozen(self) -> dict[str, Any] | None:
+    """The arrays of all teachers, as the steps take them."""
+    return self.distiller.frozen or (self.judge and self.judge.frozen)
+
   def init(self, key: jax.Array) -> dict[str, Any]:
     """Returns 'params' and 'batch_stats' with which training starts."""
     variables = jax.jit(self.distiller.init, static_argnums=1)(
@@ -172,6 +189,7 @@ class Experiment:
     return variables if self.start is None else self.start.fill(variables)
 
   mixing: mixing_lib.Mixing | None
+  fitted: tuple[dict[str, Any], ...] = ()
 
   def total_steps(self, num_examples: int) -> int:
     """Returns the steps of the run."""
@@ -262,15 +280,19 @@ def build(
   config: ml_collections.ConfigDict,
   *,
   dataset: Any = None,
-  teacher: teachers.Teacher | None = None,
+  teacher: teachers.Teacher | Sequence[teachers.Teacher] | None = None,
+  heads: Sequence[dict[str, Any]] | None = None,
 ) -> Experiment:
   """Returns the experiment that a config describes; nothing runs or compiles.
 
   Args:
     config: see `default_config`.
     dataset: overrides `config.dataset`.
-    teacher: overrides `config.teacher`. Where neither names one, and the method
-      needs one, the teacher is abstract: shapes in place of arrays.
+    teacher: overrides `config.teacher`; one, or several as they are listed
+      there. Where neither names one, and the method needs one, the teacher is
+      abstract: shapes in place of arrays.
+    heads: that were fitted, in the order of Distiller.teachers; None: where
+      they are to be, they are abstract.
 
   Raises:
     config_utils.UserError: something in the config is wrong.
@@ -285,7 +307,7 @@ def build(
   method = config_utils.instantiate(
     'method', methods.get(config.method.name), config.method
   )
-  config_checks.check_numbers(config)
+  config_checks.check_numbers(config, teacher_given=teacher is not None)
   mixing = mixing_lib.build(config.augment)
   axis_name = parallel.AXIS if config.sync_batch_norm else None
   height, width, _ = dataset.image_shape
@@ -308,17 +330,33 @@ def build(
     unbiased_variance=config.unbiased_variance,
   )
   needs_teacher = getattr(method, 'needs_teacher', True)
-  if teacher is None and config.teacher.checkpoint:
-    teacher = load_teacher(config, dtype)
-  elif teacher is None and needs_teacher:
-    teacher = _abstract_teacher(config, dataset, preprocessing, dtype)
-  if teacher is not None:
-    _check_teacher(teacher, dataset)
+  given = (teacher,) if isinstance(teacher, teachers.Teacher) else teacher
+  if given is None and config.teacher.checkpoint:
+    given = run_teachers.load(config.teacher, dtype)
+  elif given is None and needs_teacher:
+    given = (
+      run_teachers.abstract(
+        config.teacher.backbone, dataset, preprocessing, dtype
+      ),
+    )
+  given, weights = run_teachers.order(given or (), config.teacher)
+  if config.teacher.head == 'fit':
+    num_classes = len(dataset.class_names)
+    heads = heads or [
+      network.head_shapes(teacher.num_features, num_classes)
+      for teacher in given
+    ]
+    given = tuple(map(teachers.Teacher.with_head, given, heads))
+  for teacher in given:
+    run_teachers.check(teacher, dataset)
+  config_checks.check_refit(config, method)
   distiller = distiller_lib.bind(
     backbone=backbone,
     preprocessing=preprocessing,
     method=method,
-    teacher=teacher if needs_teacher else None,
+    teacher=given[0] if needs_teacher else None,
+    others=given[1:] if needs_teacher else (),
+    weights=weights,
     image_shape=tuple(dataset.image_shape),
     num_classes=len(dataset.class_names),
     axis_name=axis_name,
@@ -340,7 +378,7 @@ def build(
     config=config,
     dataset=dataset,
     distiller=distiller,
-    judge=teacher,
+    judge=given[0] if given else None,
     augmentation=augment.build(config.augment, dataset, views),
     mapper=parallel.Mapper(config.mapper),
     dtype=dtype,
@@ -348,72 +386,3 @@ def build(
     start=start,
     mixing=mixing,
   )
-
-
-def load_teacher(config: ml_collections.ConfigDict, dtype) -> teachers.Teacher:
-  """Returns the teacher that `config.teacher` points at.
-
-  Raises:
-    config_utils.UserError: there is none, or it has another backbone.
-  """
-  path = config.teacher.checkpoint
-  if path.startswith(hub.PREFIX):
-    bundle, _ = torch_import.read(path, torch_import.Request(dtype=dtype))
-  else:
-    # A config is code already: what it names, it trusts.
-    trusted = ':' in config.teacher.backbone
-    bundle = bundles.load(path, dtype=dtype, trust_code=trusted)
-  if config.teacher.backbone not in ('', bundle.backbone_name):
-    raise config_utils.UserError(
-      f'the teacher in {path} is a {bundle.backbone_name}, but the config '
-      f'says teacher.backbone={config.teacher.backbone}: set '
-      f'--config.teacher.backbone={bundle.backbone_name} to take it'
-    )
-  return bundle.teacher()
-
-
-def _abstract_teacher(config, dataset, preprocessing, dtype):
-  """Returns the teacher that is yet to be trained, as shapes."""
-  backbone = models.build(config.teacher.backbone, dtype=dtype)
-  net = network.Network(
-    backbone, preprocessing, None, None, network.pool_of(backbone)
-  )
-  images = jnp.zeros((1, *dataset.image_shape), jnp.uint8)
-
-  def variables():
-    key = jax.random.key(0)
-    features, made = backbone.init_with_output(
-      key, preprocessing(images), train=False
-    )
-    num_features = features.pooled.shape[-1]
-    head = backbone.init_head(key, num_features, len(dataset.class_names))
-    return {
-      'params': {'backbone': made['params'], 'head': head},
-      'batch_stats': {'backbone': made.get('batch_stats', {})},
-      'pool': {},
-    }
-
-  return bundles.Bundle(
-    network=net,
-    variables=jax.eval_shape(variables),
-    backbone_name=config.teacher.backbone,
-    pool_name=config.teacher.backbone,
-    image_shape=tuple(dataset.image_shape),
-    class_names=tuple(dataset.class_names),
-    info={},
-  ).teacher()
-
-
-def _check_teacher(teacher, dataset):
-  num_classes = len(dataset.class_names)
-  if teacher.num_classes != num_classes:
-    raise config_utils.UserError(
-      f'teacher {teacher.name} tells {teacher.num_classes} classes apart, but '
-      f'the data set has {num_classes}: take a teacher trained on it'
-    )
-  num_channels = len(teacher.preprocessing.mean)
-  if num_channels != dataset.image_shape[-1]:
-    raise config_utils.UserError(
-      f'teacher {teacher.name} reads images of {num_channels} channels, but '
-      f"the data set's have {dataset.image_shape[-1]}"
-    )

@@ -19,6 +19,7 @@ from ijckd_jax import checkpoints as checkpoints_lib
 from ijckd_jax import config_utils
 from ijckd_jax import evaluate
 from ijckd_jax import experiment as experiment_lib
+from ijckd_jax import heads
 from ijckd_jax import hosts
 from ijckd_jax import input_pipeline
 from ijckd_jax import metric_writer
@@ -151,6 +152,7 @@ class Loop:
     frozen: the teacher's arrays, placed; None without a teacher.
     key: the run's key.
     recorder: of the teacher's outputs; None where they are not stored.
+    refits: of the head; None where it stays as it is.
     name: what the progress line calls the run.
   """
 
@@ -161,6 +163,7 @@ class Loop:
   frozen: Any
   key: jax.Array
   recorder: teacher_outputs.Recorder | None
+  refits: heads.Refits | None
   name: str
 
   def run(
@@ -199,6 +202,9 @@ class Loop:
       num_workers=config.num_workers,
     )
     split = self.ranking_split
+    frozen = self.frozen
+    if start and self.refits is not None:
+      frozen = self.refits.after(start, state, frozen)
     batches = self._batches(start, total_steps, progress)
     compiling = {start + 1}
     if recorder is not None:
@@ -206,7 +212,7 @@ class Loop:
     pending, clock = [], None
     with _ProgressLine(self.name, start, total_steps) as line:
       for step, batch in enumerate(batches, start + 1):
-        arguments = state, self.frozen, batch, self.key
+        arguments = state, frozen, batch, self.key
         if recorder is not None and step <= recorder.last_step:
           (state, sums), rows = p_filling_step(*arguments)
           recorder.add(step, rows)
@@ -222,7 +228,8 @@ class Loop:
           for what in ('log', 'eval', 'checkpoint')
         )
         clocked = compiling & {step, step + 1}
-        if not (log or evaluation or save or stopping or clocked):
+        refit = self.refits is not None and self.refits.is_due(step)
+        if not (log or evaluation or save or stopping or clocked or refit):
           continue
         if recorder is not None:  # First: it knows why a loss is not finite.
           recorder.flush()
@@ -252,7 +259,7 @@ class Loop:
           progress.sums = {}
         score = None
         if evaluation:
-          variables = exp.distiller.deployed(state.evaluated, self.frozen)
+          variables = exp.distiller.deployed(state.evaluated, frozen)
           result = evaluator(variables, None, self.splits[split]).metrics
           score = result['top1']
           row = {f'{split}/{name}': value for name, value in result.items()}
@@ -270,6 +277,8 @@ class Loop:
             'is saved, and the same command continues from there',
             stop.number,
           )
+        if refit and step < total_steps:
+          frozen = self.refits.after(step, state, frozen)
         clock = time.perf_counter()
     return state
 
@@ -339,6 +348,12 @@ class Loop:
           'the data without them, or allow more'
         )
     return self.experiment.mapper.shard(batch)
+
+  def frozen_of(self, step: int) -> Any:
+    """Returns the teachers' arrays by which a student of a step is judged."""
+    if self.refits is None:
+      return self.frozen
+    return self.refits.before(step, self.frozen)
 
   @property
   def ranking_split(self) -> str:

@@ -12,6 +12,7 @@ from ijckd_jax import connectors
 from ijckd_jax import losses
 from ijckd_jax import models
 from ijckd_jax import outputs
+from ijckd_jax import programs as programs_lib
 
 COLLECTIONS = ('params', 'batch_stats')
 POOL_PREFIX = 'pool_'  # Of the names of a pool's layers, see models.Backbone.
@@ -26,6 +27,14 @@ def classify(head: dict[str, jax.Array], pooled: jax.Array) -> jax.Array:
     )
     + head['bias']
   )
+
+
+def head_shapes(width: int, num_classes: int) -> dict[str, Any]:
+  """Returns the shapes of a linear head's arrays."""
+  return {
+    'kernel': jax.ShapeDtypeStruct((width, num_classes), jnp.float32),
+    'bias': jax.ShapeDtypeStruct((num_classes,), jnp.float32),
+  }
 
 
 def run(module, variables, x, *, train: bool):
@@ -112,11 +121,7 @@ class Network:
     features, parts = self._init(self.backbone, backbone_key, x)
     modules = {'backbone': parts}
     if self.connector is not None:
-      if self.connector.takes == 'pooled':
-        x = features.pooled[:, None, None, :]
-      else:
-        x = jnp.zeros((1, *self.connect_size, features.final.shape[-1]))
-      _, modules['connector'] = self._init(self.connector, connector_key, x)
+      modules['connector'] = self.init_connector(connector_key, features)
     params = {name: part['params'] for name, part in modules.items()}
     if num_classes is not None:
       params['head'] = self.backbone.init_head(
@@ -128,6 +133,19 @@ class Network:
         name: part['batch_stats'] for name, part in modules.items()
       },
     }
+
+  def init_connector(self, key: jax.Array, features) -> dict[str, Any]:
+    """Returns a connector's fresh 'params' and 'batch_stats'.
+
+    Args:
+      key: random key.
+      features: outputs.Features of the backbone, or their shapes.
+    """
+    if self.connector.takes == 'pooled':
+      x = jnp.zeros((1, 1, 1, features.pooled.shape[-1]))
+    else:
+      x = jnp.zeros((1, *self.connect_size, features.final.shape[-1]))
+    return self._init(self.connector, key, x)[1]
 
   def _init(self, module, key, x):
     result, variables = module.init_with_output(key, x, train=False)
@@ -173,6 +191,16 @@ class Network:
     return outputs.Outputs(
       features.stages, final, connected.pooled, connected.logits
     )
+
+  @property
+  def dtype(self) -> Any:
+    """Of the computation."""
+    return self.backbone.dtype
+
+  @property
+  def programs(self) -> dict[str, programs_lib.Program]:
+    """The programs that it runs, by name."""
+    return programs_lib.of_pool(self.pool)
 
   @property
   def signed(self) -> bool:

@@ -49,6 +49,8 @@ class Outputs:
     logits: the network's prediction (B, K) float32, by whichever head makes it.
     connected: a student's Connected; None for teachers and for students that
       have no connector.
+    others: the same to each further teacher; a method sees one at a time, as
+      `connected`.
   """
 
   stages: tuple[jax.Array, ...]
@@ -56,6 +58,7 @@ class Outputs:
   pooled: jax.Array
   logits: jax.Array
   connected: Connected | None = None
+  others: tuple[Connected | None, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,18 @@ def ahead(results: Iterable[Any], num: int = 2) -> Iterator[Any]:
   yield from queue
 
 
+def trace(body: Callable, *arguments: Any) -> tuple[Any, Any]:
+  """Returns the jaxpr of a per-device body, and the shapes that it returns.
+
+  Args:
+    body: its collectives go over AXIS.
+    *arguments: arrays of one device, or their shapes.
+  """
+  return jax.make_jaxpr(body, axis_env=[(AXIS, 1)], return_shape=True)(
+    *arguments
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Mapper:
   """Places arrays on devices and maps bodies over them.

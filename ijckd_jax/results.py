@@ -59,13 +59,17 @@ def finish(training, workdir, state, progress, history):
   if best_step != int(state.step):
     states['best'], _ = training.store.restore_best(state)
     best_step = int(states['best'].step)
+  frozen = {
+    name: training.frozen_of(int(kept.step)) for name, kept in states.items()
+  }
   variables = {
-    name: distiller.deployed(kept.evaluated, training.frozen)
+    name: distiller.deployed(kept.evaluated, frozen[name])
     for name, kept in states.items()
   }
   if state.ema is not None:
     raw = {'params': state.params, 'batch_stats': state.batch_stats}
-    variables['last_without_ema'] = distiller.deployed(raw, training.frozen)
+    frozen['last_without_ema'] = frozen['last']
+    variables['last_without_ema'] = distiller.deployed(raw, frozen['last'])
   evaluator = evaluate.make_evaluator(
     distiller.deployed_network,
     mapper=training.experiment.mapper,
@@ -75,7 +79,7 @@ def finish(training, workdir, state, progress, history):
   )
   test = training.splits['test']
   results = {
-    name: evaluator(arrays, training.frozen, test)
+    name: evaluator(arrays, frozen[name], test)
     for name, arrays in variables.items()
   }
   chosen = config.bundle if config.bundle in results else 'last'
@@ -146,6 +150,7 @@ def _circumstances(exp, bundle, judged) -> dict[str, Any]:
     'teacher': judged and judged.metrics,
     'teacher_name': judge and judge.name,
     'teacher_origin': judge and judge.origin,
+    'heads': exp.fitted,
     'parameters': {
       'student': bundles.num_params(bundle.variables),
       'teacher': judge and judge.num_params,

@@ -85,7 +85,7 @@ def filling_step(
   def loss_fn(params, batch_stats, teacher, rows):
     variables = {'params': params, 'batch_stats': batch_stats}
     student, batch_stats = distiller.student(variables, frozen, rows['image'])
-    total, terms = distiller.method.loss(student, teacher, rows)
+    total, terms = distiller.loss(student, teacher, rows)
     return total, (batch_stats, terms, student.logits)
 
   def piece(carry, rows):
@@ -93,7 +93,7 @@ def filling_step(
     rows = dict(rows)
     teacher, kept = None, rows.pop('teacher', None)
     if kept is None and distiller.teacher is not None:
-      teacher = distiller.teacher(frozen, rows['image'])
+      teacher = distiller.teach(frozen, rows['image'])
       if stored is not None:
         kept = stored.take(teacher)
     if kept is not None:
@@ -182,3 +182,28 @@ def eval_step(variables, teacher, batch, *, network, teacher_fn):
     sums['pair'] = metrics.pair_sums(student, logits, mask)
     rows['teacher'] = jnp.argmax(logits, axis=-1)
   return jax.lax.psum(sums, parallel.AXIS), rows
+
+
+@cpu_conv.fast_convolutions()
+def feature_step(variables, batch, key, *, functions, augmentation=None):
+  """Returns what networks make of this device's rows, before their heads.
+
+  Args:
+    variables: of each function, a tuple.
+    batch: this device's rows.
+    key: the run's key.
+    functions: `(variables, images) -> pooled` each, of images of 0 to 255.
+    augmentation: as `filling_step` takes it; None: the images as they are.
+
+  Returns:
+    Nothing that is the same everywhere, and rows: 'index' and 'label' (B,), and
+    'pooled', (B, D) of each.
+  """
+  images = batch['image']
+  if augmentation is not None:
+    stream = jax.random.fold_in(key, AUGMENTATION_STREAM)
+    images = augmentation(stream, images, batch['epoch'], batch['index'])
+  pairs = zip(functions, variables, strict=True)
+  pooled = tuple(function(own, images) for function, own in pairs)
+  rows = {'index': batch['index'], 'label': batch['label'], 'pooled': pooled}
+  return {}, rows

@@ -22,7 +22,6 @@ import numpy as np
 
 from ijckd_jax import config_utils
 from ijckd_jax import hosts
-from ijckd_jax import outputs
 from ijckd_jax import parallel
 from ijckd_jax import teacher_store
 from ijckd_jax import workdirs
@@ -43,16 +42,16 @@ class Stored:
   """The outputs that are stored, out of all.
 
   Attributes:
-    like: Outputs of ShapeDtypeStructs for one image.
+    like: what Distiller.teach gives for two images, as ShapeDtypeStructs.
     names: which of its leaves are stored.
     dtype: in which they are.
   """
 
-  like: outputs.Outputs
+  like: Any
   names: tuple[str, ...]
   dtype: Any
 
-  def take(self, teacher: outputs.Outputs) -> dict[str, jax.Array]:
+  def take(self, teacher: Any) -> dict[str, jax.Array]:
     """Returns the rows to be stored, rounded."""
     # A plain cast there and back may be optimised away.
     info = jnp.finfo(self.dtype)
@@ -64,7 +63,7 @@ class Stored:
       if name in self.names
     }
 
-  def restore(self, rows: Mapping[str, jax.Array]) -> outputs.Outputs:
+  def restore(self, rows: Mapping[str, jax.Array]) -> Any:
     """Returns the Outputs of rows; what was not stored is zero."""
     num_rows = len(next(iter(rows.values())))
     leaves = [
@@ -82,7 +81,7 @@ class Stored:
     return {name: tuple(leaves[name].shape[1:]) for name in self.names}
 
 
-def _leaves(tree: outputs.Outputs) -> dict[str, Any]:
+def _leaves(tree: Any) -> dict[str, Any]:
   """Returns the leaves by name: 'final', 'logits', 'stages/0', ..."""
   return {
     jax.tree_util.keystr(path, simple=True, separator='/'): leaf
@@ -103,23 +102,18 @@ def plan(distiller, image_shape: tuple[int, int, int], dtype: str) -> Stored:
   """
   if distiller.teacher is None:
     raise _nothing_to_store(distiller)
-  frozen = distiller.teacher.frozen
+  frozen = distiller.frozen
 
   def loss(teacher, frozen, images):
     variables = distiller.init(jax.random.key(0), image_shape)
     student, _ = distiller.student(variables, frozen, images)
     rows = jnp.zeros(images.shape[0], jnp.int32)
     batch = {'image': images, 'label': rows, 'index': rows, 'epoch': rows}
-    return distiller.method.loss(student, teacher, batch)
+    return distiller.loss(student, teacher, batch)
 
   images = jax.ShapeDtypeStruct((2, *image_shape), jnp.uint8)
-  like = jax.eval_shape(distiller.teacher, frozen, images)
-  shards = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), (like, images)
-  )
-  traced = jax.make_jaxpr(
-    jax.vmap(loss, in_axes=(0, None, 0), axis_name=parallel.AXIS)
-  )(shards[0], frozen, shards[1]).jaxpr
+  like = jax.eval_shape(distiller.teach, frozen, images)
+  traced = parallel.trace(loss, like, frozen, images)[0].jaxpr
   read = _inputs_read(traced, [True] * len(traced.outvars))
   # The teacher's outputs are the first of the inputs.
   names = tuple(
@@ -241,7 +235,7 @@ def check(exp, folder: epath.Path, arrays, *, overwrite: bool) -> None:
     )
   store = _store(exp, folder, arrays)
   if exp.config.teacher.store.directory or not overwrite:
-    unknown = ('teacher',) if _is_abstract(exp.judge.frozen) else ()
+    unknown = ('teacher',) if _is_abstract(exp.distiller.frozen) else ()
     store.check(ignore=unknown)
     if store.complete:
       return
@@ -293,8 +287,10 @@ def _store(exp, folder, arrays) -> teacher_store.Store:
     len(arrays), settings.views, exp.stored.dtype, exp.stored.shapes
   )
   identity = {
-    'teacher': f'{teacher.name} {_digest(teacher.frozen)}',
-    'preprocessing': str(teacher.preprocessing),
+    'teacher': f'{teacher.name} {_digest(exp.distiller.frozen)}',
+    'preprocessing': ' '.join(
+      str(teacher.preprocessing) for teacher in exp.distiller.teachers
+    ),
     'compute_dtype': exp.config.dtype,
     'dataset': exp.config.dataset.name,
     'examples': arrays.digest(),

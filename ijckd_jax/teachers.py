@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ijckd_jax import augment
 from ijckd_jax import config_utils
 from ijckd_jax import losses
+from ijckd_jax import network
 from ijckd_jax import outputs
 
 
@@ -31,15 +32,15 @@ class Teacher:
 
   Attributes:
     apply: `(variables, images) -> outputs.Outputs` in inference mode, on images
-      that `preprocessing` made.
+      that `preprocessing` made. Its logits are not looked at: they are the
+      head's on `pooled`.
     variables: its arrays, a pytree; `head` and `pool_variables` apart.
-    head: 'kernel' (D, K) and 'bias' (K,): `apply` gives `pooled @ kernel +
-      bias` as logits.
+    head: 'kernel' (D, K) and 'bias' (K,).
     preprocessing: from the shared view to its input.
     name: what reports call it.
     pool: `(pool_variables, map) -> pooled`.
-    pool_name: 'average', or the name of the backbone whose pool it is: by it, a
-      student's bundle finds the pool again.
+    pool_name: 'average', the name of the backbone whose pool it is, or
+      'program': by it, a student's bundle finds the pool again.
     pool_variables: arrays of the pool.
     signed: whether its `final` can be negative.
     pools_map: whether `pooled` is `pool(final)`.
@@ -84,6 +85,16 @@ class Teacher:
     return self.head['bias'].shape[0]
 
   @property
+  def num_features(self) -> int:
+    """D, of the head."""
+    return self.head['kernel'].shape[0]
+
+  def with_head(self, head: dict[str, Any]) -> 'Teacher':
+    """Returns it with another head on the same features."""
+    counts = {**self.num_params, 'head': count(head)}
+    return dataclasses.replace(self, head=head, num_params=counts)
+
+  @property
   def frozen(self) -> dict[str, Any]:
     """All its arrays, as the steps take them."""
     return {
@@ -95,7 +106,8 @@ class Teacher:
   def __call__(self, frozen, images: jax.Array) -> outputs.Outputs:
     """Returns the Outputs of the view (B, H, W, C), of 0 to 255."""
     result = self.apply(frozen['network'], self.preprocessing(images))
-    return jax.lax.stop_gradient(result)
+    logits = network.classify(frozen['head'], result.pooled)
+    return jax.lax.stop_gradient(result.replace(logits=logits))
 
   def shapes(self, image_shape: tuple[int, int, int]) -> outputs.Shapes:
     """Returns the shapes of its outputs for images (H, W, C), unrun."""

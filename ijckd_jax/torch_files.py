@@ -135,6 +135,41 @@ def write(
     raise
 
 
+def load_into(model, state: StateDict, source: str) -> None:
+  """Loads a state dict into a torch.nn.Module, every entry of both.
+
+  Raises:
+    config_utils.UserError: an entry is missing, is not there, or of another
+      shape.
+  """
+  torch = _import_torch('loads a model')
+  wanted = model.state_dict()
+  tensors = {
+    name: _to_torch(array, torch) for name, array in state.arrays.items()
+  }
+  counters = {
+    name: tensor
+    for name, tensor in wanted.items()
+    if name.endswith('num_batches_tracked')
+  }
+  described = [
+    {name: tuple(tensor.shape) for name, tensor in tree.items()}
+    for tree in (counters | tensors, wanted)
+  ]
+  differ = [
+    f'{name} is {described[0].get(name, "not there")} in the file and '
+    f'{described[1].get(name, "not there")} in the model'
+    for name in sorted(described[0].keys() | described[1].keys())
+    if described[0].get(name) != described[1].get(name)
+  ]
+  if differ:
+    more = f', and {len(differ) - 3} more' if differ[3:] else ''
+    raise config_utils.UserError(
+      f'{source} does not fit the model: {"; ".join(differ[:3])}{more}'
+    )
+  model.load_state_dict(counters | tensors)
+
+
 def check_suffix(path: epath.Path) -> None:
   """Raises UserError unless a state dict can be written to a path."""
   if path.suffix not in SUFFIXES:

@@ -11,11 +11,11 @@ nothing in them is executed; .safetensors files do not.
 
 import argparse
 from collections.abc import Sequence
-import math
 
 from etils import epath
 
 from ijckd_jax import config_utils
+from ijckd_jax import torch_flags
 
 PROG = 'python -m ijckd_jax.torch_weights'
 # What the module of a student imports, or whoever loads it.
@@ -57,15 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     choices=('student', 'teacher'),
     help='of a file that holds both',
   )
-  reader.add_argument(
-    '--preprocessing',
-    help='a name such as cifar100 or imagenet; default: the usual one',
-  )
-  reader.add_argument('--mean', help='of pixels in [0, 1], by commas')
-  reader.add_argument('--std', help='likewise')
-  reader.add_argument('--image_size', type=int, help='side in pixels')
-  reader.add_argument('--interpolation', help='bilinear (default) or bicubic')
-  reader.add_argument('--class_names', help='a file with a name a line')
+  torch_flags.add_images(reader)
   reader.add_argument(
     '--teacher', help="bundle whose head a SimKD student's is"
   )
@@ -91,23 +83,23 @@ def _parser() -> argparse.ArgumentParser:
 def _import(flags: argparse.Namespace) -> None:
   """Writes the bundle of a PyTorch file, and prints what it took."""
   output = epath.Path(flags.output)
-  _check_free(output, flags.overwrite)
+  torch_flags.check_free(output, flags.overwrite)
 
   from ijckd_jax import bundles
   from ijckd_jax import torch_import
 
   if output.exists():
-    _check_only_bundle(output)
+    torch_flags.check_only_bundle(output)
   request = torch_import.Request(
     backbone=flags.backbone,
     num_classes=flags.num_classes,
-    preprocessing=_preprocessing(flags),
-    class_names=_class_names(flags.class_names),
+    preprocessing=torch_flags.preprocessing(flags),
+    class_names=torch_flags.class_names(flags),
     teacher=bundles.load(flags.teacher) if flags.teacher else None,
     trust_code=flags.trust_code,
   )
   bundle, notes = torch_import.read(flags.checkpoint, request, part=flags.part)
-  _write(lambda: bundle.save(output), output)
+  torch_flags.write(lambda: bundle.save(output), output)
   print('\n'.join([str(flags.checkpoint), *(f'- {note}' for note in notes)]))
   print(
     f'written to {output}; a run takes it by --config.teacher.checkpoint='
@@ -138,7 +130,7 @@ def _export(flags: argparse.Namespace) -> None:
       '--output'
     )
   for path in [output, *([module] if connected else [])]:
-    _check_free(path, flags.overwrite)
+    torch_flags.check_free(path, flags.overwrite)
   state = torch_names.state_dict(bundle)
   text = ''
   if connected:
@@ -149,101 +141,11 @@ def _export(flags: argparse.Namespace) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     torch_files.write(output, state, metadata, wrap=connected)
 
-  _write(write, output)
+  torch_flags.write(write, output)
   print(f'{output}: {len(state)} arrays of a {bundle.backbone_name}')
   if connected:
-    _write(lambda: workdirs.write_text(module, text), module)
+    torch_flags.write(lambda: workdirs.write_text(module, text), module)
     print(f'{module}: the module that runs them, with PyTorch alone')
-
-
-def _check_free(path, overwrite) -> None:
-  """Raises where something is in the way."""
-  if path.exists() and not overwrite:
-    raise config_utils.UserError(
-      f'{path} is already there: give --overwrite to replace it'
-    )
-
-
-def _check_only_bundle(folder) -> None:
-  """Raises where a folder that is to be replaced holds more than a bundle."""
-  from ijckd_jax import bundles
-
-  known = (bundles.SPEC_FILE, bundles.ARRAYS_FILE)
-  there = [path.name for path in folder.iterdir()] if folder.is_dir() else ['']
-  foreign = [name for name in there if name not in known]
-  if foreign or bundles.SPEC_FILE not in there:
-    what = f' (it has {foreign[0]})' if foreign and foreign[0] else ''
-    raise config_utils.UserError(
-      f'{folder} is no bundle alone{what}, so it is not replaced: give another '
-      '--output'
-    )
-
-
-def _write(save, path) -> None:
-  """Calls `save`; a disk that cannot be written is the user's to mend."""
-  try:
-    save()
-  except OSError as error:
-    raise config_utils.UserError(f'cannot write {path}: {error}') from error
-
-
-def _preprocessing(flags):
-  """Returns what the flags say of how images are prepared; None: nothing."""
-  own = (flags.mean, flags.std, flags.image_size)
-  if all(given is None for given in (*own, flags.interpolation)):
-    return flags.preprocessing
-  if flags.preprocessing:
-    raise config_utils.UserError(
-      'give --preprocessing, or --mean, --std and --image_size, not both'
-    )
-  if any(given is None for given in own):
-    raise config_utils.UserError('--mean, --std and --image_size go together')
-
-  from ijckd_jax import augment
-
-  mean, std = (
-    _numbers(name, text)
-    for name, text in (('mean', flags.mean), ('std', flags.std))
-  )
-  if not min(std) > 0:
-    raise config_utils.UserError(f'--std {flags.std}: it must be positive')
-  config_utils.check_positive('--image_size', flags.image_size)
-  interpolation = flags.interpolation or 'bilinear'
-  if interpolation not in augment.INTERPOLATIONS:
-    raise config_utils.unknown(
-      'interpolation', interpolation, augment.INTERPOLATIONS
-    )
-  return augment.Preprocessing(
-    mean, std, (flags.image_size, flags.image_size), interpolation
-  )
-
-
-def _numbers(name: str, text: str) -> tuple[float, ...]:
-  try:
-    numbers = tuple(map(float, text.split(',')))
-  except ValueError:
-    numbers = ()
-  if not (numbers and all(map(math.isfinite, numbers))):
-    raise config_utils.UserError(
-      f'--{name} {text}: give a number for each channel, by commas'
-    )
-  return numbers
-
-
-def _class_names(path) -> tuple[str, ...]:
-  """Returns the lines of a file."""
-  if path is None:
-    return ()
-  try:
-    lines = epath.Path(path).read_text().splitlines()
-  except (OSError, UnicodeDecodeError) as error:
-    raise config_utils.UserError(
-      f'--class_names {path} cannot be read: {error}'
-    ) from error
-  names = tuple(line.strip() for line in lines if line.strip())
-  if not names:
-    raise config_utils.UserError(f'--class_names {path} is empty')
-  return names
 
 
 if __name__ == '__main__':

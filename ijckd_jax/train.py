@@ -20,6 +20,7 @@ from ijckd_jax import checkpoints
 from ijckd_jax import config_utils
 from ijckd_jax import datasets
 from ijckd_jax import experiment
+from ijckd_jax import heads
 from ijckd_jax import hosts
 from ijckd_jax import input_pipeline
 from ijckd_jax import locks
@@ -43,6 +44,7 @@ HOST_FIELDS = (
   'dataset.data_dir',
   'num_workers',
   'teacher.checkpoint',
+  'teacher.others',
   'teacher.store.directory',
 )
 ONE_STEP = (
@@ -56,7 +58,11 @@ logger = logging.getLogger('ijckd_jax')
 
 def distill(
   *,
-  teacher: str | epath.PathLike | teachers.Teacher,
+  teacher: str
+  | epath.PathLike
+  | teachers.Teacher
+  | Sequence[str | epath.PathLike]
+  | Sequence[teachers.Teacher],
   student: str,
   data: Any,
   method: str = 'ijckd',
@@ -68,7 +74,8 @@ def distill(
   """Distils a student from Python, as `main` does from a config.
 
   Args:
-    teacher: folder of a bundle or a run; a teachers.Teacher; or the name of a
+    teacher: folder of a bundle or a run; a teachers.Teacher; several of either,
+      the one whose head is the joint classifier first; or the name of a
       backbone, which is then trained first.
     student: name of a backbone (models.BACKBONES), or `package.module:Name`.
     data: name of a data set (datasets.DATASETS), `package.module:Name`, or a
@@ -103,12 +110,15 @@ def distill(
   )
   if not named:
     config.dataset.fingerprint = data.fingerprint()
-  if isinstance(teacher, teachers.Teacher):
-    config.teacher.backbone = teacher.name
-  elif models.is_name(str(teacher)):
-    config.teacher.backbone, teacher = str(teacher), None
+  several = isinstance(teacher, list | tuple)
+  first, *others = teacher if several else (teacher,)
+  if isinstance(first, teachers.Teacher):
+    config.teacher.backbone = first.name
+  elif models.is_name(str(first)) and not others:
+    config.teacher.backbone, teacher = str(first), None
   else:
-    config.teacher.checkpoint, teacher = str(teacher), None
+    config.teacher.checkpoint, teacher = str(first), None
+    config.teacher.others = tuple(map(str, others))
   config_utils.override(config, settings or {})
   with tempfile.TemporaryDirectory() as scratch:
     return train_and_evaluate(
@@ -126,7 +136,7 @@ def train_and_evaluate(
   workdir: epath.PathLike,
   *,
   dataset: Any = None,
-  teacher: teachers.Teacher | None = None,
+  teacher: teachers.Teacher | Sequence[teachers.Teacher] | None = None,
   writers: Sequence[metric_writer.MetricWriter] = (),
   overwrite: bool = False,
 ) -> results.Result:
@@ -140,7 +150,7 @@ def train_and_evaluate(
     workdir: the run's folder, which all processes see; a teacher that is
       trained goes to `teacher/`.
     dataset: overrides `config.dataset`.
-    teacher: overrides `config.teacher`.
+    teacher: overrides `config.teacher`; one, or several as it lists them.
     writers: further writers of the student's metrics.
     overwrite: start anew where the folder holds a run. A teacher in it that was
       trained by the same config is kept.
@@ -164,7 +174,7 @@ def train_and_evaluate(
   elif exp.judge is not None:
     # By it the run knows a teacher that was changed under the same name.
     config = ml_collections.ConfigDict(config.to_dict())
-    config.teacher.fingerprint = _fingerprint(exp.judge.frozen)
+    config.teacher.fingerprint = _fingerprint(exp.frozen)
     runs = [(dataclasses.replace(exp, config=config), workdir)]
   folders = [(folder, run.config) for run, folder in runs]
   _check_hosts_agree(config)
@@ -195,6 +205,17 @@ def train_and_evaluate(
       )
     else:
       exp, _ = runs[0]
+    if exp.config.teacher.head:
+      fitted = heads.fit_teachers(exp, workdir, splits)
+      exp = dataclasses.replace(
+        experiment.build(
+          exp.config,
+          dataset=exp.dataset,
+          teacher=teacher,
+          heads=[found.head for found in fitted],
+        ),
+        fitted=tuple(found.report for found in fitted),
+      )
     return _run(exp, workdir, splits, writers, stop)
 
 
@@ -226,9 +247,11 @@ def _check_hosts_agree(config: ml_collections.ConfigDict) -> None:
 
 
 def _fingerprint(tree) -> int:
-  """Returns a checksum of a tree's arrays."""
+  """Returns a checksum of a tree's arrays; of a head to be fitted, nothing."""
   checksum = 0
   for leaf in jax.tree.leaves(tree):
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      continue
     checksum = zlib.crc32(np.ascontiguousarray(leaf), checksum)
   return checksum
 
@@ -286,7 +309,7 @@ def _run(exp, workdir, splits, writers, stop) -> results.Result:
   )
   if state.batch_stats['backbone'] and exp.start is None:
     _warn_of_unsettled_statistics(exp, workdir, len(splits['train']))
-  frozen = None if exp.judge is None else mapper.replicate(exp.judge.frozen)
+  frozen = None if exp.frozen is None else mapper.replicate(exp.frozen)
   store = checkpoints.Checkpoints(
     workdir / workdirs.CHECKPOINTS, keep=config.keep_checkpoints
   )
@@ -318,6 +341,7 @@ def _run(exp, workdir, splits, writers, stop) -> results.Result:
     frozen=frozen,
     key=mapper.replicate(key),
     recorder=recorder,
+    refits=heads.Refits(exp, workdir, splits) if config.teacher.refit else None,
     name='student' if exp.distiller.teacher else config.student.backbone,
   )
   try:

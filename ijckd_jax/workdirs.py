@@ -24,6 +24,7 @@ SUMMARY = 'summary.json'
 REPORT = 'report.md'
 PLOTS = 'plots'
 BUNDLE = 'bundle'
+HEADS = 'heads'
 TEACHER_OUTPUTS = 'teacher_outputs'
 CONTENTS = (
   CHECKPOINTS,
@@ -34,6 +35,7 @@ CONTENTS = (
   REPORT,
   PLOTS,
   BUNDLE,
+  HEADS,
   TEACHER_OUTPUTS,
   CONFIG,
 )
@@ -68,9 +70,16 @@ ADDED_FIELDS = {
   'augment.randaugment_layers': 0,
   'augment.randaugment_magnitude': 9,
   'student.init_from': '',
+  'teacher.head': '',
+  'teacher.head_views': 0,
   'teacher.init_from': '',
+  'teacher.joint': 0,
+  'teacher.others': (),
+  'teacher.refit': '',
+  'teacher.refit_epochs': (),
   'teacher.store.dtype': 'float16',
   'teacher.store.views': 0,
+  'teacher.weights': (),
   'unbiased_variance': False,
 }
 MAX_CHANGES = 5
@@ -167,8 +176,13 @@ def read_json(path: epath.Path) -> Any:
 
 def write_text(path: epath.Path, text: str) -> None:
   """Writes a file that is never seen half written."""
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path: epath.Path, data: bytes) -> None:
+  """Writes a file that is never seen half written."""
   partial = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.partial')
-  partial.write_text(text)
+  partial.write_bytes(data)
   partial.replace(path)
 
 

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -292,16 +293,39 @@ def test_teacher_must_fit(refused, finished_run, tmp_path):
   ):
     err = refused(*argv)
     assert f'the {name} tells 9 classes apart, but the data set has 10' in err
-  kernel = np.repeat(params['backbone']['conv1']['kernel'], 3, axis=2)
-  backbone = {**params['backbone'], 'conv1': {'kernel': kernel}}
-  colour = dataclasses.replace(
-    bundle.network.preprocessing, mean=(0.5,) * 3, std=(0.2,) * 3
+  colours = types.SimpleNamespace(
+    class_names=bundle.class_names, image_shape=(8, 8, 3)
   )
-  dataclasses.replace(
+  with pytest.raises(config_utils.UserError, match='images of 1 channels, but'):
+    evaluate._check_fits('teacher', bundle, colours)
+
+
+def in_channels(bundle, number):
+  """Returns a network of grey images that reads them in several channels."""
+  params = bundle.variables['params']
+  kernel = params['backbone']['conv1']['kernel']
+  kernel = np.repeat(kernel / number, number, axis=2)
+  backbone = {**params['backbone'], 'conv1': {'kernel': kernel}}
+  own = bundle.network.preprocessing
+  preprocessing = dataclasses.replace(
+    own, mean=own.mean * number, std=own.std * number
+  )
+  return dataclasses.replace(
     bundle,
-    image_shape=(8, 8, 3),
-    network=dataclasses.replace(bundle.network, preprocessing=colour),
+    image_shape=(8, 8, number),
+    network=dataclasses.replace(bundle.network, preprocessing=preprocessing),
     variables={**bundle.variables, 'params': {**params, 'backbone': backbone}},
-  ).save(tmp_path / 'colour')
-  err = refused('--bundle', workdir, '--teacher', tmp_path / 'colour')
-  assert "the teacher reads images of 3 channels, but the data set's" in err
+  )
+
+
+def test_a_network_of_colours_sees_grey_images_in_all_channels(
+  command, finished_run, tmp_path
+):
+  workdir, _ = finished_run
+  in_channels(bundles.load(workdir), 3).save(tmp_path / 'colour')
+  grey, colour = (
+    json.loads(command('--bundle', folder, '--dataset', 'digits', '--json')[1])
+    for folder in (workdir, tmp_path / 'colour')
+  )
+  assert colour['network']['top1'] == grey['network']['top1']
+  assert colour['network']['nll'] == pytest.approx(grey['network']['nll'])

@@ -26,16 +26,30 @@ LAYERS = {
     'bounds.__main__',
   ),
   # `evaluate` is a command as well; here because loops use it.
-  'loops': ('train', 'loop', 'results', 'evaluate', 'report', 'plots'),
+  'loops': (
+    'train',
+    'loop',
+    'heads',
+    'results',
+    'evaluate',
+    'report',
+    'plots',
+  ),
   'assembly': (
     'bundles',
     'bundle_spec',
+    'converted',
     'torch_backbones',
+    'torch_convert',
+    'torch_flags',
     'torch_identify',
     'torch_import',
     'torch_names',
     'torch_sources',
+    'torch_split',
     'torch_students',
+    'torch_trace',
+    'run_teachers',
     'teachers',
     'distiller',
     'network',
@@ -61,6 +75,7 @@ LAYERS = {
   ),
   'adapters': (
     'parallel',
+    'programs',
     'checkpoints',
     'compilation_cache',
     'cpu_memory',
@@ -79,6 +94,7 @@ LAYERS = {
     'metrics',
     'bounds/',
     'config_utils',
+    'logistic',
     'outputs',
     'roofline',
     'wording',
@@ -99,6 +115,7 @@ SLOW = (
   'tensorflow_datasets',
   'timm',
   'torch',
+  'torchax',
   'torchvision',
 )
 
@@ -235,6 +252,7 @@ def test_commands_read_their_flags_before_they_load_jax():
     'compile',
     'datasets.prepare',
     'torch_weights',
+    'torch_model',
   ):
     roots = {
       name.partition('.')[0] for name in imported_at_once(MODULES[module])

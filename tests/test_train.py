@@ -61,8 +61,13 @@ def test_run_leaves_what_it_promises(finished_run):
   workdir, result = finished_run
   for folder in (workdir, workdir / 'teacher'):
     for name in workdirs.CONTENTS:
-      # Outputs only where they are stored, a divergence where there was one.
-      there = name not in (workdirs.TEACHER_OUTPUTS, workdirs.DIVERGED)
+      # Outputs only where they are stored, a divergence where there was one,
+      # heads where they are fitted.
+      there = name not in (
+        workdirs.TEACHER_OUTPUTS,
+        workdirs.DIVERGED,
+        workdirs.HEADS,
+      )
       assert (folder / name).exists() == there, name
   summary = json.loads((workdir / workdirs.SUMMARY).read_text())
   assert summary == json.loads(json.dumps(result.summary))

@@ -1,0 +1,126 @@
+"""Converts one architecture of each of timm's families, and compares.
+
+  python -m experiments.converted.families --output FILE [FAMILY ...]
+
+Each is made at random, with random statistics of batch norm, converted,
+written, read, and compared with PyTorch. FILE gets a JSON line for each; those
+that it has are left out.
+"""
+
+import argparse
+import gc
+import json
+import os
+import pathlib
+import tempfile
+import time
+import warnings
+
+import jax
+import numpy as np
+
+from ijckd_jax import augment
+from ijckd_jax import bundles
+from ijckd_jax import config_utils
+from ijckd_jax import torch_convert
+
+LIST = pathlib.Path(__file__).with_name('families.json')
+
+
+def randomise(model) -> None:
+  """Gives batch norms statistics that differ, and all that is zero a value."""
+  import torch
+
+  generator = torch.Generator().manual_seed(0)
+  for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    if name.endswith('running_mean'):
+      tensor.data.normal_(0, 0.1, generator=generator)
+    elif name.endswith('running_var'):
+      tensor.data.uniform_(0.5, 1.5, generator=generator)
+    elif tensor.is_floating_point() and tensor.numel() and not tensor.any():
+      # A residual branch that starts at nothing would hide what it computes.
+      tensor.data.normal_(0, 0.02, generator=generator)
+
+
+def measure(family: str, name: str) -> dict[str, object]:
+  """Returns what a conversion took, and how far it is from PyTorch."""
+  import timm
+  import torch
+
+  torch.manual_seed(0)
+  model = timm.create_model(name).eval()
+  randomise(model)
+  config = model.pretrained_cfg
+  preprocessing = augment.Preprocessing(
+    tuple(config['mean']), tuple(config['std']), tuple(config['input_size'][1:])
+  )
+  row = {
+    'family': family,
+    'model': name,
+    'parameters': sum(p.numel() for p in model.parameters()),
+    'image': list(config['input_size']),
+  }
+  start = time.perf_counter()
+  try:
+    result = torch_convert.convert(
+      model, name=name, preprocessing=preprocessing, origin={}
+    )
+  except config_utils.UserError as error:
+    return {**row, 'refused': str(error)}
+  row['seconds'] = time.perf_counter() - start
+  network = result.bundle.network
+  row |= {
+    'pool': result.bundle.pool_name if network.pools_map else 'not of the map',
+    'signed': network.signed,
+    'pooled_signed': network.pooled_signed,
+    'program_bytes': sum(len(p.data) for p in network.programs.values()),
+    'errors': result.errors,
+  }
+  images = np.random.default_rng(1).standard_normal(
+    (2, *result.bundle.image_shape), dtype=np.float32
+  )
+  with tempfile.TemporaryDirectory() as folder:
+    result.bundle.save(folder + '/bundle')
+    loaded = bundles.load(folder + '/bundle')
+  given = np.asarray(jax.jit(loaded.network)(loaded.variables, images).logits)
+  x = torch.from_numpy(images).permute(0, 3, 1, 2)
+  with torch.no_grad():
+    wanted = model(x).numpy()
+    row['loaded'] = relative(given, wanted)
+    # How far either is from the same network in float64.
+    exact = model.double()(x.double()).numpy()
+  row['from_float64'] = relative(given, exact)
+  row['torch_from_float64'] = relative(wanted, exact)
+  return row
+
+
+def relative(given: np.ndarray, wanted: np.ndarray) -> float:
+  """Returns the largest difference, of the largest number."""
+  return float(abs(given - wanted).max() / abs(wanted).max())
+
+
+def main() -> None:
+  """Measures the families that are named, or all."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--output', required=True)
+  parser.add_argument('families', nargs='*')
+  flags = parser.parse_args()
+  warnings.simplefilter('ignore')
+  chosen = json.loads(LIST.read_text())
+  done = set()
+  if os.path.exists(flags.output):
+    with open(flags.output) as file:
+      done = {json.loads(line)['family'] for line in file}
+  for family in flags.families or chosen:
+    if family in done:
+      continue
+    row = measure(family, chosen[family])
+    with open(flags.output, 'a') as file:
+      file.write(json.dumps(row) + '\n')
+    print(json.dumps(row), flush=True)
+    jax.clear_caches()
+    gc.collect()
+
+
+if __name__ == '__main__':
+  main()
