@@ -6,6 +6,7 @@ images that the head is not fitted on.
 
 from collections.abc import Sequence
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -18,9 +19,10 @@ from ijckd_jax import config_utils
 # where nothing is learned to where nothing is held back.
 PENALTIES = tuple(10.0**-power for power in range(8))
 HELD_OUT = 10  # One labelled image of so many, where there is no validation.
-MAX_ITERATIONS = 1000
-# Of the gradient's largest number: what float32 sums leave of it.
-GRADIENT_TOLERANCE = 1e-6
+# Of the gradient's largest number (what float32 sums leave of it), and of the
+# iterations; less where penalties are only compared.
+CONVERGED = (1e-6, 1000)
+COMPARED = (1e-5, 200)
 CHUNK = 8192  # Rows whose logits are in memory at a time.
 SPLIT_STREAM = 3  # Beside those of steps; here it seeds NumPy.
 
@@ -81,7 +83,10 @@ class Fitted:
 def fit(
   train: Features, validation: Features, num_classes: int, *, seed: int
 ) -> Fitted:
-  """Returns the head with the least loss on held-out images.
+  """Returns the head with the strongest penalty that held-out images allow.
+
+  That is the strongest whose mean loss on them is within a standard error of
+  the least: a small kernel has small logits where a student is not right yet.
 
   Args:
     train: to fit on; rows without a label are left out.
@@ -111,25 +116,31 @@ def fit(
     raise config_utils.UserError(
       "the teacher's features are not finite, so no head can be fitted on them"
     )
-  tried, best = [], None
+  tried, solutions = [], []
   problem = _Problem(used, num_classes)
   start = problem.zeros
   for penalty in PENALTIES:
-    start, _ = problem.solve(penalty, start)
-    kernel, bias = problem.head(start)
-    loss, accuracy = evaluate(kernel, bias, chosen_on)
-    tried.append({'penalty': penalty, 'nll': loss, 'top1': accuracy})
-    if best is None or loss < tried[best]['nll']:
-      best, solution = len(tried) - 1, start
-    elif len(tried) - best > 2:
+    start, _ = problem.solve(penalty, start, *COMPARED)
+    solutions.append(start)
+    nll, correct = evaluate(*problem.head(start), chosen_on)
+    tried.append(
+      {
+        'penalty': penalty,
+        'nll': float(nll.mean()),
+        'nll_error': float(nll.std() / math.sqrt(len(nll))),
+        'top1': float(correct.mean()),
+      }
+    )
+    least = min(tried, key=lambda row: row['nll'])
+    if len(tried) - tried.index(least) > 2:
       break  # It has only become worse since.
-  penalty = tried[best]['penalty']
+  allowed = least['nll'] + least['nll_error']
+  best = next(i for i, row in enumerate(tried) if row['nll'] <= allowed)
+  penalty, start = tried[best]['penalty'], solutions[best]
   if used is not train:
     problem = _Problem(train, num_classes)
     start = problem.zeros
-  else:
-    start = solution
-  solution, gradient = problem.solve(penalty, start)
+  solution, gradient = problem.solve(penalty, start, *CONVERGED)
   kernel, bias = problem.head(solution)
   return Fitted(
     kernel,
@@ -138,7 +149,7 @@ def fit(
       'penalty': penalty,
       'examples': len(train),
       'held_out': len(chosen_on) if used is not train else 0,
-      'train_top1': evaluate(kernel, bias, train)[1],
+      'train_top1': float(evaluate(kernel, bias, train)[1].mean()),
       'validation_top1': tried[best]['top1'],
       'validation_nll': tried[best]['nll'],
       'gradient': gradient,
@@ -171,7 +182,13 @@ class _Problem:
     """A start: kernel and bias of zeros, flat."""
     return np.zeros(self._shape[0] * self._shape[1] + self._shape[1])
 
-  def solve(self, penalty: float, start: np.ndarray):
+  def solve(
+    self,
+    penalty: float,
+    start: np.ndarray,
+    tolerance: float,
+    max_iterations: int,
+  ) -> tuple[np.ndarray, float]:
     """Returns the flat solution, and the gradient's largest number there."""
     from scipy import optimize
 
@@ -195,9 +212,9 @@ class _Problem:
       jac=True,
       method='L-BFGS-B',
       options={
-        'maxiter': MAX_ITERATIONS,
-        'maxfun': 2 * MAX_ITERATIONS,
-        'gtol': GRADIENT_TOLERANCE,
+        'maxiter': max_iterations,
+        'maxfun': 2 * max_iterations,
+        'gtol': tolerance,
         'ftol': 0.0,
       },
     )
@@ -231,11 +248,13 @@ def _loss_and_gradient(kernel, bias, x, labels):
   return jax.lax.scan(add, start, (x, labels))[0]
 
 
-def evaluate(kernel, bias, rows: Features) -> tuple[float, float]:
-  """Returns a head's mean negative log-likelihood and accuracy."""
+def evaluate(
+  kernel: np.ndarray, bias: np.ndarray, rows: Features
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns each row's negative log-likelihood, and whether it is right."""
   from scipy import special
 
   logits = rows.pooled.astype(np.float64) @ kernel + bias
   chosen = logits[np.arange(len(rows)), rows.labels]
   nll = special.logsumexp(logits, axis=-1) - chosen
-  return float(nll.mean()), float((logits.argmax(-1) == rows.labels).mean())
+  return nll, logits.argmax(axis=-1) == rows.labels

@@ -165,6 +165,12 @@ def load(data: bytes, what: str) -> Program:
   program = Program(data)
   try:
     exported = program._exported
+    version, newest = (
+      exported.calling_convention_version,
+      export.maximum_supported_calling_convention_version,
+    )
+    if version > newest:
+      raise ValueError(f'its calling convention is {version}, above {newest}')
     text = exported.mlir_module()
     program.takes, program.gives  # noqa: B018 (they raise where it is none)
   except Exception as error:  # Whatever a parser may raise.

@@ -104,8 +104,18 @@ class Teacher:
     }
 
   def __call__(self, frozen, images: jax.Array) -> outputs.Outputs:
-    """Returns the Outputs of the view (B, H, W, C), of 0 to 255."""
+    """Returns the Outputs of the view (B, H, W, C), of 0 to 255.
+
+    Raises:
+      config_utils.UserError: the head is not as wide as the features.
+    """
     result = self.apply(frozen['network'], self.preprocessing(images))
+    width = result.pooled.shape[-1]
+    if frozen['head']['kernel'].shape[0] != width:
+      raise config_utils.UserError(
+        f'teacher {self.name}: its head is {frozen["head"]["kernel"].shape}, '
+        f'but its pooled features are {width} wide'
+      )
     logits = network.classify(frozen['head'], result.pooled)
     return jax.lax.stop_gradient(result.replace(logits=logits))
 
@@ -113,12 +123,6 @@ class Teacher:
     """Returns the shapes of its outputs for images (H, W, C), unrun."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
     result = jax.eval_shape(self, self.frozen, images)
-    width = result.pooled.shape[-1]
-    if self.head['kernel'].shape != (width, self.num_classes):
-      raise config_utils.UserError(
-        f'teacher {self.name}: its head is {self.head["kernel"].shape}, but '
-        f'its pooled features are {width} wide'
-      )
     return outputs.Shapes(
       result.stages,
       result.final,

@@ -20,7 +20,6 @@ from ijckd_jax import teachers
 from ijckd_jax import torch_split
 from ijckd_jax import torch_trace
 
-DTYPES = ('float32', 'bfloat16')
 PACKAGES = ('torch', 'torchax', 'jax')
 # Of a number's scale: more is no rounding, but another network.
 MAX_ERROR = 1e-3
@@ -34,13 +33,13 @@ class Result:
     bundle: it.
     errors: by 'map', 'pooled' and 'logits', the largest difference from
       PyTorch's on random images in float32, of the largest number there; and by
-      'bfloat16 logits' what that costs.
-    how: how its parts were found.
+      'bfloat16 logits', say, what that costs.
+    notes: in sentences, how its parts were found and what is missing.
   """
 
   bundle: bundles.Bundle
   errors: dict[str, float]
-  how: str
+  notes: list[str]
 
 
 def convert(
@@ -73,13 +72,19 @@ def convert(
       f'{len(names)} class names for a head of {num_classes} classes'
     )
 
-  def features(images):
+  def run(images):
     x = images.permute(0, 3, 1, 2)
     if parts.pools_map:
       return parts.final(x)
     return parts.final(x), parts.pooled(x)
 
-  traced = torch_trace.trace(model, features, image_shape)
+  traced = torch_trace.trace(model, run, image_shape)
+  features, notes = {'float32': traced.export(image_shape)}, []
+  try:
+    dtype = jnp.bfloat16
+    features['bfloat16'] = traced.export(image_shape, dtype=dtype)
+  except config_utils.UserError as error:  # Some operators know none.
+    notes.append(f'no program in bfloat16: {error}')
   pool, pool_name, pool_arrays = teachers.average_pool, 'average', {}
   if parts.pool is not None:
     found = torch_trace.trace(model, parts.pool, parts.pool_takes)
@@ -88,12 +93,7 @@ def convert(
     pool_name = programs_lib.PROGRAM
     pool_arrays = {'params': found.arrays} if found.arrays else {}
   network = converted.Converted(
-    features=core.FrozenDict(
-      {
-        dtype: traced.export(image_shape, dtype=jnp.dtype(dtype))
-        for dtype in DTYPES
-      }
-    ),
+    features=core.FrozenDict(features),
     pool=pool,
     preprocessing=preprocessing,
     signed=parts.signed,
@@ -125,7 +125,7 @@ def convert(
         f'{errors[what]:.1e} of the scale away, more than {MAX_ERROR:.0e}; the '
         'network cannot be converted'
       )
-  return Result(bundle, errors, parts.how)
+  return Result(bundle, errors, [f'cut by {parts.how}', *notes])
 
 
 def versions() -> dict[str, str]:
@@ -152,7 +152,7 @@ def _compare(bundle, model, parts) -> dict[str, float]:
     (torch_split.NUM_PROBES, *bundle.image_shape), dtype=np.float32
   )
   with torch.no_grad():
-    x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     wanted = {'map': parts.final(x), 'logits': model(x)}
     average = wanted['map'].mean(dim=(1, 2))
     if parts.pooled is not None:
@@ -165,7 +165,7 @@ def _compare(bundle, model, parts) -> dict[str, float]:
   if not bundle.class_names:
     del wanted['logits']
   given, errors = {}, {}
-  for dtype in DTYPES:
+  for dtype in bundle.network.features:
     network = dataclasses.replace(bundle.network, dtype=jnp.dtype(dtype))
     result = jax.jit(network)(bundle.variables, images)
     given[dtype] = {
@@ -174,8 +174,9 @@ def _compare(bundle, model, parts) -> dict[str, float]:
       'logits': result.logits,
     }
   for what, right in wanted.items():
-    errors[what] = _error(given['float32'][what], right.numpy())
-    errors[f'bfloat16 {what}'] = _error(given['bfloat16'][what], right.numpy())
+    for dtype, found in given.items():
+      name = what if dtype == 'float32' else f'{dtype} {what}'
+      errors[name] = _error(found[what], right.numpy())
   return errors
 
 

@@ -248,7 +248,8 @@ def _notes(result) -> list[str]:
     for name, program in programs.items()
   )
   return [
-    f'cut by {result.how}; {head}',
+    *result.notes,
+    head,
     f'images {shape}: mean {made.mean}, std {made.std}, {made.interpolation}',
     f'map {signs[network.signed]}, pooled features '
     f'{signs[network.pooled_signed]}; pool: {pool}',

@@ -26,11 +26,13 @@ class Traced:
     arrays: by the name that they have in the network.
     trainable: which of them are parameters; the others are buffers.
     fn: `(arrays, x) -> a tree of arrays`, of an example without its batch.
+    model: of which it runs parts.
   """
 
   arrays: dict[str, np.ndarray]
   trainable: frozenset[str]
   fn: Callable[[Any, jax.Array], Any]
+  model: Any
 
   @property
   def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -49,13 +51,17 @@ class Traced:
       shape: of the example, see programs_lib.trace.
       dtype: to which the arrays and the example are cast.
       vjp_order: how often it can be differentiated.
+
+    Raises:
+      config_utils.UserError: it cannot be traced in that dtype.
     """
 
     def fn(arrays, x):
       arrays, x = jax.tree.map(lambda leaf: _cast(leaf, dtype), (arrays, x))
       return self.fn(arrays, x)
 
-    return programs_lib.trace(fn, self.shapes, shape, vjp_order=vjp_order)
+    with _refusing(self.model):
+      return programs_lib.trace(fn, self.shapes, shape, vjp_order=vjp_order)
 
 
 def _cast(x, dtype):
@@ -94,11 +100,8 @@ def trace(model, fn: Callable[[Any], Any], shape: Sequence[int]) -> Traced:
       return jax.tree.map(lambda y: y[0], call(arrays, (x[None],)))
 
   example = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
-  with _where(model) as running:
-    try:
-      jaxpr, _ = jax.make_jaxpr(of_one, return_shape=True)(arrays, example)
-    except Exception as error:  # Of torch, of torchax, of JAX, of the model.
-      raise _untraceable(error, running) from error
+  with _refusing(model):
+    jaxpr = jax.make_jaxpr(of_one)(arrays, example)
   flat, _ = jax.tree.flatten_with_path(arrays)
   names = [path[0].key for path, _ in flat]
   read = {
@@ -122,6 +125,7 @@ def trace(model, fn: Callable[[Any], Any], shape: Sequence[int]) -> Traced:
     fn=lambda mine, x: of_one(
       {**unused, **{f'model.{name}': array for name, array in mine.items()}}, x
     ),
+    model=model,
   )
 
 
@@ -152,8 +156,8 @@ def _linear_by_position(torch):
 
 
 @contextlib.contextmanager
-def _where(model):
-  """Gives a list whose last entry names the module that is running."""
+def _refusing(model):
+  """Says of what goes wrong in tracing a model in which module it does."""
   running = []
 
   def enter(name):
@@ -172,7 +176,9 @@ def _where(model):
     hooks.append(module.register_forward_pre_hook(enter(name)))
     hooks.append(module.register_forward_hook(leave))
   try:
-    yield running
+    yield
+  except Exception as error:  # Of torch, of torchax, of JAX, of the model.
+    raise _untraceable(error, running) from error
   finally:
     for hook in hooks:
       hook.remove()
@@ -182,17 +188,32 @@ def _untraceable(error, running) -> config_utils.UserError:
   """Returns what the user is told of a network that cannot be traced."""
   where = f' in {running[-1]}' if running else ''
   kind = type(error).__name__
-  if kind == 'OperatorNotFound':
-    return config_utils.UserError(
-      f'an operator{where} is not supported by torchax: '
-      f'{config_utils.short(error)}; replace it in the model'
-    )
   if isinstance(error, jax.errors.ConcretizationTypeError):
     return config_utils.UserError(
       f'what is run{where} depends on the numbers in a tensor (an if, a loop '
       f'or an int() of it), which cannot be traced ({kind}): let the model do '
       'the same for all images'
     )
+  operator = _operator(error)
+  if operator:
+    return config_utils.UserError(
+      f'the operator {operator}{where} cannot be traced by torchax ({kind}: '
+      f'{config_utils.short(error)}): replace it in the model'
+    )
   return config_utils.UserError(
     f'the network cannot be traced{where}: {kind}: {config_utils.short(error)}'
   )
+
+
+def _operator(error) -> str:
+  """Returns the operator of PyTorch that raised an error; '' if none did."""
+  import torch
+
+  found, step = '', error.__traceback__
+  while step is not None:
+    for name in ('self', 'func'):
+      value = step.tb_frame.f_locals.get(name)
+      if isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        found = str(value)
+    step = step.tb_next
+  return found

@@ -112,12 +112,19 @@ def _export(flags: argparse.Namespace) -> None:
   output = epath.Path(flags.output)
 
   from ijckd_jax import bundles
+  from ijckd_jax import programs
   from ijckd_jax import torch_files
   from ijckd_jax import torch_names
   from ijckd_jax import workdirs
 
   torch_files.check_suffix(output)
   bundle = bundles.load(flags.bundle, trust_code=flags.trust_code)
+  if bundle.network.programs:
+    raise config_utils.UserError(
+      f'{flags.bundle} cannot be exported to PyTorch: its '
+      + ('pool' if programs.POOL in bundle.network.programs else 'network')
+      + ' is a program, of which there is no torch.nn.Module any more'
+    )
   if output.parent.resolve() == bundles.find(flags.bundle).resolve():
     raise config_utils.UserError(
       f'{output} is inside of the bundle: give another --output'

@@ -24,6 +24,14 @@ from ijckd_jax import bundles
 from ijckd_jax import config_utils
 from ijckd_jax import torch_convert
 
+# What cannot be converted, and how that is said.
+REFUSED = {
+  # Their logits are the mean of two heads, on features of their own.
+  'crossvit': 'its last layer is not linear',
+  'efficientvim': 'its last layer is not linear',
+  # It indexes by a tensor that torchax did not make.
+  'vision_transformer_sam': 'cannot be traced in blocks.0.attn (Attention)',
+}
 LIST = pathlib.Path(__file__).with_name('families.json')
 
 
@@ -82,8 +90,10 @@ def measure(family: str, name: str) -> dict[str, object]:
   with tempfile.TemporaryDirectory() as folder:
     result.bundle.save(folder + '/bundle')
     loaded = bundles.load(folder + '/bundle')
-  given = np.asarray(jax.jit(loaded.network)(loaded.variables, images).logits)
-  x = torch.from_numpy(images).permute(0, 3, 1, 2)
+  given = jax.jit(loaded.network)(loaded.variables, images)
+  # Some have no head: their logits are their features.
+  given = np.asarray(given.logits if loaded.class_names else given.pooled)
+  x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
   with torch.no_grad():
     wanted = model(x).numpy()
     row['loaded'] = relative(given, wanted)
