@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 import math
+import re
 
 from etils import epath
 
@@ -17,7 +18,7 @@ def add_images(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument('--mean', help='of pixels in [0, 1], by commas')
   parser.add_argument('--std', help='likewise')
-  parser.add_argument('--image_size', type=int, help='side in pixels')
+  parser.add_argument('--image_size', help='side in pixels, or 14x28')
   parser.add_argument('--interpolation', help='bilinear (default) or bicubic')
   parser.add_argument('--class_names', help='a file with a name a line')
 
@@ -72,15 +73,24 @@ def preprocessing(flags: argparse.Namespace):
   )
   if not min(std) > 0:
     raise config_utils.UserError(f'--std {flags.std}: it must be positive')
-  config_utils.check_positive('--image_size', flags.image_size)
   interpolation = flags.interpolation or 'bilinear'
   if interpolation not in augment.INTERPOLATIONS:
     raise config_utils.unknown(
       'interpolation', interpolation, augment.INTERPOLATIONS
     )
   return augment.Preprocessing(
-    mean, std, (flags.image_size, flags.image_size), interpolation
+    mean, std, _size(flags.image_size), interpolation
   )
+
+
+def _size(text: str) -> tuple[int, int]:
+  """Returns (H, W) of `SIDE` or `HxW`."""
+  found = re.fullmatch(r'([1-9]\d*)(?:x([1-9]\d*))?', text)
+  if not found:
+    raise config_utils.UserError(
+      f'--image_size {text}: give a side in pixels, or HEIGHTxWIDTH'
+    )
+  return int(found[1]), int(found[2] or found[1])
 
 
 def _numbers(name: str, text: str) -> tuple[float, ...]:

@@ -515,7 +515,7 @@ def test_hashes_are_torchvisions():
     ),
     (
       {'mean': '1,1,1', 'std': '1,1,1', 'image_size': '0'},
-      'image_size=0',
+      '--image_size 0: give a side',
     ),
     (
       {'mean': '0.5', 'std': '0.5', 'image_size': '32'},

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# A frozen ConvNeXt without a head, trained in PyTorch and converted; a head
+# fitted on its features; resnet8 distilled through it, and resnet8 alone.
+# Usage: study.sh WORKDIR [--config.FIELD=VALUE ...]
+# Run again, it goes on where it was stopped. Fashion-MNIST must be prepared.
+set -euo pipefail
+work=${1:?usage: study.sh WORKDIR [--config.FIELD=VALUE ...]}
+mkdir -p "$work"
+[ -e "$work/features.pth" ] ||
+  python -m experiments.converted.train_torch "$work/features.pth"
+[ -e "$work/features" ] ||
+  python -m ijckd_jax.torch_model --checkpoint "$work/features.pth" \
+    --model experiments.converted.train_torch:Features --name convnext \
+    --mean 0.2860 --std 0.3530 --image_size 14x28 --output "$work/features"
+config=configs/fashion_pairs_100.py:resolution=half,num_train=5000
+run() { # NAME SEED METHOD [FLAG ...]
+  python -m ijckd_jax.main --config "$config,method=$3" \
+    --workdir "$work/$1_$2" --config.seed="$2" \
+    --config.dataset.crop_padding=2 --config.total_epochs=20 \
+    --config.eval_epochs=5 "${@:4}"
+}
+teacher=(--config.teacher.checkpoint="$work/features"
+  --config.teacher.backbone=convnext --config.teacher.head=fit)
+for seed in 0 1 2; do
+  run alone "$seed" ce "${@:2}"
+  run fitted "$seed" ijckd "${teacher[@]}" "${@:2}"
+  run refitted "$seed" ijckd "${teacher[@]}" --config.teacher.refit=joint \
+    --config.teacher.refit_epochs='(10.0,)' "${@:2}"
+done
+python -m experiments.converted.collect "$work"
