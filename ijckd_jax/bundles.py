@@ -182,7 +182,11 @@ def _remove_partial(directory):
 
 
 def load(
-  directory: epath.PathLike, *, dtype=None, trust_code: bool = False
+  directory: epath.PathLike,
+  *,
+  dtype=None,
+  trust_code: bool = False,
+  trust_programs: bool | None = None,
 ) -> Bundle:
   """Returns the bundle in a folder, or in a run's folder.
 
@@ -191,12 +195,16 @@ def load(
     dtype: of the computation; None: as in the run that made it.
     trust_code: whether it may name backbones and connectors outside this
       package, as `package.module:Name`. They are imported: their code runs.
+    trust_programs: whether it may hold programs (see there); None: as
+      `trust_code`.
 
   Raises:
     config_utils.UserError: there is no bundle, it is damaged or too new, or it
-      names code that is not trusted.
+      names code, or holds programs, that are not trusted.
   """
   directory = find(directory)
+  if trust_programs is None:
+    trust_programs = trust_code
   # Data from strangers can be wrong in more ways than a list could name, so
   # here whatever goes wrong with it is the user's error, and said in one line.
   try:
@@ -210,7 +218,9 @@ def load(
     directory,
     dtype=dtype,
     trust_code=trust_code,
-    read=lambda name: _read_program(directory, spec, name),
+    read=lambda name: _read_program(
+      directory, spec, name, is_trusted=trust_programs
+    ),
   )
   try:
     wanted = jax.tree.leaves(bundle_spec.shapes(network, pool_backbone, spec))
@@ -251,12 +261,20 @@ def load(
   )
 
 
-def _read_program(directory, spec, name: str) -> programs_lib.Program:
+def _read_program(
+  directory, spec, name: str, *, is_trusted: bool
+) -> programs_lib.Program:
   """Returns one of a bundle's programs.
 
   Raises:
-    config_utils.UserError: it is damaged, or cannot be run here.
+    config_utils.UserError: it is not trusted, damaged, or cannot be run here.
   """
+  if not is_trusted:
+    raise config_utils.UserError(
+      f'the bundle in {directory} holds programs, as its network or its pool '
+      'was converted; XLA reads them, and was not made for files of strangers: '
+      'load it with trust_code=True (--trust_code) if you trust it'
+    )
   file = f'{name}{PROGRAM_SUFFIX}'
   try:
     data = _read(directory, file, MAX_PROGRAM_BYTES)

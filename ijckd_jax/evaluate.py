@@ -159,7 +159,8 @@ def main(argv: list[str]) -> None:
   parser.add_argument(
     '--trust_code',
     action='store_true',
-    help='the bundle may name code outside the package, which is imported',
+    help='the bundle may name code outside the package, which is imported, or '
+    'hold programs',
   )
   parser.add_argument('--json', action='store_true', help='print JSON')
   flags = parser.parse_args(argv)

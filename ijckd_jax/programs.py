@@ -1,7 +1,8 @@
 """Functions of arrays as files: exported by JAX, run wherever it runs.
 
 A program is StableHLO in the envelope of jax.export. It computes, and can do
-nothing else: one that calls out of itself is refused.
+nothing else: one that calls out of itself is refused. But XLA, which reads it,
+was not made for files of strangers: bytes that are wrong can end the process.
 """
 
 from collections.abc import Callable
@@ -152,10 +153,10 @@ def trace(
 
 
 def load(data: bytes, what: str) -> Program:
-  """Returns a program that may come from a stranger.
+  """Returns a program.
 
   Args:
-    data: the file's content.
+    data: the file's content, which must be trusted.
     what: the file, for the message.
 
   Raises:

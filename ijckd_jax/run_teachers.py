@@ -36,7 +36,9 @@ def load(
     if path.startswith(hub.PREFIX):
       bundle, _ = torch_import.read(path, torch_import.Request(dtype=dtype))
     else:
-      bundle = bundles.load(path, dtype=dtype, trust_code=trusted)
+      bundle = bundles.load(
+        path, dtype=dtype, trust_code=trusted, trust_programs=True
+      )
     loaded.append(bundle)
   name = loaded[0].backbone_name
   if section.backbone not in ('', name):

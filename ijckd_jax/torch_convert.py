@@ -17,6 +17,7 @@ from ijckd_jax import config_utils
 from ijckd_jax import converted
 from ijckd_jax import programs as programs_lib
 from ijckd_jax import teachers
+from ijckd_jax import torch_parts
 from ijckd_jax import torch_split
 from ijckd_jax import torch_trace
 
@@ -149,7 +150,7 @@ def _compare(bundle, model, parts) -> dict[str, float]:
   import torch
 
   images = np.random.default_rng(0).standard_normal(
-    (torch_split.NUM_PROBES, *bundle.image_shape), dtype=np.float32
+    (torch_parts.NUM_PROBES, *bundle.image_shape), dtype=np.float32
   )
   with torch.no_grad():
     x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

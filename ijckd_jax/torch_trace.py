@@ -13,7 +13,7 @@ import numpy as np
 
 from ijckd_jax import config_utils
 from ijckd_jax import programs as programs_lib
-from ijckd_jax import torch_split
+from ijckd_jax import torch_parts
 
 INSTALL = "pip install 'ijckd_jax[convert]'"
 
@@ -96,7 +96,7 @@ def trace(model, fn: Callable[[Any], Any], shape: Sequence[int]) -> Traced:
 
   def of_one(arrays, x):
     # By batches of one: a network's Python may ask how large a batch is.
-    with torch_split.unchanged(model), _linear_by_position(torch):
+    with torch_parts.unchanged(model), _linear_by_position(torch):
       return jax.tree.map(lambda y: y[0], call(arrays, (x[None],)))
 
   example = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)

@@ -116,7 +116,7 @@ def assert_near(given, wanted, tolerance=1e-5):
   ],
 )
 def test_what_is_loaded_computes_what_pytorch_computes(saved, kind):
-  bundle, model = bundles.load(saved(kind)), make(kind)
+  bundle, model = bundles.load(saved(kind), trust_code=True), make(kind)
   teacher, images = bundle.teacher(), images_of(bundle)
   for number in (1, 3):  # Any number of images.
     given = outputs_of(teacher, images[:number])
@@ -139,7 +139,7 @@ def test_bfloat16_is_another_program(saved):
   images = None
   results = {}
   for dtype in (jnp.float32, jnp.bfloat16):
-    bundle = bundles.load(saved('resnet'), dtype=dtype)
+    bundle = bundles.load(saved('resnet'), dtype=dtype, trust_code=True)
     images = images_of(bundle) if images is None else images
     teacher = bundle.teacher()
     results[dtype] = outputs_of(teacher, images)
@@ -302,7 +302,7 @@ def test_command(command, tmp_path):
   assert 'a head of 10 classes' in out
   assert 'programs for cpu, cuda, tpu' in out
   assert f'--config.teacher.backbone=timm:{name}' in out
-  bundle = bundles.load(tmp_path / 'out')
+  bundle = bundles.load(tmp_path / 'out', trust_code=True)
   origin = bundle.info['origin']
   data = (tmp_path / 'net.pth').read_bytes()
   assert origin['sha256'] == hashlib.sha256(data).hexdigest()
@@ -334,15 +334,15 @@ def test_command_takes_a_module_with_its_weights(
   common = ('--output', 'out', *IMAGES, '--class_names', names)
   code, _, err = command('--model', 'mine:made', *common)
   assert (code, err) == (0, '')
-  bundle = bundles.load(tmp_path / 'out')
+  bundle = bundles.load(tmp_path / 'out', trust_code=True)
   assert bundle.class_names == ('cat', 'dog', 'fox')
   code, _, err = command(
     *('--model', 'mine:net', '--model_args', 'width=5', '--overwrite', *common)
   )
   assert (code, err) == (0, '')
-  assert bundles.load(tmp_path / 'out').network.shapes(3)['params']['head'][
-    'kernel'
-  ].shape == (5, 3)
+  assert bundles.load(tmp_path / 'out', trust_code=True).network.shapes(3)[
+    'params'
+  ]['head']['kernel'].shape == (5, 3)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +389,7 @@ def damaged(saved, tmp_path):
   """Returns a function that copies a bundle, changes it, and loads it."""
 
   def load(change, name='features_float32.bin', checksum=True, **kwargs):
-    bundle = bundles.load(saved('convnext'))
+    bundle = bundles.load(saved('convnext'), trust_code=True)
     bundle.save(tmp_path / 'copy')
     path = tmp_path / 'copy' / name
     path.write_bytes(change(path.read_bytes()))
@@ -399,7 +399,7 @@ def damaged(saved, tmp_path):
       spec['programs'][name.removesuffix('.bin')] = digest
       (tmp_path / 'copy' / 'bundle.json').write_text(json.dumps(spec))
     with pytest.raises(config_utils.UserError) as refused:
-      bundles.load(tmp_path / 'copy', **kwargs)
+      bundles.load(tmp_path / 'copy', trust_code=True, **kwargs)
     return str(refused.value)
 
   return load
@@ -459,19 +459,19 @@ def test_a_program_that_calls_out_is_refused():
 
 
 def test_a_dtype_without_a_program_is_refused(saved, tmp_path):
-  bundle = bundles.load(saved('resnet'))
+  bundle = bundles.load(saved('resnet'), trust_code=True)
   features = bundle.network.features.pop('bfloat16')[0]
   network = dataclasses.replace(bundle.network, features=features)
   dataclasses.replace(bundle, network=network).save(tmp_path / 'half')
   with pytest.raises(
     config_utils.UserError, match='for float32, not for bfloat16'
   ):
-    bundles.load(tmp_path / 'half', dtype=jnp.bfloat16)
+    bundles.load(tmp_path / 'half', dtype=jnp.bfloat16, trust_code=True)
 
 
 def test_vmap_has_no_rule_for_programs(saved):
   """It is said where a program is described; the steps do without."""
-  teacher = bundles.load(saved('resnet')).teacher()
+  teacher = bundles.load(saved('resnet'), trust_code=True).teacher()
   with pytest.raises(NotImplementedError, match='Batching rule'):
     jax.vmap(teacher, in_axes=(None, 0))(
       teacher.frozen, np.zeros((2, 1, 32, 32, 1), np.uint8)
@@ -480,7 +480,7 @@ def test_vmap_has_no_rule_for_programs(saved):
 
 
 def of_digits(small_config, folder, **fields):
-  bundle = bundles.load(folder)
+  bundle = bundles.load(folder, trust_code=True)
   return small_config(
     **{
       'teacher.checkpoint': str(folder),
@@ -500,7 +500,7 @@ def test_a_student_goes_through_a_converted_pool_and_stands_alone(
   losses = [r['train/loss'] for r in result.history if 'train/loss' in r]
   assert losses[-1] < losses[0]
   assert result.bundle.pool_name == programs.PROGRAM
-  alone = bundles.load(tmp_path / 'run')
+  alone = bundles.load(tmp_path / 'run', trust_code=True)
   assert isinstance(alone.network.pool, programs.Pool)
   assert not isinstance(alone.network, converted.Converted)
   images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1))
@@ -526,7 +526,7 @@ def test_a_student_goes_through_a_converted_pool_and_stands_alone(
 
   with pytest.raises(config_utils.UserError, match='its pool is a program'):
     torch_weights.main(
-      ['export', '--bundle', str(tmp_path / 'run')]
+      ['export', '--trust_code', '--bundle', str(tmp_path / 'run')]
       + ['--output', str(tmp_path / 'student.safetensors')]
     )
 

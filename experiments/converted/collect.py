@@ -8,7 +8,7 @@ import pathlib
 import statistics
 import sys
 
-RUNS = ('alone', 'fitted', 'refitted')
+RUNS = ('alone', 'fitted', 'pooled')
 SEEDS = (0, 1, 2)
 
 
@@ -30,9 +30,6 @@ def main(work: str) -> None:
   result = {
     'top1_last': rows,
     'teacher_top1': [100 * s['teacher']['top1'] for s in found['fitted']],
-    'joint_head_teacher_top1': [
-      100 * s['teacher']['top1'] for s in found['refitted']
-    ],
     'agreement': {
       name: [100 * s['student']['last']['agreement'] for s in found[name]]
       for name in RUNS[1:]

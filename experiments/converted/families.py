@@ -89,7 +89,7 @@ def measure(family: str, name: str) -> dict[str, object]:
   )
   with tempfile.TemporaryDirectory() as folder:
     result.bundle.save(folder + '/bundle')
-    loaded = bundles.load(folder + '/bundle')
+    loaded = bundles.load(folder + '/bundle', trust_programs=True)
   given = jax.jit(loaded.network)(loaded.variables, images)
   # Some have no head: their logits are their features.
   given = np.asarray(given.logits if loaded.class_names else given.pooled)

@@ -15,16 +15,17 @@ mkdir -p "$work"
 config=configs/fashion_pairs_100.py:resolution=half,num_train=5000
 run() { # NAME SEED METHOD [FLAG ...]
   python -m ijckd_jax.main --config "$config,method=$3" \
-    --workdir "$work/$1_$2" --config.seed="$2" \
-    --config.dataset.crop_padding=2 --config.total_epochs=20 \
+    --workdir "$work/$1_$2" --config.seed="$2" --config.total_epochs=20 \
     --config.eval_epochs=5 "${@:4}"
 }
+# The teacher was trained without crops, and is lost on them.
 teacher=(--config.teacher.checkpoint="$work/features"
-  --config.teacher.backbone=convnext --config.teacher.head=fit)
+  --config.teacher.backbone=convnext --config.teacher.head=fit
+  --config.teacher.store.views=1)
 for seed in 0 1 2; do
   run alone "$seed" ce "${@:2}"
   run fitted "$seed" ijckd "${teacher[@]}" "${@:2}"
-  run refitted "$seed" ijckd "${teacher[@]}" --config.teacher.refit=joint \
-    --config.teacher.refit_epochs='(10.0,)' "${@:2}"
+  run pooled "$seed" ijckd "${teacher[@]}" \
+    --config.method.feature_site=pooled "${@:2}"
 done
 python -m experiments.converted.collect "$work"

@@ -53,7 +53,7 @@ def main(bundle: str) -> None:
 
   device = compile_lib.topology_devices(TOPOLOGY)[0]
   for dtype in (jnp.float32, jnp.bfloat16):
-    converted = bundles.load(bundle, dtype=dtype).teacher()
+    converted = bundles.load(bundle, dtype=dtype, trust_programs=True).teacher()
     native = run_teachers.abstract(
       'resnet50', datasets.get('imagenet2012')(), converted.preprocessing, dtype
     )
