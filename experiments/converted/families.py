@@ -29,6 +29,8 @@ REFUSED = {
   # Their logits are the mean of two heads, on features of their own.
   'crossvit': 'its last layer is not linear',
   'efficientvim': 'its last layer is not linear',
+  # Its logits are the class token's and, in part, the patches'.
+  'volo': 'its last layer is not linear',
   # It indexes by a tensor that torchax did not make.
   'vision_transformer_sam': 'cannot be traced in blocks.0.attn (Attention)',
 }
@@ -109,18 +111,55 @@ def relative(given: np.ndarray, wanted: np.ndarray) -> float:
   return float(abs(given - wanted).max() / abs(wanted).max())
 
 
+def table(rows: list[dict]) -> str:
+  """Returns the rows as Markdown."""
+  lines = [
+    '| family | model | parameters | pool | map | z | map off | z off | '
+    'logits off | from float64 | PyTorch from float64 | kB | s |',
+    f'|---|---|--:|---|---|---|{"--:|" * 7}',
+  ]
+  for row in sorted(rows, key=lambda row: row['family']):
+    start = f'| {row["family"]} | {row["model"]} | {row["parameters"]:,} |'
+    if 'refused' in row:
+      lines.append(f'{start} refused: {row["refused"].partition(":")[0]} |')
+      continue
+    errors = row['errors']
+    numbers = (
+      errors['map'],
+      errors['pooled'],
+      row['loaded'],
+      row['from_float64'],
+      row['torch_from_float64'],
+    )
+    signs = {True: '+-', False: '+'}
+    lines.append(
+      f'{start} {row["pool"]} | {signs[row["signed"]]} | '
+      f'{signs[row["pooled_signed"]]} | '
+      + ' | '.join(f'{number:.1e}' for number in numbers)
+      + f' | {row["program_bytes"] / 1e3:.0f} | {row["seconds"]:.0f} |'
+    )
+  return '\n'.join(lines)
+
+
 def main() -> None:
   """Measures the families that are named, or all."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--output', required=True)
+  parser.add_argument(
+    '--table', action='store_true', help='print what FILE has, and no more'
+  )
   parser.add_argument('families', nargs='*')
   flags = parser.parse_args()
   warnings.simplefilter('ignore')
   chosen = json.loads(LIST.read_text())
-  done = set()
+  rows = []
   if os.path.exists(flags.output):
     with open(flags.output) as file:
-      done = {json.loads(line)['family'] for line in file}
+      rows = [json.loads(line) for line in file]
+  if flags.table:
+    print(table(rows))
+    return
+  done = {row['family'] for row in rows}
   for family in flags.families or chosen:
     if family in done:
       continue
