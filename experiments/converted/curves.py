@@ -19,7 +19,7 @@ NUM_STEPS = 200
 GREY = augment.Preprocessing((0.3,), (0.3,), (32, 32))
 VIT = {'img_size': 32, 'patch_size': 8, 'depth': 4}
 TEACHERS = {
-  'ResNet': ('resnet18', {}),
+  'ResNet': ('resnet10t', {}),
   'ConvNeXt': ('convnext_atto', {}),
   'ViT, class token': ('vit_tiny_patch16_224', VIT),
   'ViT, average': ('vit_tiny_patch16_224', {**VIT, 'global_pool': 'avg'}),
@@ -57,7 +57,7 @@ def run(family: str, teacher: pathlib.Path, workdir, devices: int):
     'total_steps': NUM_STEPS,
     'log_epochs': 0.0,
     'log_steps': 1,
-    'batch_size': 64,
+    'batch_size': 32,
     'eval_batch_size': 120,
     'eval_epochs': 0.0,
     'eval_steps': NUM_STEPS,
