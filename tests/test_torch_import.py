@@ -531,7 +531,7 @@ def test_hashes_are_torchvisions():
     ),
     (
       {'mean': '1,1,1', 'std': '1,1,1', 'image_size': '-1'},
-      'image_size=-1',
+      '--image_size -1: give a side',
     ),
     (
       {
