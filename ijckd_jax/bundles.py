@@ -195,8 +195,8 @@ def load(
     dtype: of the computation; None: as in the run that made it.
     trust_code: whether it may name backbones and connectors outside this
       package, as `package.module:Name`. They are imported: their code runs.
-    trust_programs: whether it may hold programs (see there); None: as
-      `trust_code`.
+    trust_programs: whether it may hold programs, which XLA reads (see the
+      module programs); None: as `trust_code`.
 
   Raises:
     config_utils.UserError: there is no bundle, it is damaged or too new, or it

@@ -77,10 +77,9 @@ class Converted:
     for name, shape in arrays.items():
       kinds['batch_stats' if name in self.buffers else 'params'][name] = shape
     made = {kind: {'backbone': arrays} for kind, arrays in kinds.items()}
-    made['pool'] = (
-      self.pool.shapes if isinstance(self.pool, programs_lib.Pool) else {}
-    )
+    made['pool'] = {}
     if isinstance(self.pool, programs_lib.Pool):
+      made['pool'] = self.pool.shapes
       (width,) = self.pool.program.gives
     elif self.pools_map:
       width = self._program.gives[-1]

@@ -177,7 +177,7 @@ def _load_weights(model, flags):
         f'{flags.model} starts at random: give its weights by --checkpoint'
       )
     return None, {}
-  preprocessing, origin, path = None, {}, source
+  preprocessing, path = None, source
   if source.startswith(hub.PREFIX):
     found = hub.download(source)
     if 'model.safetensors' not in found.files:
