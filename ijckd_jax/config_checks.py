@@ -28,6 +28,15 @@ def check_numbers(config, *, teacher_given: bool = False) -> None:
     raise config_utils.unknown('bundle', config.bundle, ('last', 'best'))
   if config.seed < 0 or config.teacher.seed < 0:
     raise config_utils.UserError('a seed cannot be negative')
+  if not 0 < config.bounds.delta < 1:
+    raise config_utils.UserError(
+      f'bounds.delta={config.bounds.delta}: give a probability between 0 and 1'
+    )
+  if config.bounds.fit_examples < 0:
+    raise config_utils.UserError(
+      f'bounds.fit_examples={config.bounds.fit_examples}: it cannot be '
+      'negative; 0 fits nothing'
+    )
   store = config.teacher.store
   if store.views < 0:
     raise config_utils.UserError(

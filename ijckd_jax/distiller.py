@@ -186,6 +186,16 @@ class Distiller:
     return result, batch_stats
 
   @property
+  def connected_network(self) -> network_lib.Network | None:
+    """The student through the teacher's head; None: it has no connector to it.
+
+    It is `deployed_network` itself where that is how it predicts.
+    """
+    if self.network.connector is None:
+      return None
+    return self.deployed_network if self.reuses_head else self.network
+
+  @property
   def deployed_network(self) -> network_lib.Network:
     """The network that predicts alone.
 
@@ -209,15 +219,44 @@ class Distiller:
       frozen: the teacher's arrays, whose head and pool become the student's
         where its head is reused.
     """
-    dropped = {_connector(number) for number, _ in enumerate(self.others, 1)}
-    if not self.reuses_head:
-      dropped.add('connector')
+    if self.reuses_head:
+      return self._connected(variables, frozen)
     kept = {
-      kind: {k: v for k, v in variables[kind].items() if k not in dropped}
+      kind: {
+        name: tree
+        for name, tree in variables[kind].items()
+        if name in ('backbone', 'head')
+      }
       for kind in network_lib.COLLECTIONS
     }
-    if not self.reuses_head:
-      return {**kept, 'pool': {}}
+    return {**kept, 'pool': {}}
+
+  def apart(self, variables, frozen) -> dict[str, Any] | None:
+    """Returns the variables of `connected_network`, where it is not deployed.
+
+    Args:
+      variables: as `deployed` takes them.
+      frozen: as `deployed` takes it.
+    """
+    if self.reuses_head or self.network.connector is None:
+      return None
+    return self._connected(variables, frozen)
+
+  def _connected(self, variables, frozen) -> dict[str, Any]:
+    """Returns the variables of the student through the teacher's head.
+
+    Args:
+      variables: as `deployed` takes them.
+      frozen: as `deployed` takes it.
+    """
+    kept = {
+      kind: {
+        name: tree
+        for name, tree in variables[kind].items()
+        if name in ('backbone', 'connector')
+      }
+      for kind in network_lib.COLLECTIONS
+    }
     kept['params']['head'] = frozen['head']
     # A connector on pooled features stands behind the pool.
     return {**kept, 'pool': frozen['pool'] if self.network.pools_map else {}}

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import json
-from typing import Any
 
 import numpy as np
 
@@ -42,8 +41,14 @@ class Evaluation:
 
 
 def make_evaluator(
-  network, *, mapper, batch_size: int, teacher=None, num_workers: int = 0
-) -> Callable[[Any, Any, Any], Evaluation]:
+  network,
+  *,
+  mapper,
+  batch_size: int,
+  teacher=None,
+  connected=None,
+  num_workers: int = 0,
+) -> Callable[..., Evaluation]:
   """Returns a compiled evaluation that counts every example once.
 
   Args:
@@ -51,11 +56,13 @@ def make_evaluator(
     mapper: parallel.Mapper.
     batch_size: rows of all devices together.
     teacher: teachers.Teacher to compare with, or None.
+    connected: the network through the teacher's head, see steps.eval_step.
     num_workers: processes that decode images which do not lie in memory.
 
   Returns:
     A function of the network's variables, the teacher's arrays as the mapper
-    placed them (None without a teacher) and datasets.Arrays.
+    placed them (None without a teacher), datasets.Arrays and, where `connected`
+    is another network, its variables.
   """
   import jax
   from jax.experimental import multihost_utils
@@ -64,15 +71,28 @@ def make_evaluator(
   from ijckd_jax import metrics
   from ijckd_jax import parallel
   from ijckd_jax import steps
+  from ijckd_jax.bounds import pointwise
 
   p_eval_step = mapper.map(
-    functools.partial(steps.eval_step, network=network, teacher_fn=teacher),
+    functools.partial(
+      steps.eval_step,
+      network=network,
+      teacher_fn=teacher,
+      connected=connected,
+    ),
     rows_in=(False, False, True),
     rows_out=True,
   )
 
-  def evaluate(variables, frozen, arrays) -> Evaluation:
-    variables = mapper.replicate(variables)
+  def evaluate(variables, frozen, arrays, seen=None) -> Evaluation:
+    variables = mapper.replicate({'student': variables, 'connected': seen})
+    judge, head = None, None
+    if teacher is not None:
+      head = variables['student' if seen is None else 'connected']
+      head = jax.device_get(head['params']['head'])
+      judge = {'teacher': frozen, 'head': None}
+      if connected is not None:
+        judge['head'] = mapper.replicate(pointwise.describe(head))
     batches = input_pipeline.eval_batches(
       arrays,
       batch_size=batch_size,
@@ -81,7 +101,7 @@ def make_evaluator(
       num_workers=num_workers,
     )
     results = (
-      (batch, *p_eval_step(variables, frozen, mapper.shard(batch)))
+      (batch, *p_eval_step(variables, judge, mapper.shard(batch)))
       for batch in batches
     )
     totals, rows = None, []
@@ -99,7 +119,7 @@ def make_evaluator(
     chosen = np.flatnonzero(joined['mask'])
     chosen = chosen[np.argsort(joined['index'][chosen])]
     joined = {name: values[chosen] for name, values in joined.items()}
-    num_classes = variables['params']['head']['bias'].shape[0]
+    num_classes = variables['student']['params']['head']['bias'].shape[0]
 
     def evaluation(name, more, below):
       return Evaluation(
@@ -113,6 +133,7 @@ def make_evaluator(
     if teacher is None:
       return evaluation('student', {}, None)
     pair = metrics.summarize_pair(totals['pair'])
+    pair |= pointwise.summarize(totals['bounds'], *head['kernel'].shape)
     return evaluation('student', pair, evaluation('teacher', {}, None))
 
   return evaluate
@@ -126,12 +147,8 @@ def _confusion(labels, predictions, num_classes):
   return counts
 
 
-def main(argv: list[str]) -> None:
-  """Runs the command."""
-  parser = config_utils.ArgumentParser(
-    prog='python -m ijckd_jax.evaluate',
-    description='Evaluates a bundle, by itself, on a data set.',
-  )
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """Adds what says which network is run, on what, and how."""
   parser.add_argument(
     '--bundle', required=True, help='folder of a bundle, or of a finished run'
   )
@@ -143,10 +160,6 @@ def main(argv: list[str]) -> None:
     '--dataset_fields', help='key=value,key=value; default: as in training'
   )
   parser.add_argument('--data_dir', help='where the data sets lie')
-  parser.add_argument(
-    '--split', default='test', choices=('train', 'validation', 'test')
-  )
-  parser.add_argument('--teacher', help='bundle or run to compare with')
   parser.add_argument(
     '--batch_size', type=int, help='default: as in the run that made the bundle'
   )
@@ -162,23 +175,39 @@ def main(argv: list[str]) -> None:
     help='the bundle may name code outside the package, which is imported, or '
     'hold programs',
   )
+
+
+def main(argv: list[str]) -> None:
+  """Runs the command."""
+  parser = config_utils.ArgumentParser(
+    prog='python -m ijckd_jax.evaluate',
+    description='Evaluates a bundle, by itself, on a data set.',
+  )
+  add_flags(parser)
+  parser.add_argument(
+    '--split', default='test', choices=('train', 'validation', 'test')
+  )
+  parser.add_argument('--teacher', help='bundle or run to compare with')
   parser.add_argument('--json', action='store_true', help='print JSON')
   flags = parser.parse_args(argv)
 
   from ijckd_jax import bundles
   from ijckd_jax import compilation_cache
+  from ijckd_jax import pairs
   from ijckd_jax import parallel
 
   compilation_cache.enable(compilation_cache.DEFAULT)
   bundle = bundles.load(flags.bundle, trust_code=flags.trust_code)
-  batch_size = _batch_size(bundle, flags)
-  dataset = _dataset(bundle, flags)
-  _check_fits('bundle', bundle, dataset)
-  teacher = None
+  batch_size = batch_size_of(bundle, flags)
+  dataset = dataset_of(bundle, flags)
+  check_fits('bundle', bundle, dataset)
+  teacher, connected = None, None
   if flags.teacher:
     judge = bundles.load(flags.teacher, trust_code=flags.trust_code)
-    _check_fits('teacher', judge, dataset)
+    check_fits('teacher', judge, dataset)
     teacher = judge.teacher()
+    if pairs.sees(bundle.network, bundle.variables, teacher):
+      connected = bundle.network
   arrays = dataset.load(flags.split)
   if not len(arrays):
     raise config_utils.UserError(f'the split {flags.split!r} is empty')
@@ -188,6 +217,7 @@ def main(argv: list[str]) -> None:
     mapper=mapper,
     batch_size=batch_size,
     teacher=teacher,
+    connected=connected,
     num_workers=flags.num_workers,
   )
   frozen = mapper.replicate(teacher.frozen) if teacher else None
@@ -204,7 +234,7 @@ def main(argv: list[str]) -> None:
     print(f'{name}: {shown}')
 
 
-def _batch_size(bundle, flags: argparse.Namespace) -> int:
+def batch_size_of(bundle, flags: argparse.Namespace) -> int:
   """Returns the rows of a batch, which the devices share."""
   import jax
 
@@ -220,7 +250,7 @@ def _batch_size(bundle, flags: argparse.Namespace) -> int:
   return batch_size
 
 
-def _check_fits(what: str, bundle, dataset) -> None:
+def check_fits(what: str, bundle, dataset) -> None:
   """Raises where a bundle cannot be evaluated on a data set."""
   num_classes = len(dataset.class_names)
   if num_classes != len(bundle.class_names):
@@ -235,7 +265,7 @@ def _check_fits(what: str, bundle, dataset) -> None:
     )
 
 
-def _dataset(bundle, flags: argparse.Namespace):
+def dataset_of(bundle, flags: argparse.Namespace):
   """Returns the data set that the flags ask for."""
   from ijckd_jax import datasets
 

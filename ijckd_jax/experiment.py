@@ -111,6 +111,9 @@ def default_config(
     config[f'{what}_examples'] = 0
   config.keep_checkpoints = 2  # The last ones; the best is kept beside them.
   config.bundle = 'last'  # Or 'best', by the validation split or the test set.
+  # Of the report at the end: with what probability any of its limits may fail,
+  # and on how many training images the joint head is fitted; 0: on none.
+  config.bounds = {'delta': 0.05, 'fit_examples': 5000}
   config.mapper = 'pmap'
   config.num_workers = 0  # Processes that decode images; 0: a thread does.
   # After which a silent host is taken for dead, and the others are aborted.

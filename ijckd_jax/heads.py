@@ -2,22 +2,20 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
-import functools
 import json
 import logging
 from typing import Any
 
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 import safetensors.numpy
 
 from ijckd_jax import config_utils
+from ijckd_jax import features as features_lib
 from ijckd_jax import hosts
 from ijckd_jax import input_pipeline
 from ijckd_jax import logistic
-from ijckd_jax import steps
 from ijckd_jax import workdirs
 
 logger = logging.getLogger('ijckd_jax')
@@ -43,44 +41,26 @@ def features(
       the same seed sees in its first epochs.
   """
   config, mapper = exp.config, exp.mapper
-  key = mapper.replicate(jax.random.key(config.seed))
   variables = tuple(variables)
-  parts = []
 
-  def run(batches, augmentation, chosen):
-    step = mapper.map(
-      functools.partial(
-        steps.feature_step, functions=functions, augmentation=augmentation
-      ),
-      rows_in=(False, True, False),
-      rows_out=True,
+  def function(variables, images):
+    pairs = zip(functions, variables, strict=True)
+    return tuple(function(own, images) for function, own in pairs)
+
+  parts = [
+    features_lib.of_split(
+      function,
+      variables,
+      arrays,
+      mapper=mapper,
+      batch_size=config.eval_batch_size,
+      num_workers=config.num_workers,
     )
-    found = []
-    for batch in batches:
-      batch.pop('bad', None)
-      _, rows = step(variables, mapper.shard(batch), key)
-      rows = {**mapper.rows(rows), 'chosen': chosen(batch)}
-      rows['view'] = batch.get('epoch', np.full(len(batch['index']), -1))
-      found.append(rows)
-    joined = jax.tree.map(lambda *x: np.concatenate(x), *found)
-    if jax.process_count() > 1:
-      joined = multihost_utils.process_allgather(joined, tiled=True)
-    order = np.lexsort((joined['index'], joined['view']))
-    order = order[joined['chosen'][order]]
-    parts.append(jax.tree.map(lambda x: x[order], joined))
-
-  clean = input_pipeline.eval_batches(
-    arrays,
-    batch_size=config.eval_batch_size,
-    process_index=jax.process_index(),
-    num_processes=jax.process_count(),
-    num_workers=config.num_workers,
-  )
-  run(clean, None, lambda batch: batch['mask'])
+  ]
   if views:
     size = config.batch_size
     first = size // jax.process_count() * jax.process_index()
-    augmented = input_pipeline.train_batches(
+    batches = input_pipeline.train_batches(
       arrays,
       batch_size=size,
       seed=config.seed,
@@ -89,11 +69,21 @@ def features(
       rows=slice(first, first + size // jax.process_count()),
       num_workers=config.num_workers,
     )
-    run(augmented, exp.augmentation, lambda batch: batch['epoch'] < views)
+    parts.append(
+      features_lib.of_batches(
+        function,
+        variables,
+        batches,
+        lambda batch: batch['epoch'] < views,
+        mapper=mapper,
+        key=mapper.replicate(jax.random.key(config.seed)),
+        augmentation=exp.augmentation,
+      )
+    )
   return [
     logistic.join(
       [
-        logistic.Features(part['pooled'][number], part['label'], part['index'])
+        logistic.Features(part['rows'][number], part['label'], part['index'])
         for part in parts
       ]
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import dataclasses
+import functools
 import logging
 import os
 import signal
@@ -195,12 +196,6 @@ class Loop:
     p_filling_step = exp.map_train_step(
       exp.train_step(tx, steps.filling_step), rows_out=True
     )
-    evaluator = evaluate.make_evaluator(
-      exp.distiller.deployed_network,
-      mapper=exp.mapper,
-      batch_size=config.eval_batch_size,
-      num_workers=config.num_workers,
-    )
     split = self.ranking_split
     frozen = self.frozen
     if start and self.refits is not None:
@@ -259,8 +254,7 @@ class Loop:
           progress.sums = {}
         score = None
         if evaluation:
-          variables = exp.distiller.deployed(state.evaluated, frozen)
-          result = evaluator(variables, None, self.splits[split]).metrics
+          result = self.evaluate(state.evaluated, frozen, split).metrics
           score = result['top1']
           row = {f'{split}/{name}': value for name, value in result.items()}
           self.writer.write(step, {'epoch': epoch, **row})
@@ -281,6 +275,34 @@ class Loop:
           frozen = self.refits.after(step, state, frozen)
         clock = time.perf_counter()
     return state
+
+  def evaluate(self, variables, frozen, split: str) -> evaluate.Evaluation:
+    """Evaluates a state on a split, beside the teacher if there is one.
+
+    Args:
+      variables: 'params' and 'batch_stats' of the student.
+      frozen: the teachers' arrays, placed.
+      split: of `splits`.
+    """
+    distiller = self.experiment.distiller
+    return self._evaluator(
+      distiller.deployed(variables, frozen),
+      frozen,
+      self.splits[split],
+      distiller.apart(variables, frozen),
+    )
+
+  @functools.cached_property
+  def _evaluator(self):
+    exp = self.experiment
+    return evaluate.make_evaluator(
+      exp.distiller.deployed_network,
+      mapper=exp.mapper,
+      batch_size=exp.config.eval_batch_size,
+      teacher=exp.judge,
+      connected=exp.distiller.connected_network,
+      num_workers=exp.config.num_workers,
+    )
 
   def _save(self, step, state, score, progress) -> None:
     """Starts to save a state on the host, which is good, after its metrics."""

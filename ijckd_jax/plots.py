@@ -40,6 +40,7 @@ STYLE = {
   'grid.linewidth': 0.7,
   'legend.edgecolor': 'white',
   'lines.linewidth': 1.4,
+  'svg.hashsalt': 'ijckd_jax',  # Or the same figure would be another file.
   'savefig.bbox': 'tight',  # The layout of square axes can overflow.
   'savefig.pad_inches': 0.05,
   'text.color': INK,
@@ -52,11 +53,11 @@ STYLE = {
 
 
 class Section(NamedTuple):
-  """A part of the page; `png` is None where there is nothing to draw."""
+  """A part of the page; `pictures` are by format, none: nothing is drawn."""
 
   title: str
   stem: str
-  png: bytes | None
+  pictures: dict[str, bytes]
   text: str
 
 
@@ -78,36 +79,44 @@ def draw(
       _images(summary, evaluation, arrays, class_names),
     ]
     return [
-      Section(title, stem, figure and _png(figure), text)
+      Section(title, stem, render(figure, 'png'), text)
       for title, stem, figure, text in sections
     ]
 
 
-def _png(figure) -> bytes:
-  stream = io.BytesIO()
-  figure.savefig(stream, format='png')
-  return stream.getvalue()
+def render(figure, *formats: str) -> dict[str, bytes]:
+  """Returns a figure by format; nothing where there is none."""
+  pictures = {}
+  for form in formats if figure else ():
+    stream = io.BytesIO()
+    # Without a date, the same figure is the same file.
+    undated = {'Date': None} if form == 'svg' else {}
+    figure.savefig(stream, format=form, metadata=undated)
+    pictures[form] = stream.getvalue()
+  return pictures
 
 
-def _figure(width, height):
+def new_figure(width: float, height: float):
+  """Returns an empty figure of a size in inches."""
   from matplotlib import figure  # Not pyplot: it keeps figures and a backend.
 
   return figure.Figure(figsize=(width, height))
 
 
-def _series(history, key, factor=1):
+def points_of(history, key, factor=1):
   """Returns epochs and values of the rows that hold a number for `key`."""
   rows = [row for row in history if math.isfinite(row.get(key, math.nan))]
   return [row['epoch'] for row in rows], [factor * row[key] for row in rows]
 
 
-def _draw(ax, epochs, values, color):
+def draw_line(ax, epochs, values, color) -> None:
+  """Draws values over epochs."""
   # A single point makes no line, and few are worth telling apart.
   marker = 'o' if len(epochs) <= 25 else ''
   ax.plot(epochs, values, color=color, marker=marker, markersize=3.5)
 
 
-def _scale_decades(ax, num_decades):
+def scale_decades(ax, num_decades):
   """Makes the axis logarithmic, with plain numbers."""
   from matplotlib import ticker
 
@@ -118,7 +127,8 @@ def _scale_decades(ax, num_decades):
   ax.yaxis.set_minor_locator(ticker.NullLocator())
 
 
-def _scale_epochs(ax, history):
+def scale_epochs(ax, history) -> None:
+  """Makes the horizontal axis one of epochs."""
   from matplotlib import ticker
 
   last = history[-1]['epoch']
@@ -129,7 +139,7 @@ def _scale_epochs(ax, history):
   )
 
 
-def _label_ends(ax, ends):
+def label_ends(ax, ends):
   """Writes (y, text, colour) right of the axes, apart where they would meet."""
   ax.get_ylim()  # Scales the axes to what is drawn.
   to_axes = ax.transData + ax.transAxes.inverted()
@@ -153,26 +163,26 @@ def _losses(summary, history) -> tuple:
   colors = itertools.cycle(TERMS)
   looks = {name: (name, next(colors)) for name in terms}
   looks['loss'] = ('total', INK)
-  series = {name: _series(history, f'train/{name}') for name in looks}
+  series = {name: points_of(history, f'train/{name}') for name in looks}
   if len(terms) == 1 and series['loss'] == series[terms[0]]:
     del series[terms[0]]  # The total would hide it.
     looks['loss'] = (f'{terms[0]} = total', INK)
-  figure = _figure(WIDTH, 3.4)
+  figure = new_figure(WIDTH, 3.4)
   ax = figure.subplots()
   ends = []
   for name, (epochs, values) in series.items():
     label, color = looks[name]
-    _draw(ax, epochs, values, color)
+    draw_line(ax, epochs, values, color)
     ends.append((values[-1], label, color))
   ax.set_ylabel('loss in training')
   values = np.concatenate([values for _, values in series.values()])
   logarithmic = values.min() > 0 and values.max() > 30 * values.min()
   if logarithmic:
-    _scale_decades(ax, math.log10(values.max() / values.min()))
+    scale_decades(ax, math.log10(values.max() / values.min()))
   else:
     ax.set_ylim(bottom=min(0, values.min()))
-  _scale_epochs(ax, history)
-  _label_ends(ax, ends)
+  scale_epochs(ax, history)
+  label_ends(ax, ends)
   method = summary['config']['method']
   weights = ', '.join(
     f'{name} {method[f"{name}_weight"]:g}'
@@ -193,16 +203,16 @@ def _losses(summary, history) -> tuple:
 def _accuracy(summary, history) -> tuple:
   """Draws training and test or validation accuracy, and the teacher's."""
   split, teacher = summary['best_by'], summary['teacher']
-  figure = _figure(WIDTH, 3.4)
+  figure = new_figure(WIDTH, 3.4)
   ax = figure.subplots()
   ends, settled = [], []
   for key, label, color in (
     ('train/accuracy', 'training', GREY),
     (f'{split}/top1', split, STUDENT),
   ):
-    epochs, values = _series(history, key, factor=100)
+    epochs, values = points_of(history, key, factor=100)
     if epochs:
-      _draw(ax, epochs, values, color)
+      draw_line(ax, epochs, values, color)
       ends.append((values[-1], f'{label} {values[-1]:.2f}', color))
       settled += values[len(values) // 5 :]
   if teacher:
@@ -227,8 +237,8 @@ def _accuracy(summary, history) -> tuple:
   settled += [y for y, _, _ in ends]
   room = 0.08 * max(max(settled) - min(settled), 1)
   ax.set_ylim(min(settled) - room, max(settled) + room)
-  _scale_epochs(ax, history)
-  _label_ends(ax, ends)
+  scale_epochs(ax, history)
+  label_ends(ax, ends)
   text = wording.join(
     f'Look how far {split} stays below training (over-fitting), and whether it '
     'has levelled off.',
@@ -268,7 +278,7 @@ def _confusions(summary, evaluation, class_names) -> tuple:
   # Pale yellow would be lost on white, where nothing went wrong.
   ramp = matplotlib.colormaps['YlOrRd'](np.linspace(0.2, 1, 256))
   diagonal = np.where(np.eye(num_classes), 0, np.nan)
-  figure = _figure(WIDTH if len(panels) == 2 else WIDTH / 2 + 0.6, 4.1)
+  figure = new_figure(WIDTH if len(panels) == 2 else WIDTH / 2 + 0.6, 4.1)
   axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
   for ax, name, rate, error in zip(axes, panels, rates, errors, strict=True):
     image = ax.imshow(
@@ -279,7 +289,7 @@ def _confusions(summary, evaluation, class_names) -> tuple:
     ax.set_title(f'{name}: {panels[name].metrics["top1"]:.2%} right')
     ax.set_xlabel('predicted class')
     if named:
-      ticks = [_shorten(name, 14) for name in class_names]
+      ticks = [shorten(name, 14) for name in class_names]
       upright = 90 if sum(map(len, ticks)) > 40 else 0
       ax.set_xticks(range(num_classes), ticks, rotation=upright)
       ax.set_yticks(range(num_classes), ticks)
@@ -336,7 +346,7 @@ def _write_cells(ax, rates, dark):
     ax.text(j, i, f'{percent[i, j]:.0f}', color=color, **look)
 
 
-def _shorten(name, width):
+def shorten(name, width):
   return name if len(name) <= width else f'{name[: width - 1]}…'
 
 
@@ -380,7 +390,7 @@ def _draw_images(images, labels, predictions):
   num_rows = -(-len(images) // columns)
   num_lines = 1 if longest <= 4 else 2
   cell_height = (cell_width - 0.06) * height / width + 0.13 * num_lines + 0.07
-  figure = _figure(columns * cell_width, num_rows * cell_height)
+  figure = new_figure(columns * cell_width, num_rows * cell_height)
   figure.get_layout_engine().set(h_pad=0.02, w_pad=0.02, hspace=0, wspace=0)
   grid = figure.subplots(num_rows, columns, squeeze=False)
   for ax in grid.flat:
@@ -391,7 +401,7 @@ def _draw_images(images, labels, predictions):
       image = image.mean(axis=-1)
     ax.imshow(image, cmap='gray', vmin=0, vmax=255, interpolation='nearest')
     room = int(cell_width / 0.065) - 2
-    label, prediction = (_shorten(name, room) for name in names)
+    label, prediction = (shorten(name, room) for name in names)
     title = f'{label}{" " if num_lines == 1 else chr(10)}→ {prediction}'
     ax.set_title(title, fontsize=7.5, loc='center', pad=3)
   return figure

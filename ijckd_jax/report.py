@@ -3,12 +3,15 @@
 import collections
 from collections.abc import Mapping
 from collections.abc import Sequence
+import dataclasses
+import json
 import math
 from typing import Any
 
 from etils import epath
 import numpy as np
 
+from ijckd_jax import bound_plots
 from ijckd_jax import config_utils
 from ijckd_jax import methods
 from ijckd_jax import plots
@@ -85,6 +88,7 @@ def write(
   evaluation,
   arrays,
   class_names: Sequence[str],
+  measured=None,
 ) -> None:
   """Writes `report.md`, and before it the plots that it shows.
 
@@ -96,14 +100,16 @@ def write(
       split.
     arrays: datasets.Arrays of the test split.
     class_names: K names.
+    measured: measure.Measured of the pair; None without a teacher.
   """
   workdir = epath.Path(workdir)
   folder = workdir / workdirs.PLOTS
   folder.mkdir(parents=True, exist_ok=True)
   sections = plots.draw(summary, history, evaluation, arrays, class_names)
-  for section in sections:
-    if section.png is not None:
-      (folder / f'{section.stem}.png').write_bytes(section.png)
+  if measured is not None:
+    sections += bound_plots.draw(
+      measured, class_names, history, summary['best_by']
+    )
   parts = [_headline(summary, evaluation), table(summary)]
   if summary['best_by'] == 'test':
     parts.append(
@@ -111,13 +117,50 @@ def write(
       'by their last step, or hold out a validation split '
       '(`--config.dataset.validation_fraction=0.1`).'
     )
-  for title, stem, png, text in sections:
-    parts.append(f'## {title}')
-    if png is not None:
-      parts.append(f'![{title}]({workdirs.PLOTS}/{stem}.png)')
-    parts.append(text)
+  parts += _write_sections(folder, sections)
   parts.append(_circumstances(workdir, summary))
   workdirs.write_text(workdir / workdirs.REPORT, '\n\n'.join(parts) + '\n')
+
+
+def write_bounds(
+  folder: epath.Path,
+  found: Mapping[str, Any],
+  measured,
+  class_names: Sequence[str],
+) -> None:
+  """Writes `bounds.json`, and `report.md` of it with its plots.
+
+  Args:
+    folder: is there.
+    found: measured.report, and more that was found.
+    measured: measure.Measured.
+    class_names: K names.
+  """
+  measured = dataclasses.replace(measured, report=found)
+  sections = bound_plots.draw(measured, class_names)
+  plots_folder = folder / workdirs.PLOTS
+  plots_folder.mkdir(exist_ok=True)
+  parts = _write_sections(plots_folder, sections)
+  workdirs.write_text(folder / 'bounds.json', json.dumps(found, indent=2))
+  workdirs.write_text(folder / workdirs.REPORT, '\n\n'.join(parts) + '\n')
+
+
+def _write_sections(folder: epath.Path, sections) -> list[str]:
+  """Writes the pictures of sections, and returns them in Markdown.
+
+  Args:
+    folder: of the pictures, beside the page.
+    sections: plots.Section each.
+  """
+  parts = []
+  for title, stem, pictures, text in sections:
+    parts.append(f'## {title}')
+    for form, picture in pictures.items():
+      (folder / f'{stem}.{form}').write_bytes(picture)
+    if pictures:
+      parts.append(f'![{title}]({folder.name}/{stem}.png)')
+    parts.append(text)
+  return parts
 
 
 def _headline(summary, evaluation):

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 
 from ijckd_jax import bundles
-from ijckd_jax import evaluate
 from ijckd_jax import hosts
+from ijckd_jax import measure
 from ijckd_jax import metric_writer
+from ijckd_jax import pairs
 from ijckd_jax import report
 from ijckd_jax import train_state
 from ijckd_jax import workdirs
@@ -62,54 +63,57 @@ def finish(training, workdir, state, progress, history):
   frozen = {
     name: training.frozen_of(int(kept.step)) for name, kept in states.items()
   }
-  variables = {
-    name: distiller.deployed(kept.evaluated, frozen[name])
-    for name, kept in states.items()
-  }
+  evaluated = {name: kept.evaluated for name, kept in states.items()}
   if state.ema is not None:
     raw = {'params': state.params, 'batch_stats': state.batch_stats}
     frozen['last_without_ema'] = frozen['last']
-    variables['last_without_ema'] = distiller.deployed(raw, frozen['last'])
-  evaluator = evaluate.make_evaluator(
-    distiller.deployed_network,
-    mapper=training.experiment.mapper,
-    batch_size=config.eval_batch_size,
-    teacher=training.experiment.judge,
-    num_workers=config.num_workers,
-  )
-  test = training.splits['test']
+    evaluated['last_without_ema'] = raw
   results = {
-    name: evaluator(arrays, frozen[name], test)
-    for name, arrays in variables.items()
+    name: training.evaluate(arrays, frozen[name], 'test')
+    for name, arrays in evaluated.items()
   }
   chosen = config.bundle if config.bundle in results else 'last'
   student = {name: result.metrics for name, result in results.items()}
   student.setdefault('best', student['last'])
+  exp = training.experiment
+  arrays = evaluated[chosen], frozen[chosen]
   bundle = _bundle(
-    training.experiment, jax.device_get(variables[chosen]), chosen, student
+    exp,
+    distiller.deployed_network,
+    distiller.deployed(*arrays),
+    chosen,
+    student,
   )
+  connected, apart = None, distiller.apart(*arrays)
+  if apart is not None:
+    connected = _bundle(exp, distiller.network, apart, chosen, student)
+  measured = _measure(training, *arrays)
   summary = {
     'student': student,
     'best_step': best_step,
     'best_by': training.ranking_split,
     'steps': int(state.step),
-    'test_examples': len(test),
+    'test_examples': len(training.splits['test']),
     'images_per_second': progress.images_per_second,
     'damaged_images': [
       training.splits['train'].name_of(index) for index in progress.damaged
     ],
+    'bounds': measured and measured.report,
     **_circumstances(training.experiment, bundle, results[chosen].teacher),
   }
 
   def write():
     bundle.save(workdir / workdirs.BUNDLE)
+    if connected is not None:
+      connected.save(workdir / workdirs.CONNECTED)
     report.write(
       workdir,
       summary=summary,
       history=history,
       evaluation=results[chosen],
-      arrays=test,
+      arrays=training.splits['test'],
       class_names=bundle.class_names,
+      measured=measured,
     )
     workdirs.write_text(
       workdir / workdirs.SUMMARY, json.dumps(summary, indent=2) + '\n'
@@ -119,16 +123,45 @@ def finish(training, workdir, state, progress, history):
   return bundle, summary
 
 
-def _bundle(exp, variables, chosen, student) -> bundles.Bundle:
-  """Returns the network that a run leaves, alone."""
+def _measure(training, variables, frozen) -> measure.Measured | None:
+  """Returns what test images say of student and teacher; None without one."""
+  exp, config = training.experiment, training.experiment.config
+  if exp.judge is None:
+    return None
+  distiller = exp.distiller
+  pair = pairs.Pair(
+    exp.judge, distiller.deployed_network, distiller.connected_network
+  )
+  student = distiller.deployed(variables, frozen)
+  apart = distiller.apart(variables, frozen)
+  return measure.measure(
+    pair,
+    {
+      'teacher': frozen,
+      'student': student,
+      'connected': student if apart is None else apart,
+    },
+    training.splits,
+    mapper=exp.mapper,
+    batch_size=config.eval_batch_size,
+    num_workers=config.num_workers,
+    delta=config.bounds.delta,
+    fit_examples=config.bounds.fit_examples,
+    seed=config.seed,
+  )
+
+
+def _bundle(exp, network, variables, chosen, student) -> bundles.Bundle:
+  """Returns a network that a run leaves, alone."""
   config, judge = exp.config, exp.judge
   backbone_name = config.student.backbone
-  reuses_head = exp.distiller.reuses_head
   return bundles.Bundle(
-    network=exp.distiller.deployed_network,
-    variables=variables,
+    network=network,
+    variables=jax.device_get(variables),
     backbone_name=backbone_name,
-    pool_name=judge.pool_name if reuses_head else backbone_name,
+    pool_name=judge.pool_name
+    if network.connector is not None
+    else backbone_name,
     image_shape=tuple(exp.dataset.image_shape),
     class_names=tuple(exp.dataset.class_names),
     info={

@@ -12,6 +12,7 @@ from ijckd_jax import metrics
 from ijckd_jax import parallel
 from ijckd_jax import teacher_outputs
 from ijckd_jax import train_state as train_state_lib
+from ijckd_jax.bounds import pointwise
 from ijckd_jax.models import cpu_conv
 
 # Streams of the run's key.
@@ -158,52 +159,68 @@ def _sums(means, logits, labels):
 
 
 @cpu_conv.fast_convolutions()
-def eval_step(variables, teacher, batch, *, network, teacher_fn):
+def eval_step(variables, judge, batch, *, network, teacher_fn, connected):
   """Evaluates a network that predicts alone, beside a teacher if there is one.
 
   Args:
-    variables: of the network.
-    teacher: the teacher's arrays (Teacher.frozen), or None.
+    variables: 'student' of the network and, where `connected` is another one,
+      'connected' of that.
+    judge: 'teacher', its arrays (Teacher.frozen), and 'head', the
+      pointwise.Head of `connected`; None without a teacher.
     batch: this device's rows, with 'mask'.
     network: network.Network.
     teacher_fn: teachers.Teacher, or None.
+    connected: the student through the teacher's head, a network.Network; None
+      where it has no connector to the teacher, or there is none.
 
   Returns:
-    Sums over all devices by 'student', 'teacher' and 'pair' (the latter two
-    where there is a teacher), and rows: the predicted classes (B,) of each.
+    Sums over all devices by 'student', and where there is a teacher 'teacher',
+    'pair' and 'bounds'; and rows: the predicted classes (B,) of each.
   """
   images, labels, mask = batch['image'], batch['label'], batch['mask']
-  student = network(variables, network.preprocessing(images)).logits
-  sums = {'student': metrics.prediction_sums(student, labels, mask)}
-  rows = {'student': jnp.argmax(student, axis=-1)}
+  student = network(variables['student'], network.preprocessing(images))
+  sums = {'student': metrics.prediction_sums(student.logits, labels, mask)}
+  rows = {'student': jnp.argmax(student.logits, axis=-1)}
   if teacher_fn is not None:
-    logits = teacher_fn(teacher, images).logits
-    sums['teacher'] = metrics.prediction_sums(logits, labels, mask)
-    sums['pair'] = metrics.pair_sums(student, logits, mask)
-    rows['teacher'] = jnp.argmax(logits, axis=-1)
+    teacher = teacher_fn(judge['teacher'], images)
+    sums['teacher'] = metrics.prediction_sums(teacher.logits, labels, mask)
+    sums['pair'] = metrics.pair_sums(student.logits, teacher.logits, mask)
+    rows['teacher'] = jnp.argmax(teacher.logits, axis=-1)
+    if connected is None:
+      compared = pointwise.from_logits(teacher.logits, student.logits, labels)
+    else:
+      seen = student
+      if connected is not network:
+        seen = connected(
+          variables['connected'], connected.preprocessing(images)
+        )
+      compared = pointwise.from_features(
+        teacher.pooled, seen.pooled, labels, judge['head']
+      )
+      if connected is not network:
+        compared = compared.replace(own=rows['student'])
+    sums['bounds'] = pointwise.sums(compared, mask)
   return jax.lax.psum(sums, parallel.AXIS), rows
 
 
 @cpu_conv.fast_convolutions()
-def feature_step(variables, batch, key, *, functions, augmentation=None):
-  """Returns what networks make of this device's rows, before their heads.
+def feature_step(variables, batch, key, *, function, augmentation=None):
+  """Returns what a function makes of this device's rows.
 
   Args:
-    variables: of each function, a tuple.
+    variables: of the function.
     batch: this device's rows.
-    key: the run's key.
-    functions: `(variables, images) -> pooled` each, of images of 0 to 255.
+    key: the run's key; None where nothing is augmented.
+    function: `(variables, images) -> rows`, of images of 0 to 255.
     augmentation: as `filling_step` takes it; None: the images as they are.
 
   Returns:
     Nothing that is the same everywhere, and rows: 'index' and 'label' (B,), and
-    'pooled', (B, D) of each.
+    'rows' as the function returns them.
   """
   images = batch['image']
   if augmentation is not None:
     stream = jax.random.fold_in(key, AUGMENTATION_STREAM)
     images = augmentation(stream, images, batch['epoch'], batch['index'])
-  pairs = zip(functions, variables, strict=True)
-  pooled = tuple(function(own, images) for function, own in pairs)
-  rows = {'index': batch['index'], 'label': batch['label'], 'pooled': pooled}
-  return {}, rows
+  rows = function(variables, images)
+  return {}, {'index': batch['index'], 'label': batch['label'], 'rows': rows}

@@ -24,6 +24,7 @@ SUMMARY = 'summary.json'
 REPORT = 'report.md'
 PLOTS = 'plots'
 BUNDLE = 'bundle'
+CONNECTED = 'connected'  # A student with its own head, by the teacher's.
 HEADS = 'heads'
 TEACHER_OUTPUTS = 'teacher_outputs'
 CONTENTS = (
@@ -35,6 +36,7 @@ CONTENTS = (
   REPORT,
   PLOTS,
   BUNDLE,
+  CONNECTED,
   HEADS,
   TEACHER_OUTPUTS,
   CONFIG,
@@ -44,6 +46,8 @@ MARK = 'ijckd_jax'
 # What may differ between the parts of one run: where and how it is computed.
 RUNTIME_FIELDS = (
   MARK,
+  'bounds.delta',
+  'bounds.fit_examples',
   'checkpoint_epochs',
   'checkpoint_examples',
   'checkpoint_steps',

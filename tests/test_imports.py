@@ -33,7 +33,11 @@ LAYERS = {
     'results',
     'evaluate',
     'report',
+    'features',
+    'measure',
+    'shift',
     'plots',
+    'bound_plots',
   ),
   'assembly': (
     'bundles',
@@ -55,6 +59,7 @@ LAYERS = {
     'teachers',
     'distiller',
     'network',
+    'pairs',
     'config_checks',
     'pretrained',
     'experiment',
@@ -100,6 +105,7 @@ LAYERS = {
     'outputs',
     'roofline',
     'wording',
+    'bound_wording',
   ),
 }
 # The package itself loads its parts when they are asked for.
@@ -255,6 +261,7 @@ def test_commands_read_their_flags_before_they_load_jax():
     'datasets.prepare',
     'torch_weights',
     'torch_model',
+    'bounds.__main__',
   ):
     roots = {
       name.partition('.')[0] for name in imported_at_once(MODULES[module])

@@ -63,6 +63,8 @@ class Arrays:
     """Returns the examples at `indices`, in their order."""
     return Arrays(self.images[indices], self.labels[indices])
 
+  subset = take
+
   def train_views(
     self, indices: np.ndarray, epochs: np.ndarray, seed: int
   ) -> dict[str, np.ndarray]:

@@ -90,12 +90,15 @@ class Photos:
     rows: (N,) int32, which of all the sources' examples they are.
     views: what is seen of them.
     max_bad_fraction: part of them that may be damaged and is replaced.
+    is_sample: they are a sample, in which a damaged one is black, and has no
+      label.
   """
 
   sources: Sequence[Source]
   rows: np.ndarray
   views: images.Views
   max_bad_fraction: float
+  is_sample: bool = False
 
   in_memory = False
 
@@ -106,7 +109,7 @@ class Photos:
     """Returns evaluation's view of the examples at `indices`, in their order.
 
     Raises:
-      UserError: one of them cannot be decoded.
+      UserError: one of them cannot be decoded, and `is_sample` is not set.
     """
     pixels, labels = [], []
     for index in indices:
@@ -114,6 +117,11 @@ class Photos:
       try:
         pixels.append(self.views.evaluation(example['image']))
       except images.BadImage as error:
+        if self.is_sample:
+          size = self.views.size
+          pixels.append(np.zeros((size, size, 3), np.uint8))
+          labels.append(-1)
+          continue
         raise config_utils.UserError(
           f'{self.name_of(index)} cannot be decoded ({error}), and every image '
           'counts in evaluation: mend it, or prepare the data without it'
@@ -124,6 +132,10 @@ class Photos:
       np.stack(pixels) if pixels else np.zeros(shape, np.uint8),
       np.array(labels, np.int32),
     )
+
+  def subset(self, indices: np.ndarray) -> 'Photos':
+    """Returns the examples at `indices`, as a sample of them; none is read."""
+    return dataclasses.replace(self, rows=self.rows[indices], is_sample=True)
 
   def train_views(
     self, indices: np.ndarray, epochs: np.ndarray, seed: int

@@ -1,0 +1,59 @@
+"""The pairs of the study: a teacher on Fashion-MNIST, and its students.
+
+  python -m experiments.shift_study.train WORKDIR
+
+Run again, it goes on where it was stopped. Fashion-MNIST must be prepared (see
+configs/fashion_mnist.py).
+"""
+
+import argparse
+import logging
+import pathlib
+
+from ijckd_jax import compilation_cache
+from ijckd_jax import experiment
+from ijckd_jax import train
+
+TEACHER, STUDENT = 'resnet20', 'resnet8'
+METHODS = ('ijckd', 'simkd', 'srrl', 'kd', 'ce')
+# 12,000 images to train on; 48,000 that are labelled and not trained on.
+HELD_OUT = 0.8
+
+
+def config_of(backbone: str, method: str):
+  """Returns the config that all runs share, of one network."""
+  config = experiment.default_config(
+    dataset='fashion_mnist', teacher='', student=backbone, method=method
+  )
+  config.dataset.validation_fraction = HELD_OUT
+  config.dataset.crop_padding = 0
+  config.dataset.flip = False
+  config.total_epochs = config.eval_epochs = 12.0
+  config.batch_size = 128
+  config.optimizer.schedule = 'cosine'
+  config.optimizer.warmup_epochs = 1.0
+  config.optimizer.learning_rate = 0.1
+  return config
+
+
+def main() -> None:
+  """Trains what is not trained yet."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('work', type=pathlib.Path)
+  flags = parser.parse_args()
+  logging.basicConfig(level=logging.INFO, format='%(message)s')
+  compilation_cache.enable(compilation_cache.DEFAULT)
+  teacher = config_of(TEACHER, 'ce')
+  teacher.seed = 1000
+  train.train_and_evaluate(teacher, flags.work / 'teacher')
+  for method in METHODS:
+    config = config_of(STUDENT, method)
+    config.teacher.backbone = TEACHER
+    config.teacher.checkpoint = str(flags.work / 'teacher')
+    if method != 'ce':
+      config.teacher.store.views = 1
+    train.train_and_evaluate(config, flags.work / method)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,196 @@
+"""The bound on the error of a finished student, by command.
+
+python -m ijckd_jax.bounds --bundle STUDENT --teacher TEACHER --dataset NAME
+"""
+
+import argparse
+import copy
+import json
+
+from ijckd_jax import config_utils
+from ijckd_jax import evaluate
+
+
+def _flags(argv: list[str]) -> argparse.Namespace:
+  parser = config_utils.ArgumentParser(
+    prog='python -m ijckd_jax.bounds',
+    description='Measures how a student and its teacher are aligned, and what '
+    "that bounds the student's error by.",
+  )
+  evaluate.add_flags(parser)
+  parser.add_argument(
+    '--teacher',
+    required=True,
+    help='bundle, or run, of the teacher that the student learned from',
+  )
+  parser.add_argument(
+    '--split',
+    default='test',
+    choices=('validation', 'test'),
+    help='labelled images on which neither was trained',
+  )
+  parser.add_argument(
+    '--unlabelled',
+    help="data set on which the student's error is bounded without labels",
+  )
+  parser.add_argument(
+    '--unlabelled_fields',
+    help='key=value,key=value; default: as of --dataset where it is the same',
+  )
+  parser.add_argument(
+    '--unlabelled_split',
+    default='test',
+    choices=('train', 'validation', 'test'),
+  )
+  parser.add_argument(
+    '--delta',
+    type=float,
+    default=0.05,
+    help='probability that any of the limits fails',
+  )
+  parser.add_argument(
+    '--fit_examples',
+    type=int,
+    default=5000,
+    help='training images on which the joint head is fitted; 0: none',
+  )
+  parser.add_argument('--seed', type=int, default=0, help='of these images')
+  parser.add_argument(
+    '--output', help='folder for report.md, bounds.json and the plots'
+  )
+  parser.add_argument('--json', action='store_true', help='print JSON')
+  flags = parser.parse_args(argv)
+  if not 0 < flags.delta < 1:
+    parser.error(f'--delta {flags.delta}: give a probability between 0 and 1')
+  if flags.fit_examples < 0 or flags.seed < 0:
+    parser.error('--fit_examples and --seed cannot be negative')
+  return flags
+
+
+def main(argv: list[str]) -> None:
+  """Runs the command."""
+  flags = _flags(argv)
+
+  from etils import epath
+
+  from ijckd_jax import bound_wording
+  from ijckd_jax import bundles
+  from ijckd_jax import compilation_cache
+  from ijckd_jax import measure
+  from ijckd_jax import pairs
+  from ijckd_jax import parallel
+  from ijckd_jax import report
+  from ijckd_jax import shift
+
+  compilation_cache.enable(compilation_cache.DEFAULT)
+  student = bundles.load(flags.bundle, trust_code=flags.trust_code)
+  connected = _connected(student, flags)
+  judge = bundles.load(flags.teacher, trust_code=flags.trust_code)
+  teacher = judge.teacher()
+  dataset = evaluate.dataset_of(student, flags)
+  batch_size = evaluate.batch_size_of(student, flags)
+  for what, bundle in (('bundle', student), ('teacher', judge)):
+    evaluate.check_fits(what, bundle, dataset)
+  if connected is not None and not pairs.sees(
+    connected.network, connected.variables, teacher
+  ):
+    raise config_utils.UserError(
+      f"the student's connector is not to this teacher, whose features are "
+      f'{teacher.num_features} wide: give the teacher that it learned from'
+    )
+  other = None
+  if flags.unlabelled:
+    about = copy.copy(flags)
+    about.dataset = flags.unlabelled
+    about.dataset_fields = flags.unlabelled_fields
+    other = evaluate.dataset_of(student, about)
+    for what, bundle in (('bundle', student), ('teacher', judge)):
+      evaluate.check_fits(what, bundle, other)
+    if tuple(other.image_shape) != tuple(dataset.image_shape):
+      raise config_utils.UserError(
+        f'--unlabelled: images are {tuple(other.image_shape)}, those of '
+        f'--dataset {tuple(dataset.image_shape)}'
+      )
+  output = None
+  if flags.output:
+    output = epath.Path(flags.output)
+    try:
+      output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise config_utils.UserError(f'--output: {error}') from error
+  splits = {'test': dataset.load(flags.split)}
+  if not len(splits['test']):
+    raise config_utils.UserError(f'the split {flags.split!r} is empty')
+  if connected is not None and flags.fit_examples:
+    splits['train'] = dataset.load('train')
+  pair = pairs.Pair(teacher, student.network, connected and connected.network)
+  viewer = measure.Viewer(
+    pair,
+    {
+      'teacher': teacher.frozen,
+      'student': student.variables,
+      'connected': connected and connected.variables,
+    },
+    mapper=parallel.Mapper(),
+    batch_size=batch_size,
+    num_workers=flags.num_workers,
+  )
+  views = {'test': viewer(splits['test']), 'train': None}
+  if 'train' in splits:
+    views['train'] = viewer.sample(
+      splits['train'], flags.fit_examples, flags.seed
+    )
+  measured = measure.from_views(
+    pair,
+    views['test'],
+    views['train'],
+    viewer.head,
+    delta=flags.delta,
+    seed=flags.seed,
+  )
+  found = {'bundle': flags.bundle, 'teacher': flags.teacher, **measured.report}
+  if other is not None:
+    unlabelled = other.load(flags.unlabelled_split)
+    if unlabelled.digest() == splits['test'].digest():
+      raise config_utils.UserError(
+        '--unlabelled: these are the labelled images; give others'
+      )
+    if len(unlabelled) < 2:
+      raise config_utils.UserError(
+        f'--unlabelled: the split {flags.unlabelled_split!r} has '
+        f'{len(unlabelled)} images; give at least 2'
+      )
+    found['unlabelled'] = shift.bound(
+      views['test'],
+      viewer(unlabelled),
+      viewer.head,
+      viewer.own_head,
+      delta=flags.delta,
+      seed=flags.seed,
+    )
+  if output is not None:
+    report.write_bounds(output, found, measured, student.class_names)
+  if flags.json:
+    print(json.dumps(found))
+  else:
+    print(bound_wording.tell(found))
+
+
+def _connected(student, flags: argparse.Namespace):
+  """Returns the student as the teacher's head sees it, where that is known.
+
+  Of a student with a head of its own, its run keeps that beside the bundle.
+  """
+  from ijckd_jax import bundles
+  from ijckd_jax import workdirs
+
+  if student.network.connector is not None:
+    return student
+  folder = bundles.find(flags.bundle).parent / workdirs.CONNECTED
+  if not (folder / bundles.SPEC_FILE).exists():
+    return None
+  return bundles.load(folder, trust_code=flags.trust_code)
+
+
+if __name__ == '__main__':
+  config_utils.run_command(main)

@@ -1,0 +1,91 @@
+"""What networks make of images, gathered on the host, in the images' order."""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+import functools
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from ijckd_jax import input_pipeline
+from ijckd_jax import parallel
+from ijckd_jax import steps
+
+
+def of_split(
+  function: Callable[[Any, jax.Array], Any],
+  variables: Any,
+  arrays,
+  *,
+  mapper: parallel.Mapper,
+  batch_size: int,
+  num_workers: int = 0,
+) -> dict[str, Any]:
+  """Returns rows of every example once, in every process all of them.
+
+  Args:
+    function: `(variables, images) -> rows`, of images of 0 to 255.
+    variables: as the mapper placed them.
+    arrays: datasets.Arrays.
+    mapper: see parallel.
+    batch_size: rows of all devices and processes together.
+    num_workers: processes that decode images which do not lie in memory.
+
+  Returns:
+    'index' and 'label' (N,), and 'rows' as the function returns them.
+  """
+  batches = input_pipeline.eval_batches(
+    arrays,
+    batch_size=batch_size,
+    process_index=jax.process_index(),
+    num_processes=jax.process_count(),
+    num_workers=num_workers,
+  )
+  return of_batches(
+    function, variables, batches, lambda batch: batch['mask'], mapper=mapper
+  )
+
+
+def of_batches(
+  function: Callable[[Any, jax.Array], Any],
+  variables: Any,
+  batches: Iterable[dict[str, np.ndarray]],
+  chosen: Callable[[dict[str, np.ndarray]], np.ndarray],
+  *,
+  mapper: parallel.Mapper,
+  key: jax.Array | None = None,
+  augmentation=None,
+) -> dict[str, Any]:
+  """Returns rows of batches, by epoch and index; see `of_split`.
+
+  Args:
+    function: as `of_split` takes it.
+    variables: as `of_split` takes them.
+    batches: of this process.
+    chosen: of a batch, which of its rows are wanted, (b,) bool.
+    mapper: see parallel.
+    key: of the augmentation, placed.
+    augmentation: as steps.feature_step takes it.
+  """
+  step = mapper.map(
+    functools.partial(
+      steps.feature_step, function=function, augmentation=augmentation
+    ),
+    rows_in=(False, True, False),
+    rows_out=True,
+  )
+  found = []
+  for batch in batches:
+    batch = {name: x for name, x in batch.items() if name != 'bad'}
+    _, rows = step(variables, mapper.shard(batch), key)
+    rows = {**mapper.rows(rows), 'chosen': chosen(batch)}
+    rows['epoch'] = batch.get('epoch', np.zeros(len(batch['index']), np.int32))
+    found.append(rows)
+  joined = jax.tree.map(lambda *x: np.concatenate(x), *found)
+  if jax.process_count() > 1:
+    joined = multihost_utils.process_allgather(joined, tiled=True)
+  order = np.lexsort((joined['index'], joined.pop('epoch')))
+  order = order[joined.pop('chosen')[order]]
+  return jax.tree.map(lambda x: x[order], joined)

@@ -1,0 +1,122 @@
+"""What can be said of a student on images without labels.
+
+Of images like the labelled ones, by the teacher's error there and how often the
+student disagrees here. Of images that are otherwise, only under an assumption,
+which divergence.dis2 states.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from ijckd_jax import config_utils
+from ijckd_jax.bounds import divergence
+from ijckd_jax.bounds import limits
+
+SPLIT_STREAM = 5  # Of which examples the critics are fitted on.
+
+
+def bound(
+  source: dict[str, Any],
+  target: dict[str, Any],
+  head: dict[str, np.ndarray],
+  own_head: dict[str, np.ndarray] | None,
+  *,
+  delta: float,
+  seed: int,
+) -> dict[str, Any]:
+  """Returns limits of the student's error on unlabelled images.
+
+  The critics are fitted on one half of either sample, drawn by the seed, and
+  measured on the other; disagreement is counted on all of the target.
+
+  Args:
+    source: labelled examples, of features.of_split, by Pair.view.
+    target: the same of examples whose labels are not looked at, but for
+      'true_error'.
+    head: 'kernel' and 'bias' by which the teacher is read.
+    own_head: the same of a student that has its own; else None.
+    delta: probability that a limit fails; of each limit by itself.
+    seed: of the halves.
+
+  Returns:
+    JSON: 'examples' of the target; 'disagreement' there, with 'upper';
+    'same_distribution', the student's limit if the target is like the source;
+    'shifted', its limit by Dis^2 on the teacher and the disagreement, and
+    'teacher', that Dis^2; 'student', by Dis^2 on the student's own
+    representation; and 'true_error' of the student and 'true_teacher_error',
+    where the target has labels.
+  """
+  labelled = source['label'] >= 0
+  labels = source['label'][labelled]
+  teacher = _read(source, target, 'z_t', head)
+  student = _read(source, target, *_student(source, head, own_head))
+  differs = student[1].predicted != teacher[1].predicted
+  num = len(differs)
+  teacher_wrong = teacher[0].predicted[labelled] != labels
+  pi = limits.clopper_pearson_upper(int(differs.sum()), num, delta / 2)
+  rng = np.random.default_rng((seed, SPLIT_STREAM))
+  halves = [rng.permutation(len(part)) % 2 == 0 for part in teacher]
+  read_by = {'teacher': (teacher, head), 'student': (student, own_head or head)}
+  found = {}
+  for name, share in (('teacher', delta / 2), ('student', delta)):
+    parts, own = read_by[name]
+    found[name] = _dis2(parts, own, source['label'], halves, share)
+  result = {
+    'examples': num,
+    'delta': delta,
+    'disagreement': {'value': float(differs.mean()), 'upper': pi},
+    'same_distribution': {
+      'value': float(teacher_wrong.mean() + differs.mean()),
+      'upper': limits.label_free(
+        int(teacher_wrong.sum()),
+        len(labels),
+        int(differs.sum()),
+        num,
+        delta,
+      ),
+    },
+    'shifted': {
+      'value': found['teacher']['value'] + float(differs.mean()),
+      'upper': min(1.0, found['teacher']['upper'] + pi),
+    },
+    **found,
+  }
+  known = target['label'] >= 0
+  if known.any():
+    for name, (_, seen) in (
+      ('true_error', student),
+      ('true_teacher_error', teacher),
+    ):
+      wrong = seen.predicted[known] != target['label'][known]
+      result[name] = float(wrong.mean())
+  return result
+
+
+def _student(source, head, own_head):
+  """Returns where the student's representation is, and what reads it."""
+  return ('z_s', head) if own_head is None else ('z_own', own_head)
+
+
+def _read(source, target, name, head) -> list[divergence.Read]:
+  parts = [part['rows'][name] for part in (source, target)]
+  return [divergence.read(pooled, head) for pooled in parts]
+
+
+def _dis2(parts, head, labels, halves, delta: float) -> dict[str, float]:
+  """Returns Dis^2 of one classifier, by a critic on its representation."""
+  critic = divergence.fit_critic(
+    *(part.where(half) for part, half in zip(parts, halves, strict=True)), head
+  )
+  held = ~halves[0] & (labels >= 0)
+  if not held.any():
+    raise config_utils.UserError(
+      f'{(labels >= 0).sum()} labelled images are too few to bound errors by'
+    )
+  source, target = parts[0].where(held), parts[1].where(~halves[1])
+  return divergence.dis2(
+    (source.predicted != labels[held]).astype(np.int32),
+    source.differs(critic),
+    target.differs(critic),
+    delta,
+  )

@@ -1,0 +1,670 @@
+"""The bounds, example by example: by hand, by brute force, by hypothesis."""
+
+import dataclasses
+import itertools
+import types
+
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ijckd_jax import pairs
+from ijckd_jax.bounds import divergence
+from ijckd_jax.bounds import pointwise
+from ijckd_jax.bounds import statements
+
+# Few shapes: each is compiled. (examples, features, classes)
+SHAPES = ((1, 3, 2), (9, 2, 3), (24, 4, 5))
+STUDENTS = ('same', 'near', 'far', 'permuted', 'huge')
+CLOSE = 1e-5  # Of what is computed in float32; nothing for zeros and ones.
+
+
+@dataclasses.dataclass
+class Case:
+  """Features, labels and heads; whole numbers, so that ties are common."""
+
+  z_t: np.ndarray
+  z_s: np.ndarray
+  labels: np.ndarray
+  head: dict
+  joint: dict
+
+  def logits(self, z, head=None):
+    head = head or self.head
+    return (z @ head['kernel'] + head['bias']).astype(np.float64)
+
+  @property
+  def rows(self):
+    return pointwise.compute(
+      self.z_t, self.z_s, self.labels, **self.head, joint=self.joint
+    )
+
+
+@st.composite
+def cases(draw, shapes=SHAPES):
+  num, width, classes = draw(st.sampled_from(shapes))
+  random = np.random.RandomState(draw(st.integers(0, 2**32 - 1)))
+  whole = draw(st.booleans())
+
+  def numbers(*shape):
+    x = random.randint(-3, 4, shape) if whole else 2 * random.randn(*shape)
+    return x.astype(np.float32)
+
+  z_t = numbers(num, width)
+  z_s = {
+    'same': z_t,
+    'near': z_t + numbers(num, width) / 16,
+    'far': numbers(num, width),
+    'permuted': z_t[random.permutation(num)],
+    'huge': 1e4 * numbers(num, width),
+  }[draw(st.sampled_from(STUDENTS))]
+  heads = [
+    {'kernel': numbers(width, classes), 'bias': numbers(classes)}
+    for _ in range(2)
+  ]
+  if draw(st.booleans()):  # Two classes that no feature tells apart.
+    heads[0]['kernel'][:, -1] = heads[0]['kernel'][:, 0]
+  labels = random.randint(0, classes, num)
+  if draw(st.booleans()):  # Mostly right.
+    right = (z_t @ heads[0]['kernel'] + heads[0]['bias']).argmax(-1)
+    labels = np.where(random.rand(num) < 0.8, right, labels)
+  return Case(z_t, z_s, labels.astype(np.int32), *heads)
+
+
+scales = st.floats(1e-3, 1e3)
+
+
+# --- By hand -----------------------------------------------------------------
+
+
+def test_one_example_worked_out():
+  """Two features, two classes: w_0 = (3, 0), w_1 = (0, 4), b = (1, 0).
+
+  z_t = (2, 1): l_t = (7, 4). z_s = (1, 1.5): l_s = (4, 6).
+  """
+  rows = pointwise.compute(
+    np.array([[2, 1]], np.float32),
+    np.array([[1, 1.5]], np.float32),
+    np.array([0]),
+    np.array([[3, 0], [0, 4]], np.float32),
+    np.array([1, 0], np.float32),
+    joint={
+      'kernel': np.array([[1, 0], [0, 1]], np.float32),
+      'bias': np.zeros(2, np.float32),
+    },
+  )
+  assert (rows.teacher[0], rows.student[0]) == (0, 1)
+  # r sees (2, 1) and (1, 1.5) themselves.
+  assert (rows.joint_teacher[0], rows.joint_student[0]) == (0, 1)
+  about = pytest.approx
+  assert rows.logit_distance[0] == about(np.sqrt(3**2 + 2**2))
+  assert rows.logit_deviation[0] == about(3)
+  assert rows.logit_range[0] == about(2 - -3)
+  assert rows.logit_margin[0] == about(3, abs=1e-3)
+  assert rows.feature_distance[0] == about(np.sqrt(1 + 0.25))
+  # ||w_0 - w_1|| = 5, and l_0 - l_1 = 3.
+  assert rows.label_margin[0] == about(3 / 5, abs=1e-3)
+  assert rows.flip_margin[0] == about(3 / 5, abs=1e-3)
+  p_t, p_s = 1 / (1 + np.exp(-3)), 1 / (1 + np.exp(2))
+  assert rows.teacher_nll[0] == about(-np.log(p_t), rel=1e-5)
+  assert rows.student_nll[0] == about(-np.log(p_s), rel=1e-5)
+  assert rows.teacher_soft[0] == about(1 - p_t, rel=1e-5)
+  assert rows.student_soft[0] == about(1 - p_s, rel=1e-5)
+  assert rows.total_variation[0] == about(p_t - p_s, rel=1e-5)
+  assert rows.brier[0] == about(2 * (1 - p_t) ** 2, rel=1e-4)
+  kl = p_t * np.log(p_t / p_s) + (1 - p_t) * np.log((1 - p_t) / (1 - p_s))
+  assert rows.kl[0] == about(kl, rel=1e-5)
+  # (p_t - e_0) . (l_s - l_t) = (p_t - 1) (-3) + (1 - p_t) 2.
+  assert rows.tilt[0] == about(5 * (1 - p_t), rel=1e-4)
+  # Bounds: t right, s wrong and another; r right on z_t, wrong on z_s, with h.
+  values = {b.key: b for b in statements.BOUNDS}
+
+  def value(key, *scale):
+    (number,) = values[key].values(rows, *scale)
+    return number
+
+  assert value('paired') == 0 + 1
+  assert value('joint') == 0 + (0 + 1) + (0 - 0)
+  assert value('label_margin') == 1  # 0.6 <= 1.118
+  assert value('flip_margin') == 1
+  assert value('logit_margin') == 1  # 3 <= min(5.099, 6)
+  assert value('feature_scale', 0.5) == about(0 + 1)
+  assert value('feature_scale', 2.0) == about(1 + 1.25 / 4, rel=1e-4)
+  assert value('logit_scale', 2.9) == about(0 + 1)
+  assert value('logit_scale', 10.0) == about(1 + 2 * 13 / 100, rel=1e-4)
+  assert value('soft') == about(2 * (1 - p_t) + 2 * (p_t - p_s), rel=1e-5)
+  own = rows.replace(own=np.array([0]))
+  (number,) = values['own_head'].values(own)
+  assert number == 0 + 1 + 1
+  assert statements.joint_gap(rows)[0] == 0 + 1 - 0 - 1
+
+
+def test_the_constants_of_a_head():
+  kernel = np.array([[3, 0, 3], [0, 4, 0]], np.float32)
+  head = pointwise.describe({'kernel': kernel, 'bias': np.zeros(3)})
+  expected = [[0, 5, 0], [5, 0, 5], [0, 5, 0]]
+  np.testing.assert_allclose(head.distances, expected, rtol=1e-6)
+  assert head.largest_distance == 5
+  assert head.largest_weight == 4
+  # W W^T = diag(18, 16).
+  assert head.spectral_norm == pytest.approx(np.sqrt(18))
+  wide = np.random.RandomState(0).randn(7, 30)
+  found = pointwise.describe({'kernel': wide, 'bias': np.zeros(30)})
+  norm = np.linalg.norm(wide, 2)
+  assert found.spectral_norm == pytest.approx(norm, rel=1e-6)
+  pairwise = np.linalg.norm(wide[:, :, None] - wide[:, None], axis=0)
+  np.testing.assert_allclose(found.distances, pairwise, rtol=1e-5, atol=1e-6)
+  assert found.largest_distance <= np.sqrt(2) * found.spectral_norm
+
+
+def test_each_constant_is_the_smallest():
+  """Of an example on the edge, a smaller one would say less than the truth.
+
+  Class 1 by a margin of 1 in logits, moved to a tie, which is class 0's.
+  """
+  one = dict(
+    z_t=np.array([[0, 1]], np.float32),
+    z_s=np.array([[0.5, 0.5]], np.float32),
+    labels=np.array([1], np.int32),
+  )
+  identity = {
+    'kernel': np.eye(2, dtype=np.float32),
+    'bias': np.zeros(2, np.float32),
+  }
+  rows = Case(**one, head=identity, joint=identity).rows
+  assert rows.student[0] == 0
+  margin = rows.logit_margin[0]
+  assert margin == pytest.approx(1, abs=1e-4)
+  # D7c: each of the three is as large as the margin, not larger.
+  head = pointwise.describe(identity)
+  for reach in (
+    statements.SQRT2 * rows.logit_distance[0],
+    2 * rows.logit_deviation[0],
+    head.largest_distance * rows.feature_distance[0],
+  ):
+    assert margin <= reach
+    assert reach == pytest.approx(margin, rel=1e-4)
+  for bound in statements.BOUNDS:
+    if bound.applies(rows):
+      # D8 just below the margin: all of it is paid for by the distance.
+      scale = {'feature_scale': 0.7, 'logit_scale': 0.99}.get(bound.key)
+      (value,) = bound.values(rows, *([] if scale is None else [scale]))
+      if bound.key != 'soft':
+        assert value == 1, bound.key
+
+
+# --- Zeros and ones: exactly --------------------------------------------------
+
+
+@settings(deadline=None)
+@given(cases())
+def test_d1_the_paired_triangle_and_its_identity(case):
+  rows = case.rows
+  t, s = (f(rows) for f in (statements.teacher_wrong, statements.student_wrong))
+  pi = statements.differ(rows)
+  assert (s <= t + pi).all() and (t <= s + pi).all() and (pi <= s + t).all()
+  harm, help_ = s * (1 - t), t * (1 - s)
+  both = t * s * pi
+  assert s.sum() == t.sum() + harm.sum() - help_.sum()
+  assert pi.sum() == harm.sum() + help_.sum() + both.sum()
+  # Against argmax in float64: whole numbers leave no doubt.
+  if (case.z_s == np.round(case.z_s)).all():
+    np.testing.assert_array_equal(
+      rows.teacher, case.logits(case.z_t).argmax(-1)
+    )
+    np.testing.assert_array_equal(
+      rows.student, case.logits(case.z_s).argmax(-1)
+    )
+
+
+@settings(deadline=None)
+@given(cases(), st.integers(0, 2**32 - 1), scales)
+def test_every_bound_is_above_on_every_example(case, seed, scale):
+  """D1, D2, D3, D7a to c, D8, D11: in one, by the table that reports use."""
+  classes = len(case.head['bias'])
+  own = np.random.RandomState(seed).randint(0, classes, len(case.labels))
+  rows = case.rows.replace(own=own.astype(np.int32))
+  for bound in statements.BOUNDS:
+    assert bound.applies(rows)
+    values = bound.values(rows, *([scale] if bound.scales else []))
+    truth = statements.bounded(bound, rows)
+    slack = CLOSE if bound.key == 'soft' else 0
+    assert (truth <= values + slack).all(), bound.key
+    assert (values >= 0).all() and (values <= bound.high).all(), bound.key
+
+
+@settings(deadline=None)
+@given(cases())
+def test_d3_d4_the_sandwich(case):
+  rows = case.rows
+  t, s = statements.teacher_wrong(rows), statements.student_wrong(rows)
+  joint = {b.key: b for b in statements.BOUNDS}['joint']
+  parts = {part.name: part.values for part in joint.parts(rows)}
+  cost, delta = parts['joint head wrong, on both'], parts['discrepancy']
+  np.testing.assert_array_equal(parts['teacher wrong'], t)
+  np.testing.assert_array_equal(delta, statements.discrepancy(rows))
+  assert (np.abs(s - (t + delta)) <= cost).all()
+  slack = joint.values(rows) - s
+  assert (slack >= 0).all() and (slack <= 2 * cost).all()
+  # D6, by the joint head in place of the best one.
+  gap = statements.joint_gap(rows)
+  np.testing.assert_array_equal(gap, t + s - cost)
+  assert (t + s <= 2 * t + statements.differ(rows)).all()
+
+
+@settings(deadline=None)
+@given(cases())
+def test_d5_discrepancy_is_at_most_disagreement(case):
+  rows = case.rows
+  pi_r = (rows.joint_teacher != rows.joint_student).astype(int)
+  most = statements.differ(rows) + pi_r
+  assert (np.abs(statements.discrepancy(rows)) <= most).all()
+
+
+@settings(deadline=None)
+@given(cases())
+def test_cheap_invariants(case):
+  same = dataclasses.replace(case, z_s=case.z_t).rows
+  assert not statements.differ(same).any()
+  assert not statements.discrepancy(same).any()
+  assert not same.feature_distance.any()
+  np.testing.assert_array_equal(
+    statements.teacher_wrong(same), statements.student_wrong(same)
+  )
+  own = dataclasses.replace(case, joint=case.head).rows
+  assert not statements.joint_gap(own).any()
+  assert not statements.discrepancy(own).any()
+  swapped = dataclasses.replace(case, z_s=case.z_t, z_t=case.z_s).rows
+  np.testing.assert_array_equal(
+    statements.discrepancy(swapped), -statements.discrepancy(case.rows)
+  )
+
+
+@settings(deadline=None)
+@given(cases())
+def test_d7_margins_against_brute_force(case):
+  """No point within the margin is read otherwise; one just beyond it is."""
+  head = case.head
+  rows = case.rows
+  kernel = head['kernel'].astype(np.float64)
+  for i, z in enumerate(case.z_t.astype(np.float64)):
+    logits = z @ kernel + head['bias']
+    for own, found in (
+      (case.labels[i], rows.label_margin[i]),
+      (rows.teacher[i], rows.flip_margin[i]),
+    ):
+      margins = []
+      for j in range(len(logits)):
+        if j == own:
+          continue
+        apart = np.linalg.norm(kernel[:, own] - kernel[:, j])
+        gap = logits[own] - logits[j]
+        if apart:
+          margins.append(gap / apart)
+        else:
+          margins.append(np.inf if gap > 0 else -np.inf)
+      exact = min(margins)
+      assert found <= exact
+      if np.isfinite(exact) and np.isfinite(found):
+        largest = np.linalg.norm(kernel, axis=0).max()
+        norms = np.linalg.norm(z) + np.linalg.norm(case.z_s[i])
+        off = 2e-5 * (norms * largest + np.abs(head['bias']).max())
+        apart = pointwise.describe(head).distances
+        assert exact - found <= 1e-5 + off / apart[apart > 0].min()
+
+
+@settings(deadline=None)
+@given(cases())
+def test_d7c_by_the_distance_of_features(case):
+  """h(z_s) != y gives m_y <= L_D dz, beside the two of the table."""
+  rows = case.rows
+  wrong = rows.student != rows.label
+  most = pointwise.describe(case.head).largest_distance
+  reach = pointwise.reach(most * rows.feature_distance)
+  assert (rows.logit_margin <= reach)[wrong].all()
+  own = statements.SQRT2 * rows.logit_distance
+  assert (rows.logit_margin <= pointwise.reach(own))[wrong].all()
+  largest = pointwise.reach(2 * rows.logit_deviation)
+  assert (rows.logit_margin <= largest)[wrong].all()
+
+
+# --- Smooth losses: to rounding -----------------------------------------------
+
+
+def below(smaller, larger, size=0.0):
+  """Asserts smaller <= larger, but for the rounding of numbers of a size."""
+  smaller, larger = (np.asarray(x, np.float64) for x in (smaller, larger))
+  slack = CLOSE * (1 + np.abs(smaller) + np.abs(larger) + size)
+  assert (smaller <= larger + slack).all(), (smaller - larger).max()
+
+
+def logit_size(case):
+  return np.abs(np.stack([case.logits(z) for z in (case.z_t, case.z_s)])).max()
+
+
+@settings(deadline=None)
+@given(cases())
+def test_d9_lipschitz(case):
+  rows, size = case.rows, logit_size(case)
+  head = pointwise.describe(case.head)
+  far, off = rows.feature_distance, rows.logit_distance
+  spread = rows.logit_range
+  below(off, head.spectral_norm * far, size)
+  below(spread, head.largest_distance * far, size)
+  below(spread, statements.SQRT2 * off, size)
+  p_t, p_s = (
+    np.exp(x - x.max(-1, keepdims=True))
+    for x in map(case.logits, (case.z_t, case.z_s))
+  )
+  p_t, p_s = (p / p.sum(-1, keepdims=True) for p in (p_t, p_s))
+  below(np.linalg.norm(p_s - p_t, axis=-1), off / 2, size)
+  below(rows.total_variation, spread / 4, size)
+  below(rows.total_variation, head.largest_distance * far / 4, size)
+  below(rows.total_variation, off / (2 * statements.SQRT2), size)
+  apart = np.abs(rows.student_nll - rows.teacher_nll)
+  below(apart, spread, size)
+  below(apart, head.largest_distance * far, size)
+  below(apart, statements.SQRT2 * off, size)
+
+
+@settings(deadline=None)
+@given(cases())
+def test_d10_risks(case):
+  rows, size = case.rows, logit_size(case)
+  square = np.square(rows.logit_distance.astype(np.float64))
+  below(rows.student_nll, rows.teacher_nll + rows.tilt + square / 4, size)
+  below(
+    rows.student_nll.mean(),
+    rows.teacher_nll.mean()
+    + np.sqrt(rows.brier.mean() * square.mean())
+    + square.mean() / 4,
+    size,
+  )
+  below(rows.kl, square / 4, size)
+  below(rows.total_variation.mean(), np.sqrt(max(rows.kl.mean(), 0) / 2), size)
+  wrong = statements.student_wrong(rows)
+  below(wrong, rows.student_nll / np.log(2))
+  head = pointwise.describe(case.head)
+  root = np.sqrt(np.square(rows.feature_distance.astype(np.float64)).mean())
+  below(
+    rows.student_nll.mean(),
+    rows.teacher_nll.mean() + head.largest_distance * root,
+    size,
+  )
+
+
+@settings(deadline=None)
+@given(cases())
+def test_d11_soft_errors_and_the_soft_joint_head(case):
+  rows, size = case.rows, logit_size(case)
+  head = pointwise.describe(case.head)
+  below(rows.student_soft, rows.teacher_soft + rows.total_variation)
+  below(
+    rows.student_soft,
+    rows.teacher_soft + head.largest_distance * rows.feature_distance / 4,
+    size,
+  )
+  below(statements.student_wrong(rows), 2 * rows.student_soft)
+  # With a joint head q: its own rows, and how far p and q are on z_t and z_s.
+  joint = dataclasses.replace(case, head=case.joint).rows
+  apart = [
+    pointwise.compute_from_logits(
+      case.logits(z).astype(np.float32),
+      case.logits(z, case.joint).astype(np.float32),
+      case.labels,
+    ).total_variation
+    for z in (case.z_t, case.z_s)
+  ]
+  discrepancy = apart[1] - apart[0]
+  below(
+    rows.student_soft,
+    rows.teacher_soft + joint.teacher_soft + joint.student_soft + discrepancy,
+  )
+  largest = (
+    head.largest_distance + pointwise.describe(case.joint).largest_distance
+  )
+  below(np.abs(discrepancy), largest / 4 * rows.feature_distance, size)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(4, 4), (2, 4), (2, 2)]))
+def test_d12_pooling(seed, size):
+  """||z_s - z_t||^2 is at most the mean over positions, where bins divide."""
+  random = np.random.RandomState(seed)
+  taught, ours = (
+    types.SimpleNamespace(final=final, pooled=final.mean((1, 2)))
+    for final in (
+      random.randn(3, *shape, 5).astype(np.float32) for shape in ((4, 4), size)
+    )
+  )
+  net = types.SimpleNamespace(pools_map=True)
+  rows = pairs._compare_maps(taught, ours, net)
+  far = np.square(np.linalg.norm(ours.pooled - taught.pooled, axis=-1))
+  below(far, rows['map_square'])
+  np.testing.assert_allclose(rows['off_average'], 0, atol=1e-6)
+  # As the loss has it: C times the mean over all elements.
+  h, w = size
+  binned = np.asarray(taught.final).reshape(3, h, 4 // h, w, 4 // w, 5)
+  loss = np.square(binned.mean((2, 4)) - np.asarray(ours.final)).mean()
+  np.testing.assert_allclose(5 * loss, rows['map_square'].mean(), rtol=1e-5)
+
+
+@settings(deadline=None)
+@given(cases())
+def test_d13_no_classifier_says_more_than_total_variation(case):
+  """On finite samples, whatever tells z_t from z_s: 2 (1 - 2 err) <= 2 TV."""
+  domain = {
+    'kernel': case.head['kernel'][:, :2],
+    'bias': case.head['bias'][:2],
+  }
+  values = divergence.proxy_a_distance(case.z_t, case.z_s, domain)
+  assert ((values >= -2) & (values <= 2)).all()
+  points = np.unique(np.concatenate([case.z_t, case.z_s]), axis=0)
+  masses = [
+    np.array([(z == point).all(-1).mean() for point in points])
+    for z in (case.z_t, case.z_s)
+  ]
+  assert values.mean() <= np.abs(masses[0] - masses[1]).sum() + 1e-9
+  same = divergence.proxy_a_distance(case.z_t, case.z_t, domain)
+  assert same.mean() == 0
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(STUDENTS))
+def test_d14_the_chain_of_ben_david_by_brute_force(seed, kind):
+  """Over a finite class, each step is above the one before; K = 3."""
+  random = np.random.RandomState(seed)
+  z_t = random.randint(-2, 3, (12, 2)).astype(np.float32)
+  z_s = z_t[random.permutation(12)] if kind == 'permuted' else z_t.copy()
+  if kind in ('near', 'far', 'huge'):
+    moved = random.rand(12) < 0.3
+    z_s[moved] = random.randint(-2, 3, (moved.sum(), 2))
+  labels = random.randint(0, 3, 12)
+  heads = [
+    {
+      'kernel': random.randint(-2, 3, (2, 3)).astype(np.float32),
+      'bias': random.randint(-1, 2, 3).astype(np.float32),
+    }
+    for _ in range(6)
+  ]
+  read = [
+    tuple((z @ h['kernel'] + h['bias']).argmax(-1) for z in (z_t, z_s))
+    for h in heads
+  ]
+  errors = [((t != labels).mean(), (s != labels).mean()) for t, s in read]
+  best = min(range(6), key=lambda i: sum(errors[i]))
+  joint_error = sum(errors[best])
+
+  def dis(i, j, which):
+    return (read[i][which] != read[j][which]).mean()
+
+  both = max(
+    abs(dis(i, j, 1) - dis(i, j, 0))
+    for i, j in itertools.product(range(6), repeat=2)
+  )
+  points = np.unique(np.concatenate([z_t, z_s]), axis=0)
+  masses = [
+    np.array([(z == point).all(-1).mean() for point in points])
+    for z in (z_t, z_s)
+  ]
+  variation = np.abs(masses[0] - masses[1]).sum() / 2
+  for h in range(6):
+    source, target = errors[h]
+    rows = pointwise.compute(
+      z_t[:12], z_s, labels, **heads[h], joint=heads[best]
+    )
+    delta = statements.discrepancy(rows).mean()
+    assert delta == pytest.approx(dis(h, best, 1) - dis(h, best, 0))
+    disparity = max(dis(h, j, 1) - dis(h, j, 0) for j in range(6))
+    chain = [
+      target,
+      source + joint_error + delta,
+      source + joint_error + disparity,
+      source + joint_error + both,
+      source + joint_error + variation,
+      source + joint_error + (z_t != z_s).any(-1).mean(),
+    ]
+    for smaller, larger in itertools.pairwise(chain):
+      assert smaller <= larger + 1e-12
+    # The smallest of D3 over any finite set of references holds too.
+    joint = {b.key: b for b in statements.BOUNDS}['joint']
+    values = [
+      joint.values(
+        pointwise.compute(z_t, z_s, labels, **heads[h], joint=reference)
+      ).mean()
+      for reference in heads
+    ]
+    assert target <= min(values) + 1e-12
+    # D5 over the class.
+    pis = [(t != s).mean() for t, s in read]
+    assert both <= 2 * max(pis) + 1e-12
+
+
+# --- Many rows, and many devices ----------------------------------------------
+
+
+def many(num=3000, width=6, classes=4, seed=0):
+  random = np.random.RandomState(seed)
+  z_t = random.randn(num, width).astype(np.float32)
+  head = {
+    'kernel': random.randn(width, classes).astype(np.float32),
+    'bias': random.randn(classes).astype(np.float32),
+  }
+  labels = (z_t @ head['kernel'] + head['bias']).argmax(-1).astype(np.int32)
+  wrong = random.rand(num) < 0.2
+  labels[wrong] = random.randint(0, classes, wrong.sum())
+  labels[::9] = -1
+  z_s = z_t + 0.3 * random.randn(num, width).astype(np.float32)
+  return z_t, z_s, labels, head
+
+
+def test_chunks_are_rows_of_the_whole():
+  z_t, z_s, labels, head = many()
+  rows = pointwise.compute(z_t, z_s, labels, **head, joint=head)
+  assert len(rows) == 3000
+  whole = jax.jit(pointwise.from_features)(
+    z_t, z_s, labels, pointwise.describe(head), head
+  )
+  for name, value in vars(rows).items():
+    if value is not None:
+      other = np.asarray(getattr(whole, name))
+      np.testing.assert_allclose(value, other, rtol=2e-4, atol=1e-5)
+  assert rows.own is None
+  with pytest.raises(ValueError, match='3000 and 2999 rows for 3000 labels'):
+    pointwise.compute(z_t, z_s[1:], labels, **head)
+  with pytest.raises(ValueError, match='at least one'):
+    pointwise.compute(z_t[:0], z_s[:0], labels[:0], **head)
+
+
+def test_what_depends_on_a_label_is_no_number_without_one():
+  z_t, z_s, labels, head = many(9)
+  rows = pointwise.compute(z_t, z_s, np.full(9, -1), **head)
+  known = pointwise.compute(z_t, z_s, np.abs(labels), **head)
+  missing = set()
+  for name, value in vars(rows).items():
+    if value is None or name == 'label':
+      continue
+    other = getattr(known, name)
+    if np.isnan(value).all():
+      missing.add(name)
+      assert np.isfinite(other).all()
+    else:
+      np.testing.assert_array_equal(value, other)
+  assert missing == {
+    'brier',
+    'label_margin',
+    'logit_margin',
+    'student_nll',
+    'student_soft',
+    'teacher_nll',
+    'teacher_soft',
+    'tilt',
+  }
+  assert len(known.labelled) == 9 and not len(rows.labelled)
+
+
+def test_sums_over_devices_are_the_same_integers():
+  """However rows are cut; and the identity of D1 balances in them."""
+  z_t, z_s, labels, head = many(2400)
+  described = pointwise.describe(head)
+  mask = np.arange(2400) % 13 != 0
+
+  def sums(z_t, z_s, labels, mask):
+    rows = pointwise.from_features(z_t, z_s, labels, described)
+    return pointwise.sums(rows, mask)
+
+  whole = jax.jit(sums)(z_t, z_s, labels, mask)
+  cut = [x.reshape(8, 300, *x.shape[1:]) for x in (z_t, z_s, labels, mask)]
+  summed = jax.jit(
+    jax.vmap(lambda *x: jax.lax.psum(sums(*x), 'd'), axis_name='d')
+  )(*cut)
+  for name, total in whole.items():
+    if total.dtype == jnp.int32:
+      assert (summed[name] == total).all(), name
+    else:
+      np.testing.assert_allclose(summed[name], total, rtol=1e-5)
+  rows = pointwise.compute(z_t, z_s, labels, **head).where(mask)
+  known = rows.labelled
+  t, s = statements.teacher_wrong(known), statements.student_wrong(known)
+  counts = {
+    name: int(total)
+    for name, total in whole.items()
+    if total.dtype == jnp.int32
+  }
+  assert counts == {
+    'examples': mask.sum(),
+    'labelled': (mask & (labels >= 0)).sum(),
+    'disagreement': statements.differ(rows).sum(),
+    'teacher_wrong': t.sum(),
+    'student_wrong': s.sum(),
+    'harm': (s * (1 - t)).sum(),
+    'help': (t * (1 - s)).sum(),
+    'certified': (known.label_margin > known.feature_distance).sum(),
+    'certified_agreement': (rows.flip_margin > rows.feature_distance).sum(),
+  }
+  assert whole['student_wrong'] == (
+    whole['teacher_wrong'] + whole['harm'] - whole['help']
+  )
+  means = pointwise.summarize(whole, 6, 4)
+  assert means['student_error'] == s.mean()
+  assert means['feature_mse'] == pytest.approx(
+    np.square(z_s - z_t)[mask].mean(), rel=1e-5
+  )
+  logits = (z_s - z_t)[mask] @ head['kernel']
+  assert means['logit_mse'] == pytest.approx(np.square(logits).mean(), rel=1e-4)
+  # Of a student with its own head, it is that which counts.
+  rows = pointwise.from_features(z_t, z_s, labels, described)
+  own = rows.replace(own=rows.teacher)
+  found = pointwise.sums(own, mask)
+  assert not found['disagreement'] and not found['harm']
+  assert found['certified'] == whole['certified']
+  # Without features there is nothing of them; without labels, of labels.
+  plain = pointwise.from_logits(logits, logits, np.full(len(logits), -1))
+  found = pointwise.summarize(
+    pointwise.sums(plain, np.ones(len(logits), bool)), 6, 4
+  )
+  assert found == {'logit_mse': 0.0}

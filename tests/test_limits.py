@@ -1,0 +1,198 @@
+"""Confidence limits: by hand, against scipy, and by how often they hold."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from ijckd_jax.bounds import divergence
+from ijckd_jax.bounds import limits
+
+DRAWS = 4000
+
+
+def at_least(held, delta):
+  """Asserts that a limit holds at its rate, within four standard errors."""
+  error = math.sqrt(delta * (1 - delta) / len(held))
+  assert np.mean(held) >= 1 - delta - 4 * error, np.mean(held)
+
+
+@pytest.mark.parametrize('count, num', [(0, 7), (3, 7), (7, 7), (40, 1000)])
+def test_clopper_pearson_against_scipy(count, num):
+  for delta in (0.2, 0.05, 0.001):
+    exact = stats.binomtest(count, num).proportion_ci(1 - 2 * delta, 'exact')
+    upper = limits.clopper_pearson_upper(count, num, delta)
+    lower = limits.clopper_pearson_lower(count, num, delta)
+    assert upper == pytest.approx(exact.high, rel=1e-9)
+    assert lower == pytest.approx(exact.low, rel=1e-9)
+
+
+def test_clopper_pearson_by_hand():
+  """No success in n: (1 - p)^n = delta."""
+  assert limits.clopper_pearson_upper(0, 10, 0.05) == pytest.approx(
+    1 - 0.05**0.1
+  )
+  assert limits.clopper_pearson_lower(10, 10, 0.05) == pytest.approx(0.05**0.1)
+
+
+def test_formulas_by_hand():
+  # ln(1 / delta) = 2, n = 25: sqrt(2 / 50) = 0.2.
+  delta = math.exp(-2)
+  assert limits.hoeffding(25, delta, width=4) == pytest.approx(0.8)
+  # ln(2 / delta) = 2: sqrt(2 * 0.25 * 2 / 25) + 7 * 3 * 2 / (3 * 24).
+  delta = 2 * math.exp(-2)
+  off = limits.empirical_bernstein(0.25, 25, delta, width=3)
+  assert off == pytest.approx(0.2 + 42 / 72)
+  assert limits.empirical_bernstein(0.0, 1, 0.1, width=3) == 3
+  assert limits.shared(0.05, 10) == pytest.approx(0.005)
+  values = np.array([0, 1, 2, 1, 0.5])
+  lower, upper = limits.of_mean(values, 0.9, low=0, high=2)
+  off = limits.empirical_bernstein(values.var(ddof=1), 5, 0.9, width=2)
+  assert (lower, upper) == pytest.approx((max(0, 0.9 - off), min(2, 0.9 + off)))
+  # Zeros and ones are counted.
+  assert limits.of_mean(np.array([0, 1, 1]), 0.1, low=0, high=1) == (
+    limits.clopper_pearson_lower(2, 3, 0.1),
+    limits.clopper_pearson_upper(2, 3, 0.1),
+  )
+  # The teacher's errors on 100, disagreement on 200: half of delta each.
+  assert limits.label_free(5, 100, 20, 200, 0.1) == (
+    limits.clopper_pearson_upper(5, 100, 0.05)
+    + limits.clopper_pearson_upper(20, 200, 0.05)
+  )
+  assert limits.label_free(99, 100, 199, 200, 0.1) == 1
+  # n_S = 50, n_T = 100: sqrt(450 * 2 / 10,000) = 0.3.
+  found = divergence.dis2(
+    np.repeat([0, 1], [40, 10]),
+    np.repeat([0, 1], [45, 5]),
+    np.repeat([0, 1], [80, 20]),
+    math.exp(-2),
+  )
+  assert found == pytest.approx(
+    {
+      'value': 0.2 + (0.2 - 0.1),
+      'upper': 0.3 + 0.3,
+      'source_error': 0.2,
+      'discrepancy': 0.1,
+    }
+  )
+  # A critic that does worse than to agree is not taken.
+  none = divergence.dis2(*np.array([[1, 0], [1, 1], [0, 0]]), 0.5)
+  assert (none['discrepancy'], none['value']) == (0, 0.5)
+
+
+@pytest.mark.parametrize(
+  'call',
+  [
+    lambda: limits.clopper_pearson_upper(3, 2, 0.1),
+    lambda: limits.clopper_pearson_lower(0, 0, 0.1),
+    lambda: limits.clopper_pearson_upper(1, 2, 0.0),
+    lambda: limits.hoeffding(0, 0.1, width=1),
+    lambda: limits.hoeffding(3, 1.0, width=1),
+    lambda: limits.empirical_bernstein(1.0, 0, 0.1, width=1),
+    lambda: limits.of_mean(np.array([0, 2]), 0.1, low=0, high=1),
+    lambda: limits.of_mean(np.zeros(0), 0.1, low=0, high=1),
+  ],
+)
+def test_what_cannot_be_is_refused(call):
+  with pytest.raises(ValueError):
+    call()
+
+
+@pytest.mark.parametrize('p', [0.01, 0.3, 0.97])
+@pytest.mark.parametrize('num', [5, 60])
+def test_coverage_of_clopper_pearson(p, num):
+  """By all outcomes, not by chance: exactly at least 1 - delta."""
+  outcomes = np.arange(num + 1)
+  chance = stats.binom.pmf(outcomes, num, p)
+  for delta in (0.05, 0.2):
+    upper = [limits.clopper_pearson_upper(k, num, delta) for k in outcomes]
+    lower = [limits.clopper_pearson_lower(k, num, delta) for k in outcomes]
+    assert chance[np.array(upper) >= p].sum() >= 1 - delta - 1e-12
+    assert chance[np.array(lower) <= p].sum() >= 1 - delta - 1e-12
+
+
+# Values on a scale of 4, and how often each comes: skewed, rare, even.
+WORLDS = ((0.7, 0.2, 0.1, 0, 0), (0.98, 0, 0, 0, 0.02), (0.2,) * 5)
+
+
+@pytest.mark.parametrize('world', WORLDS)
+@pytest.mark.parametrize('num', [2, 30, 200])
+def test_coverage_of_limits_of_a_mean(world, num):
+  rng = np.random.default_rng(0)
+  mean = np.dot(world, np.arange(5))
+  samples = rng.choice(5, p=world, size=(DRAWS, num))
+  for delta in (0.05, 0.3):
+    found = np.array([limits.of_mean(x, delta, low=0, high=4) for x in samples])
+    at_least(found[:, 0] <= mean + 1e-12, delta)
+    at_least(found[:, 1] >= mean - 1e-12, delta)
+    off = limits.hoeffding(num, delta, width=4)
+    at_least(samples.mean(-1) + off >= mean, delta)
+
+
+def test_coverage_of_several_limits_together():
+  """Five means, and none may be off."""
+  rng = np.random.default_rng(1)
+  share = limits.shared(0.3, 5)
+  samples = rng.random((DRAWS, 5, 40)) < 0.1
+  upper = np.array(
+    [limits.clopper_pearson_upper(k, 40, share) for k in range(41)]
+  )
+  at_least((upper[samples.sum(-1)] >= 0.1).all(-1), 0.3)
+
+
+def test_coverage_without_labels():
+  """The student's true error is below, whatever it shares with the teacher."""
+  rng = np.random.default_rng(2)
+  delta = 0.2
+  # Correct answers: both, teacher alone, student alone, none (and differ).
+  world = (0.7, 0.1, 0.05, 0.15)
+  true_error = 0.1 + 0.15
+  old = rng.choice(4, p=world, size=(DRAWS, 150))
+  new = rng.choice(4, p=world, size=(DRAWS, 300))
+  held = [
+    limits.label_free(
+      int(np.isin(a, (2, 3)).sum()), 150, int((b > 0).sum()), 300, delta
+    )
+    >= true_error
+    for a, b in zip(old, new, strict=True)
+  ]
+  at_least(held, delta)
+
+
+def test_coverage_of_dis2():
+  """Where the critic's discrepancy is that of the truth, its limit holds."""
+  rng = np.random.default_rng(3)
+  delta = 0.2
+  held = []
+  for _ in range(DRAWS):
+    # The critic is the true labelling on the target, and h errs in 30%; on the
+    # source h errs in 10%, and the critic is it as well.
+    source = rng.random(50) < 0.1
+    target = rng.random(80) < 0.3
+    held.append(divergence.dis2(source, source, target, delta)['upper'] >= 0.3)
+  at_least(held, delta)
+
+
+def test_asymptotic_limits():
+  """Near their rate for large samples, and nothing for one."""
+  rng = np.random.default_rng(4)
+  samples = rng.exponential(size=(1000, 400))
+  found = np.array([limits.asymptotic(x, 0.2) for x in samples])
+  for held in (found[:, 0] <= 1, found[:, 1] >= 1):
+    assert abs(held.mean() - 0.8) < 0.06
+  assert limits.asymptotic(np.ones(1), 0.2) == (-math.inf, math.inf)
+  lower, upper = limits.asymptotic(np.array([1.0, 3.0]), 0.025)
+  assert (lower, upper) == pytest.approx((2 - 1.959964, 2 + 1.959964))
+
+
+def test_the_bootstrap_of_a_product():
+  rng = np.random.default_rng(5)
+  held = []
+  for _ in range(150):
+    columns = rng.random((2, 100))
+    upper = limits.bootstrap_upper(
+      columns, lambda a, b: np.sqrt(a * b), 0.1, num=200
+    )
+    held.append(upper >= 0.5)
+  assert 0.8 < np.mean(held) < 0.98
