@@ -297,7 +297,7 @@ def test_teacher_must_fit(refused, finished_run, tmp_path):
     class_names=bundle.class_names, image_shape=(8, 8, 3)
   )
   with pytest.raises(config_utils.UserError, match='images of 1 channels, but'):
-    evaluate._check_fits('teacher', bundle, colours)
+    evaluate.check_fits('teacher', bundle, colours)
 
 
 def in_channels(bundle, number):
