@@ -14,8 +14,29 @@ from ijckd_jax import parallel
 from ijckd_jax import steps
 
 
-def of_split(
+def make_step(
   function: Callable[[Any, jax.Array], Any],
+  mapper: parallel.Mapper,
+  augmentation=None,
+) -> Callable:
+  """Returns steps.feature_step of a function, mapped; it compiles once.
+
+  Args:
+    function: `(variables, images) -> rows`, of images of 0 to 255.
+    mapper: see parallel.
+    augmentation: as steps.feature_step takes it.
+  """
+  return mapper.map(
+    functools.partial(
+      steps.feature_step, function=function, augmentation=augmentation
+    ),
+    rows_in=(False, True, False),
+    rows_out=True,
+  )
+
+
+def of_split(
+  step: Callable,
   variables: Any,
   arrays,
   *,
@@ -26,8 +47,8 @@ def of_split(
   """Returns rows of every example once, in every process all of them.
 
   Args:
-    function: `(variables, images) -> rows`, of images of 0 to 255.
-    variables: as the mapper placed them.
+    step: of `make_step`.
+    variables: of its function, as the mapper placed them.
     arrays: datasets.Arrays.
     mapper: see parallel.
     batch_size: rows of all devices and processes together.
@@ -44,38 +65,29 @@ def of_split(
     num_workers=num_workers,
   )
   return of_batches(
-    function, variables, batches, lambda batch: batch['mask'], mapper=mapper
+    step, variables, batches, lambda batch: batch['mask'], mapper=mapper
   )
 
 
 def of_batches(
-  function: Callable[[Any, jax.Array], Any],
+  step: Callable,
   variables: Any,
   batches: Iterable[dict[str, np.ndarray]],
   chosen: Callable[[dict[str, np.ndarray]], np.ndarray],
   *,
   mapper: parallel.Mapper,
   key: jax.Array | None = None,
-  augmentation=None,
 ) -> dict[str, Any]:
   """Returns rows of batches, by epoch and index; see `of_split`.
 
   Args:
-    function: as `of_split` takes it.
+    step: as `of_split` takes it.
     variables: as `of_split` takes them.
     batches: of this process.
     chosen: of a batch, which of its rows are wanted, (b,) bool.
     mapper: see parallel.
     key: of the augmentation, placed.
-    augmentation: as steps.feature_step takes it.
   """
-  step = mapper.map(
-    functools.partial(
-      steps.feature_step, function=function, augmentation=augmentation
-    ),
-    rows_in=(False, True, False),
-    rows_out=True,
-  )
   found = []
   for batch in batches:
     batch = {name: x for name, x in batch.items() if name != 'bad'}

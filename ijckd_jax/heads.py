@@ -49,7 +49,7 @@ def features(
 
   parts = [
     features_lib.of_split(
-      function,
+      features_lib.make_step(function, mapper),
       variables,
       arrays,
       mapper=mapper,
@@ -71,13 +71,12 @@ def features(
     )
     parts.append(
       features_lib.of_batches(
-        function,
+        features_lib.make_step(function, mapper, exp.augmentation),
         variables,
         batches,
         lambda batch: batch['epoch'] < views,
         mapper=mapper,
         key=mapper.replicate(jax.random.key(config.seed)),
-        augmentation=exp.augmentation,
       )
     )
   return [

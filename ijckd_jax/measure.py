@@ -64,6 +64,7 @@ class Viewer:
       num_workers: processes that decode images which do not lie in memory.
     """
     self._pair = pair
+    self._step = features.make_step(pair.view, mapper)
     self._variables = mapper.replicate(variables)
     self._how = dict(
       mapper=mapper, batch_size=batch_size, num_workers=num_workers
@@ -71,9 +72,7 @@ class Viewer:
 
   def __call__(self, arrays) -> dict[str, Any]:
     """Returns features.of_split's rows of datasets.Arrays."""
-    return features.of_split(
-      self._pair.view, self._variables, arrays, **self._how
-    )
+    return features.of_split(self._step, self._variables, arrays, **self._how)
 
   def sample(self, arrays, most: int, seed: int) -> dict[str, Any]:
     """Returns the same of at most so many of them, drawn by a seed."""
@@ -162,7 +161,8 @@ def from_views(
     )
   own_rows, report = None, {}
   if pair.connected is None:
-    rows = pointwise.compute_from_logits(views['l_t'], views['l_own'], labels)
+    l_t = divergence.logits(views['z_t'], head)
+    rows = pointwise.compute_from_logits(l_t, views['l_own'], labels)
     sample = certify.Sample(rows, left_out={'features': NO_CONNECTOR})
   else:
     joint, diagnostics, left_out = None, {}, {}
@@ -266,7 +266,6 @@ def diagnose(
     [divergence.read(part['rows'][which], head) for which in ('z_t', 'z_s')]
     for part in (train, test)
   )
-  critic = divergence.fit_critic(*fit_on, head, divergence.disparity_loss)
-  values = measured[1].differs(critic) - measured[0].differs(critic)
+  values = divergence.disparity(fit_on, measured, head)
   found['disparity'] = (values, -1.0, 1.0)
   return found

@@ -55,13 +55,14 @@ def bound(
   num = len(differs)
   teacher_wrong = teacher[0].predicted[labelled] != labels
   pi = limits.clopper_pearson_upper(int(differs.sum()), num, delta / 2)
-  rng = np.random.default_rng((seed, SPLIT_STREAM))
-  halves = [rng.permutation(len(part)) % 2 == 0 for part in teacher]
-  read_by = {'teacher': (teacher, head), 'student': (student, own_head or head)}
-  found = {}
-  for name, share in (('teacher', delta / 2), ('student', delta)):
-    parts, own = read_by[name]
-    found[name] = _dis2(parts, own, source['label'], halves, share)
+  found = {
+    'teacher': by_critic(
+      *teacher, head, source['label'], delta=delta / 2, seed=seed
+    ),
+    'student': by_critic(
+      *student, own_head or head, source['label'], delta=delta, seed=seed
+    ),
+  }
   result = {
     'examples': num,
     'delta': delta,
@@ -103,17 +104,40 @@ def _read(source, target, name, head) -> list[divergence.Read]:
   return [divergence.read(pooled, head) for pooled in parts]
 
 
-def _dis2(parts, head, labels, halves, delta: float) -> dict[str, float]:
-  """Returns Dis^2 of one classifier, by a critic on its representation."""
-  critic = divergence.fit_critic(
-    *(part.where(half) for part, half in zip(parts, halves, strict=True)), head
-  )
-  held = ~halves[0] & (labels >= 0)
-  if not held.any():
+def by_critic(
+  source: divergence.Read,
+  target: divergence.Read,
+  head: dict[str, np.ndarray],
+  labels: np.ndarray,
+  *,
+  delta: float,
+  seed: int,
+) -> dict[str, float]:
+  """Returns divergence.dis2 of one classifier on its representation.
+
+  Args:
+    source: of labelled examples.
+    target: of examples without labels.
+    head: that reads both.
+    labels: of the source, (n_S,) int; -1 where there is none.
+    delta: probability of failure, the condition given.
+    seed: of the halves on which the critic is fitted.
+
+  Raises:
+    config_utils.UserError: too few examples have a label.
+  """
+  rng = np.random.default_rng((seed, SPLIT_STREAM))
+  fitted = [rng.permutation(len(part)) % 2 == 0 for part in (source, target)]
+  held = ~fitted[0] & (labels >= 0)
+  if not held.any() or len(target) < 2:
     raise config_utils.UserError(
-      f'{(labels >= 0).sum()} labelled images are too few to bound errors by'
+      f'{(labels >= 0).sum()} labelled and {len(target)} other images are too '
+      'few to bound errors by'
     )
-  source, target = parts[0].where(held), parts[1].where(~halves[1])
+  critic = divergence.fit_critic(
+    source.where(fitted[0]), target.where(fitted[1]), head
+  )
+  source, target = source.where(held), target.where(~fitted[1])
   return divergence.dis2(
     (source.predicted != labels[held]).astype(np.int32),
     source.differs(critic),

@@ -59,6 +59,16 @@ def run_dir(work: pathlib.Path, pair: str, name: str, seed: int):
   return work / pair / f'{name}_{seed}'
 
 
+def all_runs() -> list[tuple[str, str, int]]:
+  """Returns the pair, the name and the seed of every student."""
+  return [
+    (pair, name, seed)
+    for pair, (_, _, trained) in PAIRS.items()
+    for seed in SEEDS
+    for name in trained
+  ]
+
+
 def config_of(student: str, method: str, num_train: int, epochs: float):
   """Returns the config that all runs share, of one network."""
   config = experiment.default_config(
@@ -111,13 +121,7 @@ def main() -> None:
       train_teacher(flags.work, teacher)
     except config_utils.UserError as error:  # Another worker is at it.
       logging.warning('%s', error)
-  runs = [
-    (pair, name, seed)
-    for pair, (_, _, trained) in PAIRS.items()
-    for seed in SEEDS
-    for name in trained
-  ]
-  for run in runs[flags.worker :: flags.workers]:
+  for run in all_runs()[flags.worker :: flags.workers]:
     train_student(flags.work, *run)
     jax.clear_caches()
     gc.collect()

@@ -155,11 +155,6 @@ def main(argv: list[str]) -> None:
       raise config_utils.UserError(
         '--unlabelled: these are the labelled images; give others'
       )
-    if len(unlabelled) < 2:
-      raise config_utils.UserError(
-        f'--unlabelled: the split {flags.unlabelled_split!r} has '
-        f'{len(unlabelled)} images; give at least 2'
-      )
     found['unlabelled'] = shift.bound(
       views['test'],
       viewer(unlabelled),

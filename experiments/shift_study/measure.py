@@ -1,0 +1,175 @@
+"""Limits and estimates of students' errors on corrupted Fashion-MNIST.
+
+  python -m experiments.shift_study.measure WORKDIR
+
+WORKDIR as train.py left it. Labelled images are 10,000 that were held out of
+training, the others are 4,000 test images, corrupted; their labels only judge.
+Each line of results.jsonl is one corruption at one severity; run again, it goes
+on where it was stopped.
+"""
+
+import argparse
+import json
+import pathlib
+
+import numpy as np
+from scipy import special
+
+from experiments.shift_study import corruptions
+from experiments.shift_study import train
+from ijckd_jax import bundles
+from ijckd_jax import compilation_cache
+from ijckd_jax import datasets
+from ijckd_jax import features
+from ijckd_jax import parallel
+from ijckd_jax import shift
+from ijckd_jax.bounds import divergence
+from ijckd_jax.bounds import limits
+from ijckd_jax.datasets import fashion_mnist
+
+RESULTS = pathlib.Path(__file__).parent / 'results.jsonl'
+NUM_LABELLED, NUM_OTHERS = 10_000, 4_000
+DELTA = 0.05
+CLEAN = 'none'
+
+
+def confidence(logits: np.ndarray) -> np.ndarray:
+  """Returns the largest probability of each row."""
+  return np.exp(logits.max(axis=-1) - special.logsumexp(logits, axis=-1))
+
+
+def average_confidence(logits: np.ndarray) -> float:
+  """Returns the error that average confidence estimates."""
+  return float(1 - confidence(logits).mean())
+
+
+def thresholded_confidence(source, wrong, target) -> float:
+  """Returns the error that ATC estimates.
+
+  The share below the confidence below which lie as many labelled images as are
+  wrong. Source: Garg et al. 2022, https://arxiv.org/abs/2201.04234.
+  """
+  threshold = np.quantile(confidence(source), wrong.mean())
+  return float((confidence(target) < threshold).mean())
+
+
+class Networks:
+  """The teacher and all students, run side by side."""
+
+  def __init__(self, work: pathlib.Path):
+    self.bundles = {
+      name: bundles.load(work / name) for name in ('teacher', *train.METHODS)
+    }
+    self._mapper = parallel.Mapper()
+    self._step = features.make_step(self._view, self._mapper)
+    self._variables = self._mapper.replicate(
+      {name: bundle.variables for name, bundle in self.bundles.items()}
+    )
+
+  def _view(self, variables, images):
+    seen = {}
+    for name, bundle in self.bundles.items():
+      net = bundle.network
+      seen[name] = net(variables[name], net.preprocessing(images)).pooled
+    return seen
+
+  def __call__(self, arrays: datasets.Arrays) -> dict[str, divergence.Read]:
+    """Returns the pooled features of each, and its predictions."""
+    found = features.of_split(
+      self._step, self._variables, arrays, mapper=self._mapper, batch_size=250
+    )
+    return {
+      name: divergence.read(pooled, self.head(name))
+      for name, pooled in found['rows'].items()
+    }
+
+  def head(self, name: str) -> dict[str, np.ndarray]:
+    """Returns the head by which one of them predicts."""
+    return self.bundles[name].variables['params']['head']
+
+
+def measure(networks, source, labels, target, truth) -> dict:
+  """Returns what is said of each student, and what is true."""
+  teacher = shift.by_critic(
+    source['teacher'],
+    target['teacher'],
+    networks.head('teacher'),
+    labels,
+    delta=DELTA / 2,
+    seed=0,
+  )
+  found = {
+    'teacher': {
+      **teacher,
+      'true_error': float((target['teacher'].predicted != truth).mean()),
+    }
+  }
+  for name in train.METHODS:
+    head = networks.head(name)
+    near, far = source[name], target[name]
+    differs = far.predicted != target['teacher'].predicted
+    pi = limits.clopper_pearson_upper(
+      int(differs.sum()), len(differs), DELTA / 2
+    )
+    wrong = source['teacher'].predicted != labels
+    own = shift.by_critic(near, far, head, labels, delta=DELTA, seed=0)
+    scores = [divergence.logits(x.pooled, head) for x in (near, far)]
+    found[name] = {
+      'true_error': float((far.predicted != truth).mean()),
+      'disagreement': float(differs.mean()),
+      'same_distribution': limits.label_free(
+        int(wrong.sum()), len(wrong), int(differs.sum()), len(differs), DELTA
+      ),
+      'by_teacher': min(1.0, teacher['upper'] + pi),
+      'by_student': own['upper'],
+      'by_student_value': own['value'],
+      'by_teacher_value': teacher['value'] + float(differs.mean()),
+      'average_confidence': average_confidence(scores[1]),
+      'thresholded_confidence': thresholded_confidence(
+        scores[0], near.predicted != labels, scores[1]
+      ),
+    }
+  return found
+
+
+def main() -> None:
+  """Measures what is not measured yet."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('work', type=pathlib.Path)
+  flags = parser.parse_args()
+  compilation_cache.enable(compilation_cache.DEFAULT)
+  done = set()
+  if RESULTS.exists():
+    rows = map(json.loads, RESULTS.read_text().splitlines())
+    done = {(row['corruption'], row['severity']) for row in rows}
+  data = fashion_mnist.Dataset(validation_fraction=train.HELD_OUT)
+  held_out, test = data.load('validation'), data.load('test')
+  random = np.random.RandomState(0)
+  labelled = held_out.take(random.permutation(len(held_out))[:NUM_LABELLED])
+  others = test.take(random.permutation(len(test))[:NUM_OTHERS])
+  networks = Networks(flags.work)
+  source = networks(labelled)
+  conditions = [(CLEAN, 0)]
+  conditions += [
+    (name, severity)
+    for severity in (5, 4, 3, 2, 1)
+    for name in corruptions.CORRUPTIONS
+  ]
+  for name, severity in conditions:
+    if (name, severity) in done:
+      continue
+    images = others.images
+    if name != CLEAN:
+      images = corruptions.corrupt(images, name, severity)
+    target = networks(datasets.Arrays(images, others.labels))
+    found = measure(networks, source, labelled.labels, target, others.labels)
+    row = {'corruption': name, 'severity': severity, 'found': found}
+    with RESULTS.open('a') as stream:
+      stream.write(json.dumps(row) + '\n')
+    print(
+      name, severity, {k: round(v['true_error'], 3) for k, v in found.items()}
+    )
+
+
+if __name__ == '__main__':
+  main()

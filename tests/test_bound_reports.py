@@ -1,0 +1,452 @@
+"""From networks to reports of bounds: in runs, by command, without labels."""
+
+import json
+import sys
+
+import numpy as np
+from PIL import Image
+import pytest
+
+import ijckd_jax
+from ijckd_jax import bound_wording
+from ijckd_jax import bundles
+from ijckd_jax import config_utils
+from ijckd_jax import measure
+from ijckd_jax import pairs
+from ijckd_jax import parallel
+from ijckd_jax import shift
+from ijckd_jax import train
+from ijckd_jax import workdirs
+from ijckd_jax.bounds import __main__ as command_lib
+from ijckd_jax.bounds import certify
+from ijckd_jax.bounds import divergence
+from ijckd_jax.bounds import limits
+from ijckd_jax.bounds import pointwise
+from ijckd_jax.bounds import statements
+from ijckd_jax.datasets import digits
+
+REUSED = {
+  'paired',
+  'joint',
+  'label_margin',
+  'logit_margin',
+  'feature_scale',
+  'logit_scale',
+  'soft',
+  'flip_margin',
+  'label_free',
+}
+LOGITS = {'paired', 'logit_margin', 'logit_scale', 'soft', 'label_free'}
+OWN = {f'own_{key}' for key in LOGITS - {'label_free'}}
+BY_METHOD = {
+  'ijckd': REUSED,
+  'srrl': REUSED | OWN | {'own_head'},
+  'kd': LOGITS,
+}
+
+
+@pytest.fixture(scope='module')
+def runs(finished_run, small_config, tmp_path_factory):
+  """Folders of finished runs by method, of one teacher."""
+  workdir, _ = finished_run
+  found = {'ijckd': workdir}
+  for method in ('srrl', 'kd'):
+    config = small_config(method)
+    config.teacher.checkpoint = str(workdir / 'teacher')
+    found[method] = tmp_path_factory.mktemp(method)
+    train.train_and_evaluate(config, found[method])
+  return found
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+  """Returns a function that runs the command: its exit code and its words."""
+
+  def run(*argv):
+    monkeypatch.setattr(sys, 'argv', ['bounds', *map(str, argv)])
+    with pytest.raises(SystemExit) as stopped:
+      config_utils.run_command(command_lib.main)
+    printed = capsys.readouterr()
+    return stopped.value.code, printed.out, printed.err
+
+  return run
+
+
+@pytest.mark.parametrize('method', BY_METHOD)
+def test_every_run_ends_with_the_bound(runs, method):
+  """Its terms balance, its bounds hold, and what is missing is said."""
+  folder = runs[method]
+  summary = workdirs.read_json(folder / workdirs.SUMMARY)
+  report, last = summary['bounds'], summary['student']['last']
+  assert set(report['bounds']) == BY_METHOD[method]
+  terms = {name: term['value'] for name, term in report['terms'].items()}
+  assert terms['student_error'] == pytest.approx(1 - last['top1'])
+  assert terms['teacher_error'] == pytest.approx(1 - summary['teacher']['top1'])
+  assert terms['disagreement'] == pytest.approx(1 - last['agreement'])
+  assert terms['gap'] == pytest.approx(terms['harm'] - terms['help'])
+  # The same as the evaluation counted in the compiled step.
+  for name in ('harm', 'help', 'certified', 'certified_agreement'):
+    if name in terms:
+      assert last[name] == pytest.approx(terms[name], abs=1e-6)
+    else:
+      assert name not in last
+  assert last['logit_mse'] > 0
+  assert ('feature_mse' in last) == (method in ('ijckd', 'srrl'))
+  for bound in report['bounds'].values():
+    assert bound['measured'] <= bound['value'] + 1e-6 <= bound['upper'] + 2e-6
+    total = sum(part['value'] for part in bound['parts'])
+    assert total == pytest.approx(bound['value'])
+  for risk in report['risks'].values():
+    assert risk['measured'] <= risk['value'] * (1 + 1e-5) + 1e-5
+  for term in report['terms'].values():
+    for limit, sign in (('lower', 1), ('upper', -1)):
+      if term[limit] is not None:
+        assert sign * term[limit] <= sign * term['value'] + 1e-9
+  page = (folder / workdirs.REPORT).read_text()
+  assert bound_wording.tell(report) in page
+  assert ('joint' in report['bounds']) == ('ijc_gap' in report['terms'])
+  if method == 'kd':
+    assert 'has no connector to the teacher' in report['left_out']['features']
+  else:
+    assert report['joint_head']['examples'] == 2 * 1437
+    assert 'feature_map' in report['risks']
+  pictures = {'bounds', 'terms'}
+  if method in ('ijckd', 'srrl'):
+    pictures |= {'margins', 'classes'}
+  for name in pictures:
+    assert f'(plots/{name}.png)' in page
+    assert '<svg' in (folder / 'plots' / f'{name}.svg').read_text()[:1000]
+    with Image.open(folder / 'plots' / f'{name}.png') as image:
+      assert image.size[0] > 500
+  connected = (folder / workdirs.CONNECTED).exists()
+  assert connected == (method == 'srrl')
+
+
+def test_terms_are_logged_at_each_evaluation(runs):
+  for method, folder in runs.items():
+    lines = (folder / workdirs.METRICS).read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if 'test/top1' in row]
+    assert len(rows) == 3, method
+    for row in rows:
+      gap = row['test/student_error'] - row['test/teacher_error']
+      assert gap == pytest.approx(row['test/harm'] - row['test/help'])
+      assert row['test/student_error'] == pytest.approx(1 - row['test/top1'])
+      assert row['test/harm'] <= 1 - row['test/agreement'] + 1e-9
+
+
+@pytest.mark.parametrize('method', BY_METHOD)
+def test_the_command_says_what_the_run_said(
+  runs, method, command, data_dir, tmp_path
+):
+  teacher = runs['ijckd'] / 'teacher'
+  code, out, err = command(
+    *('--bundle', runs[method], '--teacher', teacher, '--data_dir', data_dir),
+    *('--output', tmp_path / 'out', '--json'),
+  )
+  assert (code, err) == (0, '')
+  found = json.loads(out)
+  expected = workdirs.read_json(runs[method] / workdirs.SUMMARY)['bounds']
+  assert set(found) - {'bundle', 'teacher'} == set(expected)
+  for kind in ('terms', 'bounds', 'risks'):
+    for name, row in expected[kind].items():
+      for key in {'value', 'lower', 'upper'} & set(row):
+        number = found[kind][name][key]
+        if row[key] is None:
+          assert number is None
+        else:
+          assert number == pytest.approx(row[key], rel=0.02, abs=0.01)
+  assert json.loads((tmp_path / 'out' / 'bounds.json').read_text()) == found
+  page = (tmp_path / 'out' / 'report.md').read_text()
+  assert page.startswith('## The bound') and 'plots/bounds.png' in page
+
+
+def test_without_labels_by_command(runs, command, data_dir, tmp_path):
+  """The same distribution, and another one, whose labels are not looked at."""
+  teacher = runs['ijckd'] / 'teacher'
+  common = ('--teacher', teacher, '--data_dir', data_dir, '--fit_examples', 0)
+  code, out, _ = command(
+    *('--bundle', runs['srrl'], *common, '--unlabelled', 'digits'),
+    *('--unlabelled_split', 'train'),
+  )
+  assert code == 0
+  assert 'joint does not apply: no labelled training image' in out
+  assert '1,437 images without labels' in out
+  assert "student's error, by Dis² on the teacher" in out
+  code, out, err = command(
+    *('--bundle', runs['ijckd'], *common, '--unlabelled', 'digits')
+  )
+  assert (code, out) == (2, '')
+  assert err == (
+    'error: --unlabelled: these are the labelled images; give others\n'
+  )
+
+
+@pytest.mark.parametrize(
+  'flags, said',
+  [
+    (('--delta', 2), '--delta 2.0: give a probability between 0 and 1'),
+    (('--fit_examples', -1), 'cannot be negative'),
+    (('--unlabelled', 'digit'), "unknown dataset 'digit'; did you mean"),
+    (('--split', 'train'), 'invalid choice'),
+    (('--output', '/proc/none'), '--output: '),
+    (('--split', 'validation'), "the split 'validation' is empty"),
+  ],
+)
+def test_mistakes_are_told_in_a_line(runs, command, data_dir, flags, said):
+  teacher = runs['ijckd'] / 'teacher'
+  code, out, err = command(
+    *('--bundle', runs['ijckd'], '--teacher', teacher),
+    *('--data_dir', data_dir, *flags),
+  )
+  assert (code, out) == (2, '')
+  assert said in err and err.count('\n') == 1, err
+
+
+def test_a_teacher_of_another_width_is_refused(
+  runs, command, data_dir, small_config, tmp_path
+):
+  config = small_config('ce', total_steps=1, eval_steps=1, log_steps=1)
+  config.student.backbone = 'resnet8x4'
+  train.train_and_evaluate(config, tmp_path)
+  code, _, err = command(
+    *('--bundle', runs['ijckd'], '--teacher', tmp_path),
+    *('--data_dir', data_dir),
+  )
+  assert code == 2
+  assert err == (
+    "error: the student's connector is not to this teacher, whose features are "
+    '256 wide: give the teacher that it learned from\n'
+  )
+
+
+def test_settings_are_checked_and_may_change(small_config, tmp_path):
+  for field, value, said in (
+    ('bounds.delta', 1.0, 'bounds.delta=1.0'),
+    ('bounds.fit_examples', -1, 'bounds.fit_examples=-1'),
+  ):
+    with pytest.raises(config_utils.UserError, match=said):
+      train.train_and_evaluate(small_config(**{field: value}), tmp_path)
+  assert 'bounds.delta' in workdirs.RUNTIME_FIELDS
+
+
+def test_nothing_is_fitted_where_nothing_is_to_be(finished_run, data_dir):
+  """Nor where no training image has a label."""
+  workdir, _ = finished_run
+  student, teacher = (
+    bundles.load(folder) for folder in (workdir, workdir / 'teacher')
+  )
+  judge = teacher.teacher()
+  data = digits.Dataset(data_dir=data_dir)
+  splits = {name: data.load(name) for name in ('train', 'test')}
+  blank = np.full(len(splits['train'].labels), -1, np.int32)
+  unlabelled = ijckd_jax.Arrays(splits['train'].images, blank)
+  how = dict(mapper=parallel.Mapper(), batch_size=120, delta=0.1, seed=0)
+  pair = pairs.Pair(judge, student.network, student.network)
+  variables = {'teacher': judge.frozen, 'connected': student.variables}
+  variables['student'] = student.variables
+  for train_split, number in ((splits['train'], 0), (unlabelled, 100)):
+    measured = measure.measure(
+      pair,
+      variables,
+      {'test': splits['test'], 'train': train_split},
+      fit_examples=number,
+      **how,
+    )
+    assert measured.report['left_out']['joint'] == measure.NO_FIT
+    assert 'pad_features' not in measured.report['terms']
+    assert measured.rows.joint_teacher is None
+  # Rows are those of the networks, one by one.
+  test = splits['test']
+  taught = judge(judge.frozen, test.images)
+  net = student.network
+  seen = net(student.variables, net.preprocessing(test.images))
+  np.testing.assert_allclose(
+    measured.rows.feature_distance,
+    np.linalg.norm(seen.pooled - taught.pooled, axis=-1),
+    rtol=1e-4,
+  )
+  assert (measured.rows.teacher == taught.logits.argmax(-1)).mean() > 0.99
+  blank = np.full(len(test.labels), -1, np.int32)
+  with pytest.raises(config_utils.UserError, match='no image has a label'):
+    measure.measure(
+      pair,
+      variables,
+      {'test': ijckd_jax.Arrays(test.images, blank), 'train': unlabelled},
+      fit_examples=0,
+      **how,
+    )
+
+
+def world(num, shifted=0.0, seed=0):
+  """Returns features, labels, and a head that is right where nothing shifts."""
+  random = np.random.RandomState(seed)
+  labels = random.randint(0, 3, num).astype(np.int32)
+  centres = 3 * np.eye(3, 4, dtype=np.float32)
+  z = centres[labels] + random.randn(num, 4).astype(np.float32)
+  z[:, 3] += shifted
+  z[:, 0] -= 0.6 * shifted
+  head = {'kernel': centres.T.copy(), 'bias': np.zeros(3, np.float32)}
+  return {'label': labels, 'rows': {'z_t': z, 'z_s': z + 0.1}}, head
+
+
+def test_bounds_under_shift():
+  """They hold where the critic is as adversarial as the truth, and say by what.
+
+  Of a shift that takes a class away from its head, which a linear critic finds.
+  """
+  source, head = world(2000)
+  for shifted in (0.0, 3.0):
+    target, _ = world(2000, shifted, seed=1)
+    found = shift.bound(source, target, head, None, delta=0.1, seed=0)
+    truth = found['true_error']
+    assert truth <= found['shifted']['upper']
+    assert truth <= found['student']['upper']
+    assert (truth <= found['same_distribution']['upper']) == (shifted == 0)
+    blank = {**target, 'label': np.full(2000, -1, np.int32)}
+    without = shift.bound(source, blank, head, None, delta=0.1, seed=0)
+    truths = {'true_error', 'true_teacher_error'}
+    assert without == {k: v for k, v in found.items() if k not in truths}
+  few = {**source, 'label': np.full(2000, -1, np.int32)}
+  with pytest.raises(config_utils.UserError, match='0 labelled'):
+    shift.bound(few, target, head, None, delta=0.1, seed=0)
+
+
+def test_a_critic_differs_where_it_may():
+  """Far from the source it does, and it agrees there."""
+  source, head = world(1000)
+  target, _ = world(1000, 6.0, seed=1)
+  near, far = (
+    divergence.read(part['rows']['z_t'], head) for part in (source, target)
+  )
+  critic = divergence.fit_critic(near, far, head)
+  assert near.differs(critic).mean() < 0.25
+  assert far.differs(critic).mean() > 0.8
+  # On one distribution it cannot do both.
+  same = divergence.fit_critic(near, near, head)
+  assert near.differs(same).mean() < 0.5
+  assert divergence.disparity((near, far), (near, far), head).mean() > 0.5
+  others, _ = world(1000, seed=2)
+  other = divergence.read(others['rows']['z_t'], head)
+  values = divergence.disparity((near, other), (near, other), head)
+  assert set(values) <= {-1, 0, 1} and abs(values.mean()) < 0.15
+
+
+def test_losses_of_critics_by_hand():
+  logits = np.array([[1.0, 2.0, 4.0]], np.float32)
+  predicted = np.array([2])
+  (found,) = divergence.disagreement_loss(logits, predicted)
+  assert found == pytest.approx(np.log1p(np.exp(4 - 1.5)), rel=1e-6)
+  (found,) = divergence.disparity_loss(logits, predicted)
+  p = np.exp(logits[0]) / np.exp(logits[0]).sum()
+  assert found == pytest.approx(-np.log(1 - p[2]), rel=1e-5)
+
+
+def test_a_domain_classifier_tells_what_can_be_told():
+  source, _ = world(1500)
+  z = source['rows']['z_t']
+  apart, same = z + np.float32(5), z[::-1].copy()
+  for other, low, high in ((apart, 1.8, 2.0), (same, -0.3, 0.3)):
+    head = divergence.domain_head(z[:700], other[:700], seed=0)
+    values = divergence.proxy_a_distance(z[700:], other[700:], head)
+    assert low <= values.mean() <= high
+
+
+def test_reports_of_few_rows_by_hand():
+  """Four images; h reads coordinates, r is h with its classes swapped."""
+  z_t = np.array([[2, 0], [0, 2], [3, 1], [1, 3]], np.float32)
+  z_s = np.array([[2, 1], [2, 0], [3, 1], [0, 3]], np.float32)
+  labels = np.array([0, 1, 1, -1])
+  head = {
+    'kernel': np.eye(2, dtype=np.float32),
+    'bias': np.zeros(2, np.float32),
+  }
+  joint = {'kernel': head['kernel'][:, ::-1].copy(), 'bias': head['bias']}
+  rows = pointwise.compute(z_t, z_s, labels, **head, joint=joint)
+  # h: 0, 1, 0, 1 from z_t and 0, 0, 0, 1 from z_s; r the opposite.
+  sample = certify.Sample(rows, None, pointwise.describe(head))
+  report = certify.report(sample, 0.1)
+  values = {name: term['value'] for name, term in report['terms'].items()}
+  assert values == pytest.approx(
+    {
+      'teacher_error': 1 / 3,
+      'student_error': 2 / 3,
+      'disagreement': 1 / 4,
+      'harm': 1 / 3,
+      'help': 0,
+      'gap': 1 / 3,
+      'joint_error': (1 + 1 + 0 + 1 + 0 + 0) / 3,
+      'ijc_gap': (1 + 2 - 3) / 3,
+      'discrepancy': 0,
+      'certified': 1 / 3,
+      'certified_agreement': 3 / 4,
+    }
+  )
+  assert report['labelled'] == 3 and report['examples'] == 4
+  bounds = report['bounds']
+  assert bounds['paired']['value'] == pytest.approx(1 / 3 + 1 / 3)
+  assert bounds['joint']['value'] == pytest.approx(1 / 3 + 1 + 0)
+  assert bounds['label_margin']['value'] == pytest.approx(2 / 3)
+  assert bounds['flip_margin']['value'] == pytest.approx(1 / 4)
+  assert bounds['label_free']['value'] == pytest.approx(1 / 3 + 1 / 4)
+  # Two limits of each term, one of each bound.
+  assert report['claims'] == 2 * 11 + 9 == 2 * len(values) + len(bounds)
+  share = 0.1 / report['claims']
+  term = report['terms']['student_error']
+  assert (term['lower'], term['upper']) == (
+    limits.clopper_pearson_lower(2, 3, share),
+    limits.clopper_pearson_upper(2, 3, share),
+  )
+  risks = report['risks']
+  known = rows.labelled
+  square = np.square(known.logit_distance)
+  assert risks['nll_brier']['value'] == pytest.approx(
+    known.teacher_nll.mean()
+    + np.sqrt(known.brier.mean() * square.mean())
+    + square.mean() / 4,
+    rel=1e-5,
+  )
+  assert risks['kl_square']['value'] == pytest.approx(square.mean() / 4)
+  assert risks['error_nll']['value'] == pytest.approx(
+    known.student_nll.mean() / np.log(2), rel=1e-5
+  )
+  far = known.feature_distance.mean()
+  assert risks['nll_features']['value'] == pytest.approx(
+    known.teacher_nll.mean() + np.sqrt(2) * far, rel=1e-4
+  )
+  assert risks['soft_features']['value'] == pytest.approx(
+    known.teacher_soft.mean() + np.sqrt(2) / 4 * far, rel=1e-4
+  )
+  assert risks['nll_range']['value'] == pytest.approx(
+    (known.teacher_nll + known.logit_range).mean(), rel=1e-5
+  )
+  classes = certify.by_class(rows)
+  assert classes['class'].tolist() == [0, 1]
+  assert classes['examples'].tolist() == [1, 2]
+  np.testing.assert_allclose(classes['student_error'], [0, 1])
+  np.testing.assert_allclose(classes['teacher_error'], [0, 0.5])
+  np.testing.assert_allclose(classes['harm'], [0, 0.5])
+  np.testing.assert_allclose(classes['ijc_gap'], [-2, 1])
+  np.testing.assert_allclose(classes['ijc_gap_error'], [0, 1 / np.sqrt(2)])
+  with pytest.raises(ValueError, match='no example has a label'):
+    certify.report(certify.Sample(rows.where([3])), 0.1)
+
+
+def test_families_answer_for_every_scale():
+  """The scale that is chosen has the lowest limit, at a share of delta."""
+  random = np.random.RandomState(0)
+  z = random.randn(500, 3).astype(np.float32)
+  head = {'kernel': 4 * np.eye(3, dtype=np.float32), 'bias': np.zeros(3)}
+  labels = z.argmax(-1)
+  near = z + 0.01 * random.randn(500, 3).astype(np.float32)
+  rows = pointwise.compute(z, near, labels, **head)
+  report = certify.report(certify.Sample(rows), 0.05)
+  found = report['bounds']['feature_scale']
+  bound = {b.key: b for b in statements.BOUNDS}['feature_scale']
+  share = 0.05 / report['claims'] / len(statements.SCALES)
+  upper = {
+    scale: limits.of_mean(bound.values(rows, scale), share, low=0, high=2)[1]
+    for scale in statements.SCALES
+  }
+  assert found['scale'] == min(upper, key=upper.get)
+  assert found['upper'] == pytest.approx(min(upper.values()))
+  assert found['upper'] < 0.6
