@@ -1,0 +1,199 @@
+"""Every inequality of the bounds, broken once: a test must turn red."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+# File below ijckd_jax/, what is there, what it becomes.
+MUTATIONS = [
+  (
+    'bounds/statements.py',
+    'rows.student != rows.label)',
+    'rows.student == rows.label)',
+  ),
+  (
+    'bounds/statements.py',
+    'rows.teacher != rows.label)',
+    'rows.teacher == rows.label)',
+  ),
+  (
+    'bounds/statements.py',
+    'rows.student != rows.teacher)',
+    'rows.student == rows.teacher)',
+  ),
+  (
+    'bounds/statements.py',
+    'rows.own != rows.student)',
+    'rows.own == rows.student)',
+  ),
+  (
+    'bounds/statements.py',
+    'rows.student != rows.joint_student)',
+    'rows.student == rows.joint_student)',
+  ),
+  (
+    'bounds/statements.py',
+    '_int(rows.student != rows.joint_student) - _int(',
+    '_int(rows.student != rows.joint_student) + _int(',
+  ),
+  (
+    'bounds/statements.py',
+    'wrong[0] + wrong[1] - wrong[2]',
+    'wrong[0] - wrong[1] - wrong[2]',
+  ),
+  ('bounds/statements.py', 'wrong[2] - wrong[3]', 'wrong[2] + wrong[3]'),
+  (
+    'bounds/statements.py',
+    'label_margin <= _reach',
+    'label_margin < 0.9 * _reach',
+  ),
+  ('bounds/statements.py', 'label_margin <= _reach', 'label_margin >= _reach'),
+  ('bounds/statements.py', 'flip_margin <= _reach', 'flip_margin >= _reach'),
+  (
+    'bounds/statements.py',
+    'flip_margin <= _reach',
+    'flip_margin <= 0.9 * _reach',
+  ),
+  ('bounds/statements.py', 'SQRT2 = 2**0.5', 'SQRT2 = 2**0.45'),
+  (
+    'bounds/statements.py',
+    '2 * rows.logit_deviation)',
+    '1.9 * rows.logit_deviation)',
+  ),
+  ('bounds/statements.py', 'np.minimum(SQRT2', 'np.maximum(SQRT2'),
+  ('bounds/statements.py', 'logit_margin <= _reach', 'logit_margin >= _reach'),
+  (
+    'bounds/statements.py',
+    'label_margin <= scale',
+    'label_margin <= scale / 2',
+  ),
+  (
+    'bounds/statements.py',
+    'logit_margin <= scale',
+    'logit_margin <= scale / 2',
+  ),
+  (
+    'bounds/statements.py',
+    'feature_distance) / scale',
+    'feature_distance) / (2 * scale)',
+  ),
+  (
+    'bounds/statements.py',
+    'logit_distance) / scale',
+    'logit_distance) / (2 * scale)',
+  ),
+  ('bounds/statements.py', '2 * rows.teacher_soft', '1.5 * rows.teacher_soft'),
+  (
+    'bounds/statements.py',
+    '2 * rows.total_variation',
+    '1.5 * rows.total_variation',
+  ),
+  (
+    'bounds/pointwise.py',
+    'gaps = own - logits - rounding',
+    'gaps = own - logits + rounding',
+  ),
+  (
+    'bounds/pointwise.py',
+    'gaps > 0, jnp.inf, -jnp.inf',
+    'gaps >= -1, jnp.inf, -jnp.inf',
+  ),
+  ('bounds/pointwise.py', '.sum(axis=-1) / 2, 1.0', '.sum(axis=-1) / 3, 1.0'),
+  (
+    'bounds/pointwise.py',
+    'student_wrong & ~teacher_wrong)',
+    'student_wrong & teacher_wrong)',
+  ),
+  (
+    'bounds/pointwise.py',
+    'teacher_wrong & ~student_wrong)',
+    'teacher_wrong & student_wrong)',
+  ),
+  (
+    'bounds/pointwise.py',
+    'rows.label_margin > far',
+    'rows.label_margin > 0 * far',
+  ),
+  (
+    'bounds/limits.py',
+    'count + 1, num - count, 1 - delta',
+    'count, num - count, 1 - delta',
+  ),
+  (
+    'bounds/limits.py',
+    'count, num - count + 1, delta',
+    'count, num - count, delta',
+  ),
+  ('bounds/limits.py', '/ (2 * num))', '/ (4 * num))'),
+  (
+    'bounds/limits.py',
+    'log = math.log(2 / delta)',
+    'log = math.log(1 / delta)',
+  ),
+  ('bounds/limits.py', '2 * variance * log', 'variance * log'),
+  ('bounds/limits.py', '+ 7 * width * log', '+ 3 * width * log'),
+  ('bounds/limits.py', 'delta / num_claims', 'delta'),
+  (
+    'bounds/limits.py',
+    'disagreements, num_unlabelled, delta / 2',
+    'disagreements, num_unlabelled, delta',
+  ),
+  (
+    'bounds/certify.py',
+    'brier * square) + square / 4',
+    'brier * square) + square / 8',
+  ),
+  ('bounds/certify.py', "rows['kl'], square / 4", "rows['kl'], square / 2"),
+  ('bounds/certify.py', 'nll / math.log(2)', 'nll'),
+  (
+    'bounds/certify.py',
+    "rows['teacher_soft'] + distance / 4",
+    "rows['teacher_soft'] + distance / 8",
+  ),
+  ('bounds/certify.py', 'delta / len(scales)', 'delta'),
+  ('bounds/divergence.py', '2 * (1 - wrong[0]', '3 * (1 - wrong[0]'),
+  (
+    'bounds/divergence.py',
+    '(num_source + 4 * num_target)',
+    '(num_source + 1 * num_target)',
+  ),
+  (
+    'bounds/divergence.py',
+    'value = error + discrepancy',
+    'value = error - discrepancy',
+  ),
+  ('pairs.py', 'square.mean(axis=(1, 2))', 'square.mean(axis=(1, 2)) / 4'),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, old, new', MUTATIONS)
+def test_a_broken_bound_is_noticed(tmp_path, name, old, new):
+  shutil.copytree(ROOT / 'ijckd_jax', tmp_path / 'ijckd_jax')
+  shutil.copytree(ROOT / 'tests', tmp_path / 'tests')
+  path = tmp_path / 'ijckd_jax' / name
+  text = path.read_text()
+  assert text.count(old) >= 1, f'{old!r} is not in {name} any more'
+  path.write_text(text.replace(old, new, 1))
+  by_hand = 'few_rows or families or shift or critic or domain'
+  for chosen in (
+    ['tests/test_limits.py', 'tests/test_bounds.py'],
+    ['tests/test_bound_reports.py', '-k', by_hand],
+  ):
+    result = subprocess.run(
+      [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:xdist', *chosen],
+      cwd=tmp_path,
+      env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+      capture_output=True,
+      check=False,
+      text=True,
+    )
+    assert result.returncode in (0, 1), result.stdout + result.stderr
+    if result.returncode == 1:
+      return
+  pytest.fail('no test has noticed')
