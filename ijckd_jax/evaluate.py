@@ -51,6 +51,8 @@ def make_evaluator(
 ) -> Callable[..., Evaluation]:
   """Returns a compiled evaluation that counts every example once.
 
+  The teacher runs on a split once; its pooled features are kept in memory.
+
   Args:
     network: network.Network.
     mapper: parallel.Mapper.
@@ -67,6 +69,7 @@ def make_evaluator(
   import jax
   from jax.experimental import multihost_utils
 
+  from ijckd_jax import features
   from ijckd_jax import input_pipeline
   from ijckd_jax import metrics
   from ijckd_jax import parallel
@@ -74,35 +77,50 @@ def make_evaluator(
   from ijckd_jax.bounds import pointwise
 
   p_eval_step = mapper.map(
-    functools.partial(
-      steps.eval_step,
-      network=network,
-      teacher_fn=teacher,
-      connected=connected,
-    ),
+    functools.partial(steps.eval_step, network=network, connected=connected),
     rows_in=(False, False, True),
     rows_out=True,
   )
+  taught = {}  # By split: the teacher does not change, but for its head.
+  if teacher is not None:
+    p_teach_step = features.make_step(
+      lambda frozen, images: teacher(frozen, images).pooled, mapper
+    )
 
-  def evaluate(variables, frozen, arrays, seen=None) -> Evaluation:
-    variables = mapper.replicate({'student': variables, 'connected': seen})
-    judge, head = None, None
-    if teacher is not None:
-      head = variables['student' if seen is None else 'connected']
-      head = jax.device_get(head['params']['head'])
-      judge = {'teacher': frozen, 'head': None}
-      if connected is not None:
-        judge['head'] = mapper.replicate(pointwise.describe(head))
-    batches = input_pipeline.eval_batches(
+  def batches(arrays):
+    return input_pipeline.eval_batches(
       arrays,
       batch_size=batch_size,
       process_index=jax.process_index(),
       num_processes=jax.process_count(),
       num_workers=num_workers,
     )
+
+  def teach(frozen, arrays) -> list[np.ndarray]:
+    """Returns the pooled features of this process's rows, by batch."""
+    if id(arrays) not in taught:
+      found = (
+        p_teach_step(frozen, mapper.shard(batch), None)
+        for batch in batches(arrays)
+      )
+      pooled = [mapper.rows(rows['rows']) for _, rows in parallel.ahead(found)]
+      taught[id(arrays)] = arrays, pooled
+    return taught[id(arrays)][1]
+
+  def evaluate(variables, frozen, arrays, seen=None) -> Evaluation:
+    variables = mapper.replicate({'student': variables, 'connected': seen})
+    inputs, judge, head = batches(arrays), None, None
+    if teacher is not None:
+      head = variables['student' if seen is None else 'connected']
+      head = jax.device_get(head['params']['head'])
+      judge = {'head': frozen['head'], 'described': None}
+      if connected is not None:
+        judge['described'] = mapper.replicate(pointwise.describe(head))
+      pairs = zip(inputs, teach(frozen, arrays), strict=True)
+      inputs = ({**batch, 'taught': pooled} for batch, pooled in pairs)
     results = (
       (batch, *p_eval_step(variables, judge, mapper.shard(batch)))
-      for batch in batches
+      for batch in inputs
     )
     totals, rows = None, []
     for batch, sums, predicted in parallel.ahead(results):

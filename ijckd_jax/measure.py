@@ -151,9 +151,16 @@ def from_views(
     seed: of what is held out in the fits.
 
   Raises:
-    config_utils.UserError: no test image has a label.
+    config_utils.UserError: no test image has a label, or a feature or logit is
+      not finite.
   """
   labels, views = test['label'], test['rows']
+  for part in (test, train or test):
+    for name, values in part['rows'].items():
+      if name != 'off_average' and not np.isfinite(values).all():
+        raise config_utils.UserError(
+          f'{name} is not finite, so that nothing can be said of it'
+        )
   if not (labels >= 0).any():
     raise config_utils.UserError(
       'no image has a label: errors cannot be measured. Give labelled images '

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from ijckd_jax import bundles
+from ijckd_jax import config_utils
 from ijckd_jax import hosts
 from ijckd_jax import measure
 from ijckd_jax import metric_writer
@@ -87,7 +88,15 @@ def finish(training, workdir, state, progress, history):
   connected, apart = None, distiller.apart(*arrays)
   if apart is not None:
     connected = _bundle(exp, distiller.network, apart, chosen, student)
-  measured = _measure(training, *arrays)
+
+  def write_bundles():
+    bundle.save(workdir / workdirs.BUNDLE)
+    if connected is not None:
+      connected.save(workdir / workdirs.CONNECTED)
+
+  # First: whatever is said of it, the student is kept.
+  hosts.share(lambda: workdirs.retry(write_bundles, 'the bundle'))
+  measured = _measure(training, workdir, *arrays)
   summary = {
     'student': student,
     'best_step': best_step,
@@ -103,9 +112,6 @@ def finish(training, workdir, state, progress, history):
   }
 
   def write():
-    bundle.save(workdir / workdirs.BUNDLE)
-    if connected is not None:
-      connected.save(workdir / workdirs.CONNECTED)
     report.write(
       workdir,
       summary=summary,
@@ -123,32 +129,38 @@ def finish(training, workdir, state, progress, history):
   return bundle, summary
 
 
-def _measure(training, variables, frozen) -> measure.Measured | None:
-  """Returns what test images say of student and teacher; None without one."""
+def _measure(training, workdir, variables, frozen) -> measure.Measured | None:
+  """Returns what test images say of student and teacher; None without one.
+
+  Nor where they are not finite, of which nothing can be said: it is logged.
+  """
   exp, config = training.experiment, training.experiment.config
   if exp.judge is None:
     return None
   distiller = exp.distiller
-  pair = pairs.Pair(
-    exp.judge, distiller.deployed_network, distiller.connected_network
-  )
   student = distiller.deployed(variables, frozen)
   apart = distiller.apart(variables, frozen)
-  return measure.measure(
-    pair,
-    {
-      'teacher': frozen,
-      'student': student,
-      'connected': student if apart is None else apart,
-    },
-    training.splits,
-    mapper=exp.mapper,
-    batch_size=config.eval_batch_size,
-    num_workers=config.num_workers,
-    delta=config.bounds.delta,
-    fit_examples=config.bounds.fit_examples,
-    seed=config.seed,
-  )
+  try:
+    return measure.measure(
+      pairs.Pair(
+        exp.judge, distiller.deployed_network, distiller.connected_network
+      ),
+      {
+        'teacher': frozen,
+        'student': student,
+        'connected': student if apart is None else apart,
+      },
+      training.splits,
+      mapper=exp.mapper,
+      batch_size=config.eval_batch_size,
+      num_workers=config.num_workers,
+      delta=config.bounds.delta,
+      fit_examples=config.bounds.fit_examples,
+      seed=config.seed,
+    )
+  except config_utils.UserError as error:
+    logger.warning('%s: the bound is not measured: %s', workdir, error)
+    return None
 
 
 def _bundle(exp, network, variables, chosen, student) -> bundles.Bundle:

@@ -9,6 +9,7 @@ import optax
 from ijckd_jax import distiller as distiller_lib
 from ijckd_jax import losses
 from ijckd_jax import metrics
+from ijckd_jax import network as network_lib
 from ijckd_jax import parallel
 from ijckd_jax import teacher_outputs
 from ijckd_jax import train_state as train_state_lib
@@ -159,17 +160,17 @@ def _sums(means, logits, labels):
 
 
 @cpu_conv.fast_convolutions()
-def eval_step(variables, judge, batch, *, network, teacher_fn, connected):
+def eval_step(variables, judge, batch, *, network, connected):
   """Evaluates a network that predicts alone, beside a teacher if there is one.
 
   Args:
     variables: 'student' of the network and, where `connected` is another one,
       'connected' of that.
-    judge: 'teacher', its arrays (Teacher.frozen), and 'head', the
-      pointwise.Head of `connected`; None without a teacher.
-    batch: this device's rows, with 'mask'.
+    judge: the teacher's 'head', and 'described', the pointwise.Head of
+      `connected`; None without a teacher.
+    batch: this device's rows, with 'mask'; and with 'taught', the teacher's
+      pooled features, where there is one.
     network: network.Network.
-    teacher_fn: teachers.Teacher, or None.
     connected: the student through the teacher's head, a network.Network; None
       where it has no connector to the teacher, or there is none.
 
@@ -181,23 +182,23 @@ def eval_step(variables, judge, batch, *, network, teacher_fn, connected):
   student = network(variables['student'], network.preprocessing(images))
   sums = {'student': metrics.prediction_sums(student.logits, labels, mask)}
   rows = {'student': jnp.argmax(student.logits, axis=-1)}
-  if teacher_fn is not None:
-    teacher = teacher_fn(judge['teacher'], images)
-    sums['teacher'] = metrics.prediction_sums(teacher.logits, labels, mask)
-    sums['pair'] = metrics.pair_sums(student.logits, teacher.logits, mask)
-    rows['teacher'] = jnp.argmax(teacher.logits, axis=-1)
+  if judge is not None:
+    taught = network_lib.classify(judge['head'], batch['taught'])
+    sums['teacher'] = metrics.prediction_sums(taught, labels, mask)
+    sums['pair'] = metrics.pair_sums(student.logits, taught, mask)
+    rows['teacher'] = jnp.argmax(taught, axis=-1)
     if connected is None:
-      compared = pointwise.from_logits(teacher.logits, student.logits, labels)
+      compared = pointwise.from_logits(taught, student.logits, labels)
     else:
-      seen = student
-      if connected is not network:
+      seen, is_apart = student, connected is not network
+      if is_apart:
         seen = connected(
           variables['connected'], connected.preprocessing(images)
         )
       compared = pointwise.from_features(
-        teacher.pooled, seen.pooled, labels, judge['head']
+        batch['taught'], seen.pooled, labels, judge['described']
       )
-      if connected is not network:
+      if is_apart:
         compared = compared.replace(own=rows['student'])
     sums['bounds'] = pointwise.sums(compared, mask)
   return jax.lax.psum(sums, parallel.AXIS), rows
