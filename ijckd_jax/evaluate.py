@@ -268,10 +268,17 @@ def batch_size_of(bundle, flags: argparse.Namespace) -> int:
   return batch_size
 
 
-def check_fits(what: str, bundle, dataset) -> None:
-  """Raises where a bundle cannot be evaluated on a data set."""
+def check_fits(what: str, bundle, dataset, *, has_head: bool = True) -> None:
+  """Raises where a bundle cannot be evaluated on a data set.
+
+  Args:
+    what: how messages call it.
+    bundle: bundles.Bundle.
+    dataset: see datasets.
+    has_head: whether its own head is to predict.
+  """
   num_classes = len(dataset.class_names)
-  if num_classes != len(bundle.class_names):
+  if has_head and num_classes != len(bundle.class_names):
     raise config_utils.UserError(
       f'the {what} tells {len(bundle.class_names)} classes apart, but the data '
       f'set has {num_classes}'

@@ -83,11 +83,11 @@ def finish(training, workdir, state, progress, history):
     distiller.deployed_network,
     distiller.deployed(*arrays),
     chosen,
-    student,
+    student[chosen],
   )
   connected, apart = None, distiller.apart(*arrays)
   if apart is not None:
-    connected = _bundle(exp, distiller.network, apart, chosen, student)
+    connected = _bundle(exp, distiller.network, apart, chosen, None)
 
   def write_bundles():
     bundle.save(workdir / workdirs.BUNDLE)
@@ -163,7 +163,7 @@ def _measure(training, workdir, variables, frozen) -> measure.Measured | None:
     return None
 
 
-def _bundle(exp, network, variables, chosen, student) -> bundles.Bundle:
+def _bundle(exp, network, variables, chosen, metrics) -> bundles.Bundle:
   """Returns a network that a run leaves, alone."""
   config, judge = exp.config, exp.judge
   backbone_name = config.student.backbone
@@ -178,7 +178,7 @@ def _bundle(exp, network, variables, chosen, student) -> bundles.Bundle:
     class_names=tuple(exp.dataset.class_names),
     info={
       'which': chosen,
-      'test': student[chosen],
+      'test': metrics,
       'dataset': config.dataset.to_dict(),
       'method': config.method.to_dict(),
       'teacher': judge and judge.name,

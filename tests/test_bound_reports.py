@@ -1,5 +1,6 @@
 """From networks to reports of bounds: in runs, by command, without labels."""
 
+import dataclasses
 import json
 import sys
 
@@ -217,6 +218,34 @@ def test_a_teacher_of_another_width_is_refused(
     "error: the student's connector is not to this teacher, whose features are "
     '256 wide: give the teacher that it learned from\n'
   )
+
+
+def test_a_head_that_was_fitted_for_the_student(
+  runs, command, data_dir, tmp_path
+):
+  """The teacher's bundle has another one: the student's is what both are read
+  by, and that is said.
+  """
+  workdir = runs['ijckd']
+  teacher = bundles.load(workdir / 'teacher')
+  head = {
+    name: x[..., ::-1].copy()
+    for name, x in teacher.variables['params']['head'].items()
+  }
+  params = {**teacher.variables['params'], 'head': head}
+  dataclasses.replace(
+    teacher, variables={**teacher.variables, 'params': params}
+  ).save(tmp_path / 'other')
+  common = ('--data_dir', data_dir, '--fit_examples', 0, '--json')
+  found = {}
+  for folder in (workdir / 'teacher', tmp_path / 'other'):
+    code, out, _ = command('--bundle', workdir, '--teacher', folder, *common)
+    assert code == 0
+    found[folder.name] = json.loads(out)
+  note = found['other']['left_out'].pop("the teacher's own head")
+  assert 'was fitted for it' in note
+  assert found['other']['terms'] == found['teacher']['terms']
+  assert "the teacher's own head" not in found['teacher']['left_out']
 
 
 def test_settings_are_checked_and_may_change(small_config, tmp_path):

@@ -2,6 +2,11 @@
 
 import dataclasses
 import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
 import types
 
 from hypothesis import given
@@ -607,6 +612,28 @@ def test_what_depends_on_a_label_is_no_number_without_one():
   assert len(known.labelled) == 9 and not len(rows.labelled)
 
 
+ON_DEVICES = """
+import json, sys
+import jax, numpy as np
+from ijckd_jax import parallel
+from ijckd_jax.bounds import pointwise
+from tests import test_bounds
+z_t, z_s, labels, head = test_bounds.many(2400)
+batch = {'z_t': z_t, 'z_s': z_s, 'label': labels,
+         'mask': np.arange(2400) % 13 != 0}
+def step(head, batch):
+  rows = pointwise.from_features(
+    batch['z_t'], batch['z_s'], batch['label'], head)
+  return jax.lax.psum(pointwise.sums(rows, batch['mask']), parallel.AXIS)
+for kind in parallel.MAPPERS:
+  mapper = parallel.Mapper(kind)
+  placed = mapper.replicate(pointwise.describe(head))
+  sums = mapper.map(step, rows_in=(False, True))(placed, mapper.shard(batch))
+  print(json.dumps({k: float(v) for k, v in sums.items()}))
+assert jax.device_count() == 8
+"""
+
+
 def test_sums_over_devices_are_the_same_integers():
   """However rows are cut; and the identity of D1 balances in them."""
   z_t, z_s, labels, head = many(2400)
@@ -627,6 +654,23 @@ def test_sums_over_devices_are_the_same_integers():
       assert (summed[name] == total).all(), name
     else:
       np.testing.assert_allclose(summed[name], total, rtol=1e-5)
+  result = subprocess.run(
+    [sys.executable, '-c', ON_DEVICES],
+    cwd=pathlib.Path(__file__).parents[1],
+    env={**os.environ, 'JAX_NUM_CPU_DEVICES': '8', 'PYTHONPATH': '.'},
+    capture_output=True,
+    check=False,
+    text=True,
+  )
+  assert not result.returncode, result.stderr
+  by_mapper = list(map(json.loads, result.stdout.splitlines()))
+  assert len(by_mapper) == 2
+  for name, total in whole.items():
+    for found in by_mapper:
+      if total.dtype == jnp.int32:
+        assert found[name] == total, name
+      else:
+        assert found[name] == pytest.approx(float(total), rel=1e-5)
   rows = pointwise.compute(z_t, z_s, labels, **head).where(mask)
   known = rows.labelled
   t, s = statements.teacher_wrong(known), statements.student_wrong(known)

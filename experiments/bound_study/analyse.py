@@ -2,7 +2,7 @@
 
   python -m experiments.bound_study.analyse
 
-Reads results.jsonl; writes study.json and study.png, and prints the tables.
+Reads results.jsonl; writes study.json and the pictures, and prints the tables.
 """
 
 import json
@@ -229,7 +229,11 @@ def draw(rows, predictors) -> None:
   right.set_xlabel('disagreement, %')
   right.set_ylabel("student's error, %")
   right.legend(fontsize=8)
-  fig.savefig(FOLDER / 'study.png')
+  for form in ('png', 'svg'):
+    fig.savefig(
+      FOLDER / f'study.{form}',
+      metadata={'Date': None} if form == 'svg' else None,
+    )
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
   python -m experiments.shift_study.analyse
 
-Reads results.jsonl; writes study.json and study.png, and prints the tables.
+Reads results.jsonl; writes study.json and the pictures, and prints the tables.
 """
 
 import json
@@ -19,6 +19,8 @@ FOLDER = pathlib.Path(__file__).parent
 LIMITS = {
   'by_teacher': 'limit: Dis² on the teacher, and disagreement',
   'by_student': 'limit: Dis² on the student',
+  'by_teacher_logits': 'the same on the teacher, critics on logits',
+  'by_student_logits': 'the same on the student, critics on logits',
   'same_distribution': 'limit without a shift: error and disagreement',
   'average_confidence': 'estimate: average confidence',
   'thresholded_confidence': 'estimate: ATC',
@@ -62,8 +64,8 @@ def table(groups: dict[str, dict]) -> str:
 
 def draw(rows) -> None:
   """Draws what was said against the truth, for each way."""
-  fig = figure.Figure(figsize=(11, 4), layout='constrained', dpi=120)
-  axes = fig.subplots(1, 4, sharex=True, sharey=True)
+  fig = figure.Figure(figsize=(9, 6.4), layout='constrained', dpi=120)
+  axes = fig.subplots(2, 3, sharex=True, sharey=True).ravel()
   names = [name for name in LIMITS if name != 'same_distribution']
   colors = ('#0072B2', '#009E73', '#B0508A', '#D98E00', '#56B4E9')
   for ax, name in zip(axes, names, strict=True):
@@ -79,12 +81,18 @@ def draw(rows) -> None:
         markersize=4,
         label=method,
       )
-    ax.set_title(LIMITS[name].replace(', and', ',\nand'), fontsize=9)
+    ax.set_title(LIMITS[name].replace(', ', ',\n', 1), fontsize=9)
+  for ax in axes[3:]:
     ax.set_xlabel("student's true error")
-  axes[0].set_ylabel('what was said without labels')
+  for ax in axes[::3]:
+    ax.set_ylabel('what was said without labels')
   axes[-1].legend(fontsize=8)
   axes[1].text(0.97, 0.03, 'too low', ha='right', color='#D55E00', fontsize=8)
-  fig.savefig(FOLDER / 'study.png')
+  for form in ('png', 'svg'):
+    fig.savefig(
+      FOLDER / f'study.{form}',
+      metadata={'Date': None} if form == 'svg' else None,
+    )
 
 
 def main() -> None:

@@ -88,15 +88,33 @@ class Networks:
     return self.bundles[name].variables['params']['head']
 
 
+def by_critics(source, target, head, labels, *, delta: float, on_logits: bool):
+  """Returns Dis^2, by critics on features, or on the fewer logits."""
+  if on_logits:
+    source, target = (
+      divergence.Read(divergence.logits(part.pooled, head), part.predicted)
+      for part in (source, target)
+    )
+    num = len(head['bias'])
+    head = {
+      'kernel': np.eye(num, dtype=np.float32),
+      'bias': np.zeros(num, np.float32),
+    }
+  return shift.by_critic(source, target, head, labels, delta=delta, seed=0)
+
+
 def measure(networks, source, labels, target, truth) -> dict:
   """Returns what is said of each student, and what is true."""
-  teacher = shift.by_critic(
-    source['teacher'],
-    target['teacher'],
-    networks.head('teacher'),
-    labels,
-    delta=DELTA / 2,
-    seed=0,
+  teacher, by_logits = (
+    by_critics(
+      source['teacher'],
+      target['teacher'],
+      networks.head('teacher'),
+      labels,
+      delta=DELTA / 2,
+      on_logits=on_logits,
+    )
+    for on_logits in (False, True)
   )
   found = {
     'teacher': {
@@ -112,7 +130,10 @@ def measure(networks, source, labels, target, truth) -> dict:
       int(differs.sum()), len(differs), DELTA / 2
     )
     wrong = source['teacher'].predicted != labels
-    own = shift.by_critic(near, far, head, labels, delta=DELTA, seed=0)
+    own, own_logits = (
+      by_critics(near, far, head, labels, delta=DELTA, on_logits=on_logits)
+      for on_logits in (False, True)
+    )
     scores = [divergence.logits(x.pooled, head) for x in (near, far)]
     found[name] = {
       'true_error': float((far.predicted != truth).mean()),
@@ -122,6 +143,8 @@ def measure(networks, source, labels, target, truth) -> dict:
       ),
       'by_teacher': min(1.0, teacher['upper'] + pi),
       'by_student': own['upper'],
+      'by_teacher_logits': min(1.0, by_logits['upper'] + pi),
+      'by_student_logits': own_logits['upper'],
       'by_student_value': own['value'],
       'by_teacher_value': teacher['value'] + float(differs.mean()),
       'average_confidence': average_confidence(scores[1]),

@@ -7,8 +7,16 @@ import argparse
 import copy
 import json
 
+import numpy as np
+
 from ijckd_jax import config_utils
 from ijckd_jax import evaluate
+
+OTHER_HEAD = (
+  "it is not the student's, which was fitted for it, or the teacher is not the "
+  "one that it learned from; the teacher's errors here are those of the "
+  "student's head on its features"
+)
 
 
 def _flags(argv: list[str]) -> argparse.Namespace:
@@ -87,25 +95,20 @@ def main(argv: list[str]) -> None:
   connected = _connected(student, flags)
   judge = bundles.load(flags.teacher, trust_code=flags.trust_code)
   teacher = judge.teacher()
+  if connected is not None:
+    # Of a teacher whose head was fitted for the student, its bundle has another
+    # one, or none.
+    teacher = teacher.with_head(connected.variables['params']['head'])
   dataset = evaluate.dataset_of(student, flags)
   batch_size = evaluate.batch_size_of(student, flags)
-  for what, bundle in (('bundle', student), ('teacher', judge)):
-    evaluate.check_fits(what, bundle, dataset)
-  if connected is not None and not pairs.sees(
-    connected.network, connected.variables, teacher
-  ):
-    raise config_utils.UserError(
-      f"the student's connector is not to this teacher, whose features are "
-      f'{teacher.num_features} wide: give the teacher that it learned from'
-    )
+  _check_fits(student, judge, connected, dataset)
   other = None
   if flags.unlabelled:
     about = copy.copy(flags)
     about.dataset = flags.unlabelled
     about.dataset_fields = flags.unlabelled_fields
     other = evaluate.dataset_of(student, about)
-    for what, bundle in (('bundle', student), ('teacher', judge)):
-      evaluate.check_fits(what, bundle, other)
+    _check_fits(student, judge, connected, other)
     if tuple(other.image_shape) != tuple(dataset.image_shape):
       raise config_utils.UserError(
         f'--unlabelled: images are {tuple(other.image_shape)}, those of '
@@ -149,6 +152,8 @@ def main(argv: list[str]) -> None:
     seed=flags.seed,
   )
   found = {'bundle': flags.bundle, 'teacher': flags.teacher, **measured.report}
+  if not _same_head(viewer.head, judge.variables['params']['head']):
+    found['left_out']["the teacher's own head"] = OTHER_HEAD
   if other is not None:
     unlabelled = other.load(flags.unlabelled_split)
     if unlabelled.digest() == splits['test'].digest():
@@ -169,6 +174,28 @@ def main(argv: list[str]) -> None:
     print(json.dumps(found))
   else:
     print(bound_wording.tell(found))
+
+
+def _same_head(ours, theirs) -> bool:
+  return all(
+    np.array_equal(ours[name], theirs[name]) for name in ('kernel', 'bias')
+  )
+
+
+def _check_fits(student, judge, connected, dataset) -> None:
+  """Raises where the pair does not belong together, or to a data set."""
+  from ijckd_jax import pairs
+
+  evaluate.check_fits('bundle', student, dataset)
+  evaluate.check_fits('teacher', judge, dataset, has_head=connected is None)
+  teacher = judge.teacher()
+  if connected is not None and not pairs.sees(
+    connected.network, connected.variables, teacher
+  ):
+    raise config_utils.UserError(
+      f"the student's connector is not to this teacher, whose features are "
+      f'{teacher.num_features} wide: give the teacher that it learned from'
+    )
 
 
 def _connected(student, flags: argparse.Namespace):
