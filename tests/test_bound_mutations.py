@@ -144,14 +144,14 @@ MUTATIONS = [
     'disagreements, num_unlabelled, delta',
   ),
   (
-    'bounds/certify.py',
+    'bounds/risks.py',
     'brier * square) + square / 4',
     'brier * square) + square / 8',
   ),
-  ('bounds/certify.py', "rows['kl'], square / 4", "rows['kl'], square / 2"),
-  ('bounds/certify.py', 'nll / math.log(2)', 'nll'),
+  ('bounds/risks.py', "rows['kl'], square / 4", "rows['kl'], square / 2"),
+  ('bounds/risks.py', 'nll / math.log(2)', 'nll'),
   (
-    'bounds/certify.py',
+    'bounds/risks.py',
     "rows['teacher_soft'] + distance / 4",
     "rows['teacher_soft'] + distance / 8",
   ),

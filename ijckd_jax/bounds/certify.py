@@ -6,19 +6,24 @@ each of m limits is taken at delta / m.
 
 from collections.abc import Mapping
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
 
 from ijckd_jax.bounds import limits
 from ijckd_jax.bounds import pointwise
+from ijckd_jax.bounds import risks
 from ijckd_jax.bounds import statements
 
 # How surely a number is known.
 CERTIFICATE = 'certificate'  # By a limit that holds for any distribution.
 DIAGNOSTIC = 'diagnostic'  # A lower estimate of something larger.
-ASYMPTOTIC = 'asymptotic'  # By a limit that is right for large samples.
+
+DIAGNOSTIC_TITLES = {
+  'pad_features': 'proxy A-distance of the features',
+  'pad_logits': 'proxy A-distance of the logits',
+  'disparity': "disparity of the teacher's head",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,13 +179,6 @@ def terms(sample: Sample) -> dict[str, Term]:
   return found
 
 
-DIAGNOSTIC_TITLES = {
-  'pad_features': 'proxy A-distance of the features',
-  'pad_logits': 'proxy A-distance of the logits',
-  'disparity': "disparity of the teacher's head",
-}
-
-
 def report(sample: Sample, delta: float) -> dict[str, Any]:
   """Returns all that can be said of a pair, JSON.
 
@@ -223,7 +221,9 @@ def report(sample: Sample, delta: float) -> dict[str, Any]:
       key: _bound(bound, of.labelled if bound.with_labels else of, share)
       for key, bound, of in chosen
     },
-    'risks': _risks(sample, labelled, share),
+    'risks': risks.bound(
+      labelled, sample.rows, sample.head, sample.map_square, share
+    ),
     'left_out': dict(sample.left_out),
   }
   result['bounds']['label_free'] = _label_free(found, share)
@@ -305,91 +305,6 @@ def _label_free(found: Mapping[str, Term], delta: float) -> dict[str, Any]:
     'role': CERTIFICATE,
     'labels': False,
   }
-
-
-def _risks(sample: Sample, rows: pointwise.Rows, delta: float):
-  """Returns bounds of losses, D9 to D12; their limits are asymptotic.
-
-  Args:
-    sample: of which the head and the maps are.
-    rows: the labelled ones.
-    delta: of each limit.
-  """
-  rows = {
-    name: np.asarray(value, np.float64)
-    for name, value in vars(rows).items()
-    if value is not None
-  }
-  nll, square = rows['student_nll'], np.square(rows['logit_distance'])
-
-  def mean_of(title, statement, of, measured, values):
-    lower, upper = limits.asymptotic(values, delta)
-    return {
-      'title': title,
-      'statement': statement,
-      'of': of,
-      'measured': float(measured.mean()),
-      'value': float(values.mean()),
-      'lower': lower,
-      'upper': upper,
-      'role': ASYMPTOTIC,
-    }
-
-  def by_brier(teacher, brier, square):
-    return teacher + np.sqrt(brier * square) + square / 4
-
-  columns = [rows['teacher_nll'], rows['brier'], square]
-  wrong = (rows['student'] != rows['label']).astype(np.float64)
-  risks = {
-    'nll_range': mean_of(
-      "teacher's NLL, and the range of the logits' difference",
-      'D9',
-      'NLL',
-      nll,
-      rows['teacher_nll'] + rows['logit_range'],
-    ),
-    'nll_brier': {
-      'title': "teacher's NLL, its Brier score and squared logit distance",
-      'statement': 'D10',
-      'of': 'NLL',
-      'measured': float(nll.mean()),
-      'value': float(by_brier(*(x.mean() for x in columns))),
-      'lower': None,
-      'upper': limits.bootstrap_upper(columns, by_brier, delta),
-      'role': ASYMPTOTIC,
-    },
-    'error_nll': mean_of(
-      "student's NLL over log 2", 'D10', 'error', wrong, nll / math.log(2)
-    ),
-    'kl_square': mean_of(
-      'squared logit distance over 4', 'D10', 'KL', rows['kl'], square / 4
-    ),
-  }
-  if sample.head is not None:
-    distance = float(sample.head.largest_distance) * rows['feature_distance']
-    risks['nll_features'] = mean_of(
-      "teacher's NLL, and L_D times the feature distance",
-      'D9',
-      'NLL',
-      nll,
-      rows['teacher_nll'] + distance,
-    )
-    risks['soft_features'] = mean_of(
-      "teacher's doubt, and L_D / 4 times the feature distance",
-      'D11',
-      'doubt',
-      rows['student_soft'],
-      rows['teacher_soft'] + distance / 4,
-    )
-  if sample.map_square is not None:
-    risks['feature_map'] = mean_of(
-      'squared distance of maps, mean over positions',
-      'D12',
-      'squared feature distance',
-      np.square(np.asarray(sample.rows.feature_distance, np.float64)),
-      np.asarray(sample.map_square, np.float64),
-    )
-  return risks
 
 
 def by_class(rows: pointwise.Rows) -> dict[str, np.ndarray]:
