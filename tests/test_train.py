@@ -62,9 +62,10 @@ def test_run_leaves_what_it_promises(finished_run):
   for folder in (workdir, workdir / 'teacher'):
     for name in workdirs.CONTENTS:
       # Outputs only where they are stored, a divergence where there was one,
-      # heads where they are fitted.
+      # heads where they are fitted, a student with its own head apart.
       there = name not in (
         workdirs.TEACHER_OUTPUTS,
+        workdirs.CONNECTED,
         workdirs.DIVERGED,
         workdirs.HEADS,
       )
