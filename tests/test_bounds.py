@@ -202,6 +202,36 @@ def test_each_constant_is_the_smallest():
         assert value == 1, bound.key
 
 
+def test_scales_around_the_edge():
+  """The same example, just above and below its margin: never below 1."""
+  case = Case(
+    np.array([[0, 1]], np.float32),
+    np.array([[0.5, 0.5]], np.float32),
+    np.array([1], np.int32),
+    *[{'kernel': np.eye(2, dtype=np.float32), 'bias': np.zeros(2, np.float32)}]
+    * 2,
+  )
+  bounds = {b.key: b for b in statements.BOUNDS}
+  for key, margin in (('feature_scale', 0.5**0.5), ('logit_scale', 1.0)):
+    for part in (0.5, 0.9, 0.99, 1.01, 1.1, 1.5, 1.9):
+      (value,) = bounds[key].values(case.rows, part * margin)
+      assert value >= 1
+      expected = 1.0 if part < 1 else 1 + part**-2
+      assert value == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_smaller_reach_of_logits_counts():
+  """l_s - l_t = (1, 1, -1): 2 max|dl| = 2 is below sqrt(2) ||dl|| = 2.45."""
+  bound = {b.key: b for b in statements.BOUNDS}['logit_margin']
+  for margin, value in ((2.2, 0), (1.8, 1)):
+    rows = pointwise.compute_from_logits(
+      np.array([[margin, 0, 0]], np.float32),
+      np.array([[margin + 1, 1, -1]], np.float32),
+      np.array([0]),
+    )
+    assert bound.values(rows)[0] == value
+
+
 # --- Zeros and ones: exactly --------------------------------------------------
 
 
