@@ -5,6 +5,7 @@
 Reads results.jsonl; writes study.json and the pictures, and prints the tables.
 """
 
+import collections
 import json
 import pathlib
 
@@ -17,6 +18,7 @@ from ijckd_jax import wording
 
 FOLDER = pathlib.Path(__file__).parent
 RESAMPLES = 2000
+MIN_RUNS = 10  # Pairs of fewer are listed, and not ranked within.
 # Of each predictor: whether it needs labels, whether features in the teacher's
 # space, and how it is read off a row. All are expected to grow with the error.
 PREDICTORS = {
@@ -90,7 +92,7 @@ def interval(by_pair, read, others=None) -> tuple[float, float]:
   clusters = [
     [
       [r for r in rows if r['name'] == name]
-      for name in {r['name'] for r in rows}
+      for name in dict.fromkeys(r['name'] for r in rows)
     ]
     for rows in by_pair
   ]
@@ -120,7 +122,7 @@ def predict(rows) -> dict:
           for row in rows
           if row['pair'] == pair and (kind == 'all' or is_connected(row))
         ]
-        for pair in {row['pair'] for row in rows}
+        for pair in dict.fromkeys(row['pair'] for row in rows)
       ]
       lead = {
         other: [
@@ -144,7 +146,10 @@ def tightness(rows) -> dict:
   """Returns of each bound how far it is above what it bounds."""
   found = {}
   for row in rows:
-    for name, limit in row['report']['bounds'].items():
+    for key, limit in row['report']['bounds'].items():
+      name = f'{limit["statement"]}: {limit["title"]}'
+      if key.startswith('own_'):
+        name += ' (own head)'
       found.setdefault(name, []).append(
         (limit['measured'], limit['value'], limit['upper'])
       )
@@ -240,16 +245,24 @@ def main() -> None:
   """Analyses what is there."""
   lines = (FOLDER / 'results.jsonl').read_text().splitlines()
   rows = [json.loads(line) for line in lines]
+  rows.sort(key=lambda row: train.all_runs().index(_run(row)))
+  counts = collections.Counter(row['pair'] for row in rows)
+  ranked = [row for row in rows if counts[row['pair']] >= MIN_RUNS]
   study = {
     'runs': len(rows),
+    'ranked': len(ranked),
     'errors': errors(rows),
-    'predictors': predict(rows),
+    'predictors': predict(ranked),
     'tightness': tightness(rows),
     'choice': choose(rows),
   }
   (FOLDER / 'study.json').write_text(json.dumps(study, indent=1) + '\n')
   draw(rows, study['predictors'])
   print(tables(study))
+
+
+def _run(row) -> tuple[str, str, int]:
+  return row['pair'], row['name'], row['seed']
 
 
 def errors(rows) -> dict:
