@@ -164,7 +164,10 @@ def _history(history, split) -> list[tuple]:
       plots.draw_line(ax, epochs, values, color)
       ends.append((values[-1], f'{label} {values[-1]:.1f}', color))
   ax.set_ylabel(f'share of the {split} images, %')
+  # The square root: a good student's errors would be lost on the axis.
+  ax.set_yscale('function', functions=(np.sqrt, np.square))
   ax.set_ylim(0, 103)
+  ax.set_yticks((0, 1, 5, 10, 20, 40, 60, 80, 100))
   plots.scale_epochs(ax, history)
   plots.label_ends(ax, ends)
   distances = ', '.join(
@@ -180,6 +183,7 @@ def _history(history, split) -> list[tuple]:
     "The student's error is the teacher's, plus what only the teacher gets "
     "right, less what only the student gets right; and at most the teacher's "
     'plus the disagreement.',
+    'The scale is that of square roots.',
     f'Over these evaluations went {distances}.',
   )
   return [('The terms over training', 'terms', figure, text)]
@@ -254,7 +258,15 @@ def _classes(measured, class_names) -> list[tuple]:
   if 'ijc_gap' not in classes:
     return []
   gap, error = classes['ijc_gap'], classes['ijc_gap_error']
+  title = 'Where the assumption fails first'
   order = np.argsort(-gap, kind='stable')[:MAX_CLASSES]
+  order = order[gap[order] > 0]
+  if not len(order):
+    text = (
+      'In no class the trained joint head makes fewer errors than the '
+      "teacher's: nothing to show."
+    )
+    return [(title, 'classes', None, text)]
   figure = plots.new_figure(plots.WIDTH, 0.9 + 0.26 * len(order))
   ax = figure.subplots()
   names = [class_names[classes['class'][i]] for i in order]
@@ -273,10 +285,10 @@ def _classes(measured, class_names) -> list[tuple]:
   ax.set_xlabel("teacher's head's errors less the joint head's, both, %")
   clear = int(np.sum(gap > 2 * error))
   text = (
-    f'The {len(order)} classes in which the assumption fails first: there the '
-    "trained joint head makes fewer errors than the teacher's, on both "
+    f'Classes in which the assumption fails first ({len(order)} shown): there '
+    "the trained joint head makes fewer errors than the teacher's, on both "
     'representations together. The lines are one standard error from the '
     f'choice of images; {clear} of {len(gap)} classes are more than two above '
     'zero (about one in forty would be by chance).'
   )
-  return [('Where the assumption fails first', 'classes', figure, text)]
+  return [(title, 'classes', figure, text)]

@@ -157,6 +157,8 @@ def _unlabelled(report) -> str:
     ('same_distribution', "student's error, if they are like the labelled"),
     ('shifted', "student's error, by Dis² on the teacher"),
     ('student', "student's error, by Dis² on itself"),
+    ('shifted_logits', 'the same on the teacher, critics on logits'),
+    ('student_logits', 'the same on itself, critics on logits'),
   ):
     limit = found[name]
     cells.append([title, *(_percent(limit[x]) for x in ('value', 'upper'))])

@@ -44,7 +44,8 @@ def bound(
     'same_distribution', the student's limit if the target is like the source;
     'shifted', its limit by Dis^2 on the teacher and the disagreement, and
     'teacher', that Dis^2; 'student', by Dis^2 on the student's own
-    representation; and 'true_error' of the student and 'true_teacher_error',
+    representation; these three again with '_logits', by critics on logits;
+    and 'true_error' of the student and 'true_teacher_error',
     where the target has labels.
   """
   labelled = source['label'] >= 0
@@ -55,14 +56,19 @@ def bound(
   num = len(differs)
   teacher_wrong = teacher[0].predicted[labelled] != labels
   pi = limits.clopper_pearson_upper(int(differs.sum()), num, delta / 2)
-  found = {
-    'teacher': by_critic(
-      *teacher, head, source['label'], delta=delta / 2, seed=seed
-    ),
-    'student': by_critic(
-      *student, own_head or head, source['label'], delta=delta, seed=seed
-    ),
-  }
+  found, by_teacher = {}, {}
+  for on_logits, suffix in ((False, ''), (True, '_logits')):
+    how = dict(seed=seed, on_logits=on_logits)
+    found[f'teacher{suffix}'] = limit = by_critic(
+      *teacher, head, source['label'], delta=delta / 2, **how
+    )
+    found[f'student{suffix}'] = by_critic(
+      *student, own_head or head, source['label'], delta=delta, **how
+    )
+    by_teacher[f'shifted{suffix}'] = {
+      'value': limit['value'] + float(differs.mean()),
+      'upper': min(1.0, limit['upper'] + pi),
+    }
   result = {
     'examples': num,
     'delta': delta,
@@ -77,10 +83,7 @@ def bound(
         delta,
       ),
     },
-    'shifted': {
-      'value': found['teacher']['value'] + float(differs.mean()),
-      'upper': min(1.0, found['teacher']['upper'] + pi),
-    },
+    **by_teacher,
     **found,
   }
   known = target['label'] >= 0
@@ -112,6 +115,7 @@ def by_critic(
   *,
   delta: float,
   seed: int,
+  on_logits: bool = False,
 ) -> dict[str, float]:
   """Returns divergence.dis2 of one classifier on its representation.
 
@@ -122,10 +126,22 @@ def by_critic(
     labels: of the source, (n_S,) int; -1 where there is none.
     delta: probability of failure, the condition given.
     seed: of the halves on which the critic is fitted.
+    on_logits: whether the critic reads the K logits in place of the D features.
+      It can do less then: the limit is lower, and the assumption stronger.
 
   Raises:
     config_utils.UserError: too few examples have a label.
   """
+  if on_logits:
+    source, target = (
+      divergence.Read(divergence.logits(part.pooled, head), part.predicted)
+      for part in (source, target)
+    )
+    num = len(head['bias'])
+    head = {
+      'kernel': np.eye(num, dtype=np.float32),
+      'bias': np.zeros(num, np.float32),
+    }
   rng = np.random.default_rng((seed, SPLIT_STREAM))
   fitted = [rng.permutation(len(part)) % 2 == 0 for part in (source, target)]
   held = ~fitted[0] & (labels >= 0)

@@ -142,12 +142,15 @@ def main() -> None:
         'corruption': row['corruption'],
         'severity': row['severity'],
         'method': method,
+        'said_by': LIMITS[name],
         'true_error': row['found'][method]['true_error'],
-        'by_teacher': row['found'][method]['by_teacher'],
+        'limit': row['found'][method][name],
       }
       for row in shifted
       for method in train.METHODS
-      if row['found'][method]['by_teacher'] < row['found'][method]['true_error']
+      for name in LIMITS
+      if name.startswith('by_')
+      and row['found'][method][name] < row['found'][method]['true_error']
     ],
   }
   (FOLDER / 'study.json').write_text(json.dumps(study, indent=1) + '\n')
@@ -164,15 +167,18 @@ def main() -> None:
   )
   print(table(study['by_corruption']))
   print(len(study['failures']), 'failures')
-  cells = [['corruption', 'severity', 'student', 'true error %', 'limit %']]
+  cells = [
+    ['corruption', 'by', 'severity', 'student', 'true error %', 'limit %']
+  ]
   for row in study['failures']:
     cells.append(
       [
         row['corruption'],
+        row['said_by'],
         str(row['severity']),
         row['method'],
-        f'{100 * row["true_error"]:.1f}',
-        f'{100 * row["by_teacher"]:.1f}',
+        f'{100 * row["true_error"]:.2f}',
+        f'{100 * row["limit"]:.2f}',
       ]
     )
   print(wording.grid(cells))

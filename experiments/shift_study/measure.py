@@ -88,30 +88,16 @@ class Networks:
     return self.bundles[name].variables['params']['head']
 
 
-def by_critics(source, target, head, labels, *, delta: float, on_logits: bool):
-  """Returns Dis^2, by critics on features, or on the fewer logits."""
-  if on_logits:
-    source, target = (
-      divergence.Read(divergence.logits(part.pooled, head), part.predicted)
-      for part in (source, target)
-    )
-    num = len(head['bias'])
-    head = {
-      'kernel': np.eye(num, dtype=np.float32),
-      'bias': np.zeros(num, np.float32),
-    }
-  return shift.by_critic(source, target, head, labels, delta=delta, seed=0)
-
-
 def measure(networks, source, labels, target, truth) -> dict:
   """Returns what is said of each student, and what is true."""
   teacher, by_logits = (
-    by_critics(
+    shift.by_critic(
       source['teacher'],
       target['teacher'],
       networks.head('teacher'),
       labels,
       delta=DELTA / 2,
+      seed=0,
       on_logits=on_logits,
     )
     for on_logits in (False, True)
@@ -131,7 +117,9 @@ def measure(networks, source, labels, target, truth) -> dict:
     )
     wrong = source['teacher'].predicted != labels
     own, own_logits = (
-      by_critics(near, far, head, labels, delta=DELTA, on_logits=on_logits)
+      shift.by_critic(
+        near, far, head, labels, delta=DELTA, seed=0, on_logits=on_logits
+      )
       for on_logits in (False, True)
     )
     scores = [divergence.logits(x.pooled, head) for x in (near, far)]
