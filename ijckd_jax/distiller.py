@@ -221,14 +221,7 @@ class Distiller:
     """
     if self.reuses_head:
       return self._connected(variables, frozen)
-    kept = {
-      kind: {
-        name: tree
-        for name, tree in variables[kind].items()
-        if name in ('backbone', 'head')
-      }
-      for kind in network_lib.COLLECTIONS
-    }
+    kept = _parts(variables, 'backbone', 'head')
     return {**kept, 'pool': {}}
 
   def apart(self, variables, frozen) -> dict[str, Any] | None:
@@ -249,17 +242,20 @@ class Distiller:
       variables: as `deployed` takes them.
       frozen: as `deployed` takes it.
     """
-    kept = {
-      kind: {
-        name: tree
-        for name, tree in variables[kind].items()
-        if name in ('backbone', 'connector')
-      }
-      for kind in network_lib.COLLECTIONS
-    }
+    kept = _parts(variables, 'backbone', 'connector')
     kept['params']['head'] = frozen['head']
     # A connector on pooled features stands behind the pool.
     return {**kept, 'pool': frozen['pool'] if self.network.pools_map else {}}
+
+
+def _parts(variables, *names: str) -> dict[str, Any]:
+  """Returns 'params' and 'batch_stats' of some parts, in dicts of their own."""
+  return {
+    kind: {
+      name: tree for name, tree in variables[kind].items() if name in names
+    }
+    for kind in network_lib.COLLECTIONS
+  }
 
 
 def _connector(number: int) -> str:

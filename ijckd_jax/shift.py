@@ -45,13 +45,14 @@ def bound(
     'shifted', its limit by Dis^2 on the teacher and the disagreement, and
     'teacher', that Dis^2; 'student', by Dis^2 on the student's own
     representation; these three again with '_logits', by critics on logits;
-    and 'true_error' of the student and 'true_teacher_error',
-    where the target has labels.
+    and 'true_error' of the student and 'true_teacher_error', where the target
+    has labels.
   """
   labelled = source['label'] >= 0
   labels = source['label'][labelled]
   teacher = _read(source, target, 'z_t', head)
-  student = _read(source, target, *_student(source, head, own_head))
+  where = ('z_s', head) if own_head is None else ('z_own', own_head)
+  student = _read(source, target, *where)
   differs = student[1].predicted != teacher[1].predicted
   num = len(differs)
   teacher_wrong = teacher[0].predicted[labelled] != labels
@@ -95,11 +96,6 @@ def bound(
       wrong = seen.predicted[known] != target['label'][known]
       result[name] = float(wrong.mean())
   return result
-
-
-def _student(source, head, own_head):
-  """Returns where the student's representation is, and what reads it."""
-  return ('z_s', head) if own_head is None else ('z_own', own_head)
 
 
 def _read(source, target, name, head) -> list[divergence.Read]:

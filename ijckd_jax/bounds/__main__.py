@@ -126,6 +126,12 @@ def main(argv: list[str]) -> None:
     raise config_utils.UserError(f'the split {flags.split!r} is empty')
   if connected is not None and flags.fit_examples:
     splits['train'] = dataset.load('train')
+  if other is not None:
+    splits['unlabelled'] = other.load(flags.unlabelled_split)
+    if splits['unlabelled'].digest() == splits['test'].digest():
+      raise config_utils.UserError(
+        '--unlabelled: these are the labelled images; give others'
+      )
   pair = pairs.Pair(teacher, student.network, connected and connected.network)
   viewer = measure.Viewer(
     pair,
@@ -155,14 +161,9 @@ def main(argv: list[str]) -> None:
   if not _same_head(viewer.head, judge.variables['params']['head']):
     found['left_out']["the teacher's own head"] = OTHER_HEAD
   if other is not None:
-    unlabelled = other.load(flags.unlabelled_split)
-    if unlabelled.digest() == splits['test'].digest():
-      raise config_utils.UserError(
-        '--unlabelled: these are the labelled images; give others'
-      )
     found['unlabelled'] = shift.bound(
       views['test'],
-      viewer(unlabelled),
+      viewer(splits['unlabelled']),
       viewer.head,
       viewer.own_head,
       delta=flags.delta,
