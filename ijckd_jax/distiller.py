@@ -40,6 +40,8 @@ class Distiller:
     num_classes: K.
     others: further teachers, each with a connector of its own in training.
     weights: of the teachers' losses, which are averaged by them.
+    random_head: of a student that predicts with a random one, which is not
+      trained; None for all others.
   """
 
   network: network_lib.Network
@@ -48,18 +50,32 @@ class Distiller:
   num_classes: int
   others: tuple[Other, ...] = ()
   weights: tuple[float, ...] = (1.0,)
+  random_head: Any = None
 
   @property
   def reuses_head(self) -> bool:
-    """Whether the teacher's head makes the student's prediction."""
+    """Whether the teacher's head, as it is, makes the student's prediction."""
     return self.method.predicts_with == 'teacher'
+
+  @property
+  def through_connector(self) -> bool:
+    """Whether the student's prediction is made behind the connector."""
+    return self.method.predicts_with != 'own'
+
+  @property
+  def trains_head(self) -> bool:
+    """Whether the head that makes the prediction is trained."""
+    return self.method.predicts_with not in ('teacher', 'random')
 
   def init(
     self, key: jax.Array, image_shape: tuple[int, int, int]
   ) -> dict[str, Any]:
     """Returns fresh 'params' and 'batch_stats' of what is trained."""
-    num_classes = None if self.reuses_head else self.num_classes
-    variables = self.network.init(key, image_shape, num_classes)
+    width = None
+    if self.through_connector:
+      width = self.teacher.num_features
+    num_classes = self.num_classes if self.trains_head else None
+    variables = self.network.init(key, image_shape, num_classes, width)
     if not self.others:
       return variables
     features = jax.eval_shape(
@@ -88,11 +104,18 @@ class Distiller:
 
   @property
   def frozen(self) -> dict[str, Any] | None:
-    """The arrays of all teachers: the first one's, and 'others'."""
-    if self.teacher is None or not self.others:
-      return self.teacher and self.teacher.frozen
-    others = tuple(other.teacher.frozen for other in self.others)
-    return {**self.teacher.frozen, 'others': others}
+    """What is not trained: the first teacher's arrays; 'others', the others'.
+
+    And 'random_head', where there is one.
+    """
+    if self.teacher is None:
+      return None
+    frozen = dict(self.teacher.frozen)
+    if self.others:
+      frozen['others'] = tuple(other.teacher.frozen for other in self.others)
+    if self.random_head is not None:
+      frozen['random_head'] = self.random_head
+    return frozen
 
   def teach(self, frozen, images: jax.Array):
     """Returns the teacher's Outputs of the shared view; of several, a tuple."""
@@ -173,8 +196,8 @@ class Distiller:
     if self.reuses_head:
       logits = connected.logits
     else:
-      head = variables['params']['head']
-      logits = network_lib.classify(head, features.pooled)
+      seen = connected if self.through_connector else features
+      logits = network_lib.classify(self._head(variables, frozen), seen.pooled)
     result = outputs.Outputs(
       features.stages,
       features.final,
@@ -191,9 +214,7 @@ class Distiller:
 
     It is `deployed_network` itself where that is how it predicts.
     """
-    if self.network.connector is None:
-      return None
-    return self.deployed_network if self.reuses_head else self.network
+    return None if self.network.connector is None else self.network
 
   @property
   def deployed_network(self) -> network_lib.Network:
@@ -203,6 +224,8 @@ class Distiller:
     """
     if self.reuses_head:
       return self.network
+    if self.through_connector:
+      return dataclasses.replace(self.network)  # With another head: not it.
     return dataclasses.replace(
       self.network,
       connector=None,
@@ -219,10 +242,16 @@ class Distiller:
       frozen: the teacher's arrays, whose head and pool become the student's
         where its head is reused.
     """
-    if self.reuses_head:
-      return self._connected(variables, frozen)
+    if self.through_connector:
+      return self._connected(variables, frozen, self._head(variables, frozen))
     kept = _parts(variables, 'backbone', 'head')
     return {**kept, 'pool': {}}
+
+  def _head(self, variables, frozen) -> dict[str, jax.Array]:
+    """Returns the head that makes the student's prediction."""
+    if self.trains_head:
+      return variables['params']['head']
+    return frozen['head' if self.reuses_head else 'random_head']
 
   def apart(self, variables, frozen) -> dict[str, Any] | None:
     """Returns the variables of `connected_network`, where it is not deployed.
@@ -233,17 +262,12 @@ class Distiller:
     """
     if self.reuses_head or self.network.connector is None:
       return None
-    return self._connected(variables, frozen)
+    return self._connected(variables, frozen, frozen['head'])
 
-  def _connected(self, variables, frozen) -> dict[str, Any]:
-    """Returns the variables of the student through the teacher's head.
-
-    Args:
-      variables: as `deployed` takes them.
-      frozen: as `deployed` takes it.
-    """
+  def _connected(self, variables, frozen, head) -> dict[str, Any]:
+    """Returns the variables of the student through the connector and a head."""
     kept = _parts(variables, 'backbone', 'connector')
-    kept['params']['head'] = frozen['head']
+    kept['params']['head'] = head
     # A connector on pooled features stands behind the pool.
     return {**kept, 'pool': frozen['pool'] if self.network.pools_map else {}}
 
@@ -276,6 +300,7 @@ def bind(
   mixed: bool = False,
   others: Sequence[teachers.Teacher] = (),
   weights: Sequence[float] = (1.0,),
+  seed: int = 0,
 ) -> Distiller:
   """Returns the Distiller of a pair, with the connector that the method wants.
 
@@ -291,6 +316,7 @@ def bind(
     mixed: whether its batches hold losses.MixedLabels.
     others: further teachers.
     weights: see Distiller.
+    seed: of the head, where it is random and not trained.
 
   Raises:
     config_utils.UserError: the pair does not fit; nothing has been compiled.
@@ -327,10 +353,17 @@ def bind(
     )
 
   network = connected(teacher)
-  if method.predicts_with == 'teacher' and network.connector is None:
+  if method.predicts_with not in outputs.HEADS:
+    raise config_utils.unknown('head', method.predicts_with, outputs.HEADS)
+  if method.predicts_with != 'own' and network.connector is None:
     raise config_utils.UserError(
-      f"{method} predicts with the teacher's head, but builds no connector to "
-      "it: return one from build_connector, or say predicts_with = 'own'"
+      f'{method} predicts behind a connector, but builds none: return one from '
+      "build_connector, or say predicts_with = 'own'"
+    )
+  random_head = None
+  if method.predicts_with == 'random':
+    random_head = network_lib.random_head(
+      seed, teacher.num_features, num_classes
     )
   distiller = Distiller(
     network,
@@ -339,6 +372,7 @@ def bind(
     num_classes,
     tuple(Other(other, connected(other)) for other in others),
     tuple(weights),
+    random_head,
   )
   if not _trace_terms(distiller, image_shape):
     raise config_utils.UserError(

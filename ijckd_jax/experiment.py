@@ -189,6 +189,8 @@ class Experiment:
     variables = jax.jit(self.distiller.init, static_argnums=1)(
       key, tuple(self.dataset.image_shape)
     )
+    if self.distiller.method.predicts_with == 'copy':
+      variables['params']['head'] = jax.tree.map(jnp.array, self.judge.head)
     return variables if self.start is None else self.start.fill(variables)
 
   mixing: mixing_lib.Mixing | None
@@ -365,6 +367,7 @@ def build(
     axis_name=axis_name,
     dtype=dtype,
     mixed=mixing is not None,
+    seed=config.seed,
   )
   if start is not None:
     start.fill(

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ijckd_jax import augment
 from ijckd_jax import connectors
@@ -34,6 +35,17 @@ def head_shapes(width: int, num_classes: int) -> dict[str, Any]:
   return {
     'kernel': jax.ShapeDtypeStruct((width, num_classes), jnp.float32),
     'bias': jax.ShapeDtypeStruct((num_classes,), jnp.float32),
+  }
+
+
+def random_head(
+  seed: int, width: int, num_classes: int
+) -> dict[str, np.ndarray]:
+  """Returns a linear head uniform in +-1/sqrt(D), as PyTorch's layer starts."""
+  random, bound = np.random.RandomState(seed), 1 / np.sqrt(width)
+  return {
+    name: random.uniform(-bound, bound, shape.shape).astype(np.float32)
+    for name, shape in head_shapes(width, num_classes).items()
   }
 
 
@@ -108,13 +120,15 @@ class Network:
     key: jax.Array,
     image_shape: tuple[int, int, int],
     num_classes: int | None,
+    width: int | None = None,
   ) -> dict[str, Any]:
     """Returns fresh 'params' and 'batch_stats' of what is trained.
 
     Args:
       key: random key.
       image_shape: (H, W, C) of the uint8 images.
-      num_classes: K of the backbone's own head; None: it has none.
+      num_classes: K of a head that is trained; None: none is.
+      width: of what that head reads; None: of the backbone's own features.
     """
     backbone_key, connector_key, head_key = jax.random.split(key, 3)
     x = self.preprocessing(jnp.zeros((1, *image_shape), jnp.uint8))
@@ -125,7 +139,7 @@ class Network:
     params = {name: part['params'] for name, part in modules.items()}
     if num_classes is not None:
       params['head'] = self.backbone.init_head(
-        head_key, features.pooled.shape[-1], num_classes
+        head_key, width or features.pooled.shape[-1], num_classes
       )
     return {
       'params': params,

@@ -6,6 +6,11 @@ from typing import Any
 from flax import struct
 import jax
 
+# What can make a student's prediction: its own head, on its own features; or
+# behind the connector the teacher's, a copy of that which is trained on, a
+# fresh one, or a random one that is not trained.
+HEADS = ('own', 'teacher', 'copy', 'fresh', 'random')
+
 
 @struct.dataclass
 class Features:

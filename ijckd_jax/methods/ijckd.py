@@ -9,6 +9,7 @@ import dataclasses
 from ijckd_jax import config_utils
 from ijckd_jax import connectors
 from ijckd_jax import losses
+from ijckd_jax import outputs
 
 SITES = ('map', 'pooled')
 TAPS = ('stage', 'final')
@@ -28,6 +29,10 @@ class Method:
     connector: name in connectors.CONNECTORS, or `package.module:Name`.
     factor: width divisor of the bottleneck connectors.
     tap: 'stage', the student's last stage, or 'final', the map it would pool.
+    head: what predicts: 'teacher', the teacher's head as it is. The others are
+      controls: behind the connector 'copy', the same trained on, 'fresh', one
+      that is trained from the start, or 'random', one that is not trained; and
+      'own', the student's own on its own features.
   """
 
   cross_entropy_weight: float = 1.0
@@ -37,10 +42,16 @@ class Method:
   connector: str = 'bottleneck'
   factor: int = 2
   tap: str = 'stage'
+  head: str = 'teacher'
 
-  predicts_with = 'teacher'
+  @property
+  def predicts_with(self) -> str:
+    """Which head predicts."""
+    return self.head
 
   def __post_init__(self):
+    if self.head not in outputs.HEADS:
+      raise config_utils.unknown('head', self.head, outputs.HEADS)
     if self.feature_site not in SITES:
       raise config_utils.unknown('feature_site', self.feature_site, SITES)
     if self.tap not in TAPS:

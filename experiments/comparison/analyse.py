@@ -1,0 +1,272 @@
+"""Tables and pictures of the runs that were made.
+
+Missing cells stay empty. Intervals are of Student's t over seeds: of a mean
+difference of runs that share the seed, so the student's start and its batches.
+"""
+
+import json
+import math
+import pathlib
+
+from matplotlib import figure
+import numpy as np
+from scipy import stats
+
+from experiments.comparison import grid
+
+# Written down in plan.md before any run.
+PRIMARY = (('ijckd', 'srrl'), ('ijckd', 'simkd'), ('ijckd', 'control'))
+BASELINES = ('ce', 'control', 'srrl')
+TITLES = {
+  'methods': 'Methods',
+  'losses': "IJCKD's losses",
+  'heads': 'Heads',
+  'pairs': 'Other pairs',
+  'connectors': 'Connectors',
+  'others': 'Other methods',
+  'augmentation': 'Strong augmentation',
+}
+
+
+def read(path: pathlib.Path) -> list[dict]:
+  """Returns the lines of a results file; none where there is no file."""
+  if not path.exists():
+    return []
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def scores(rows, pair: str, name: str, which='last') -> dict[int, float]:
+  """Returns a cell's accuracies in per cent, by seed."""
+  return {
+    row['seed']: 100 * row[which]['top1']
+    for row in rows
+    if (row['pair'], row['name']) == (pair, name)
+  }
+
+
+def interval(values, level=0.95) -> tuple[float, float]:
+  """Returns the mean and the half-width of its interval; NaN of one value."""
+  values = np.asarray(values, float)
+  if len(values) < 2:
+    return float(np.mean(values)), math.nan
+  scale = np.std(values, ddof=1) / math.sqrt(len(values))
+  half = stats.t.ppf((1 + level) / 2, len(values) - 1) * scale
+  return float(np.mean(values)), float(half)
+
+
+def differences(rows, pair: str, name: str, other: str) -> list[float]:
+  """Returns the differences of runs with the same seed, in points."""
+  ours, theirs = scores(rows, pair, name), scores(rows, pair, other)
+  return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs)]
+
+
+def primary(rows) -> list[dict]:
+  """Returns the primary contrasts on the first pair, by Holm's procedure."""
+  found = []
+  for name, other in PRIMARY:
+    values = differences(rows, 'same', name, other)
+    if len(values) < 2:
+      continue
+    mean, half = interval(values)
+    p = float(stats.ttest_1samp(values, 0.0).pvalue)
+    found.append(
+      {
+        'contrast': f'{name} - {other}',
+        'n': len(values),
+        'mean': mean,
+        'half_width': half,
+        'p': p,
+      }
+    )
+  largest = 0.0
+  for rank, row in enumerate(sorted(found, key=lambda row: row['p'])):
+    largest = max(largest, min(1.0, row['p'] * (len(found) - rank)))
+    row['p_holm'] = largest
+  return found
+
+
+def write(rows) -> None:
+  """Writes tables.md and the pictures, and prints the tables."""
+  text = tables(rows)
+  (grid.FOLDER / 'tables.md').write_text(text)
+  draw(rows)
+  print(text)
+
+
+def tables(rows) -> str:
+  """Returns all tables, as Markdown."""
+  parts = ['# Tables', '', _circumstances(rows), '', '## Primary contrasts', '']
+  parts += [
+    '| contrast | n | difference, points | p | p, Holm |',
+    '| :-- | --: | --: | --: | --: |',
+  ]
+  for row in primary(rows):
+    parts.append(
+      f'| {row["contrast"]} | {row["n"]} | {row["mean"]:+.2f} ± '
+      f'{row["half_width"]:.2f} | {row["p"]:.2g} | {row["p_holm"]:.2g} |'
+    )
+  for part in grid.PARTS:
+    cells = [cell for cell in grid.CELLS if part in cell.parts]
+    for pair in dict.fromkeys(cell.pair for cell in cells):
+      parts += ['', f'## {TITLES[part]}: {grid.TEACHER} to {grid.PAIRS[pair]}']
+      names = [cell.name for cell in cells if cell.pair == pair]
+      anchors = [
+        name for name in (*BASELINES, 'ijckd') if name not in names
+      ]  # What the others are read against.
+      parts += ['', _table(rows, pair, names, anchors)]
+  return '\n'.join(parts) + '\n'
+
+
+def _circumstances(rows) -> str:
+  """Returns on what the tables stand."""
+  if not rows:
+    return 'No run was made.'
+  teachers = {100 * row['teacher']['top1'] for row in rows}
+  hours = sum(row['seconds'] for row in rows) / 3600
+  said = ', '.join(f'{top1:.2f}%' for top1 in sorted(teachers))
+  return (
+    f'{len(rows)} runs, {hours:.1f} hours of one worker. Top-1 on '
+    f'{grid.NUM_TEST:,} test pairs, %; the teacher, {grid.TEACHER}, gets '
+    f'{said}. Mean and standard deviation over n seeds; differences to runs of '
+    'the same seed, with 95% intervals; parameters as deployed; images/s as '
+    'measured beside whatever else ran.'
+  )
+
+
+def _table(rows, pair: str, names, anchors) -> str:
+  """Returns a table of cells, and below it of those they are read against."""
+  head = ['', 'n', 'last', 'best']
+  head += [f'to {name}' for name in BASELINES]
+  head += ['parameters', 'images/s']
+  lines = [
+    '| ' + ' | '.join(head) + ' |',
+    '| :-- |' + ' --: |' * (len(head) - 1),
+  ]
+  for name in (*names, *anchors):
+    found = [r for r in rows if (r['pair'], r['name']) == (pair, name)]
+    if not found:
+      if name in names:
+        lines.append(f'| {name} |' + ' |' * (len(head) - 1))
+      continue
+    row = [f'*{name}*' if name in anchors else name, str(len(found))]
+    for which in ('last', 'best'):
+      values = list(scores(rows, pair, name, which).values())
+      spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
+      row.append(f'{np.mean(values):.2f} ± {spread:.2f}')
+    for other in BASELINES:
+      values = differences(rows, pair, name, other)
+      if name == other or not values:
+        row.append('')
+      else:
+        mean, half = interval(values)
+        row.append(f'{mean:+.2f} ± {half:.2f}')
+    row.append(f'{deployed(found[0]):,}')
+    speeds = [r['images_per_second'] for r in found if r['images_per_second']]
+    row.append(f'{np.median(speeds):,.0f}' if speeds else '')
+    lines.append('| ' + ' | '.join(row) + ' |')
+  return '\n'.join(lines).replace('± nan', '')
+
+
+def deployed(row) -> int:
+  """Returns the parameters of the student that a run leaves."""
+  return sum(row['parameters'].values())
+
+
+def draw(rows) -> None:
+  """Draws accuracy against parameters, and the differences."""
+  _draw_cost(rows)
+  _draw_differences(rows)
+
+
+def _draw_cost(rows) -> None:
+  pairs = [p for p in grid.PAIRS if any(row['pair'] == p for row in rows)]
+  if not pairs:
+    return
+  fig = figure.Figure((4.6 * len(pairs), 4.2), layout='constrained')
+  for axes, pair in zip(
+    fig.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True
+  ):
+    points = {}
+    for cell in grid.CELLS:
+      found = [r for r in rows if (r['pair'], r['name']) == (pair, cell.name)]
+      if not found or 'augmentation' in cell.parts:
+        continue
+      values = list(scores(rows, pair, cell.name).values())
+      points.setdefault(deployed(found[0]), []).append(
+        (float(np.mean(values)), cell.name)
+      )
+    for count, found in points.items():
+      found.sort()
+      axes.scatter([count / 1e3] * len(found), [v for v, _ in found], s=14)
+      for index, height in _spread([value for value, _ in found]):
+        name = found[index][1]
+        axes.text(count / 1e3, height, f'  {name}', fontsize=6.5, va='center')
+    top1 = {100 * r['teacher']['top1'] for r in rows if r['pair'] == pair}
+    axes.axhline(min(top1), color='0.6', lw=0.8, ls='--')
+    axes.text(
+      0.98,
+      min(top1),
+      'teacher',
+      fontsize=7,
+      ha='right',
+      va='bottom',
+      transform=axes.get_yaxis_transform(),
+      color='0.4',
+    )
+    axes.margins(x=0.35)
+    axes.set_title(f'{grid.TEACHER} to {grid.PAIRS[pair]}', fontsize=9)
+    axes.set_xlabel('deployed parameters, thousands')
+    axes.set_ylabel('top-1 on test pairs, %, last step')
+  _save(fig, 'cost')
+
+
+def _spread(values, apart=0.12):
+  """Returns (index, height of its label) of sorted values, not overlapping."""
+  low, result = -math.inf, []
+  for index, value in enumerate(values):
+    low = max(value, low + apart)
+    result.append((index, low))
+  return result
+
+
+def _draw_differences(rows) -> None:
+  found = []
+  for cell in grid.CELLS:
+    values = differences(rows, cell.pair, cell.name, 'control')
+    if (
+      cell.name != 'control'
+      and len(values) > 1
+      and ('augmentation' not in cell.parts)
+    ):
+      found.append((cell, *interval(values), len(values)))
+  if not found:
+    return
+  pairs = list(dict.fromkeys(cell.pair for cell, *_ in found))
+  heights = [sum(cell.pair == pair for cell, *_ in found) for pair in pairs]
+  fig = figure.Figure((7, 1 + 0.24 * sum(heights)), layout='constrained')
+  axes = fig.subplots(
+    len(pairs), 1, sharex=True, squeeze=False, height_ratios=heights
+  )[:, 0]
+  for ax, pair in zip(axes, pairs, strict=True):
+    chosen = [entry for entry in found if entry[0].pair == pair]
+    chosen.sort(key=lambda entry: entry[1])
+    means = [mean for _, mean, _, _ in chosen]
+    halves = [half for _, _, half, _ in chosen]
+    ax.errorbar(means, range(len(chosen)), xerr=halves, fmt='o', ms=4, lw=1)
+    ax.set_yticks(
+      range(len(chosen)),
+      [f'{cell.name} ({n})' for cell, _, _, n in chosen],
+      fontsize=8,
+    )
+    ax.axvline(0, color='0.5', lw=0.8)
+    ax.set_title(f'{grid.TEACHER} to {grid.PAIRS[pair]}', fontsize=9)
+  axes[-1].set_xlabel(
+    'points above CE with the same connector and a fresh head\n'
+    '(paired by seed; 95% interval; number of seeds)'
+  )
+  _save(fig, 'differences')
+
+
+def _save(fig, name: str) -> None:
+  for kind in ('png', 'svg'):
+    fig.savefig(grid.FOLDER / f'{name}.{kind}', dpi=150)
