@@ -255,7 +255,8 @@ def main(argv: list[str]) -> None:
   flags = parser.parse_args(argv)
   if flags.command not in ('plan', 'analyse') and flags.work is None:
     parser.error(f'{flags.command} takes a WORKDIR')
-  logging.basicConfig(level=logging.INFO, format='%(message)s')
+  logging.basicConfig(format='%(message)s')
+  logger.setLevel(logging.INFO)
   compilation_cache.enable(compilation_cache.DEFAULT)
   COMMANDS[flags.command](flags)
 
