@@ -31,7 +31,7 @@ def get_config(arg=None):
   )
   config = experiment.default_config(**arg, method='kd')
   config.method.cross_entropy_weight = 0.0
-  config.method.distillation_weight = 1.0
+  config.method.weight = 1.0
   config.method.temperature = 1.0
   config.augment.inception_crop = True
   config.augment.inception_area = (0.05, 1.0)

@@ -182,6 +182,7 @@ def step_arguments(exp):
       exp.distiller.init(key, image_shape),
       tx,
       with_ema=exp.config.ema_decay > 0,
+      memory=exp.memory(key, rows),  # As many examples as there are known.
     )
 
   key = jax.eval_shape(lambda: jax.random.key(0))

@@ -292,6 +292,19 @@ def load(reference: str) -> ml_collections.ConfigDict:
   return config
 
 
+def parse_value(text: str, like: object) -> object:
+  """Returns a bool, int, float or string out of text, as `like` is one.
+
+  Raises:
+    ValueError: the text is none of that type.
+  """
+  if not isinstance(like, bool):
+    return type(like)(text)
+  if text.lower() not in ('true', 'false'):
+    raise ValueError(f'{text!r} is neither true nor false')
+  return text.lower() == 'true'
+
+
 def apply_flags(
   config: ml_collections.ConfigDict, overrides: Sequence[str]
 ) -> None:

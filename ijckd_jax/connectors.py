@@ -9,13 +9,14 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from ijckd_jax import config_utils
 from ijckd_jax.models import layers
 
 
-class Connector(nn.Module):
+class Connector(layers.Joins, nn.Module):
   """`__call__(x, *, train)`: (B, H, W, C_s) to (B, H, W, features).
 
   Attributes:
@@ -34,21 +35,6 @@ class Connector(nn.Module):
   axis_name: str | None = None
   dtype: Any = jnp.float32
   unbiased_variance: bool = False
-
-  def conv(self, features, kernel=1, init=layers.TORCH_DEFAULT, **kwargs):
-    """Returns a convolution that keeps the map's size."""
-    return layers.conv(
-      features, kernel, kernel_init=init, dtype=self.dtype, **kwargs
-    )
-
-  def norm(self, x, train):
-    """Applies a batch norm, see models.layers.BatchNorm."""
-    return layers.BatchNorm(
-      use_running_average=not train,
-      axis_name=self.axis_name,
-      dtype=self.dtype,
-      unbiased=self.unbiased_variance,
-    )(x)
 
   def last(self, x):
     """Applies the activation that matches the target's sign."""
@@ -143,6 +129,34 @@ class Mlp(Connector):
     return self.last(self.norm(self.conv(self.features)(x), train))
 
 
+class Orthogonal(Connector):
+  """A linear map of pooled features with orthonormal rows or columns.
+
+  Its kernel is cut out of the exponential of a skew-symmetric matrix, which is
+  what is trained: it stays orthonormal. Always signed, without a bias.
+
+  Source: VkD, Miles et al. 2024, https://arxiv.org/abs/2403.06213.
+  """
+
+  takes: str = 'pooled'
+
+  def __post_init__(self):
+    self.signed = True
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    inputs = x.shape[-1]
+    side = max(inputs, self.features)
+    start = nn.initializers.normal(side**-0.5)
+    free = self.param('kernel', start, (side, side))
+    rotation = jax.scipy.linalg.expm(free - free.T)
+    # At the default precision of a TPU it would not be orthonormal.
+    return jnp.matmul(
+      x, rotation[:inputs, : self.features], precision='highest'
+    ).astype(self.dtype)
+
+
 CONNECTORS = {
   'bottleneck': Bottleneck,
   'bottleneck_depthwise': DepthwiseBottleneck,
@@ -150,6 +164,7 @@ CONNECTORS = {
   'identity': Identity,
   'linear': Linear,
   'mlp': Mlp,
+  'orthogonal': Orthogonal,
 }
 
 

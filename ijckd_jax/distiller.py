@@ -7,12 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ijckd_jax import auxiliary as auxiliary_lib
 from ijckd_jax import config_utils
 from ijckd_jax import losses
 from ijckd_jax import network as network_lib
 from ijckd_jax import outputs
 from ijckd_jax import parallel
 from ijckd_jax import teachers
+
+# Of the key of an auxiliary module's start; connectors have 1, 2, ...
+AUXILIARY_STREAM = 2**31 - 1
+# In an example of a memory.
+EXAMPLES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +48,8 @@ class Distiller:
     weights: of the teachers' losses, which are averaged by them.
     random_head: of a student that predicts with a random one, which is not
       trained; None for all others.
+    auxiliary: auxiliary.Auxiliary of the method, trained beside the student;
+      None for most.
   """
 
   network: network_lib.Network
@@ -51,6 +59,7 @@ class Distiller:
   others: tuple[Other, ...] = ()
   weights: tuple[float, ...] = (1.0,)
   random_head: Any = None
+  auxiliary: auxiliary_lib.Auxiliary | None = None
 
   @property
   def reuses_head(self) -> bool:
@@ -76,23 +85,40 @@ class Distiller:
       width = self.teacher.num_features
     num_classes = self.num_classes if self.trains_head else None
     variables = self.network.init(key, image_shape, num_classes, width)
-    if not self.others:
-      return variables
-    features = jax.eval_shape(
-      lambda: network_lib.run(
-        self.network.backbone,
-        network_lib.part(variables, 'backbone'),
-        self.network.preprocessing(jnp.zeros((1, *image_shape), jnp.uint8)),
-        train=False,
-      )[0]
-    )
-    for number, other in enumerate(self.others, 1):
-      if other.network.connector is not None:
-        made = other.network.init_connector(
-          jax.random.fold_in(key, number), features
-        )
-        for kind, tree in made.items():
-          variables[kind][_connector(number)] = tree
+    if self.others:
+      features = jax.eval_shape(
+        lambda: network_lib.run(
+          self.network.backbone,
+          network_lib.part(variables, 'backbone'),
+          self.network.preprocessing(jnp.zeros((1, *image_shape), jnp.uint8)),
+          train=False,
+        )[0]
+      )
+    made = {
+      _connector(number): other.network.init_connector(
+        jax.random.fold_in(key, number), features
+      )
+      for number, other in enumerate(self.others, 1)
+      if other.network.connector is not None
+    }
+    if self.auxiliary is not None:
+      images = jax.ShapeDtypeStruct((2, *image_shape), jnp.uint8)
+      frozen = self.frozen
+      seen = jax.eval_shape(
+        lambda variables, frozen, images: (
+          self.student(variables, frozen, images)[0],
+          self.teach(frozen, images),
+        ),
+        variables,
+        frozen,
+        images,
+      )
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), seen)
+      own_key = jax.random.fold_in(key, AUXILIARY_STREAM)
+      _, made['auxiliary'] = network_lib.init(self.auxiliary, own_key, *zeros)
+    for name, part in made.items():
+      for kind, tree in part.items():
+        variables[kind][name] = tree
     return variables
 
   @property
@@ -125,6 +151,32 @@ class Distiller:
     pairs = zip(self.others, frozen['others'], strict=True)
     return (first, *(other.teacher(own, images) for other, own in pairs))
 
+  def objective(self, variables, frozen, taught, batch):
+    """Runs the student in training, and the method on both.
+
+    Args:
+      variables: the student's 'params' and 'batch_stats'.
+      frozen: see `student`.
+      taught: as `teach` gives it; None without a teacher.
+      batch: of the step.
+
+    Returns:
+      The total; and the terms, the student's outputs.Outputs and the updated
+      batch statistics.
+    """
+    student, batch_stats = self.student(variables, frozen, batch['image'])
+    if self.auxiliary is not None:
+      made, batch_stats['auxiliary'] = network_lib.run(
+        self.auxiliary,
+        network_lib.part(variables, 'auxiliary'),
+        student,
+        taught,
+        train=True,
+      )
+      student = student.replace(auxiliary=made)
+    total, terms = self.loss(student, taught, batch)
+    return total, (terms, student, batch_stats)
+
   def loss(self, student: outputs.Outputs, taught, batch):
     """Returns the method's total and terms; over several teachers, the mean.
 
@@ -150,6 +202,20 @@ class Distiller:
       for name, term in found.items():
         terms[name] = terms.get(name, 0.0) + share * term
     return total, terms
+
+  def example_batch(self, images: jax.Array) -> dict[str, Any]:
+    """Returns a batch of images for tracing: all that a method may read."""
+    rows = jnp.zeros(len(images), jnp.int32)
+    batch = {'image': images, 'label': rows, 'index': rows, 'epoch': rows}
+    if self.remembers:
+      key = jax.random.key(0)
+      batch |= {'memory': self.method.memory(key, EXAMPLES), 'key': key}
+    return batch
+
+  @property
+  def remembers(self) -> bool:
+    """Whether the method keeps arrays in the state."""
+    return getattr(self.method, 'memory', None) is not None
 
   def student(self, variables, frozen, images: jax.Array):
     """Runs the student in training on the shared view.
@@ -205,6 +271,7 @@ class Distiller:
       logits,
       connected,
       tuple(others),
+      features.before,
     )
     return result, batch_stats
 
@@ -337,6 +404,7 @@ def bind(
       backbone.signed,
       backbone.pools_map,
       backbone.pooled_signed,
+      features.before,
     )
 
   def connected(teacher):
@@ -360,6 +428,20 @@ def bind(
       f'{method} predicts behind a connector, but builds none: return one from '
       "build_connector, or say predicts_with = 'own'"
     )
+  auxiliary = None
+  if teacher is not None and hasattr(method, 'auxiliary'):
+    auxiliary = method.auxiliary(source, teacher.shapes(image_shape))
+  if auxiliary is not None:
+    if others:
+      raise config_utils.UserError(
+        f'{method} trains a module of its own beside the student, for one '
+        'teacher: set teacher.others=()'
+      )
+    auxiliary = auxiliary.clone(
+      axis_name=axis_name,
+      dtype=dtype,
+      unbiased_variance=backbone.unbiased_variance,
+    )
   random_head = None
   if method.predicts_with == 'random':
     random_head = network_lib.random_head(
@@ -373,6 +455,7 @@ def bind(
     tuple(Other(other, connected(other)) for other in others),
     tuple(weights),
     random_head,
+    auxiliary,
   )
   if not _trace_terms(distiller, image_shape):
     raise config_utils.UserError(
@@ -442,13 +525,11 @@ def _trace_terms(distiller, image_shape, *, mixed=False):
 
   def loss(frozen, taught, images):
     variables = distiller.init(jax.random.key(0), image_shape)
-    student, _ = distiller.student(variables, frozen, images)
-    rows = jnp.zeros(images.shape[0], jnp.int32)
-    batch = {'image': images, 'label': rows, 'index': rows, 'epoch': rows}
+    batch = distiller.example_batch(images)
     if mixed:
-      weights = jnp.ones(rows.shape)
-      batch['label'] = losses.MixedLabels(rows, rows, weights)
-    return distiller.loss(student, taught, batch)[1]
+      labels, weights = batch['label'], jnp.ones(len(images))
+      batch['label'] = losses.MixedLabels(labels, labels, weights)
+    return distiller.objective(variables, frozen, taught, batch)[1][0]
 
   images = jax.ShapeDtypeStruct((2, *image_shape), jnp.uint8)
   frozen, taught = distiller.frozen, None

@@ -89,7 +89,7 @@ def default_config(
   # A bundle of the same backbone, from which it starts; its head is not taken.
   config.student = {'backbone': student, 'init_from': ''}
   config.augment = augment.default_config()  # Of what both of them see.
-  config.method = config_utils.section(methods.get(method), method)
+  config.method = methods.section(method)
   config.optimizer = optim.default_config()
   config.batch_size = 64  # Of all devices and processes together.
   config.eval_batch_size = 256
@@ -133,7 +133,7 @@ def teacher_config(
   own = ml_collections.ConfigDict(config.to_dict())
   own.student.backbone = config.teacher.backbone
   own.student.init_from = config.teacher.init_from
-  own.method = config_utils.section(methods.get('ce'), 'ce')
+  own.method = methods.section('ce')
   own.optimizer.learning_rate = config.teacher.learning_rate
   own.seed = config.teacher.seed
   own.ema_decay = 0.0
@@ -178,6 +178,8 @@ class Experiment:
   dtype: Any
   stored: teacher_outputs.Stored | None
   start: pretrained.Start | None
+  mixing: mixing_lib.Mixing | None
+  fitted: tuple[dict[str, Any], ...] = ()
 
   @property
   def frozen(self) -> dict[str, Any] | None:
@@ -193,8 +195,12 @@ class Experiment:
       variables['params']['head'] = jax.tree.map(jnp.array, self.judge.head)
     return variables if self.start is None else self.start.fill(variables)
 
-  mixing: mixing_lib.Mixing | None
-  fitted: tuple[dict[str, Any], ...] = ()
+  def memory(self, key: jax.Array, num_examples: int) -> Any:
+    """Returns what the method keeps in the state at the start, or None."""
+    if not self.distiller.remembers:
+      return None
+    key = jax.random.fold_in(key, steps.METHOD_STREAM)
+    return self.distiller.method.memory(key, num_examples)
 
   def total_steps(self, num_examples: int) -> int:
     """Returns the steps of the run."""
@@ -309,9 +315,7 @@ def build(
     dataset = config_utils.instantiate(
       'dataset', datasets.get(config.dataset.name), config.dataset
     )
-  method = config_utils.instantiate(
-    'method', methods.get(config.method.name), config.method
-  )
+  method = methods.build(config.method)
   config_checks.check_numbers(config, teacher_given=teacher is not None)
   mixing = mixing_lib.build(config.augment)
   axis_name = parallel.AXIS if config.sync_batch_norm else None

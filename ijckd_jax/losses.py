@@ -4,6 +4,7 @@ All are computed in float32, or in float64 where that is what comes in.
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence
 
 from flax import struct
 import jax
@@ -72,7 +73,11 @@ def mean_squared_error(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def distillation(
-  student_logits: jax.Array, teacher_logits: jax.Array, temperature: float
+  student_logits: jax.Array,
+  teacher_logits: jax.Array,
+  temperature: float,
+  *,
+  standardize: bool = False,
 ) -> jax.Array:
   """Returns T^2 KL(teacher || student) of softened predictions, over B rows.
 
@@ -82,15 +87,88 @@ def distillation(
     student_logits: (B, K).
     teacher_logits: (B, K).
     temperature: T, both are divided by it before the softmax.
+    standardize: take both by `standardize_logits`.
 
   Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531.
   """
   log_student, log_teacher = (
-    jax.nn.log_softmax(at_least_float32(logits) / temperature)
-    for logits in (student_logits, teacher_logits)
+    jax.nn.log_softmax(logits / temperature)
+    for logits in read_logits(student_logits, teacher_logits, standardize)
   )
   rows = optax.losses.kl_divergence_with_log_targets(log_student, log_teacher)
   return temperature**2 * jnp.mean(rows)
+
+
+def standardize_logits(logits: jax.Array) -> jax.Array:
+  """Returns logits less their mean, over their standard deviation, row by row.
+
+  Args:
+    logits: (B, K).
+
+  Source: Sun et al. 2024, "Logit Standardization in Knowledge Distillation",
+  https://arxiv.org/abs/2403.01427.
+  """
+  logits = at_least_float32(logits)
+  centered = logits - jnp.mean(logits, axis=-1, keepdims=True)
+  variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+  return centered / (safe_sqrt(variance) + 1e-7)
+
+
+def read_logits(
+  student: jax.Array, teacher: jax.Array, standardize: bool
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the logits of both as a loss reads them, standardised or not."""
+  read = standardize_logits if standardize else at_least_float32
+  return read(student), read(teacher)
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+  """Returns the square root, whose gradient at zero is zero, not infinite."""
+  is_positive = x > 0
+  return jnp.where(is_positive, jnp.sqrt(jnp.where(is_positive, x, 1.0)), 0.0)
+
+
+def normalize(x: jax.Array) -> jax.Array:
+  """Returns vectors (..., D) of length one; that of zero stays zero."""
+  x = at_least_float32(x)
+  norm = safe_sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
+  return x / jnp.maximum(norm, 1e-12)
+
+
+def warm_up(batch, epochs: float) -> jax.Array | float:
+  """Returns what a term is multiplied by, which grows to one over `epochs`.
+
+  In the first epoch it is 1 / epochs. The rows of a batch that crosses epochs
+  are averaged.
+
+  Args:
+    batch: of the step, with 'epoch' (B,), counted from 0.
+    epochs: of the warm-up; with 0 it is one from the start.
+  """
+  if not epochs:
+    return 1.0
+  return jnp.mean(jnp.minimum((batch['epoch'] + 1) / epochs, 1.0))
+
+
+def pair_stages(student: Sequence, teacher: Sequence) -> list[tuple]:
+  """Returns the stages of two networks that stand side by side, stems left out.
+
+  They are paired from the last one backwards; what the longer one has before is
+  left out. A teacher of another library may have its last map alone.
+
+  Args:
+    student: Features.stages, or their shapes.
+    teacher: the same of the teacher, or Features.before.
+  """
+  student, teacher = (s[1:] if len(s) > 1 else s for s in (student, teacher))
+  count = min(len(student), len(teacher))
+  first, second = student[len(student) - count :], teacher[-count:]
+  return list(zip(first, second, strict=True))
+
+
+def smaller_size(x, y) -> tuple[int, int]:
+  """Returns (h, w), of each the smaller of two maps (B, H, W, C)."""
+  return min(x.shape[1], y.shape[1]), min(x.shape[2], y.shape[2])
 
 
 def adaptive_average_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:

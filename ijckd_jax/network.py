@@ -49,24 +49,30 @@ def random_head(
   }
 
 
-def run(module, variables, x, *, train: bool):
-  """Applies a backbone or connector.
+def run(module, variables, *x, train: bool):
+  """Applies a backbone, connector or auxiliary module.
 
   Args:
-    module: called as `module(x, train=train)`.
+    module: called as `module(*x, train=train)`.
     variables: its 'params' and 'batch_stats'.
-    x: its input.
+    *x: its input.
     train: whether batch norm uses, and updates, the batch's statistics.
 
   Returns:
     What the module returns, and its batch statistics (updated in training).
   """
   if not train:
-    return module.apply(variables, x, train=False), variables['batch_stats']
+    return module.apply(variables, *x, train=False), variables['batch_stats']
   result, changed = module.apply(
-    variables, x, train=True, mutable=['batch_stats']
+    variables, *x, train=True, mutable=['batch_stats']
   )
   return result, changed.get('batch_stats', {})
+
+
+def init(module, key: jax.Array, *x):
+  """Returns what a module returns in inference, and its fresh collections."""
+  result, variables = module.init_with_output(key, *x, train=False)
+  return result, {kind: variables.get(kind, {}) for kind in COLLECTIONS}
 
 
 def pool_of(backbone: models.Backbone):
@@ -132,7 +138,7 @@ class Network:
     """
     backbone_key, connector_key, head_key = jax.random.split(key, 3)
     x = self.preprocessing(jnp.zeros((1, *image_shape), jnp.uint8))
-    features, parts = self._init(self.backbone, backbone_key, x)
+    features, parts = init(self.backbone, backbone_key, x)
     modules = {'backbone': parts}
     if self.connector is not None:
       modules['connector'] = self.init_connector(connector_key, features)
@@ -159,11 +165,7 @@ class Network:
       x = jnp.zeros((1, 1, 1, features.pooled.shape[-1]))
     else:
       x = jnp.zeros((1, *self.connect_size, features.final.shape[-1]))
-    return self._init(self.connector, key, x)[1]
-
-  def _init(self, module, key, x):
-    result, variables = module.init_with_output(key, x, train=False)
-    return result, {kind: variables.get(kind, {}) for kind in COLLECTIONS}
+    return init(self.connector, key, x)[1]
 
   def connect(self, variables, features, pool_variables, head, *, train):
     """Returns outputs.Connected and the connector's batch statistics."""
@@ -192,7 +194,11 @@ class Network:
     if self.connector is None:
       logits = classify(head, features.pooled)
       return outputs.Outputs(
-        features.stages, features.final, features.pooled, logits
+        features.stages,
+        features.final,
+        features.pooled,
+        logits,
+        before=features.before,
       )
     connected, _ = self.connect(
       part(variables, 'connector'),
@@ -203,7 +209,11 @@ class Network:
     )
     final = features.final if connected.map is None else connected.map
     return outputs.Outputs(
-      features.stages, final, connected.pooled, connected.logits
+      features.stages,
+      final,
+      connected.pooled,
+      connected.logits,
+      before=features.before,
     )
 
   @property

@@ -20,11 +20,14 @@ class Features:
     stages: the maps at the end of each stage, (B, H, W, C) each.
     final: the map that is pooled, (B, H, W, C).
     pooled: the representation that the head reads, (B, D) float32.
+    before: the stages before the ReLU that they end in; () where they end in
+      none.
   """
 
   stages: tuple[jax.Array, ...]
   final: jax.Array
   pooled: jax.Array
+  before: tuple[jax.Array, ...] = ()
 
 
 @struct.dataclass
@@ -56,6 +59,9 @@ class Outputs:
       have no connector.
     others: the same to each further teacher; a method sees one at a time, as
       `connected`.
+    before: as in Features.
+    auxiliary: a student's, what the method's auxiliary module made of it and of
+      the teacher; None where there is none.
   """
 
   stages: tuple[jax.Array, ...]
@@ -64,6 +70,8 @@ class Outputs:
   logits: jax.Array
   connected: Connected | None = None
   others: tuple[Connected | None, ...] = ()
+  before: tuple[jax.Array, ...] = ()
+  auxiliary: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +85,7 @@ class Shapes:
     signed: whether `final` can be negative.
     pools_map: whether `pooled` is a function of `final`.
     pooled_signed: whether `pooled` can be negative; None: as `signed`.
+    before: ShapeDtypeStructs of Features.before.
   """
 
   stages: tuple[Any, ...]
@@ -85,6 +94,7 @@ class Shapes:
   signed: bool = False
   pools_map: bool = True
   pooled_signed: bool | None = None
+  before: tuple[Any, ...] = ()
 
   def __post_init__(self):
     if self.pooled_signed is None:

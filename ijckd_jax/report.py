@@ -166,9 +166,7 @@ def _write_sections(folder: epath.Path, sections) -> list[str]:
 def _headline(summary, evaluation):
   """Returns a title, what was done, and what that was worth."""
   config, judge = summary['config'], evaluation.teacher
-  method = config_utils.instantiate(
-    'method', methods.get(config['method']['name']), config['method']
-  )
+  method = methods.build(config['method'])
   by, on = config['method']['name'], config['dataset']['name']
   name = config['student']['backbone']
   teacher = summary['teacher_name']

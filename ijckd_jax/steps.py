@@ -20,6 +20,7 @@ from ijckd_jax.models import cpu_conv
 AUGMENTATION_STREAM = 0
 INIT_STREAM = 1
 MIXING_STREAM = 2
+METHOD_STREAM = 3
 
 
 def train_step(
@@ -86,13 +87,22 @@ def filling_step(
 
   def loss_fn(params, batch_stats, teacher, rows):
     variables = {'params': params, 'batch_stats': batch_stats}
-    student, batch_stats = distiller.student(variables, frozen, rows['image'])
-    total, terms = distiller.loss(student, teacher, rows)
-    return total, (batch_stats, terms, student.logits)
+    total, (terms, student, batch_stats) = distiller.objective(
+      variables, frozen, teacher, rows
+    )
+    notes = None
+    if distiller.remembers:
+      notes = distiller.method.notes(student, rows)
+    return total, (batch_stats, terms, student.logits, notes)
 
   def piece(carry, rows):
-    batch_stats, gradients = carry
+    batch_stats, gradients, memory = carry
     rows = dict(rows)
+    if distiller.remembers:
+      rows |= {
+        'memory': memory,
+        'key': jax.random.fold_in(key, METHOD_STREAM),
+      }
     teacher, kept = None, rows.pop('teacher', None)
     if kept is None and distiller.teacher is not None:
       teacher = distiller.teach(frozen, rows['image'])
@@ -100,21 +110,28 @@ def filling_step(
         kept = stored.take(teacher)
     if kept is not None:
       teacher = stored.restore(kept)
-    (total, (batch_stats, terms, logits)), new = jax.value_and_grad(
+    (total, (batch_stats, terms, logits, notes)), new = jax.value_and_grad(
       loss_fn, has_aux=True
     )(state.params, batch_stats, teacher, rows)
     gradients = jax.tree.map(jnp.add, gradients, new)
+    if distiller.remembers:
+      # The same on every device: all of them note the rows of all.
+      notes = jax.lax.all_gather(notes, parallel.AXIS, tiled=True)
+      memory = distiller.method.remember(memory, notes)
     sums = _sums({'loss': total, **terms}, logits, rows['label'])
-    return (batch_stats, gradients), (sums, kept)
+    return (batch_stats, gradients, memory), (sums, kept)
 
-  carry = (state.batch_stats, jax.tree.map(jnp.zeros_like, state.params))
+  zeros = jax.tree.map(jnp.zeros_like, state.params)
+  carry = (state.batch_stats, zeros, state.memory)
   if num_pieces == 1:
-    (batch_stats, gradients), (sums, kept) = piece(carry, batch)
+    (batch_stats, gradients, memory), (sums, kept) = piece(carry, batch)
   else:
     pieces = jax.tree.map(
       lambda x: x.reshape(num_pieces, -1, *x.shape[1:]), batch
     )
-    (batch_stats, gradients), (sums, kept) = jax.lax.scan(piece, carry, pieces)
+    (batch_stats, gradients, memory), (sums, kept) = jax.lax.scan(
+      piece, carry, pieces
+    )
     kept = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
     gradients = jax.tree.map(lambda g: g / num_pieces, gradients)
     sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
@@ -140,6 +157,7 @@ def filling_step(
     batch_stats=batch_stats,
     opt_state=opt_state,
     ema=ema,
+    memory=memory,
   )
   rows = {'index': batch['index'], 'epoch': batch['epoch'], 'teacher': kept}
   return (state, sums), rows

@@ -106,10 +106,9 @@ def plan(distiller, image_shape: tuple[int, int, int], dtype: str) -> Stored:
 
   def loss(teacher, frozen, images):
     variables = distiller.init(jax.random.key(0), image_shape)
-    student, _ = distiller.student(variables, frozen, images)
-    rows = jnp.zeros(images.shape[0], jnp.int32)
-    batch = {'image': images, 'label': rows, 'index': rows, 'epoch': rows}
-    return distiller.loss(student, teacher, batch)
+    batch = distiller.example_batch(images)
+    total, (terms, *_) = distiller.objective(variables, frozen, teacher, batch)
+    return total, terms
 
   images = jax.ShapeDtypeStruct((2, *image_shape), jnp.uint8)
   like = jax.eval_shape(distiller.teach, frozen, images)

@@ -130,4 +130,5 @@ class Teacher:
       self.signed,
       self.pools_map,
       self.pooled_signed,
+      result.before,
     )

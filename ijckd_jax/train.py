@@ -306,6 +306,7 @@ def _run(exp, workdir, splits, writers, stop) -> results.Result:
     exp.init(jax.random.fold_in(key, steps.INIT_STREAM)),
     exp.optimizer(len(splits['train']))[0],
     with_ema=config.ema_decay > 0,
+    memory=exp.memory(key, len(splits['train'])),
   )
   if state.batch_stats['backbone'] and exp.start is None:
     _warn_of_unsettled_statistics(exp, workdir, len(splits['train']))

@@ -14,11 +14,12 @@ class TrainState:
 
   Attributes:
     step: updates made, int32 scalar.
-    params: {'backbone', 'connector', 'head'}, of these what is trained.
-    batch_stats: {'backbone', 'connector'}.
+    params: {'backbone', 'connector', 'head', 'auxiliary'}, of these what is
+      trained.
+    batch_stats: {'backbone', 'connector', 'auxiliary'}, likewise.
     opt_state: of the optax transformation.
     ema: None, or {'params', 'batch_stats'} as moving averages.
-    memory: arrays of the method's own.
+    memory: arrays of the method's own; None for most.
   """
 
   step: jax.Array
@@ -37,7 +38,11 @@ class TrainState:
 
 
 def create(
-  variables: Any, tx: optax.GradientTransformation, *, with_ema: bool
+  variables: Any,
+  tx: optax.GradientTransformation,
+  *,
+  with_ema: bool,
+  memory: Any = None,
 ) -> TrainState:
   """Returns the state before the first step, from fresh variables."""
   return TrainState(
@@ -47,4 +52,5 @@ def create(
     opt_state=tx.init(variables['params']),
     # Copies: a buffer cannot be donated twice.
     ema=jax.tree.map(jnp.copy, dict(variables)) if with_ema else None,
+    memory=memory,
   )

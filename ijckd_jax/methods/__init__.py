@@ -3,7 +3,8 @@
 A method is a frozen dataclass, in a module of its own as `Method`, whose fields
 are its hyper-parameters. It has
 
-  predicts_with: 'teacher' or 'own', whose head makes the student's prediction.
+  predicts_with: of outputs.HEADS, the head that makes the student's prediction:
+    mostly 'teacher' or 'own'.
   tap: 'stage' or 'final', the student's map that is connected; a student that
     is tapped at its last stage is built without the layers after it.
   build_connector(student, teacher): the module that connects the two (see
@@ -12,20 +13,111 @@ are its hyper-parameters. It has
     from their outputs.Outputs and the batch of one device. Its labels are for
     losses.cross_entropy: with mixup and cutmix they are losses.MixedLabels.
 
-A method that learns without a teacher says `needs_teacher = False`.
+A method that learns without a teacher says `needs_teacher = False`. One that
+trains something beside the student has
+
+  auxiliary(student, teacher): an auxiliary.Auxiliary, or None, from their
+    Shapes. What it returns is `student.auxiliary`.
+
+and one that keeps arrays from step to step, in TrainState.memory,
+
+  memory(key, num_examples): these arrays at the start. The batch of a loss has
+    them as 'memory', and 'key', the run's, for what is drawn by example.
+  notes(student, batch): what a batch adds to them: arrays with a row for each
+    image, which are gathered from all devices.
+  remember(memory, notes): the arrays after that, as a pure function.
 """
 
+from collections.abc import Mapping
+
+import ml_collections
+
 from ijckd_jax import config_utils
+from ijckd_jax.methods import added
 
 METHODS = {
+  'at': 'ijckd_jax.methods.at:Method',
   'ce': 'ijckd_jax.methods.ce:Method',
+  'crd': 'ijckd_jax.methods.crd:Method',
+  'dist': 'ijckd_jax.methods.dist:Method',
+  'dkd': 'ijckd_jax.methods.dkd:Method',
+  'fitnet': 'ijckd_jax.methods.fitnet:Method',
   'ijckd': 'ijckd_jax.methods.ijckd:Method',
   'kd': 'ijckd_jax.methods.kd:Method',
+  'reviewkd': 'ijckd_jax.methods.reviewkd:Method',
+  'rkd': 'ijckd_jax.methods.rkd:Method',
   'simkd': 'ijckd_jax.methods.simkd:Method',
+  'sp': 'ijckd_jax.methods.sp:Method',
   'srrl': 'ijckd_jax.methods.srrl:Method',
+  'vid': 'ijckd_jax.methods.vid:Method',
+  'vkd': 'ijckd_jax.methods.vkd:Method',
 }
+# The labels' weight in a method that is added to another: it has them already.
+LABELS = 'cross_entropy_weight'
 
 
 def get(name: str) -> type:
   """Returns the method class called `name`, or at `package.module:Name`."""
   return config_utils.resolve('method', name, METHODS)
+
+
+def section(name: str) -> ml_collections.ConfigDict:
+  """Returns the `method` section of a config: its fields, and `add`."""
+  found = config_utils.section(get(name), name)
+  found.add = ''
+  return found
+
+
+def build(config: Mapping[str, object]):
+  """Returns the method that a `method` section describes.
+
+  Args:
+    config: 'name', its fields, and `add`: `NAME:FIELD=VALUE,...` of a further
+      method whose terms are added to its loss, or several with `+` between.
+
+  Raises:
+    config_utils.UserError: there is no such method or field, or what is added
+      does not fit.
+  """
+  fields = {key: value for key, value in config.items() if key != 'add'}
+  method = config_utils.instantiate('method', get(config['name']), fields)
+  specs = [spec.strip() for spec in config.get('add', '').split('+')]
+  if specs == ['']:
+    return method
+  return added.Sum(method, tuple(map(_parse, specs)), tuple(map(_label, specs)))
+
+
+def _parse(spec: str):
+  """Returns the method of `NAME:FIELD=VALUE,...`, without labels of its own."""
+  name, values = _split(spec)
+  cls = get(name)
+  defaults = config_utils.section(cls, name)
+  if LABELS in defaults:
+    defaults[LABELS] = 0.0
+  elif not getattr(cls, 'needs_teacher', True):
+    raise config_utils.UserError(
+      f"method.add={spec!r}: {name} has no terms but the labels', which the "
+      'method that it is added to has'
+    )
+  for part in filter(None, values.split(',')):
+    field, separator, value = part.partition('=')
+    if not separator or field == 'name' or field not in defaults:
+      known = [key for key in defaults if key != 'name']
+      raise config_utils.unknown(f'field of {name} in method.add', part, known)
+    try:
+      defaults[field] = config_utils.parse_value(value, defaults[field])
+    except ValueError as error:
+      raise config_utils.UserError(f'method.add: {part!r}: {error}') from error
+  return config_utils.instantiate('method', cls, defaults)
+
+
+def _split(spec: str) -> tuple[str, str]:
+  """Returns the name and the fields of `NAME:FIELD=VALUE,...`."""
+  name, _, values = spec.rpartition(':')
+  # `package.module:Name` has a colon of its own.
+  return (name, values) if '=' in values else (spec, '')
+
+
+def _label(spec: str) -> str:
+  """Returns what the terms of an added method are called after."""
+  return _split(spec)[0].rpartition(':')[2]

@@ -22,6 +22,7 @@ class Method:
   Attributes:
     cross_entropy_weight: weight of the labels' cross-entropy.
     logit_weight: weight of the logits' squared error, mean over B K.
+    standardize: standardise logits (losses.standardize_logits) before that.
     feature_weight: weight of the features' squared error, mean over all
       elements.
     feature_site: where features are compared: 'map', before the pool, or
@@ -37,6 +38,7 @@ class Method:
 
   cross_entropy_weight: float = 1.0
   logit_weight: float = 1.0
+  standardize: bool = False
   feature_weight: float = 1.0
   feature_site: str = 'map'
   connector: str = 'bottleneck'
@@ -77,7 +79,9 @@ class Method:
       ),
       logit=(
         self.logit_weight,
-        lambda: losses.mean_squared_error(student.logits, teacher.logits),
+        lambda: losses.mean_squared_error(
+          *losses.read_logits(student.logits, teacher.logits, self.standardize)
+        ),
       ),
       feature=(
         self.feature_weight,

@@ -12,11 +12,20 @@ from ijckd_jax import losses
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """Cross-entropy and T^2 KL(teacher || student), by the student's own head."""
+  """Cross-entropy and T^2 KL(teacher || student), by the student's own head.
+
+  Attributes:
+    cross_entropy_weight: weight of the labels' cross-entropy.
+    weight: of the divergence.
+    temperature: T.
+    standardize: standardise logits first (losses.standardize_logits); its
+      authors take weight=9 and temperature=2 then.
+  """
 
   cross_entropy_weight: float = 0.1
-  distillation_weight: float = 0.9
+  weight: float = 0.9
   temperature: float = 4.0
+  standardize: bool = False
 
   predicts_with = 'own'
   tap = 'final'
@@ -36,9 +45,12 @@ class Method:
         lambda: losses.cross_entropy(student.logits, batch['label']),
       ),
       distillation=(
-        self.distillation_weight,
+        self.weight,
         lambda: losses.distillation(
-          student.logits, teacher.logits, self.temperature
+          student.logits,
+          teacher.logits,
+          self.temperature,
+          standardize=self.standardize,
         ),
       ),
     )

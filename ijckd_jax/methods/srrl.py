@@ -27,6 +27,7 @@ class Method:
     distillation_weight: weight of T^2 KL between the own head's predictions and
       the teacher's; 0 in the official code, 1 in SimKD's toolbox.
     temperature: T of that term.
+    standardize: standardise logits (losses.standardize_logits) in both terms.
     connects: 'map', the connector comes before the pool (official), or
       'pooled', after it (SimKD's toolbox).
   """
@@ -36,6 +37,7 @@ class Method:
   logit_weight: float = 1.0
   distillation_weight: float = 0.0
   temperature: float = 4.0
+  standardize: bool = False
   connects: str = 'map'
 
   predicts_with = 'own'
@@ -70,13 +72,18 @@ class Method:
       logit=(
         self.logit_weight,
         lambda: losses.mean_squared_error(
-          student.connected.logits, teacher.logits
+          *losses.read_logits(
+            student.connected.logits, teacher.logits, self.standardize
+          )
         ),
       ),
       distillation=(
         self.distillation_weight,
         lambda: losses.distillation(
-          student.logits, teacher.logits, self.temperature
+          student.logits,
+          teacher.logits,
+          self.temperature,
+          standardize=self.standardize,
         ),
       ),
     )

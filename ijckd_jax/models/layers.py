@@ -104,6 +104,29 @@ class BatchNorm(nn.BatchNorm):
     return ((pool(x) - mean) * multiplier + bias).astype(self.dtype)
 
 
+class Joins:
+  """The layers of what stands between two networks, for a module to inherit.
+
+  It has the fields `axis_name`, `dtype` and `unbiased_variance` of a Connector.
+  """
+
+  def conv(self, features, kernel=1, stride=1, init=TORCH_DEFAULT, **kwargs):
+    """Returns a convolution; without stride it keeps the map's size."""
+    return conv(
+      features, kernel, stride, kernel_init=init, dtype=self.dtype, **kwargs
+    )
+
+  def norm(self, x, train, **kwargs):
+    """Applies a batch norm, see BatchNorm."""
+    return BatchNorm(
+      use_running_average=not train,
+      axis_name=self.axis_name,
+      dtype=self.dtype,
+      unbiased=self.unbiased_variance,
+      **kwargs,
+    )(x)
+
+
 def channel_shuffle(x: jax.Array, groups: int) -> jax.Array:
   """Returns (..., C) with the channels of the groups dealt out in turn.
 

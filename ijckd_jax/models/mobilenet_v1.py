@@ -44,14 +44,16 @@ class MobileNetV1(backbone.Backbone):
       x = self.conv(
         features, kernel, stride, feature_group_count=groups, name=conv
       )(x)
-      return nn.relu(self.norm(train, name=norm)(x))
+      return self.norm(train, name=norm)(x)
 
-    x = step(images, 32, 3, 2, 'model_0_0', 'model_0_1')
-    stages = []
+    x = nn.relu(step(images, 32, 3, 2, 'model_0_0', 'model_0_1'))
+    stages, before = [], []
     for i, (width, stride) in enumerate(BLOCKS, 1):
       name, channels = f'model_{i}', x.shape[-1]
       x = step(x, channels, 3, stride, f'{name}_0', f'{name}_1', channels)
-      x = step(x, width, 1, 1, f'{name}_3', f'{name}_4')
+      y = step(nn.relu(x), width, 1, 1, f'{name}_3', f'{name}_4')
+      x = nn.relu(y)
       if i in STAGE_ENDS:
         stages.append(x)
-    return outputs.Features(tuple(stages), x, self.pool(x))
+        before.append(y)
+    return outputs.Features(tuple(stages), x, self.pool(x), tuple(before))

@@ -52,17 +52,19 @@ class ResNet(backbone.Backbone):
       x = self.conv(64, 7, 2, name='conv1')(images)
     pool = None if self.cifar else _max_pool
     x = nn.relu(self.norm(train, name='bn1')(x, pool))
-    stages = [x]
+    stages, before = [x], [x]
     for stage, num_blocks in enumerate(self.num_blocks, 1):
       for block in range(num_blocks):
         stride = 2 if stage > 1 and block == 0 else 1
         name = f'layer{stage}_{block}'
-        x = self.block(x, 32 * 2**stage, stride, train, name)
+        y = self.block(x, 32 * 2**stage, stride, train, name)
+        x = nn.relu(y)
       stages.append(x)
-    return outputs.Features(tuple(stages), x, self.pool(x))
+      before.append(y)
+    return outputs.Features(tuple(stages), x, self.pool(x), tuple(before))
 
   def block(self, x, width, stride, train, name):
-    """Applies a block's convolutions and the shortcut around them."""
+    """Applies convolutions and the shortcut around them, but no last ReLU."""
     if self.bottleneck:
       inner = width * self.inner_width
       width *= 4
@@ -85,7 +87,7 @@ class ResNet(backbone.Backbone):
     if stride > 1 or x.shape[-1] != width:
       x = self.conv(width, 1, stride, name=f'{name}_downsample_conv')(x)
       x = self.norm(train, name=f'{name}_downsample_bn')(x)
-    return nn.relu(x + y)
+    return x + y
 
 
 def _max_pool(x):

@@ -33,17 +33,19 @@ class CifarResNet(backbone.Backbone):
       raise ValueError(f'depth {self.depth} is not 6n+2')
     x = self.conv(self.widths[0], 3, name='conv1')(images)
     x = nn.relu(self.norm(train, name='bn1')(x))
-    stages = [x]
+    stages, before = [x], [x]
     for stage, width in enumerate(self.widths[1:], 1):
       for block in range(num_blocks):
         stride = 2 if stage > 1 and block == 0 else 1
         name = f'layer{stage}_{block}'
-        x = self.block(x, width, stride, train, name)
+        y = self.block(x, width, stride, train, name)
+        x = nn.relu(y)
       stages.append(x)
-    return outputs.Features(tuple(stages), x, self.pool(x))
+      before.append(y)
+    return outputs.Features(tuple(stages), x, self.pool(x), tuple(before))
 
   def block(self, x, width, stride, train, name):
-    """Applies two convolutions and the shortcut around them."""
+    """Applies two convolutions and the shortcut around them, but no ReLU."""
     y = self.conv(width, 3, stride, name=f'{name}_conv1')(x)
     y = nn.relu(self.norm(train, name=f'{name}_bn1')(y))
     y = self.conv(width, 3, name=f'{name}_conv2')(y)
@@ -51,4 +53,4 @@ class CifarResNet(backbone.Backbone):
     if stride > 1 or x.shape[-1] != width:
       x = self.conv(width, 1, stride, name=f'{name}_downsample_conv')(x)
       x = self.norm(train, name=f'{name}_downsample_bn')(x)
-    return nn.relu(x + y)
+    return x + y

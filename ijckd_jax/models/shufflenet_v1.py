@@ -27,15 +27,20 @@ class ShuffleNetV1(backbone.Backbone):
   def __call__(self, images, *, train):
     x = self.conv(STEM_WIDTH, 1, name='conv1')(images)
     x = nn.relu(self.norm(train, name='bn1')(x))
-    stages = [x]
+    stages, before = [x], [x]
     for stage, (width, num_units) in enumerate(STAGES, 1):
       for unit in range(num_units):
-        x = self.unit(x, width, unit == 0, train, f'layer{stage}_{unit}')
+        y = self.unit(x, width, unit == 0, train, f'layer{stage}_{unit}')
+        x = nn.relu(y)
       stages.append(x)
-    return outputs.Features(tuple(stages), x, self.pool(x))
+      before.append(y)
+    return outputs.Features(tuple(stages), x, self.pool(x), tuple(before))
 
   def unit(self, x, width, halves, train, name):
-    """Applies a unit; one that halves the map is joined to its average."""
+    """Applies a unit but for its last ReLU.
+
+    One that halves the map is joined to its average.
+    """
     stride = 2 if halves else 1
     if halves:
       width -= x.shape[-1]
@@ -60,7 +65,7 @@ class ShuffleNetV1(backbone.Backbone):
       if i == 1:
         y = layers.channel_shuffle(y, groups)
     if not halves:
-      return nn.relu(x + y)
+      return x + y
     # The padding counts in the mean.
     x = nn.avg_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-    return nn.relu(jnp.concatenate([y, x], axis=-1))
+    return jnp.concatenate([y, x], axis=-1)

@@ -35,7 +35,7 @@ class Vgg(backbone.Backbone):
         f'a VGG halves its map three times: images of {images.shape[1]}x'
         f'{images.shape[2]} are too small, they need sides of 8 or more'
       )
-    x, stages = images, []
+    x, stages, before = images, [], []
     widths = (64, 128, 256, 512, 512)
     for block, (width, num_convs) in enumerate(
       zip(widths, self.num_convs, strict=True)
@@ -44,7 +44,8 @@ class Vgg(backbone.Backbone):
         x = nn.max_pool(x, (2, 2), (2, 2))
       for i in range(num_convs):
         x = self.conv(width, 3, use_bias=True, name=f'block{block}_{3 * i}')(x)
-        x = self.norm(train, name=f'block{block}_{3 * i + 1}')(x)
-        x = nn.relu(x)
+        y = self.norm(train, name=f'block{block}_{3 * i + 1}')(x)
+        x = nn.relu(y)
       stages.append(x)
-    return outputs.Features(tuple(stages), x, self.pool(x))
+      before.append(y)
+    return outputs.Features(tuple(stages), x, self.pool(x), tuple(before))

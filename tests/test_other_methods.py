@@ -1,0 +1,247 @@
+"""The other methods' formulas, written anew in numpy with loops."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.special
+import torch
+import torch.nn.functional as F
+
+from ijckd_jax import losses
+from ijckd_jax import methods
+from tests import test_methods as shared
+
+LABELS = (0, -1, 2, 3, 4, 0)
+
+
+def cross_entropy(student, labels):
+  rows = -scipy.special.log_softmax(student.logits.astype(float), axis=1)
+  return sum(rows[i, y] for i, y in enumerate(labels) if y >= 0) / len(labels)
+
+
+def channels_first(x):
+  return torch.from_numpy(np.asarray(x, np.float64)).permute(0, 3, 1, 2)
+
+
+def pool(x, size):
+  """Returns PyTorch's adaptive average of a map (B, H, W, C)."""
+  pooled = F.adaptive_avg_pool2d(channels_first(x), size)
+  return pooled.permute(0, 2, 3, 1).numpy()
+
+
+def unit(x, axis=-1):
+  return x / np.sqrt((x**2).sum(axis=axis, keepdims=True))
+
+
+def at(student, teacher):
+  total = 0.0
+  for x, y in zip(student.stages[1:], teacher.stages[1:], strict=True):
+    size = min(x.shape[1], y.shape[1])
+    maps = []
+    for z in (pool(x, size), pool(y, size)):
+      maps.append(unit((z**2).mean(axis=3).reshape(len(z), -1)))
+    total += ((maps[0] - maps[1]) ** 2).mean()
+  return 1000 * total
+
+
+def sp(student, teacher):
+  grams = []
+  for z in (student.stages[-1], teacher.stages[-1]):
+    flat = np.asarray(z, np.float64).reshape(len(z), -1)
+    grams.append(unit(flat @ flat.T))
+  return 3000 * ((grams[0] - grams[1]) ** 2).sum() / len(flat) ** 2
+
+
+def smooth_l1(x, y):
+  error = np.abs(x - y)
+  return np.where(error < 1, error**2 / 2, error - 0.5).mean()
+
+
+def rkd(student, teacher):
+  distances, angles = [], []
+  for z in (student.pooled, teacher.pooled):
+    z, rows = np.asarray(z, np.float64), range(len(z))
+    between = np.array(
+      [[np.linalg.norm(z[i] - z[j]) for j in rows] for i in rows]
+    )
+    distances.append(between / between[between > 0].mean())
+    cosines = np.zeros((len(z),) * 3)
+    for i, j, k in itertools.product(rows, rows, rows):
+      if i not in (j, k):
+        a, b = z[j] - z[i], z[k] - z[i]
+        cosines[i, j, k] = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    angles.append(cosines)
+  return 25 * smooth_l1(*distances) + 50 * smooth_l1(*angles)
+
+
+def dist(student, teacher):
+  p, q = (
+    scipy.special.softmax(x.logits.astype(float), axis=1)
+    for x in (student, teacher)
+  )
+  inter = np.mean([np.corrcoef(p[b], q[b])[0, 1] for b in range(len(p))])
+  intra = np.mean([np.corrcoef(p[:, k], q[:, k])[0, 1] for k in range(5)])
+  return (1 - inter) + (1 - intra)
+
+
+def kl(p, q):
+  return sum(a * np.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def dkd(student, teacher, labels):
+  target = nontarget = 0.0
+  for i, y in enumerate(labels):
+    if y < 0:
+      continue
+    q, p = (
+      scipy.special.softmax(x.logits[i].astype(float) / 4)
+      for x in (student, teacher)
+    )
+    target += kl([p[y], 1 - p[y]], [q[y], 1 - q[y]])
+    others = [k for k in range(5) if k != y]
+    nontarget += kl(p[others] / (1 - p[y]), q[others] / (1 - q[y]))
+  return 16 * (target + 8 * nontarget) / len(labels) / 20  # Epoch 1 of 20.
+
+
+def fitnet(student, teacher):
+  target = pool(teacher.stages[2], student.auxiliary.shape[1])
+  return 100 * ((np.asarray(student.auxiliary) - target) ** 2).mean()
+
+
+def vid(student, teacher):
+  total = 0.0
+  for (mean, target, variance), y in zip(
+    student.auxiliary, teacher.stages[1:], strict=True
+  ):
+    np.testing.assert_allclose(target, pool(y, mean.shape[1]), rtol=1e-5)
+    for c in range(y.shape[-1]):
+      error = (mean - target)[..., c]
+      total += (
+        0.5 * (error**2 / variance[c] + np.log(variance[c])).mean()
+      ) / y.shape[-1]
+  return total
+
+
+def reviewkd(student, teacher):
+  total = 0.0
+  targets = [
+    teacher.pooled[:, None, None],
+    teacher.before[2],
+    teacher.before[1],
+  ]
+  for (x, y), target in zip(student.auxiliary, targets, strict=True):
+    np.testing.assert_array_equal(y, target)
+    level, weight, weights = ((x - y) ** 2).mean(), 1.0, 1.0
+    for side in (4, 2, 1):
+      if side < x.shape[1]:
+        weight /= 2
+        weights += weight
+        level += weight * ((pool(x, side) - pool(y, side)) ** 2).mean()
+    total += level / weights
+  return total / 20  # Epoch 1 of 20.
+
+
+def vkd(student, teacher):
+  target = np.asarray(teacher.pooled, np.float64)
+  target = (target - target.mean(axis=0)) / np.sqrt(target.var(axis=0) + 1e-5)
+  return ((student.connected.pooled - target) ** 2).mean()
+
+
+def crd(student, batch, method):
+  memory, count = batch['memory'], len(batch['memory']['label'])
+  places = np.asarray(method._negatives(batch))
+  total = 0.0
+  for name, other in (('student', 'teacher'), ('teacher', 'student')):
+    vectors = np.asarray(memory['vectors'][other], np.float64)
+    own = np.asarray(student.auxiliary[name], np.float64)
+    scores = np.exp(
+      [
+        [own[b] @ vectors[i] / 0.07 for i in (batch['index'][b], *places[b])]
+        for b in range(len(own))
+      ]
+    )
+    scores /= scores.mean() * count  # The first batch fixes it.
+    noise = method.num_negatives / count
+    for row in scores:
+      total -= np.log(row[0] / (row[0] + noise + 1e-7))
+      total -= np.log(noise / (row[1:] + noise + 1e-7)).sum()
+  return 0.8 * total / len(own)
+
+
+BY_HAND = {
+  'at': at,
+  'crd': None,  # Below: it has a memory.
+  'dist': dist,
+  'dkd': None,  # It is divided by the labels.
+  'fitnet': fitnet,
+  'reviewkd': reviewkd,
+  'rkd': rkd,
+  'sp': sp,
+  'vid': vid,
+  'vkd': vkd,
+}
+
+
+@pytest.mark.parametrize('name', BY_HAND)
+def test_formula(name):
+  method = methods.get(name)()
+  if name == 'crd':
+    method = methods.get(name)(num_negatives=7)
+  student, teacher = shared.arrays(method, teacher_size=4)
+  labels = np.array(LABELS)
+  batch = shared.complete(method, {'label': labels})
+  total, _ = method.loss(student, teacher, batch)
+  if name == 'crd':
+    expected = crd(student, batch, method)
+  elif name == 'dkd':
+    expected = dkd(student, teacher, labels)
+  else:
+    expected = BY_HAND[name](student, teacher)
+  expected += cross_entropy(student, labels)
+  np.testing.assert_allclose(total, expected, rtol=2e-5)
+
+
+def test_formulas_cover_all_methods():
+  found = {name for name, *_ in shared.TABLE} | set(BY_HAND)
+  assert found == set(methods.METHODS)
+
+
+@pytest.mark.parametrize('name', ['dkd', 'reviewkd'])
+def test_weights_grow_over_the_warm_up_and_stay(name):
+  method = methods.get(name)(cross_entropy_weight=0.0, warm_up_epochs=4.0)
+  student, teacher = shared.arrays(method)
+
+  def total(epoch):
+    batch = {'label': np.arange(6) % 5, 'epoch': np.full(6, epoch)}
+    return method.loss(student, teacher, batch)[0]
+
+  full = total(3)
+  for epoch, share in ((0, 0.25), (1, 0.5), (9, 1.0)):
+    np.testing.assert_allclose(total(epoch), share * full, rtol=1e-6)
+  none = methods.get(name)(cross_entropy_weight=0.0, warm_up_epochs=0.0)
+  np.testing.assert_allclose(
+    none.loss(student, teacher, {'label': np.arange(6) % 5})[0], full, rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize('name', ['dkd', 'dist', 'kd', 'ijckd', 'srrl'])
+def test_standardised_logits_know_no_scale_and_no_shift(name):
+  fields = {'standardize': True, 'cross_entropy_weight': 0.0}
+  method = methods.get(name)(**fields)
+  student, teacher = shared.arrays(method)
+  batch = shared.complete(method, {'label': np.arange(6) % 5})
+  moved = teacher.replace(logits=3 * teacher.logits + 7)
+  total = method.loss(student, teacher, batch)[0]
+  np.testing.assert_allclose(
+    method.loss(student, moved, batch)[0], total, rtol=1e-4
+  )
+  plain = methods.get(name)(cross_entropy_weight=0.0)
+  assert abs(plain.loss(student, moved, batch)[0] - total) > 1e-3
+
+
+def test_stages_are_paired_from_the_last_one():
+  student, teacher = ('stem', 's1', 's2', 's3'), ('stem', 't1', 't2')
+  assert losses.pair_stages(student, teacher) == [('s2', 't1'), ('s3', 't2')]
+  # One of another library may have its last map alone.
+  assert losses.pair_stages(student, ('last',)) == [('s3', 'last')]
