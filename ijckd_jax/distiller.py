@@ -103,14 +103,14 @@ class Distiller:
     }
     if self.auxiliary is not None:
       images = jax.ShapeDtypeStruct((2, *image_shape), jnp.uint8)
-      frozen = self.frozen
-      seen = jax.eval_shape(
+      shapes = jax.eval_shape(lambda: (variables, self.frozen))
+      # Where batch norm is synchronised, its training has collectives.
+      _, seen = parallel.trace(
         lambda variables, frozen, images: (
           self.student(variables, frozen, images)[0],
           self.teach(frozen, images),
         ),
-        variables,
-        frozen,
+        *shapes,
         images,
       )
       zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), seen)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ijckd_jax import config_utils
+
 
 def at_least_float32(x: jax.Array) -> jax.Array:
   """Returns low precision as float32, and anything else as it is."""
@@ -218,9 +220,17 @@ def feature_distance(connected, teacher, site: str) -> jax.Array:
     teacher: outputs.Outputs of the teacher.
     site: 'map', where a larger teacher's map is averaged down to the student's
       size first, or 'pooled'.
+
+  Raises:
+    config_utils.UserError: the connector has made no map.
   """
   if site == 'pooled':
     return mean_squared_error(connected.pooled, teacher.pooled)
+  if connected.map is None:
+    raise config_utils.UserError(
+      'the student is connected by its pooled features, so there is no map to '
+      "compare with the teacher's"
+    )
   target = adaptive_average_pool(teacher.final, connected.map.shape[1:3])
   return mean_squared_error(connected.map, target)
 

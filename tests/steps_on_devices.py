@@ -14,13 +14,13 @@ NUM_STEPS = 3
 BATCH_SIZE = 48
 
 
-def make_experiment(mapper, sync_batch_norm, **fields):
+def make_experiment(mapper, sync_batch_norm, method='ijckd', **fields):
   """Returns a distillation on random images by SGD without momentum."""
   from ijckd_jax import bundles
   from ijckd_jax import experiment
 
   config = experiment.default_config(
-    dataset='digits', teacher='resnet14', student='resnet8'
+    dataset='digits', teacher='resnet14', student='resnet8', method=method
   )
   config.total_steps = NUM_STEPS
   config.batch_size = config.eval_batch_size = BATCH_SIZE
@@ -71,7 +71,8 @@ def initial_state(exp):
     jax.random.key(0), (8, 8, 1)
   )
   tx, _ = exp.optimizer(BATCH_SIZE)
-  return train_state.create(variables, tx, with_ema=True)
+  memory = exp.memory(jax.random.key(3), BATCH_SIZE + NUM_STEPS)
+  return train_state.create(variables, tx, with_ema=True, memory=memory)
 
 
 def mapped_steps(exp, batches):

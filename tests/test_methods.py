@@ -119,7 +119,7 @@ def complete(method, batch, num_examples=20):
   """Returns a batch with all that a method may read of it."""
   rows = np.arange(len(batch['label']), dtype=np.int32)
   batch = {'index': rows, 'epoch': 0 * rows, **batch}
-  if hasattr(method, 'memory'):
+  if getattr(method, 'memory', None):
     key = jax.random.key(5)
     batch |= {'memory': method.memory(key, num_examples), 'key': key}
   return batch

@@ -162,7 +162,7 @@ def test_seed_decides(finished_run, small_config, tmp_path):
 def test_teacher_is_trained_as_a_run_of_its_own(finished_run, small_config):
   workdir, _ = finished_run
   config = json.loads((workdir / 'teacher' / workdirs.CONFIG).read_text())
-  assert config['method'] == {'name': 'ce'}
+  assert config['method'] == {'name': 'ce', 'add': ''}
   assert config['student']['backbone'] == 'resnet8'
   assert config['total_steps'] == small_config().total_steps
 

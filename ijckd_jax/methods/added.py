@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 from ijckd_jax import auxiliary
-from ijckd_jax import config_utils
 
 
 class Modules(auxiliary.Auxiliary, kw_only=True):
@@ -72,20 +71,9 @@ class Sum:
     return (self.first, *self.others)
 
   def build_connector(self, student, teacher):
-    """Returns the first connector; the others must be able to read it."""
-    found = [(m, m.build_connector(student, teacher)) for m in self._all]
-    found = [(m, connector) for m, connector in found if connector is not None]
-    if not found:
-      return None
-    (_, chosen), *rest = found
-    for method, connector in rest:
-      if connector.takes != chosen.takes:
-        raise config_utils.UserError(
-          f'{method} connects the student by its {connector.takes} features, '
-          f'but it is connected by its {chosen.takes} ones: they cannot be '
-          'added'
-        )
-    return chosen
+    """Returns the connector of the first that has one, or None."""
+    found = (m.build_connector(student, teacher) for m in self._all)
+    return next((c for c in found if c is not None), None)
 
   def auxiliary(self, student, teacher):
     """Returns the modules of all; None where there is none."""

@@ -1,0 +1,155 @@
+"""CRD's memory: what it holds, on any number of devices, and after a stop."""
+
+import jax
+import numpy as np
+import pytest
+
+from ijckd_jax import bundles
+from ijckd_jax import experiment
+from ijckd_jax import loop
+from ijckd_jax import methods
+from ijckd_jax import train
+from tests import steps_on_devices
+from tests import test_train
+
+NUM = 40
+
+
+def make(num_negatives, known=None):
+  """Returns a method, and a batch of rows whose memory knows some labels."""
+  method = methods.get('crd')(num_negatives=num_negatives)
+  memory = method.memory(jax.random.key(0), NUM)
+  if known is not None:
+    memory['label'] = np.array(known, np.int32)
+  index = np.array([3, 11, 0, 25, 39], np.int32)
+  return method, {
+    'memory': memory,
+    'key': jax.random.key(1),
+    'index': index,
+    'label': np.array([1, 0, 1, 2, -1], np.int32),
+    'epoch': np.full(5, 2, np.int32),
+  }
+
+
+KNOWN = [i % 3 for i in range(30)] + [-1] * 10  # The last ten are not seen yet.
+
+
+@pytest.mark.parametrize('num_negatives', [12, 30, 1000])
+def test_negatives_are_of_other_classes(num_negatives):
+  """12 without replacement; of 30 there are not enough, nor of 1,000."""
+  method, batch = make(num_negatives, KNOWN)
+  chosen = np.asarray(method._negatives(batch))
+  assert chosen.shape == (5, num_negatives)
+  for row, label, index in zip(
+    chosen, batch['label'], batch['index'], strict=True
+  ):
+    allowed = {
+      i
+      for i, known in enumerate(KNOWN)
+      if i != index and (label < 0 or known != label)
+    }
+    assert set(row) <= allowed
+    if num_negatives == 12:
+      assert len(set(row)) == 12
+    if num_negatives == 1000:
+      assert set(row) == allowed
+
+
+def test_negatives_are_drawn_evenly():
+  for num_negatives in (4, 4 * NUM):
+    method, batch = make(num_negatives, KNOWN)
+    counts = np.zeros(NUM)
+    for epoch in range(300):
+      rows = {**batch, 'epoch': np.full(5, epoch, np.int32)}
+      np.add.at(counts, np.asarray(method._negatives(rows))[0], 1)
+    allowed = [i for i in range(NUM) if i != 3 and KNOWN[i] != 1]
+    assert not counts[[i for i in range(NUM) if i not in allowed]].any()
+    mean = 300 * num_negatives / len(allowed)
+    # Five standard deviations of a binomial count.
+    assert np.all(np.abs(counts[allowed] - mean) < 5 * np.sqrt(mean))
+
+
+def test_negatives_belong_to_the_example_not_to_its_row():
+  method, batch = make(6, KNOWN)
+  chosen = np.asarray(method._negatives(batch))
+  order = [4, 2, 0, 1, 3]
+  rows = {name: batch[name][order] for name in ('index', 'label', 'epoch')}
+  np.testing.assert_array_equal(
+    method._negatives({**batch, **rows}), chosen[order]
+  )
+  later = {**batch, 'epoch': batch['epoch'] + 1}
+  assert np.any(np.asarray(method._negatives(later)) != chosen)
+  other = {**batch, 'key': jax.random.key(2)}
+  assert np.any(np.asarray(method._negatives(other)) != chosen)
+
+
+def test_rows_are_noted_and_the_first_of_two_counts():
+  method, batch = make(6)
+  rng = np.random.default_rng(0)
+  vectors = {n: rng.standard_normal((3, 128)) for n in ('student', 'teacher')}
+  notes = {
+    'index': np.array([5, 7, 5]),
+    'label': np.array([1, -1, 2]),
+    'vectors': vectors,
+    'normaliser': {'student': np.full(3, 4.0), 'teacher': np.full(3, 6.0)},
+  }
+  before = batch['memory']
+  after = method.remember(before, notes)
+  for name, rows in vectors.items():
+    expected = np.array(before['vectors'][name])
+    for place, row in ((5, 0), (7, 1)):
+      mixed = 0.5 * expected[place] + 0.5 * rows[row]
+      expected[place] = mixed / np.linalg.norm(mixed)
+    np.testing.assert_allclose(after['vectors'][name], expected, rtol=1e-5)
+  assert after['label'][5] == 1 and after['label'][7] == -1
+  assert set(np.flatnonzero(np.asarray(after['label']) != -1)) == {5}
+  assert after['normaliser'] == {'student': 4.0, 'teacher': 6.0}
+  # The normaliser is that of the first batch for good.
+  notes['normaliser'] = {name: np.full(3, 9.0) for name in vectors}
+  again = method.remember(after, notes)
+  assert again['normaliser'] == {'student': 4.0, 'teacher': 6.0}
+
+
+def test_memory_is_the_same_on_any_number_of_devices():
+  exp = steps_on_devices.make_experiment(
+    'pmap', True, 'crd', **{'method.num_negatives': 20}
+  )
+  batch = steps_on_devices.make_batches()[:1]
+  states = {
+    count: steps_on_devices.vmapped_steps(exp, batch, count)[0]
+    for count in (1, 4)
+  }
+  start = steps_on_devices.initial_state(exp).memory
+  for name, rows in states[1].memory['vectors'].items():
+    moved = np.any(np.asarray(rows) != start['vectors'][name], axis=1)
+    assert set(np.flatnonzero(moved)) == set(batch[0]['index'])
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+    states[4].memory,
+    states[1].memory,
+  )
+
+
+def test_stopped_run_continues_with_the_same_memory(
+  finished_run, small_config, tmp_path
+):
+  teacher = bundles.load(finished_run[0] / 'teacher').teacher()
+  config = small_config('crd', **{'method.num_negatives': 50})
+  config.accumulation = 2
+
+  def run(name, *writers):
+    return train.train_and_evaluate(
+      config, tmp_path / name, teacher=teacher, writers=writers
+    ).state
+
+  with pytest.raises(loop.Interrupted):
+    run('stopped', test_train.StopAt(5))
+  stopped, straight = run('stopped'), run('straight')
+  assert np.any(straight.memory['label'] >= 0)
+  test_train.assert_same_bits(stopped, straight)
+
+
+def test_a_compiled_step_holds_a_memory(small_config):
+  exp = experiment.build(small_config('crd'))
+  memory = jax.eval_shape(lambda: exp.memory(jax.random.key(0), 1000))
+  assert memory['vectors']['teacher'].shape == (1000, 128)
