@@ -56,6 +56,8 @@ class Budget:
     collectives: operations between devices.
     reduced_bytes: what is summed over the devices.
     interconnect_bytes: sent by a chip.
+    run_images: that the run trains on; None where the data set does not say how
+      many it has.
   """
 
   topology: str
@@ -72,6 +74,7 @@ class Budget:
   collectives: int
   reduced_bytes: float
   interconnect_bytes: float
+  run_images: float | None
 
   @property
   def chip(self) -> roofline.Chip:
@@ -88,6 +91,13 @@ class Budget:
     """Of a chip, at most."""
     return self.images / self.bound.seconds
 
+  @property
+  def chip_hours(self) -> float | None:
+    """Of the whole run's training steps, at least."""
+    if self.run_images is None:
+      return None
+    return self.run_images / self.images_per_second / 3600
+
   def to_json(self) -> dict[str, object]:
     """Returns its fields, and what follows from them."""
     return {
@@ -98,6 +108,7 @@ class Budget:
       'bound_by': self.bound.side,
       'images_per_second_per_chip_at_most': self.images_per_second,
       'xla_bytes_seconds': self.xla_bytes / self.chip.hbm_bandwidth,
+      'chip_hours_at_least': self.chip_hours,
     }
 
 
@@ -281,7 +292,19 @@ def budget(exp, compiled, topology: str) -> Budget:
     collectives=moved.collectives // per_chip,
     reduced_bytes=moved.reduced / per_chip,
     interconnect_bytes=moved.interconnect,
+    run_images=run_images(exp),
   )
+
+
+def run_images(exp) -> float | None:
+  """Returns how many images a run trains on; None where it is not known."""
+  unit, value = config_utils.duration(exp.config, 'total')
+  if unit == 'steps':
+    return value * exp.config.batch_size
+  if unit == 'examples':
+    return value
+  size = getattr(exp.dataset, 'train_split_size', None)
+  return size and value * size * (1 - exp.dataset.validation_fraction)
 
 
 def describe(found: Budget) -> str:
@@ -326,6 +349,14 @@ def describe(found: Budget) -> str:
       f'{found.images_per_second * found.num_chips:,.0f} in all',
     ),
   ]
+  if found.chip_hours is not None:
+    rows.append(
+      (
+        'the run takes',
+        f'at least {number(found.chip_hours)} chip-hours for '
+        f'{found.run_images:,.0f} images',
+      )
+    )
   return (
     f'{roofline.report(rows)}\n\n'
     'A bound from a compiled program, not a measurement: at peak FLOP/s '

@@ -17,6 +17,7 @@ class Cifar10(datasets.TfdsDataset):
   flip: bool = True
 
   tfds_name = 'cifar10'
+  train_split_size = 50_000
   image_shape = (32, 32, 3)
   class_names = tuple(
     'airplane automobile bird cat deer dog frog horse ship truck'.split()
@@ -39,6 +40,7 @@ class Cifar100(datasets.TfdsDataset):
   flip: bool = True
 
   tfds_name = 'cifar100'
+  train_split_size = 50_000
   image_shape = (32, 32, 3)
   class_names = tuple(
     """

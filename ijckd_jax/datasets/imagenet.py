@@ -24,6 +24,7 @@ class Imagenet(photos.PhotoDataset):
   """ILSVRC 2012; evaluated on its 50,000 validation images."""
 
   tfds_name = 'imagenet2012'
+  train_split_size = 1_281_167
   test_split = 'validation'
 
   @property
@@ -37,6 +38,7 @@ class Imagenette(photos.PhotoDataset):
   """9,469 training and 3,925 test images of ten classes, in their full size."""
 
   tfds_name = 'imagenette/full-size-v2'
+  train_split_size = 9_469
   test_split = 'validation'
 
   @property
