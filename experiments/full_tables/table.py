@@ -18,8 +18,8 @@ from ijckd_jax import config_utils
 FOLDER = pathlib.Path(__file__).parent
 MEASURED = FOLDER / 'measured.jsonl'
 CHIP_HOURS = FOLDER / 'chip_hours.json'
-# One chip: hours of more are the same in this count.
-TOPOLOGIES = {'v5e': 'v5e:1x1', 'v4': 'v4:1x1x1'}
+# The smallest slices that there are to compile for: four chips share a batch.
+TOPOLOGIES = {'v5e': 'v5e:2x2', 'v4': 'v4:2x2x1'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,7 @@ def render(table: Table) -> str:
   lines += [
     '',
     f'{" and ".join(chips)}: chip-hours that the row takes at least, in '
-    'bfloat16, by `python -m ijckd_jax.compile`: a bound from the compiled '
+    'bfloat16 on four chips, by `python -m ijckd_jax.compile`: a bound from the compiled '
     "step of IJCKD, without the teacher's own training, evaluations and input; "
     'not a measurement.',
     '',
