@@ -175,8 +175,8 @@ def render(table: Table) -> str:
     '',
     f'{" and ".join(chips)}: chip-hours that the row takes at least, in '
     'bfloat16 on four chips, by `python -m ijckd_jax.compile`: a bound from '
-    "the compiled step of IJCKD, without the teacher's own training, evaluations and input; "
-    'not a measurement.',
+    'the compiled step of IJCKD, and no measurement. Training the teacher, '
+    'evaluations and input are not in it.',
     '',
     '## Commands',
     '',
