@@ -2,14 +2,19 @@
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
 import torch
 import torch.nn.functional as F
 
+from ijckd_jax import config_utils
+from ijckd_jax import connectors
 from ijckd_jax import losses
 from ijckd_jax import methods
+from ijckd_jax import models
 from tests import test_methods as shared
 
 LABELS = (0, -1, 2, 3, 4, 0)
@@ -245,3 +250,206 @@ def test_stages_are_paired_from_the_last_one():
   assert losses.pair_stages(student, teacher) == [('s2', 't1'), ('s3', 't2')]
   # One of another library may have its last map alone.
   assert losses.pair_stages(student, ('last',)) == [('s3', 'last')]
+
+
+@pytest.mark.parametrize('scale', [1e4, 1e-30, 0.0])
+@pytest.mark.parametrize('name', sorted(methods.METHODS))
+def test_far_and_dead_features_give_finite_losses_and_gradients(name, scale):
+  """Where probabilities are zero or one, norms zero, and images alike."""
+  method = methods.get(name)()
+  student, teacher = shared.arrays(method)
+  batch = shared.complete(method, {'label': np.arange(6) % 5})
+
+  def loss(scale):
+    def scaled(seen):
+      aux, seen = seen.auxiliary, seen.replace(auxiliary=None)
+      seen = jax.tree.map(lambda x: x * scale, seen)
+      return seen.replace(auxiliary=aux)
+
+    return method.loss(scaled(student), scaled(teacher), batch)[0]
+
+  value, gradient = jax.value_and_grad(loss)(scale)
+  assert np.isfinite(value) and np.isfinite(gradient)
+
+
+def test_the_variances_of_vid_start_at_five_and_are_trained():
+  method = methods.get('vid')()
+  distiller, _ = shared.bind(method)
+  variables = distiller.init(jax.random.key(0), (8, 8, 1))
+  scales = {
+    name: rho
+    for name, rho in variables['params']['auxiliary'].items()
+    if name.startswith('scale_')
+  }
+  assert len(scales) == 3  # Of each stage but the stem.
+  for rho in scales.values():
+    np.testing.assert_allclose(np.log1p(np.exp(rho)) + 1e-5, 5.0, rtol=1e-5)
+  _, _, trained, _ = shared.value_and_gradients(
+    distiller, variables, shared.make_batch()
+  )
+  for name in scales:
+    assert np.all(trained['auxiliary'][name] != 0)
+
+
+def test_vid_regresses_by_three_layers():
+  method = methods.get('vid')()
+  distiller, variables = shared.bind(method)
+  params = variables['params']['auxiliary']
+  student, teacher = shared.arrays(method, teacher_size=4)
+  module = distiller.auxiliary
+  rng = np.random.RandomState(0)
+  params = {
+    'mean_0_0': rng.randn(5, 2),
+    'mean_0_1': rng.randn(2, 2),
+    'mean_0_2': rng.randn(2, 2),
+    'mean_1_0': rng.randn(3, 4),
+    'mean_1_1': rng.randn(4, 4),
+    'mean_1_2': rng.randn(4, 4),
+  }
+  made = {name: {'kernel': w[None, None]} for name, w in params.items()}
+  made |= {'scale_0': np.zeros(2), 'scale_1': np.zeros(4)}
+  found = module.apply({'params': made}, student, teacher, train=True)
+  for number, (mean, _, variance) in enumerate(found):
+    x = np.asarray(student.stages[number + 1], np.float64)
+    for layer in range(3):
+      x = x if layer == 0 else np.maximum(x, 0)
+      x = x @ params[f'mean_{number}_{layer}']
+    np.testing.assert_allclose(mean, x, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(variance, np.log(2) + 1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'ours, theirs, expected',
+  [
+    ((8, 6), (4, 3), (4, 3)),
+    ((4, 3), (8, 6), (8, 6)),
+    ((5, 7), (3, 4), (3, 4)),
+    ((4, 4), (4, 4), (4, 4)),
+    ((3, 3), (4, 4), (3, 3)),  # The teacher's is averaged down.
+  ],
+  ids=str,
+)
+def test_fitnets_regressor_reaches_the_teachers_size(ours, theirs, expected):
+  method = methods.get('fitnet')()
+  student, teacher = shared.arrays(method)
+
+  def with_stage(seen, size, channels):
+    stage = jnp.ones((6, *size, channels))
+    return seen.replace(stages=(*seen.stages[:2], stage))
+
+  student, teacher = (
+    with_stage(student, ours, 3),
+    with_stage(teacher, theirs, 4),
+  )
+  module = method.auxiliary(student, teacher)
+  made, _ = module.init_with_output(
+    jax.random.key(0), student, teacher, train=False
+  )
+  assert made.shape == (6, *expected, 4)
+  seen = student.replace(auxiliary=made)
+  assert np.isfinite(method.loss(seen, teacher, {'label': np.zeros(6, int)})[0])
+
+
+def test_a_stage_that_is_not_there_is_said():
+  method = methods.get('fitnet')(stage=4)
+  with pytest.raises(config_utils.UserError, match='stages 0 to 3'):
+    shared.bind(method)
+
+
+def batch_norm(x, params):
+  """Returns a map of torch normalised over the batch, as in training."""
+  scale, bias = (torch.from_numpy(np.asarray(params[k])) for k in params)
+  if list(params) != ['scale', 'bias']:
+    scale, bias = bias, scale
+  return F.batch_norm(
+    x, None, None, scale.double(), bias.double(), training=True, eps=1e-5
+  )
+
+
+def conv(x, params, padding=0):
+  kernel = torch.from_numpy(np.asarray(params['kernel'], np.float64))
+  bias = params.get('bias')
+  if bias is not None:
+    bias = torch.from_numpy(np.asarray(bias, np.float64))
+  return F.conv2d(x, kernel.permute(3, 2, 0, 1), bias, padding=padding)
+
+
+def test_reviewkds_fusions_are_torchs():
+  method = methods.get('reviewkd')()
+  student, teacher = shared.arrays(method, teacher_size=4)
+  module = method.auxiliary(student, teacher)
+  shapes = jax.eval_shape(
+    lambda: module.init(jax.random.key(0), student, teacher, train=False)
+  )
+  variables = shared.noise(shapes, seed=4)
+  found, _ = module.apply(
+    variables, student, teacher, train=True, mutable=['batch_stats']
+  )
+  params = variables['params']
+  levels = [student.pooled[:, None, None], *student.stages[:0:-1]]
+  fused = None
+  for number, (level, (made, target)) in enumerate(
+    zip(levels, found, strict=True)
+  ):
+    x = conv(channels_first(level), params[f'in_{number}'])
+    x = batch_norm(x, params[f'in_norm_{number}'])
+    if fused is not None:
+      fused = F.interpolate(fused, x.shape[2:], mode='nearest')
+      gates = conv(torch.cat([x, fused], 1), params[f'gates_{number}'])
+      gates = torch.sigmoid(gates)
+      x = x * gates[:, :1] + fused * gates[:, 1:]
+    fused = x
+    x = F.interpolate(x, target.shape[1:3], mode='nearest')
+    x = conv(x, params[f'out_{number}'], padding=1)
+    x = batch_norm(x, params[f'out_norm_{number}'])
+    np.testing.assert_allclose(
+      made, x.permute(0, 2, 3, 1), rtol=2e-3, atol=2e-3
+    )
+
+
+def test_crds_embeddings_have_length_one():
+  method = methods.get('crd')()
+  student, _ = shared.arrays(method)
+  for vectors in student.auxiliary.values():
+    assert vectors.shape == (6, 128)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize('inputs, features', [(5, 9), (9, 5), (6, 6)])
+def test_an_orthogonal_connector_keeps_lengths_or_forgets_directions(
+  inputs, features
+):
+  module = connectors.get('orthogonal')(features=features)
+  x = jnp.eye(inputs)[:, None, None]
+  kernel, _ = module.init_with_output(jax.random.key(0), x, train=False)
+  kernel = np.asarray(kernel)[:, 0, 0]
+  product = kernel @ kernel.T if inputs <= features else kernel.T @ kernel
+  np.testing.assert_allclose(product, np.eye(min(inputs, features)), atol=1e-5)
+  assert module.signed and module.takes == 'pooled'
+
+
+@pytest.mark.parametrize('name', sorted(methods.METHODS))
+def test_the_teacher_is_in_inference_mode(name):
+  """Its outputs of an image do not depend on the others in the batch."""
+  if not getattr(methods.get(name), 'needs_teacher', True):
+    pytest.skip('it has none')
+  distiller, _ = shared.bind(methods.get(name)())
+  images = shared.make_batch()['image']
+  together = distiller.teach(distiller.frozen, images)
+  alone = distiller.teach(distiller.frozen, images[:1])
+  np.testing.assert_allclose(
+    together.logits[:1], alone.logits, rtol=1e-4, atol=1e-4
+  )
+
+
+@pytest.mark.parametrize(
+  'name', ['resnet8', 'resnet18_cifar', 'vgg8', 'shufflenet_v1_cifar']
+)
+def test_stages_are_their_preactivations_activated(name):
+  backbone = models.build(name)
+  x = jnp.ones((2, 16, 16, 3)) * jnp.arange(2)[:, None, None, None]
+  found, _ = backbone.init_with_output(jax.random.key(0), x, train=False)
+  assert len(found.before) == len(found.stages)
+  for before, stage in list(zip(found.before, found.stages, strict=True))[1:]:
+    np.testing.assert_array_equal(np.maximum(before, 0), stage)
+    assert np.any(np.asarray(before) < 0)
