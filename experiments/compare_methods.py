@@ -257,7 +257,8 @@ def main(argv: list[str]) -> None:
     parser.error(f'{flags.command} takes a WORKDIR')
   logging.basicConfig(format='%(message)s')
   logger.setLevel(logging.INFO)
-  compilation_cache.enable(compilation_cache.DEFAULT)
+  if flags.command in ('teacher', 'rates', 'run'):
+    compilation_cache.enable(compilation_cache.DEFAULT)
   COMMANDS[flags.command](flags)
 
 

@@ -193,6 +193,18 @@ def _cells() -> Iterator[Cell]:
       'connectors', name, 'ijckd', 3, connector=connector, factor=factor
     )
 
+  for name in (
+    *('dkd', 'dist', 'vkd', 'reviewkd', 'at', 'fitnet', 'sp', 'vid', 'rkd'),
+    'crd',
+  ):
+    yield cell('others', name, name, 3)
+  # 20 epochs of warm-up are of 240; so many are of 30.
+  for name in ('dkd', 'reviewkd'):
+    warm_up = {'warm_up_epochs': 2.5}
+    yield cell('others', f'{name}, warm-up 2.5', name, 3, **warm_up)
+  standard = {'standardize': True, 'weight': 9.0, 'temperature': 2.0}
+  yield cell('others', 'kd, standardised', 'kd', 3, **standard)
+
   for name in ('ce', 'srrl', 'simkd', 'ijckd'):
     yield cell('augmentation', f'{name}, strong', name, 3, settings=STRONG)
 

@@ -1,0 +1,158 @@
+"""The comparison of methods: what is run, and the statistics of its tables."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import compare_methods
+from experiments.comparison import analyse
+from experiments.comparison import grid
+from ijckd_jax import config_utils
+from ijckd_jax import experiment
+from ijckd_jax import methods
+
+
+@pytest.fixture(autouse=True)
+def rates(monkeypatch):
+  monkeypatch.setattr(grid, 'learning_rate', lambda pair: 0.1)
+
+
+def row(name, seed, top1, pair='same', count=100):
+  return {
+    'pair': pair,
+    'name': name,
+    'seed': seed,
+    'last': {'top1': top1},
+    'best': {'top1': top1 + 0.01},
+    'parameters': {'backbone': count, 'connector': 0, 'head': 0},
+    'images_per_second': 1000.0,
+    'seconds': 36.0,
+    'teacher': {'name': 'teacher', 'fingerprint': 1, 'top1': 0.8},
+  }
+
+
+def test_runs_are_told_apart_and_the_first_part_comes_first():
+  runs = grid.runs()
+  names = [grid.run_name(*run) for run in runs]
+  assert len(set(names)) == len(names)
+  assert len(names) == sum(cell.num_seeds for cell in grid.CELLS)
+  assert {cell.name for cell, _ in runs[:60]} == {
+    cell.name for cell in grid.CELLS if 'methods' in cell.parts
+  }
+  # All cells of a seed before the next seed: what is there is paired.
+  assert [seed for _, seed in runs[:12]] == [0] * 6 + [1] * 6
+  assert names[0] == 'same/ijckd/0'
+
+
+@pytest.mark.parametrize('cell', grid.CELLS, ids=lambda c: f'{c.pair} {c.name}')
+def test_every_cell_is_a_config(cell):
+  config = cell.config('', 3)
+  method = methods.build(config.method)
+  for field, value in cell.fields.items():
+    assert getattr(method, field) == value
+  assert config.seed == 3
+  # Stored are the outputs of the image itself: there is no augmentation.
+  views = config.teacher.store.views
+  assert not views or not (config.dataset.crop_padding or config.dataset.flip)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('cell', grid.CELLS, ids=lambda c: f'{c.pair} {c.name}')
+def test_every_cell_builds(cell):
+  config = cell.config('', 0)
+  config.teacher.refit, config.teacher.refit_epochs = '', ()
+  exp = experiment.build(config)
+  assert (exp.stored is not None) == (config.teacher.store.views > 0)
+
+
+def test_intervals_are_students():
+  values = [0.1, 0.4, -0.2, 0.5]
+  mean, half = analyse.interval(values)
+  found = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+  np.testing.assert_allclose((mean - half, mean + half), found)
+  assert math.isnan(analyse.interval([1.0])[1])
+
+
+def test_differences_are_of_the_same_seed():
+  rows = [row('ijckd', 0, 0.8), row('ijckd', 2, 0.81), row('ijckd', 3, 0.9)]
+  rows += [row('ce', 2, 0.75), row('ce', 0, 0.7), row('ce', 1, 0.5)]
+  rows += [row('ce', 3, 0.1, pair='cross')]
+  np.testing.assert_allclose(
+    analyse.differences(rows, 'same', 'ijckd', 'ce'), [10, 6]
+  )
+
+
+def test_holms_procedure_by_hand(monkeypatch):
+  p = {'srrl': 0.01, 'simkd': 0.04, 'control': 0.03}
+
+  class Result:
+    def __init__(self, pvalue):
+      self.pvalue = pvalue
+
+  pending = iter(p[other] for _, other in analyse.PRIMARY)
+  monkeypatch.setattr(
+    analyse.stats, 'ttest_1samp', lambda *_: Result(next(pending))
+  )
+  rows = [
+    row(name, seed, 0.7 + seed / 100)
+    for name in ('ijckd', *p)
+    for seed in range(3)
+  ]
+  found = {r['contrast']: r['p_holm'] for r in analyse.primary(rows)}
+  np.testing.assert_allclose(found['ijckd - srrl'], 0.03)
+  np.testing.assert_allclose(found['ijckd - control'], 0.06)
+  np.testing.assert_allclose(found['ijckd - simkd'], 0.06)
+
+
+def test_what_was_not_run_stays_empty():
+  rows = [row('ijckd', 0, 0.8), row('ijckd', 1, 0.82), row('ce', 0, 0.7)]
+  text = analyse.tables(rows)
+  lines = text.splitlines()
+  ijckd = next(line for line in lines if line.startswith('| ijckd |'))
+  assert '81.00 ± 1.41' in ijckd and '+10.00' in ijckd
+  kd = next(line for line in lines if line.startswith('| kd |'))
+  assert not kd.removeprefix('| kd |').strip('| ')
+  assert 'ijckd - srrl' not in text and 'nan' not in text
+
+
+def test_committed_results_are_of_the_plan():
+  rows = analyse.read(compare_methods.RESULTS)
+  keys = [(r['pair'], r['name'], r['seed']) for r in rows]
+  planned = {(c.pair, c.name, seed) for c, seed in grid.runs()}
+  assert len(set(keys)) == len(keys) and set(keys) <= planned
+  assert len({r['teacher']['fingerprint'] for r in rows}) <= 1
+  for r in rows:
+    cell = grid.find(r['pair'], r['name'])
+    settings = json.loads(json.dumps(cell.settings))
+    assert (r['fields'], r['settings']) == (cell.fields, settings)
+  page = grid.FOLDER / 'tables.md'
+  assert not rows or page.read_text() == analyse.tables(rows)
+
+
+def test_collected_lines_are_added_and_kept(monkeypatch, tmp_path, capsys):
+  results = tmp_path / 'results.jsonl'
+  monkeypatch.setattr(compare_methods, 'RESULTS', results)
+  results.write_text(json.dumps(row('ijckd', 1, 0.5)) + '\n')
+  for seed in (0, 1):
+    folder = tmp_path / 'work/same/ijckd' / str(seed)
+    folder.mkdir(parents=True)
+    (folder / 'row.json').write_text(json.dumps(row('ijckd', seed, 0.9)))
+  compare_methods.main(['collect', str(tmp_path / 'work')])
+  found = [(r['seed'], r['last']['top1']) for r in analyse.read(results)]
+  assert found == [(0, 0.9), (1, 0.5)]
+
+
+@pytest.mark.parametrize(
+  'arguments, said',
+  [
+    (['run'], 'takes a WORKDIR'),
+    (['fly'], 'invalid choice'),
+    (['run', 'nowhere', '--workers', 'x'], 'invalid int'),
+  ],
+)
+def test_mistakes(arguments, said):
+  with pytest.raises(config_utils.UserError, match=said):
+    compare_methods.main(arguments)
