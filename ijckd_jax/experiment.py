@@ -12,6 +12,7 @@ import ml_collections
 import optax
 
 from ijckd_jax import augment
+from ijckd_jax import binding
 from ijckd_jax import config_checks
 from ijckd_jax import config_utils
 from ijckd_jax import datasets
@@ -359,7 +360,7 @@ def build(
   for teacher in given:
     run_teachers.check(teacher, dataset)
   config_checks.check_refit(config, method)
-  distiller = distiller_lib.bind(
+  distiller = binding.bind(
     backbone=backbone,
     preprocessing=preprocessing,
     method=method,

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ijckd_jax import augment
+from ijckd_jax import binding
 from ijckd_jax import bundle_spec
 from ijckd_jax import bundles
 from ijckd_jax import config_utils
-from ijckd_jax import distiller
 from ijckd_jax import hub
 from ijckd_jax import methods
 from ijckd_jax import models
@@ -371,7 +371,7 @@ def _from_simkd(found, proj, request, origin):
     request = dataclasses.replace(request, preprocessing=made)
   key, preprocessing = _preprocessing(found, teacher.num_classes, request)
   image_shape = (*preprocessing.size, found.num_channels)
-  bound = distiller.bind(
+  bound = binding.bind(
     backbone=models.build(name, truncated=True, dtype=dtype),
     preprocessing=preprocessing,
     method=_simkd_method(proj),

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from ijckd_jax import augment
+from ijckd_jax import binding
 from ijckd_jax import config_utils
 from ijckd_jax import connectors
-from ijckd_jax import distiller
 from ijckd_jax import methods
 from ijckd_jax import models
 from ijckd_jax import outputs
@@ -324,7 +324,7 @@ def teacher_of(width):
 )
 def test_what_does_not_fit_is_said_before_anything_runs(fields, width, message):
   with pytest.raises(config_utils.UserError, match=message):
-    distiller.bind(
+    binding.bind(
       backbone=models.build('resnet8', truncated=True),
       preprocessing=augment.Preprocessing((0.0,), (1.0,), (8, 8)),
       method=methods.get('ijckd')(**fields),

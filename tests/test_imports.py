@@ -57,6 +57,7 @@ LAYERS = {
     'torch_watch',
     'run_teachers',
     'teachers',
+    'binding',
     'distiller',
     'network',
     'pairs',
@@ -69,6 +70,7 @@ LAYERS = {
   ),
   'parts': (
     'methods/',
+    'auxiliary',
     'connectors',
     'models/',
     'datasets/',
@@ -110,7 +112,7 @@ LAYERS = {
 }
 # The package itself loads its parts when they are asked for.
 LAZY = ('__init__',)
-LINEN = ('models', 'connectors', 'methods')
+LINEN = ('models', 'auxiliary', 'connectors', 'methods')
 SLOW = (
   'cv2',
   'huggingface_hub',

@@ -10,9 +10,9 @@ import pytest
 import scipy.special
 
 from ijckd_jax import augment
+from ijckd_jax import binding
 from ijckd_jax import config_utils
 from ijckd_jax import connectors
-from ijckd_jax import distiller as distiller_lib
 from ijckd_jax import methods
 from ijckd_jax import models
 from ijckd_jax import network
@@ -86,7 +86,7 @@ class Pair:
 
 def bind(method, pair=Pair(), **fields):  # noqa: B008
   """Returns a Distiller and the student's variables, full of noise."""
-  distiller = distiller_lib.bind(
+  distiller = binding.bind(
     **{
       'backbone': models.build(pair.student, truncated=method.tap == 'stage'),
       'preprocessing': preprocessing(pair.student_side),

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from ijckd_jax import augment
+from ijckd_jax import binding
 from ijckd_jax import config_utils
 from ijckd_jax import connectors
-from ijckd_jax import distiller
 from ijckd_jax import methods
 from ijckd_jax import models
 from ijckd_jax import network
@@ -48,7 +48,7 @@ def make_teacher(pool=teachers.average_pool, **fields):
 
 
 def bind(teacher, method):
-  return distiller.bind(
+  return binding.bind(
     backbone=models.build('resnet8', truncated=method.tap == 'stage'),
     preprocessing=PREPROCESSING,
     method=method,
@@ -140,7 +140,7 @@ class Unconnected:
 @pytest.mark.parametrize('teacher', [None, make_teacher()])
 def test_a_reused_head_needs_a_connector(teacher):
   with pytest.raises(
-    config_utils.UserError, match=r'^Unconnected\(\) .* no connector to it'
+    config_utils.UserError, match=r'^Unconnected\(\) .* builds none'
   ):
     bind(teacher, Unconnected())
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from ijckd_jax import augment
+from ijckd_jax import binding
 from ijckd_jax import bundles
 from ijckd_jax import config_utils
-from ijckd_jax import distiller
 from ijckd_jax import hub
 from ijckd_jax import methods
 from ijckd_jax import models
@@ -229,7 +229,7 @@ def random_bundle(method, teacher, student, **fields):
   preprocessing = judge.network.preprocessing
   fields = {'factor': 4, **fields} if method == 'ijckd' else fields
   method = methods.get(method)(**fields)
-  bound = distiller.bind(
+  bound = binding.bind(
     backbone=models.build(student, truncated=method.tap == 'stage'),
     preprocessing=preprocessing,
     method=method,

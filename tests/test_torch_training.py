@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ijckd_jax import augment
-from ijckd_jax import distiller
+from ijckd_jax import binding
 from ijckd_jax import methods
 from ijckd_jax import models
 from ijckd_jax import optim
@@ -160,7 +160,7 @@ def bound(teacher, student, method, unbiased, dtype):
     origin={},
   )
   method = methods.get(method)()
-  return distiller.bind(
+  return binding.bind(
     backbone=models.build(
       student,
       truncated=method.tap == 'stage',
