@@ -48,7 +48,17 @@ def test_labels_alone_become_a_distillation():
   assert not methods.build(methods.section('ce')).needs_teacher
 
 
-@pytest.mark.parametrize('base', sorted(set(methods.METHODS) - {'ijckd'}))
+# Without a teacher, through its head, by pooled features, with a memory.
+BASES = ('ce', 'simkd', 'vkd', 'crd')
+
+
+@pytest.mark.parametrize(
+  'base',
+  [
+    name if name in BASES else pytest.param(name, marks=pytest.mark.slow)
+    for name in sorted(methods.METHODS)
+  ],
+)
 def test_any_can_be_added_to_any_other_and_gets_what_it_needs(base):
   """Each with a module of its own, a memory, a connector, or none of these."""
   others = 'crd:num_negatives=4+vid+srrl+experiments.extension_example.method:'
