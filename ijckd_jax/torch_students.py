@@ -25,6 +25,10 @@ SPARE = (
   (r'\n\n', r'\n'),
 )
 MAX_LISTED_CHANNELS = 4
+# That can be written; an orthogonal one's kernel is not among its variables.
+CONNECTORS = tuple(
+  name for name in connectors.CONNECTORS if name != 'orthogonal'
+)
 # How the arrays beside a module are loaded, by the suffix of their file.
 LOAD = 'safetensors.torch.load_file(PATH)'
 LOAD_TORCH = "torch.load(PATH)['state_dict']"
@@ -183,7 +187,7 @@ def _convolutions(connector, channels):
     return [(channels, inner, 1, 1), middle, (inner, features, 1, 1)]
   raise config_utils.UserError(
     f'a {kind.__name__} connector cannot be written as a PyTorch module: that '
-    f'is for {", ".join(connectors.CONNECTORS)}'
+    f'is for {", ".join(CONNECTORS)}'
   )
 
 

@@ -123,7 +123,7 @@ def test_contract(name, signed):
   variables = randomized(connector, x)
   y = connector.apply(variables, x, train=False)
   assert y.shape == (2, *size, 12)
-  assert connector.signed == (signed or name == 'linear')
+  assert connector.signed == (signed or name in ('linear', 'orthogonal'))
   assert (y.min() < 0) == connector.signed
   assert y.max() > 0
   low = connector.clone(dtype=jnp.bfloat16)
@@ -134,7 +134,7 @@ def test_contract(name, signed):
     variables, x, train=True, mutable=['batch_stats']
   )
   assert trained.shape == y.shape
-  has_norm = name not in ('identity', 'linear')
+  has_norm = name not in ('identity', 'linear', 'orthogonal')
   assert ('batch_stats' in changed) == has_norm
 
 
@@ -149,6 +149,12 @@ def test_every_target_lies_in_the_range(name, signed):
   if name == 'identity':
     x[:] = target
     variables = {}
+  elif name == 'orthogonal':
+    variables = randomized(connector, x)
+    rotation = connector.apply(
+      variables, np.eye(12)[:, None, None], train=False
+    )
+    x[:] = target @ np.asarray(rotation)[:, 0, 0].T
   else:
     variables = randomized(connector, x)
     params = variables['params']
@@ -160,7 +166,11 @@ def test_every_target_lies_in_the_range(name, signed):
       params[last_norm]['scale'][:] = 0
       params[last_norm]['bias'][:] = target
   y = connector.apply(variables, x, train=False)
-  np.testing.assert_allclose(y, np.broadcast_to(target, y.shape), rtol=1e-6)
+  np.testing.assert_allclose(
+    y,
+    np.broadcast_to(target, y.shape),
+    rtol=1e-4 if name == 'orthogonal' else 1e-6,
+  )
 
 
 @pytest.mark.parametrize('truncated', [False, True])

@@ -678,10 +678,10 @@ def test_losses_are_float32_whatever_comes_in():
     student, teacher = jax.tree.map(
       lambda x: jnp.asarray(x, jnp.bfloat16), arrays(method)
     )
-    total, terms = method.loss(student, teacher, make_batch())
+    batch = complete(method, make_batch())
+    total, terms = method.loss(student, teacher, batch)
     exact, _ = method.loss(
-      *jax.tree.map(lambda x: x.astype(jnp.float32), (student, teacher)),
-      make_batch(),
+      *jax.tree.map(lambda x: x.astype(jnp.float32), (student, teacher)), batch
     )
     for value in (total, *terms.values()):
       assert value.dtype == jnp.float32, name

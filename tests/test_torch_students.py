@@ -243,9 +243,14 @@ def test_a_vgg_pools_large_maps_once_more():
 
 
 @pytest.mark.parametrize('signed', [False, True])
-@pytest.mark.parametrize('connector', connectors.CONNECTORS)
+@pytest.mark.parametrize('connector', torch_students.CONNECTORS)
 def test_every_connector(connector, signed):
   check('resnet8', connector, signed=signed, size=(8, 8))
+
+
+def test_an_orthogonal_connector_is_refused():
+  with pytest.raises(config_utils.UserError, match='for bottleneck, .*, mlp$'):
+    check('resnet8', 'orthogonal', signed=True, size=(8, 8))
 
 
 @pytest.mark.parametrize('connector', ['linear', 'bottleneck'])
@@ -254,7 +259,7 @@ def test_connectors_of_pooled_features(connector):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('connector', connectors.CONNECTORS)
+@pytest.mark.parametrize('connector', torch_students.CONNECTORS)
 @pytest.mark.parametrize(
   'name', ['vgg8', 'mobilenet_v3_small', 'deit_small_patch16_224']
 )
@@ -281,7 +286,7 @@ def test_forty_lines_hold_it(name, truncated):
   if not truncated and name in ('mobilenet_v3_small', 'deit_small_patch16_224'):
     return
   hidden = models.build('mobilenet_v3_small')
-  for connector in connectors.CONNECTORS:
+  for connector in torch_students.CONNECTORS:
     for pool_backbone in (None, hidden):
       for signed in (False, True):
         network = network_lib.Network(

@@ -51,6 +51,7 @@ class Method:
 def _distance(x, y):
   """Returns it of one stage; the larger map is averaged down first."""
   size = losses.smaller_size(x, y)
+  x, y = map(losses.at_least_float32, (x, y))
   return losses.mean_squared_error(
     *(_attention(losses.adaptive_average_pool(z, size)) for z in (x, y))
   )
@@ -58,5 +59,5 @@ def _distance(x, y):
 
 def _attention(x):
   """Returns (B, H W): the channels' mean square, as a vector of length one."""
-  square = jnp.square(losses.at_least_float32(x))
-  return losses.normalize(jnp.mean(square, axis=-1).reshape(len(x), -1))
+  square = jnp.mean(jnp.square(x), axis=-1)
+  return losses.normalize(square.reshape(len(x), -1))

@@ -115,6 +115,7 @@ class Method:
 
 def _distance(x, y):
   """Returns the mean squared error over scales, weighted 1, 1/2, 1/4, 1/8."""
+  x, y = map(losses.at_least_float32, (x, y))
   total, weights, weight = losses.mean_squared_error(x, y), 1.0, 1.0
   for side in SIDES:
     if side >= min(x.shape[1:3]):
