@@ -19,6 +19,7 @@ import fnmatch
 import gc
 import json
 import logging
+import math
 import pathlib
 import shutil
 import statistics
@@ -101,12 +102,14 @@ def plan(flags) -> None:
       seen.add(key)
       count, made = count + 1, made + (key in done)
       if key not in done:
-        found = speeds.get((cell.pair, cell.name)) or speeds[cell.pair]
+        found = speeds.get((cell.pair, cell.name)) or speeds.get(cell.pair)
         images = grid.NUM_TRAIN * grid.EPOCHS
-        hours += images / statistics.median(found) / 3600
+        hours += images / statistics.median(found or [math.inf]) / 3600
     total += hours
     print(f'{part:12} {count:5} {made:5}  {hours:.1f}')
   print(f'in all {total:.1f}, without starting, evaluating and reporting')
+  if unknown := [pair for pair in grid.PAIRS if pair not in speeds]:
+    print(f'and without {", ".join(unknown)}, whose speed is not known')
 
 
 def run(flags) -> None:

@@ -17,6 +17,8 @@ from experiments.comparison import grid
 # Written down in plan.md before any run.
 PRIMARY = (('ijckd', 'srrl'), ('ijckd', 'simkd'), ('ijckd', 'control'))
 BASELINES = ('ce', 'control', 'srrl')
+# In the picture of accuracy against parameters; the others would cover these.
+DRAWN = {'methods', 'pairs', 'connectors', 'others'}
 TITLES = {
   'methods': 'Methods',
   'losses': "IJCKD's losses",
@@ -188,8 +190,10 @@ def _draw_cost(rows) -> None:
   ):
     points = {}
     for cell in grid.CELLS:
+      if cell.pair != pair or not DRAWN & set(cell.parts):
+        continue
       found = [r for r in rows if (r['pair'], r['name']) == (pair, cell.name)]
-      if not found or 'augmentation' in cell.parts:
+      if not found:
         continue
       values = list(scores(rows, pair, cell.name).values())
       points.setdefault(deployed(found[0]), []).append(
@@ -197,23 +201,24 @@ def _draw_cost(rows) -> None:
       )
     for count, found in points.items():
       found.sort()
-      axes.scatter([count / 1e3] * len(found), [v for v, _ in found], s=14)
-      for index, height in _spread([value for value, _ in found]):
+      values = [value for value, _ in found]
+      axes.scatter([count / 1e3] * len(found), values, s=14, color='C0')
+      for index, height in _spread(values):
         name = found[index][1]
         axes.text(count / 1e3, height, f'  {name}', fontsize=6.5, va='center')
     top1 = {100 * r['teacher']['top1'] for r in rows if r['pair'] == pair}
     axes.axhline(min(top1), color='0.6', lw=0.8, ls='--')
     axes.text(
-      0.98,
+      0.02,
       min(top1),
       'teacher',
       fontsize=7,
-      ha='right',
+      ha='left',
       va='bottom',
       transform=axes.get_yaxis_transform(),
       color='0.4',
     )
-    axes.margins(x=0.35)
+    axes.margins(x=0.5)
     axes.set_title(f'{grid.TEACHER} to {grid.PAIRS[pair]}', fontsize=9)
     axes.set_xlabel('deployed parameters, thousands')
     axes.set_ylabel('top-1 on test pairs, %, last step')
