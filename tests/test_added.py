@@ -98,7 +98,7 @@ def test_a_run_with_an_added_method(finished_run, small_config, tmp_path):
     ('kd:weight=much', 'could not convert'),
     ('kd:standardize=maybe', 'neither true nor false'),
     ('kd:name=at', 'unknown field'),
-    ('ce', 'no terms but the labels'),
+    ('ce', 'no terms but that of the labels'),
     ('kd+', "unknown method ''"),
     ('kd:temperature=0', 'must be positive'),
   ],

@@ -96,8 +96,8 @@ def _parse(spec: str):
     defaults[LABELS] = 0.0
   elif not getattr(cls, 'needs_teacher', True):
     raise config_utils.UserError(
-      f"method.add={spec!r}: {name} has no terms but the labels', which the "
-      'method that it is added to has'
+      f'method.add={spec!r}: {name} has no terms but that of the labels, which '
+      'the first method has already'
     )
   for part in filter(None, values.split(',')):
     field, separator, value = part.partition('=')
