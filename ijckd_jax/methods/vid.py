@@ -77,8 +77,8 @@ class Method:
     """Returns the weighted sum and its terms."""
     del teacher
 
-    def likelihood(mean, target, variance):
-      mean, target = map(losses.at_least_float32, (mean, target))
+    def likelihood(*found):
+      mean, target, variance = map(losses.at_least_float32, found)
       square = jnp.square(mean - target) / variance
       return jnp.mean((square + jnp.log(variance)) / 2)
 
