@@ -102,11 +102,15 @@ def tables(rows) -> str:
     '| contrast | n | difference, points | p | p, Holm |',
     '| :-- | --: | --: | --: | --: |',
   ]
-  for row in primary(rows):
+  contrasts = primary(rows)
+  for row in contrasts:
     parts.append(
       f'| {row["contrast"]} | {row["n"]} | {row["mean"]:+.2f} ± '
       f'{row["half_width"]:.2f} | {row["p"]:.2g} | {row["p_holm"]:.2g} |'
     )
+  planned = grid.find('same', 'ijckd').num_seeds
+  if any(row['n'] < planned for row in contrasts):
+    parts += ['', f'Interim: planned are {planned} seeds, before any claim.']
   for part in grid.PARTS:
     cells = [cell for cell in grid.CELLS if part in cell.parts]
     for pair in dict.fromkeys(cell.pair for cell in cells):
