@@ -126,19 +126,19 @@ class Distiller:
     return (self.teacher, *(other.teacher for other in self.others))
 
   @property
-  def frozen(self) -> dict[str, Any] | None:
-    """What is not trained: the first teacher's arrays; 'others', the others'.
+  def teacher_arrays(self) -> dict[str, Any] | None:
+    """The arrays of all teachers: the first one's, and 'others'."""
+    if self.teacher is None or not self.others:
+      return self.teacher and self.teacher.frozen
+    others = tuple(other.teacher.frozen for other in self.others)
+    return {**self.teacher.frozen, 'others': others}
 
-    And 'random_head', where there is one.
-    """
-    if self.teacher is None:
-      return None
-    frozen = dict(self.teacher.frozen)
-    if self.others:
-      frozen['others'] = tuple(other.teacher.frozen for other in self.others)
-    if self.random_head is not None:
-      frozen['random_head'] = self.random_head
-    return frozen
+  @property
+  def frozen(self) -> dict[str, Any] | None:
+    """All that is not trained: `teacher_arrays`, and a 'random_head'."""
+    if self.random_head is None:
+      return self.teacher_arrays
+    return {**self.teacher_arrays, 'random_head': self.random_head}
 
   def teach(self, frozen, images: jax.Array):
     """Returns the teacher's Outputs of the shared view; of several, a tuple."""

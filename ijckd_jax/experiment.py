@@ -183,8 +183,13 @@ class Experiment:
   fitted: tuple[dict[str, Any], ...] = ()
 
   @property
+  def teacher_arrays(self) -> dict[str, Any] | None:
+    """The arrays of all teachers."""
+    return self.distiller.teacher_arrays or (self.judge and self.judge.frozen)
+
+  @property
   def frozen(self) -> dict[str, Any] | None:
-    """The arrays of all teachers, as the steps take them."""
+    """All that is not trained, as the steps take it."""
     return self.distiller.frozen or (self.judge and self.judge.frozen)
 
   def init(self, key: jax.Array) -> dict[str, Any]:

@@ -286,7 +286,7 @@ def _store(exp, folder, arrays) -> teacher_store.Store:
     len(arrays), settings.views, exp.stored.dtype, exp.stored.shapes
   )
   identity = {
-    'teacher': f'{teacher.name} {_digest(exp.distiller.frozen)}',
+    'teacher': f'{teacher.name} {_digest(exp.distiller.teacher_arrays)}',
     'preprocessing': ' '.join(
       str(teacher.preprocessing) for teacher in exp.distiller.teachers
     ),

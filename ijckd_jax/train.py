@@ -174,7 +174,7 @@ def train_and_evaluate(
   elif exp.judge is not None:
     # By it the run knows a teacher that was changed under the same name.
     config = ml_collections.ConfigDict(config.to_dict())
-    config.teacher.fingerprint = _fingerprint(exp.frozen)
+    config.teacher.fingerprint = _fingerprint(exp.teacher_arrays)
     runs = [(dataclasses.replace(exp, config=config), workdir)]
   folders = [(folder, run.config) for run, folder in runs]
   _check_hosts_agree(config)

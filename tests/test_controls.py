@@ -58,6 +58,9 @@ def test_a_head_predicts_is_trained_or_not_and_is_deployed(
     assert not same(kept, network.random_head(4, *kept['kernel'].shape))
   if trained:
     assert not same(kept, first['params']['head'])
+  # The teacher is the same one, whatever head the student has.
+  found = result.summary['config']['teacher']['fingerprint']
+  assert found == train._fingerprint(exp.judge.frozen)
   # What was evaluated is what predicts in training, and what is deployed.
   has_connector = head != 'own'
   assert ('connector' in result.bundle.variables['params']) == has_connector
