@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ijckd_jax import auxiliary as auxiliary_lib
 from ijckd_jax import network as network_lib
 from ijckd_jax import outputs
 from ijckd_jax import parallel
 from ijckd_jax import teachers
+from ijckd_jax.methods import auxiliary as auxiliary_lib
 
 # Of the key of an auxiliary module's start; connectors have 1, 2, ...
 AUXILIARY_STREAM = 2**31 - 1

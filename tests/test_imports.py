@@ -70,7 +70,6 @@ LAYERS = {
   ),
   'parts': (
     'methods/',
-    'auxiliary',
     'connectors',
     'models/',
     'datasets/',
@@ -112,7 +111,7 @@ LAYERS = {
 }
 # The package itself loads its parts when they are asked for.
 LAZY = ('__init__',)
-LINEN = ('models', 'auxiliary', 'connectors', 'methods')
+LINEN = ('models', 'connectors', 'methods')
 SLOW = (
   'cv2',
   'huggingface_hub',

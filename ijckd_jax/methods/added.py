@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from ijckd_jax import auxiliary
+from ijckd_jax.methods import auxiliary
 
 
 class Modules(auxiliary.Auxiliary, kw_only=True):

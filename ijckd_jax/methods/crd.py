@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from ijckd_jax import augment
-from ijckd_jax import auxiliary
 from ijckd_jax import config_utils
 from ijckd_jax import losses
+from ijckd_jax.methods import auxiliary
 from ijckd_jax.models import layers
 
 EPSILON = 1e-7

@@ -8,9 +8,9 @@ import dataclasses
 
 import flax.linen as nn
 
-from ijckd_jax import auxiliary
 from ijckd_jax import config_utils
 from ijckd_jax import losses
+from ijckd_jax.methods import auxiliary
 from ijckd_jax.models import layers
 
 

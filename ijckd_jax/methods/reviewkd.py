@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ijckd_jax import auxiliary
 from ijckd_jax import losses
+from ijckd_jax.methods import auxiliary
 
 MAX_WIDTH = 512  # Between the two convolutions of a fusion.
 # Sides to which maps are averaged too, each counting half of the one before.

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ijckd_jax import auxiliary
 from ijckd_jax import losses
+from ijckd_jax.methods import auxiliary
 
 START_VARIANCE = 5.0
 MIN_VARIANCE = 1e-5
