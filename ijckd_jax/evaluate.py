@@ -167,6 +167,20 @@ def _confusion(labels, predictions, num_classes):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """Adds what says which network is run, on what, and how."""
+  add_data_flags(parser)
+  parser.add_argument(
+    '--batch_size', type=int, help='default: as in the run that made the bundle'
+  )
+  parser.add_argument(
+    '--num_workers',
+    type=int,
+    default=0,
+    help='processes that decode images which do not lie in memory',
+  )
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+  """Adds what says which network is run, and on what."""
   parser.add_argument(
     '--bundle', required=True, help='folder of a bundle, or of a finished run'
   )
@@ -178,15 +192,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     '--dataset_fields', help='key=value,key=value; default: as in training'
   )
   parser.add_argument('--data_dir', help='where the data sets lie')
-  parser.add_argument(
-    '--batch_size', type=int, help='default: as in the run that made the bundle'
-  )
-  parser.add_argument(
-    '--num_workers',
-    type=int,
-    default=0,
-    help='processes that decode images which do not lie in memory',
-  )
   parser.add_argument(
     '--trust_code',
     action='store_true',

@@ -161,11 +161,18 @@ class Network:
       key: random key.
       features: outputs.Features of the backbone, or their shapes.
     """
-    if self.connector.takes == 'pooled':
-      x = jnp.zeros((1, 1, 1, features.pooled.shape[-1]))
-    else:
-      x = jnp.zeros((1, *self.connect_size, features.final.shape[-1]))
+    x = jnp.zeros(self.connector_shape(features))
     return init(self.connector, key, x)[1]
+
+  def connector_shape(self, features) -> tuple[int, int, int, int]:
+    """Returns the shape of what a connector takes of one image.
+
+    Args:
+      features: outputs.Features of the backbone, or their shapes.
+    """
+    if self.connector.takes == 'pooled':
+      return (1, 1, 1, features.pooled.shape[-1])
+    return (1, *self.connect_size, features.final.shape[-1])
 
   def connect(self, variables, features, pool_variables, head, *, train):
     """Returns outputs.Connected and the connector's batch statistics."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -186,8 +187,13 @@ def write_text(path: epath.Path, text: str) -> None:
 def write_bytes(path: epath.Path, data: bytes) -> None:
   """Writes a file that is never seen half written."""
   partial = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.partial')
-  partial.write_bytes(data)
-  partial.replace(path)
+  try:
+    partial.write_bytes(data)
+    partial.replace(path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      partial.unlink(missing_ok=True)
+    raise
 
 
 def retry(action: Callable[[], None], what: str) -> None:

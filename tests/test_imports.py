@@ -67,6 +67,8 @@ LAYERS = {
     'steps',
     'teacher_outputs',
     'train_state',
+    'deploy/',
+    'model_card',
   ),
   'parts': (
     'methods/',
@@ -115,7 +117,10 @@ LINEN = ('models', 'connectors', 'methods')
 SLOW = (
   'cv2',
   'huggingface_hub',
+  'jax2onnx',
   'matplotlib',
+  'onnx',
+  'onnxruntime',
   'PIL',
   'scipy',
   'sklearn',

@@ -1,0 +1,141 @@
+"""Whether what is shipped is what was trained: compared on real images."""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from ijckd_jax import bundles
+from ijckd_jax import config_utils
+from ijckd_jax import input_pipeline
+
+# Of the largest logit: float32's rounding over some hundred layers; and that of
+# weights of 11 bits. Eight bits have no such limit.
+MAX_ERROR = {'float32': 1e-4, 'float16': 0.02}
+# Images of which the prediction may differ, as two logits are nearly equal.
+MIN_AGREEMENT = {'float32': 0.999, 'float16': 0.99}
+BATCH_SIZE = 64
+
+
+def images(dataset, split: str, count: int) -> Iterator[dict[str, np.ndarray]]:
+  """Yields up to `count` examples of a split, taken evenly from all of it.
+
+  Args:
+    dataset: see datasets.
+    split: its name.
+    count: at most so many.
+
+  Yields:
+    'image' uint8 and 'label', of up to BATCH_SIZE examples each.
+
+  Raises:
+    config_utils.UserError: the split is empty.
+  """
+  arrays = dataset.load(split)
+  if not len(arrays):
+    raise config_utils.UserError(f'the split {split!r} is empty')
+  count = min(count, len(arrays))
+  rows = np.linspace(0, len(arrays) - 1, count).round().astype(np.int32)
+  for batch in input_pipeline.eval_batches(
+    arrays.subset(rows),
+    batch_size=min(BATCH_SIZE, count),
+    process_index=0,
+    num_processes=1,
+  ):
+    yield {key: batch[key][batch['mask']] for key in ('image', 'label')}
+
+
+def as_taken(pixels: np.ndarray, takes: str) -> np.ndarray:
+  """Returns uint8 pixels as a function takes them, see deployed.PIXELS."""
+  return pixels if takes == 'uint8' else np.float32(pixels) / np.float32(255)
+
+
+def compare(
+  bundle: bundles.Bundle,
+  session: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+  batches: Iterator[dict[str, np.ndarray]],
+) -> dict[str, Any]:
+  """Returns how far a file, in its own runtime, is from JAX and the bundle.
+
+  Args:
+    bundle: computes in float32, with its batch norms.
+    session: of one of the files.
+    batches: as `images` gives them.
+
+  Returns:
+    'images', 'max_logit', 'max_error' of a logit, 'agreement' of predictions,
+    and 'top1' of 'jax' and 'file'; None where no image has a label.
+  """
+  network = bundle.network
+
+  @jax.jit
+  def trained(variables, images):
+    return network(variables, network.preprocessing(images)).logits
+
+  rows = []
+  for batch in batches:
+    wanted = np.asarray(trained(bundle.variables, batch['image']))
+    found, _ = session(as_taken(batch['image'], session.takes))
+    rows.append((wanted, found, batch['label']))
+  wanted, found, labels = (np.concatenate(x) for x in zip(*rows, strict=True))
+  predicted = {'jax': wanted.argmax(1), 'file': found.argmax(1)}
+  known = labels >= 0
+  return {
+    'images': len(labels),
+    'max_logit': float(np.abs(wanted).max()),
+    'max_error': float(np.abs(wanted - found).max()),
+    'agreement': float(np.mean(predicted['jax'] == predicted['file'])),
+    'top1': {
+      name: float(np.mean(classes[known] == labels[known]))
+      for name, classes in predicted.items()
+    }
+    if known.any()
+    else None,
+  }
+
+
+def judge(result: dict[str, Any], weights: str, max_drop: float) -> None:
+  """Raises where a file is not the network that it was made of.
+
+  Args:
+    result: of `compare`.
+    weights: 'float32', 'float16' or 'int8'.
+    max_drop: part of the images by which int8's top-1 may be lower; without
+      labels, by which its predictions may differ.
+
+  Raises:
+    config_utils.UserError: it differs by more than it may.
+  """
+  said = describe(result)
+  if weights == 'int8':
+    drop = 1 - result['agreement']
+    if result['top1']:
+      drop = result['top1']['jax'] - result['top1']['file']
+    if drop > max_drop:
+      raise config_utils.UserError(
+        f'eight bits cost {drop:.2%} of the images, more than --max_drop '
+        f'{max_drop:g}; nothing was written ({said})'
+      )
+    return
+  limit = MAX_ERROR[weights] * max(1.0, result['max_logit'])
+  # Written such that NaN fails.
+  if not (
+    result['max_error'] <= limit
+    and result['agreement'] >= MIN_AGREEMENT[weights]
+  ):
+    raise config_utils.UserError(
+      f'the file does not do what the bundle does; nothing was written ({said})'
+    )
+
+
+def describe(result: dict[str, Any]) -> str:
+  """Returns a result in a line."""
+  top1 = result['top1']
+  accuracy = f', top-1 {top1["jax"]:.2%} and {top1["file"]:.2%}' if top1 else ''
+  return (
+    f'{result["images"]} images, JAX and file: logits differ by at most '
+    f'{result["max_error"]:.2g} (of {result["max_logit"]:.3g}), the same '
+    f'prediction on {result["agreement"]:.2%}{accuracy}'
+  )

@@ -1,0 +1,108 @@
+"""Classifiers by path: bundles, and the files that were made of them."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ijckd_jax import bundles
+from ijckd_jax import config_utils
+from ijckd_jax.deploy import deployed as deployed_lib
+from ijckd_jax.deploy import onnx_files
+from ijckd_jax.deploy import safetensors_files
+from ijckd_jax.deploy import stablehlo_files
+
+SUFFIXES = ('.onnx', '.safetensors', '.stablehlo')
+
+
+class _BundleSession:
+  """A bundle, run by JAX as it was trained; see onnx_files.Session."""
+
+  takes = 'uint8'
+
+  def __init__(self, bundle: bundles.Bundle):
+    network = bundle.network
+    self.metadata = deployed_lib.metadata(bundle, self.takes)
+    self.image_shape = tuple(bundle.image_shape)
+    self._variables = bundle.variables
+
+    @jax.jit
+    def call(variables, images):
+      logits = network(variables, network.preprocessing(images)).logits
+      return logits, jax.nn.softmax(logits)
+
+    self._call = call
+
+  def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns logits and probabilities, (B, K) float32 each."""
+    return jax.device_get(self._call(self._variables, images))
+
+
+def load(path: str, *, trust_code: bool = False) -> Any:
+  """Returns a classifier: a function of images with `metadata`.
+
+  Args:
+    path: a bundle's or run's folder, or a file that
+      `python -m ijckd_jax.export` wrote.
+    trust_code: see bundles.load; a StableHLO file is only read if it is set.
+
+  Raises:
+    config_utils.UserError: there is none, or it is damaged or not trusted.
+  """
+  file = pathlib.Path(path)
+  if file.suffix not in SUFFIXES or file.is_dir():
+    bundle = bundles.load(path, dtype=jnp.float32, trust_code=trust_code)
+    return _BundleSession(bundle)
+  try:
+    data = file.read_bytes()
+  except OSError as error:
+    raise config_utils.UserError(f'{path} cannot be read: {error}') from error
+  if file.suffix == '.onnx':
+    return onnx_files.Session(data, path)
+  if file.suffix == '.safetensors':
+    return safetensors_files.Session(data, path, trust_code=trust_code)
+  if not trust_code:
+    raise config_utils.UserError(
+      f'{path} is a program; XLA reads it, and was not made for files of '
+      'strangers: give --trust_code if you trust it'
+    )
+  beside = file.with_name(f'{file.name}.json')
+  try:
+    metadata = dict(json.loads(beside.read_text())['metadata'])
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise config_utils.UserError(
+      f'{beside}, which says what {path} is, cannot be read: '
+      f'{config_utils.short(error)}'
+    ) from error
+  return stablehlo_files.Session(data, path, metadata)
+
+
+def class_names(session: Any, what: str) -> list[str]:
+  """Returns the names of a classifier's classes.
+
+  Args:
+    session: as `load` returns it.
+    what: its path, for the message.
+
+  Raises:
+    config_utils.UserError: its metadata have none.
+  """
+  try:
+    names = json.loads(session.metadata['class_names'])
+    return [str(name) for name in names]
+  except (KeyError, ValueError, TypeError) as error:
+    raise config_utils.UserError(
+      f'{what} does not say what its classes are called'
+    ) from error
+
+
+def resize(session: Any) -> int | None:
+  """Returns to how many pixels its images were resized before the centre."""
+  try:
+    found = json.loads(session.metadata['info'])['dataset']['resize']
+  except (KeyError, ValueError, TypeError):
+    return None
+  return found if isinstance(found, int) and found > 0 else None

@@ -1,0 +1,214 @@
+"""Writes a student as a file that runs without this package.
+
+  python -m ijckd_jax.export --bundle DIR --format onnx --output student.onnx
+
+Backbone, connector, pool, head and preprocessing become one function: images
+in, logits and probabilities out, for any number of images. Before anything is
+written, the file's own runtime is compared with JAX on test images; what was
+found stands in OUTPUT.json.
+"""
+
+import argparse
+from collections.abc import Callable
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+from ijckd_jax import config_utils
+from ijckd_jax import evaluate
+
+WEIGHTS = ('float32', 'float16', 'int8')
+
+
+def main(argv: list[str]) -> None:
+  """Runs the command."""
+  flags = _parser().parse_args(argv)
+  output = pathlib.Path(flags.output)
+  _check_flags(flags, output)
+
+  import jax.numpy as jnp
+
+  from ijckd_jax import bundles
+  from ijckd_jax import compilation_cache
+  from ijckd_jax.deploy import checks
+  from ijckd_jax.deploy import deployed as deployed_lib
+
+  if flags.format == 'onnx':
+    from ijckd_jax.deploy import onnx_files
+
+    onnx_files.require()
+  compilation_cache.enable(compilation_cache.DEFAULT)
+  bundle = bundles.load(
+    flags.bundle, dtype=jnp.float32, trust_code=flags.trust_code
+  )
+  dataset = evaluate.dataset_of(bundle, flags)
+  _check_fits(bundle, dataset)
+  deployed = deployed_lib.deploy(bundle, takes=flags.input)
+  data, open_session = ENCODERS[flags.format](bundle, deployed, dataset, flags)
+  result = checks.compare(
+    bundle,
+    open_session(data),
+    checks.images(dataset, flags.split, flags.check_images),
+  )
+  checks.judge(result, flags.weights, flags.max_drop)
+  about = {
+    'format': flags.format,
+    'weights': flags.weights,
+    'bytes': len(data),
+    'sha256': hashlib.sha256(data).hexdigest(),
+    'check': {'split': flags.split, **result},
+    'metadata': dict(deployed.metadata),
+  }
+  _write(output, data, about)
+  print(f'{output}: {deployed.metadata["description"]}, {len(data):,} bytes')
+  print(checks.describe(result))
+
+
+def _onnx(bundle, deployed, dataset, flags):
+  from ijckd_jax.deploy import checks
+  from ijckd_jax.deploy import onnx_files
+
+  del bundle
+  data = onnx_files.encode(deployed)
+  if flags.weights == 'float16':
+    data = onnx_files.halve(data)
+  if flags.weights == 'int8':
+    batches = checks.images(dataset, 'train', flags.calibration_images)
+    data = onnx_files.quantize(
+      data, (checks.as_taken(x['image'], flags.input) for x in batches)
+    )
+  return data, lambda data: onnx_files.Session(data, flags.output)
+
+
+def _stablehlo(bundle, deployed, dataset, flags):
+  from ijckd_jax.deploy import stablehlo_files
+
+  del bundle, dataset
+  data = stablehlo_files.encode(deployed, half=flags.weights == 'float16')
+  return data, lambda data: stablehlo_files.Session(
+    data, flags.output, dict(deployed.metadata)
+  )
+
+
+def _safetensors(bundle, deployed, dataset, flags):
+  from ijckd_jax.deploy import safetensors_files
+
+  del dataset
+  data = safetensors_files.encode(
+    bundle, deployed, half=flags.weights == 'float16'
+  )
+  return data, lambda data: safetensors_files.Session(
+    data, flags.output, trust_code=flags.trust_code
+  )
+
+
+# Each takes the bundle, its function, the data set and the flags, and returns
+# the file's content and what opens such a content in its own runtime.
+ENCODERS: dict[str, Callable[..., tuple[bytes, Callable[[bytes], Any]]]] = {
+  'onnx': _onnx,
+  'stablehlo': _stablehlo,
+  'safetensors': _safetensors,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = config_utils.ArgumentParser(
+    prog='python -m ijckd_jax.export',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  evaluate.add_data_flags(parser)
+  parser.add_argument('--format', required=True, choices=ENCODERS)
+  parser.add_argument('--output', required=True, help='the file to write')
+  parser.add_argument(
+    '--input',
+    default='uint8',
+    choices=('uint8', 'float32'),
+    help='images as pixels from 0 to 255, or from 0 to 1',
+  )
+  parser.add_argument(
+    '--weights',
+    default='float32',
+    choices=WEIGHTS,
+    help='how they are stored; with int8, which is for onnx, it also computes '
+    'so',
+  )
+  parser.add_argument(
+    '--split',
+    default='test',
+    choices=('train', 'validation', 'test'),
+    help='whose images the file is checked on',
+  )
+  parser.add_argument(
+    '--check_images', type=int, default=1000, help='how many of them'
+  )
+  parser.add_argument(
+    '--calibration_images',
+    type=int,
+    default=512,
+    help='training images that tell the ranges for int8',
+  )
+  parser.add_argument(
+    '--max_drop',
+    type=float,
+    default=0.02,
+    help='part of the images that int8 may cost',
+  )
+  parser.add_argument(
+    '--overwrite', action='store_true', help='replace what is there'
+  )
+  return parser
+
+
+def _check_flags(flags, output: pathlib.Path) -> None:
+  """Raises where the flags do not go together, or something is in the way."""
+  if flags.weights == 'int8' and flags.format != 'onnx':
+    raise config_utils.UserError(
+      f'--weights int8 is for --format onnx, not for {flags.format}'
+    )
+  for name in ('check_images', 'calibration_images'):
+    config_utils.check_positive(f'--{name}', getattr(flags, name))
+  if output.is_dir():
+    raise config_utils.UserError(f'--output {output} is a folder: name a file')
+  for path in (output, _beside(output)):
+    if path.exists() and not flags.overwrite:
+      raise config_utils.UserError(
+        f'{path} is already there: give --overwrite to replace it'
+      )
+
+
+def _check_fits(bundle, dataset) -> None:
+  """Raises where a data set's images are not what the file will take."""
+  evaluate.check_fits('bundle', bundle, dataset)
+  wanted, found = tuple(bundle.image_shape), tuple(dataset.image_shape)
+  if wanted != found:
+    wanted, found = ('x'.join(map(str, x)) for x in (wanted, found))
+    raise config_utils.UserError(
+      f'the network takes images of {wanted}, but the data set has {found}: '
+      'give --dataset or --dataset_fields of images like those'
+    )
+
+
+def _beside(output: pathlib.Path) -> pathlib.Path:
+  return output.with_name(f'{output.name}.json')
+
+
+def _write(output: pathlib.Path, data: bytes, about) -> None:
+  """Writes a file, and what is known of it beside it.
+
+  Raises:
+    config_utils.UserError: the disk cannot be written.
+  """
+  from ijckd_jax import workdirs
+
+  try:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    workdirs.write_text(_beside(output), json.dumps(about, indent=2) + '\n')
+    workdirs.write_bytes(output, data)
+  except OSError as error:
+    raise config_utils.UserError(f'cannot write {output}: {error}') from error
+
+
+if __name__ == '__main__':
+  config_utils.run_command(main)

@@ -1,0 +1,512 @@
+"""Exported students: the same model in every format, or no file at all."""
+
+import dataclasses
+import json
+import sys
+
+from flax import traverse_util
+import flax.linen as nn
+import jax
+from jax import export as jax_export
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import safetensors
+
+from ijckd_jax import augment
+from ijckd_jax import bundles
+from ijckd_jax import config_utils
+from ijckd_jax import datasets
+from ijckd_jax import export
+from ijckd_jax import models
+from ijckd_jax import network as network_lib
+from ijckd_jax import outputs
+from ijckd_jax import programs
+from ijckd_jax.datasets import digits
+from ijckd_jax.deploy import checks
+from ijckd_jax.deploy import deployed as deployed_lib
+from ijckd_jax.deploy import onnx_files
+from ijckd_jax.deploy import safetensors_files
+from ijckd_jax.deploy import sessions
+from ijckd_jax.deploy import stablehlo_files
+from ijckd_jax.models import backbone as backbone_lib
+
+SIDE = 32
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+  """Returns a function that runs the command: its exit code and its words."""
+
+  def run(*argv):
+    monkeypatch.setattr(sys, 'argv', ['export', *map(str, argv)])
+    with pytest.raises(SystemExit) as stopped:
+      config_utils.run_command(export.main)
+    printed = capsys.readouterr()
+    return stopped.value.code, printed.out, printed.err
+
+  return run
+
+
+@pytest.fixture
+def refused(command, tmp_path):
+  """Returns a function that exports in vain: its one line; nothing is there."""
+
+  def run(*argv):
+    folder = tmp_path / 'new'
+    code, out, err = command('--output', folder / 'student', *argv)
+    assert (code, out) == (2, '')
+    assert err.startswith('error: ') and err.count('\n') == 1, err
+    assert not folder.exists()
+    return err
+
+  return run
+
+
+@pytest.fixture(scope='module')
+def digits_flags(finished_run, data_dir):
+  return ('--bundle', finished_run[0], '--data_dir', data_dir)
+
+
+@pytest.fixture(scope='module')
+def test_images(data_dir):
+  return digits.Dataset(data_dir=data_dir).load('test')
+
+
+def logits_of(bundle, images):
+  @jax.jit
+  def apply(variables, images):
+    network = bundle.network
+    return network(variables, network.preprocessing(images)).logits
+
+  return np.asarray(apply(bundle.variables, images))
+
+
+def random_bundle(name, side=SIDE, num_classes=7):
+  """Returns a bundle of a backbone with random weights and statistics."""
+  backbone = models.build(name)
+  network = network_lib.Network(
+    backbone,
+    augment.Preprocessing((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), (side, side)),
+    None,
+    None,
+    network_lib.pool_of(backbone),
+  )
+  shapes = jax.eval_shape(
+    lambda: network.init(jax.random.key(0), (side, side, 3), num_classes)
+  )
+  random, made = np.random.RandomState(0), {}
+  for path, shape in traverse_util.flatten_dict(shapes).items():
+    if path[-1] in ('var', 'scale'):
+      value = random.uniform(0.5, 1.5, shape.shape)
+    else:
+      width = np.prod(shape.shape[:-1]) if len(shape.shape) > 1 else 100
+      value = random.normal(size=shape.shape) * np.sqrt(2 / width)
+    made[path] = value.astype(np.float32)
+  variables = traverse_util.unflatten_dict(made)
+  return bundles.Bundle(
+    network,
+    {'batch_stats': {'backbone': {}}, **variables, 'pool': {}},
+    name,
+    name,
+    (side, side, 3),
+    tuple(f'class {i}' for i in range(num_classes)),
+    {},
+  )
+
+
+def random_images(shape, count=5):
+  random = np.random.RandomState(1)
+  return random.randint(0, 256, (count, *shape)).astype(np.uint8)
+
+
+@pytest.mark.parametrize('weights', ('float32', 'float16', 'int8'))
+@pytest.mark.parametrize('form', export.ENCODERS)
+def test_command(
+  form, weights, command, refused, digits_flags, test_images, tmp_path
+):
+  """The file alone does what the bundle does, and says what it is."""
+  flags = ('--format', form, '--weights', weights, *digits_flags)
+  if weights == 'int8' and form != 'onnx':
+    assert '--weights int8 is for --format onnx' in refused(*flags)
+    return
+  # A dozen steps leave a student that tells little apart.
+  flags = (*flags, '--max_drop', 0.3, '--check_images', 200)
+  output = tmp_path / f'student.{form}'
+  code, out, err = command('--output', output, *flags)
+  assert not code, err
+  bundle = bundles.load(digits_flags[1])
+  wanted = logits_of(bundle, test_images.images)
+  session = sessions.load(str(output), trust_code=True)
+  logits, probabilities = session(test_images.images)
+  np.testing.assert_allclose(probabilities, jax.nn.softmax(logits), atol=1e-6)
+  limit = {'float32': 1e-5, 'float16': 5e-3, 'int8': 0.5}[weights]
+  scale = np.abs(wanted).max()
+  error = np.abs(logits - wanted).max()
+  assert error <= limit * scale
+  if weights != 'float32':
+    assert error > 1e-5 * scale  # They are stored so indeed.
+  assert session(test_images.images[:1])[0].shape == (1, 10)
+  about = json.loads((tmp_path / f'student.{form}.json').read_text())
+  assert about['bytes'] == len(output.read_bytes())
+  assert about['check']['images'] == 200
+  assert about['metadata'] == {
+    key: session.metadata[key] for key in about['metadata']
+  }
+  assert sessions.class_names(session, '') == list(bundle.class_names)
+  assert about['metadata']['description'] == (
+    'resnet8, distilled from resnet8 by ijckd on digits'
+  )
+  assert 'data_dir' not in about['metadata']['info']
+  assert f'{about["check"]["agreement"]:.2%}' in out
+  # It is only replaced if that is asked for.
+  code, _, err = command('--output', output, *flags)
+  assert code == 2 and 'give --overwrite' in err
+  assert command('--output', output, '--overwrite', *flags)[0] == 0
+
+
+def test_weights_are_stored_as_asked(digits_flags):
+  """Half of the bytes, but for what is no matrix."""
+  bundle = bundles.load(digits_flags[1])
+  deployed = deployed_lib.deploy(bundle)
+  whole = onnx_files.encode(deployed)
+  for full, half in (
+    (whole, onnx_files.halve(whole)),
+    *(
+      (encode(), encode(half=True))
+      for encode in (
+        lambda **kw: stablehlo_files.encode(deployed, **kw),
+        lambda **kw: safetensors_files.encode(bundle, deployed, **kw),
+      )
+    ),
+  ):
+    saved = len(full) - len(half)
+    matrices = sum(x.size for x in deployed.arrays.values() if x.ndim > 1)
+    # Names and casts take a little of it.
+    assert 1.9 * matrices < saved < 2.05 * matrices
+
+
+def test_nothing_but_what_is_run(finished_run):
+  """No batch norm, no array that is not read, a bias for each convolution."""
+  bundle = bundles.load(finished_run[0])
+  deployed = deployed_lib.deploy(bundle)
+  assert not any('BatchNorm' in name for name in deployed.arrays)
+  assert not any(name.startswith('batch_stats') for name in deployed.arrays)
+  kernels = [x for x in deployed.arrays if x.endswith('kernel')]
+  biases = [x for x in deployed.arrays if x.endswith('bias')]
+  assert len(kernels) == len(biases) > 10
+  model = onnx.load_from_string(onnx_files.encode(deployed))
+  kinds = [node.op_type for node in model.graph.node]
+  assert kinds.count('Conv') == len(kernels) - 1  # The head is a product.
+  # Into channels first and back, not around each convolution.
+  assert kinds.count('Transpose') <= 3
+  assert not {'BatchNormalization', 'Sqrt', 'Max', 'Identity'} & set(kinds)
+  assert [x.domain for x in model.opset_import] == ['']
+
+
+class Hidden(backbone_lib.Backbone):
+  """A convolution, and a hidden layer after the average."""
+
+  def setup(self):
+    if not self.truncated:
+      self.pool_hidden = nn.Dense(5)
+
+  @nn.compact
+  def __call__(self, images, *, train):
+    del train
+    x = nn.relu(self.conv(6, 3, 2, name='body')(images))
+    return outputs.Features((x,), x, self.pool(x))
+
+  def pool(self, final):
+    pooled = super().pool(final)
+    return pooled if self.truncated else self.pool_hidden(pooled)
+
+
+class Program(backbone_lib.Backbone):
+  """One whose last layer is a program, which ONNX has no word for."""
+
+  @nn.compact
+  def __call__(self, images, *, train):
+    del train
+    x = self.conv(6, 3, 2, name='body')(images)
+    x = programs.trace(lambda _, x: abs(x), {}, x.shape[1:])({}, x)
+    return outputs.Features((x,), x, self.pool(x))
+
+
+HIDDEN, PROGRAM = (f'{__name__}:{name}' for name in ('Hidden', 'Program'))
+
+
+def test_what_is_not_read_is_left_out(finished_run, tmp_path):
+  """A student's own pool, where it predicts through the teacher's."""
+  bundle = bundles.load(finished_run[0])
+  plain = random_bundle(HIDDEN, side=8)
+  height, width = bundle.network.connect_size
+  network = dataclasses.replace(
+    plain.network,
+    connector=dataclasses.replace(
+      bundle.network.connector, parent=None, name=None
+    ),
+    connect_size=(height, width),
+    pool=bundle.network.pool,
+  )
+  features = jax.eval_shape(
+    lambda v, x: network.backbone.apply(v, x, train=False),
+    network_lib.part(plain.variables, 'backbone'),
+    np.zeros((1, 8, 8, 3), np.float32),
+  )
+  connector = jax.device_get(
+    network.init_connector(jax.random.key(0), features)
+  )
+  variables = {
+    'params': {
+      'backbone': plain.variables['params']['backbone'],
+      'connector': connector['params'],
+      'head': bundle.variables['params']['head'],
+    },
+    'batch_stats': {'backbone': {}, 'connector': connector['batch_stats']},
+    'pool': bundle.variables['pool'],
+  }
+  both = dataclasses.replace(
+    bundle,
+    network=network,
+    variables=variables,
+    backbone_name=HIDDEN,
+    image_shape=(8, 8, 3),
+  )
+  deployed = deployed_lib.deploy(both)
+  assert set(deployed.unread) >= {
+    f'params/backbone/pool_hidden/{name}' for name in ('kernel', 'bias')
+  }
+  images = random_images((8, 8, 3))
+  data = safetensors_files.encode(both, deployed)
+  session = safetensors_files.Session(data, 'it', trust_code=True)
+  np.testing.assert_allclose(
+    session(images)[0], logits_of(both, images), atol=1e-5
+  )
+  with pytest.raises(config_utils.UserError, match='outside the package'):
+    safetensors_files.Session(data, 'it')
+
+
+@pytest.mark.parametrize(
+  'name',
+  (
+    'vgg8',
+    'wrn_16_1',
+    'resnet18',
+    'mobilenet_v2_cifar_x0_5',
+    'mobilenet_v3_small',
+    'shufflenet_v1_cifar',
+    'shufflenet_v2_cifar_x0_5',
+  ),
+)
+def test_onnx_of_backbones(name):
+  """Pools, shuffles, squeezes: each family's operators, by onnxruntime."""
+  bundle = random_bundle(name)
+  data = onnx_files.encode(deployed_lib.deploy(bundle))
+  onnx.checker.check_model(onnx.load_from_string(data), full_check=True)
+  session = onnx_files.Session(data, name)
+  images = random_images(bundle.image_shape)
+  wanted = logits_of(bundle, images)
+  np.testing.assert_allclose(
+    session(images)[0], wanted, atol=1e-5 * np.abs(wanted).max()
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', models.BACKBONES)
+def test_onnx_of_every_backbone(name):
+  sides = {'deit_small_patch16_224': 224}
+  bundle = random_bundle(name, side=sides.get(name, 64))
+  data = onnx_files.encode(deployed_lib.deploy(bundle))
+  images = random_images(bundle.image_shape, 2)
+  wanted = logits_of(bundle, images)
+  np.testing.assert_allclose(
+    onnx_files.Session(data, name)(images)[0],
+    wanted,
+    atol=2e-5 * np.abs(wanted).max(),
+  )
+
+
+@pytest.mark.parametrize('form', export.ENCODERS)
+def test_pixels_from_0_to_1(form, command, digits_flags, test_images, tmp_path):
+  output = tmp_path / f'student.{form}'
+  flags = ('--format', form, '--input', 'float32', *digits_flags)
+  assert command('--output', output, *flags)[0] == 0
+  session = sessions.load(str(output), trust_code=True)
+  assert session.takes == 'float32'
+  images = test_images.images[:50]
+  found, _ = session(checks.as_taken(images, 'float32'))
+  wanted = logits_of(bundles.load(digits_flags[1]), images)
+  np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_files_run_without_this_package(command, digits_flags, tmp_path):
+  """As their own documentation says: by onnxruntime, and by jax.export."""
+  for form in ('onnx', 'stablehlo'):
+    flags = ('--format', form, '--output', tmp_path / form, *digits_flags)
+    assert command(*flags)[0] == 0
+  images = random_images((8, 8, 1))
+  session = onnxruntime.InferenceSession(tmp_path / 'onnx')
+  logits, _ = session.run(None, {'images': images})
+  program = jax_export.deserialize(
+    bytearray((tmp_path / 'stablehlo').read_bytes())
+  )
+  assert set(program.platforms) == set(programs.PLATFORMS)
+  np.testing.assert_allclose(program.call(images)[0], logits, atol=1e-4)
+
+
+def test_a_wrong_file_is_not_written():
+  """What is compared is the file's word against the bundle's."""
+  bundle = random_bundle('resnet8', side=8)
+  images = random_images(bundle.image_shape, 40)
+  wanted = logits_of(bundle, images)
+  labels = wanted.argmax(1)
+  batches = [{'image': images, 'label': labels}]
+
+  class Off:
+    takes = 'uint8'
+
+    def __init__(self, change):
+      self.change = change
+
+    def __call__(self, images):
+      logits = self.change(logits_of(bundle, images))
+      return logits, jax.nn.softmax(logits)
+
+  result = checks.compare(bundle, Off(lambda x: x), batches)
+  assert result['max_error'] == 0 and result['agreement'] == 1
+  assert result['top1'] == {'jax': 1.0, 'file': 1.0}
+  for weights in export.WEIGHTS:
+    checks.judge(result, weights, max_drop=0.0)
+  for change in (
+    lambda x: x + 0.01 * np.abs(x).max(),
+    lambda x: x[:, ::-1],
+    lambda x: np.nan * x,
+  ):
+    result = checks.compare(bundle, Off(change), batches)
+    with pytest.raises(config_utils.UserError, match='not do what the bundle'):
+      checks.judge(result, 'float32', max_drop=1.0)
+
+  def miss(x):
+    x = x.copy()
+    x[:4] = -x[:4]  # Four of forty.
+    return x
+
+  result = checks.compare(bundle, Off(miss), batches)
+  checks.judge(result, 'int8', max_drop=0.11)
+  with pytest.raises(config_utils.UserError, match=r'cost 10.00% of the'):
+    checks.judge(result, 'int8', max_drop=0.09)
+  unlabelled = [{'image': images, 'label': np.full(40, -1)}]
+  result = checks.compare(bundle, Off(miss), unlabelled)
+  assert result['top1'] is None
+  with pytest.raises(config_utils.UserError, match=r'cost 10.00% of the'):
+    checks.judge(result, 'int8', max_drop=0.09)
+
+
+def test_images_are_taken_from_all_of_a_split():
+  class Dataset:
+    def load(self, split):
+      assert split == 'test'
+      images = np.arange(200, dtype=np.uint8).reshape(200, 1, 1, 1)
+      return datasets.Arrays(images, np.arange(200))
+
+  found = list(checks.images(Dataset(), 'test', 100))
+  assert [len(x['label']) for x in found] == [64, 36]
+  labels = np.concatenate([x['label'] for x in found])
+  assert labels[0] == 0 and labels[-1] == 199
+  assert set(np.diff(labels)) == {2, 3}
+  assert sum(
+    len(x['label']) for x in checks.images(Dataset(), 'test', 999)
+  ) == (200)
+
+
+def test_what_onnx_has_no_word_for_is_named():
+  bundle = random_bundle(PROGRAM, side=8)
+  with pytest.raises(config_utils.UserError, match='call_exported') as caught:
+    onnx_files.encode(deployed_lib.deploy(bundle))
+  assert '--format stablehlo' in str(caught.value)
+
+
+def test_weights_too_large_for_half_precision():
+  bundle = random_bundle('resnet8', side=8)
+  bundle.variables['params']['head']['kernel'][0, 0] = 1e5
+  deployed = deployed_lib.deploy(bundle)
+  for encode in (
+    lambda: onnx_files.halve(onnx_files.encode(deployed)),
+    lambda: stablehlo_files.encode(deployed, half=True),
+    lambda: safetensors_files.encode(bundle, deployed, half=True),
+  ):
+    with pytest.raises(config_utils.UserError, match='too large for float16'):
+      encode()
+
+
+def test_mistakes(refused, command, digits_flags, tmp_path):
+  flags = ('--format', 'onnx', *digits_flags)
+  assert 'there is no bundle' in refused(
+    '--format', 'onnx', '--bundle', tmp_path / 'none'
+  )
+  assert 'invalid choice' in refused('--format', 'tflite', *digits_flags)
+  assert '--check_images' in refused(*flags, '--check_images', 0)
+  assert '10 classes apart, but the data set has 100' in refused(
+    *flags, '--dataset', 'fashion_pairs_100'
+  )
+  assert 'the network takes images of 8x8x1' in refused(
+    *flags, '--dataset', 'fashion_mnist'
+  )
+  newer = tmp_path / 'newer'
+  newer.mkdir()
+  spec = json.loads((digits_flags[1] / 'bundle/bundle.json').read_text())
+  (newer / 'bundle.json').write_text(json.dumps({**spec, 'format_version': 99}))
+  assert 'has format 99' in refused('--format', 'onnx', '--bundle', newer)
+  code, _, err = command('--output', tmp_path, *flags)
+  assert code == 2 and 'is a folder: name a file' in err
+
+
+def test_full_disk(command, digits_flags):
+  """Neither the file nor a part of it is left."""
+  code, _, err = command(
+    '--format', 'onnx', '--output', '/dev/null/student', *digits_flags
+  )
+  assert code == 2 and err.startswith('error: cannot write /dev/null/student')
+
+
+@pytest.mark.parametrize('suffix', sessions.SUFFIXES)
+def test_damaged_files(suffix, tmp_path):
+  path = tmp_path / f'student{suffix}'
+  with pytest.raises(config_utils.UserError, match='cannot be read'):
+    sessions.load(str(path), trust_code=True)
+  path.write_bytes(b'nothing that anybody wrote')
+  (tmp_path / f'student{suffix}.json').write_text('{"metadata": {}}')
+  with pytest.raises(config_utils.UserError, match=f'student{suffix}'):
+    sessions.load(str(path), trust_code=True)
+
+
+def test_foreign_onnx():
+  """A model that is none of ours is told so."""
+  x = onnx.helper.make_tensor_value_info('x', onnx.TensorProto.FLOAT, [1])
+  y = onnx.helper.make_tensor_value_info('y', onnx.TensorProto.FLOAT, [1])
+  node = onnx.helper.make_node('Relu', ['x'], ['y'])
+  graph = onnx.helper.make_graph([node], 'g', [x], [y])
+  model = onnx.helper.make_model(
+    graph, opset_imports=[onnx.helper.make_opsetid('', 21)], ir_version=10
+  )
+  with pytest.raises(config_utils.UserError, match='no model that python -m'):
+    onnx_files.Session(model.SerializeToString(), 'it')
+
+
+def test_safetensors_are_plain(command, digits_flags, tmp_path):
+  """Any reader of the format finds the arrays, and what they are."""
+  output = tmp_path / 'student.safetensors'
+  flags = ('--format', 'safetensors', '--output', output, *digits_flags)
+  assert command(*flags)[0] == 0
+  with safetensors.safe_open(output, 'numpy') as file:
+    assert json.loads(file.metadata()['class_names'])[3] == '3'
+    assert 'params/head/kernel' in set(file.keys())
+
+
+def test_stablehlo_must_be_trusted(tmp_path):
+  path = tmp_path / 'student.stablehlo'
+  path.write_bytes(b'')
+  with pytest.raises(config_utils.UserError, match='give --trust_code'):
+    sessions.load(str(path))
