@@ -27,6 +27,7 @@ from ijckd_jax import bundle_spec
 from ijckd_jax import config_utils
 from ijckd_jax import connectors
 from ijckd_jax import converted
+from ijckd_jax import model_card
 from ijckd_jax import network as network_lib
 from ijckd_jax import programs as programs_lib
 from ijckd_jax import teachers
@@ -42,6 +43,7 @@ FILES = (
   SPEC_FILE,
   ARRAYS_FILE,
   *(f'{name}{PROGRAM_SUFFIX}' for name in bundle_spec.PROGRAMS),
+  model_card.FILE,
 )
 # Far more than the names of ImageNet-21k's classes take, or a header of arrays.
 MAX_TEXT_BYTES = 16 * 2**20
@@ -151,6 +153,7 @@ class Bundle:
     )
     spec = {**self.spec(), CHECKSUM: hashlib.sha256(arrays).hexdigest()}
     text = json.dumps(spec, indent=2) + '\n'
+    card = model_card.markdown(self, num_params(self.variables))
     try:
       directory.parent.mkdir(parents=True, exist_ok=True)
       _remove_partial(directory)
@@ -158,6 +161,7 @@ class Bundle:
       (partial / ARRAYS_FILE).write_bytes(arrays)
       for name, program in self.network.programs.items():
         (partial / f'{name}{PROGRAM_SUFFIX}').write_bytes(program.data)
+      (partial / model_card.FILE).write_text(card)
       (partial / SPEC_FILE).write_text(text)
       if directory.exists():
         # Set aside first: an interrupt loses neither the old nor the new one.

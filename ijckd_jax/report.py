@@ -18,16 +18,6 @@ from ijckd_jax import plots
 from ijckd_jax import wording
 from ijckd_jax import workdirs
 
-# Of each metric: its column's title, what it is multiplied by, its format.
-COLUMNS = {
-  'top1': ('top-1 %', 100, '.2f'),
-  'top5': ('top-5 %', 100, '.2f'),
-  'nll': ('NLL', 1, '.4f'),
-  'ece': ('ECE %', 100, '.2f'),
-  'agreement': ('agreement %', 100, '.2f'),
-  'kl': ('KL to teacher', 1, '.4f'),
-}
-
 
 def table(summary: Mapping[str, Any]) -> str:
   """Returns the run's result as a short Markdown table, its columns aligned.
@@ -45,17 +35,8 @@ def table(summary: Mapping[str, Any]) -> str:
     f'{learner}, last without EMA': student.get('last_without_ema'),
   }
   rows = {name: metrics for name, metrics in rows.items() if metrics}
-  shown = [key for key in COLUMNS if any(key in row for row in rows.values())]
-  cells = [['', *(COLUMNS[key][0] for key in shown)]]
-  for name, metrics in rows.items():
-    cells.append([name])
-    for key in shown:
-      _, factor, form = COLUMNS[key]
-      cells[-1].append(
-        f'{factor * metrics[key]:{form}}' if key in metrics else ''
-      )
   return '\n'.join(
-    [wording.grid(cells), '', *(f'- {x}' for x in _counts(summary))]
+    [wording.metrics(rows), '', *(f'- {x}' for x in _counts(summary))]
   )
 
 

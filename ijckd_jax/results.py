@@ -11,6 +11,7 @@ import jax
 
 from ijckd_jax import bundles
 from ijckd_jax import config_utils
+from ijckd_jax import experiment
 from ijckd_jax import hosts
 from ijckd_jax import measure
 from ijckd_jax import metric_writer
@@ -19,6 +20,24 @@ from ijckd_jax import report
 from ijckd_jax import train_state
 from ijckd_jax import workdirs
 
+# Of a config, what a bundle says of how its network was trained: always, and
+# where it is not as by default.
+RECIPE = (
+  'batch_size',
+  'dtype',
+  'optimizer.name',
+  'optimizer.learning_rate',
+  'optimizer.schedule',
+  'optimizer.weight_decay',
+)
+MORE = (
+  'accumulation',
+  'augment',
+  'ema_decay',
+  'optimizer',
+  'sync_batch_norm',
+  'unbiased_variance',
+)
 PACKAGES = ('ijckd_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
 
 logger = logging.getLogger('ijckd_jax')
@@ -78,16 +97,30 @@ def finish(training, workdir, state, progress, history):
   student.setdefault('best', student['last'])
   exp = training.experiment
   arrays = evaluated[chosen], frozen[chosen]
+  judged = results[chosen].teacher
+  facts = {
+    'best_step': best_step,
+    'best_by': training.ranking_split,
+    'steps': int(state.step),
+    'test_examples': len(training.splits['test']),
+  }
+  info = {'which': chosen, **_made(exp)}
+  run = {
+    'test': student,
+    'teacher': judged and judged.metrics,
+    'seed': config.seed,
+    'recipe': _recipe(config),
+    **facts,
+  }
   bundle = _bundle(
     exp,
     distiller.deployed_network,
     distiller.deployed(*arrays),
-    chosen,
-    student[chosen],
+    {**info, 'test': student[chosen], 'run': run},
   )
   connected, apart = None, distiller.apart(*arrays)
   if apart is not None:
-    connected = _bundle(exp, distiller.network, apart, chosen, None)
+    connected = _bundle(exp, distiller.network, apart, info)
 
   def write_bundles():
     bundle.save(workdir / workdirs.BUNDLE)
@@ -99,16 +132,13 @@ def finish(training, workdir, state, progress, history):
   measured = _measure(training, workdir, *arrays)
   summary = {
     'student': student,
-    'best_step': best_step,
-    'best_by': training.ranking_split,
-    'steps': int(state.step),
-    'test_examples': len(training.splits['test']),
+    **facts,
     'images_per_second': progress.images_per_second,
     'damaged_images': [
       training.splits['train'].name_of(index) for index in progress.damaged
     ],
     'bounds': measured and measured.report,
-    **_circumstances(training.experiment, bundle, results[chosen].teacher),
+    **_circumstances(training.experiment, bundle, judged),
   }
 
   def write():
@@ -163,10 +193,37 @@ def _measure(training, workdir, variables, frozen) -> measure.Measured | None:
     return None
 
 
-def _bundle(exp, network, variables, chosen, metrics) -> bundles.Bundle:
-  """Returns a network that a run leaves, alone."""
+def _made(exp) -> dict[str, Any]:
+  """Returns what a bundle says of how it was made."""
   config, judge = exp.config, exp.judge
-  backbone_name = config.student.backbone
+  return {
+    'dataset': config.dataset.to_dict(),
+    'method': config.method.to_dict(),
+    'teacher': judge and judge.name,
+    'teacher_origin': judge and judge.origin,
+    'eval_batch_size': config.eval_batch_size,
+    'ijckd_jax': importlib.metadata.version('ijckd_jax'),
+  }
+
+
+def _recipe(config) -> dict[str, Any]:
+  """Returns the fields of a config that say how a network is trained.
+
+  By their dotted names: see RECIPE and MORE.
+  """
+  plain = experiment.default_config(dataset=None, teacher='', student='')
+  plain, found = (config_utils.flatten(x.to_dict()) for x in (plain, config))
+  return {
+    name: value
+    for name, value in found.items()
+    if name in RECIPE
+    or (name.partition('.')[0] in MORE and value != plain.get(name))
+  }
+
+
+def _bundle(exp, network, variables, info) -> bundles.Bundle:
+  """Returns a network that a run leaves, alone."""
+  judge, backbone_name = exp.judge, exp.config.student.backbone
   return bundles.Bundle(
     network=network,
     variables=jax.device_get(variables),
@@ -176,15 +233,7 @@ def _bundle(exp, network, variables, chosen, metrics) -> bundles.Bundle:
     else backbone_name,
     image_shape=tuple(exp.dataset.image_shape),
     class_names=tuple(exp.dataset.class_names),
-    info={
-      'which': chosen,
-      'test': metrics,
-      'dataset': config.dataset.to_dict(),
-      'method': config.method.to_dict(),
-      'teacher': judge and judge.name,
-      'eval_batch_size': config.eval_batch_size,
-      'ijckd_jax': importlib.metadata.version('ijckd_jax'),
-    },
+    info=info,
   )
 
 

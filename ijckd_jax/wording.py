@@ -4,6 +4,32 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
+# Of each metric: its column's title, what it is multiplied by, its format.
+METRICS = {
+  'top1': ('top-1 %', 100, '.2f'),
+  'top5': ('top-5 %', 100, '.2f'),
+  'nll': ('NLL', 1, '.4f'),
+  'ece': ('ECE %', 100, '.2f'),
+  'agreement': ('agreement %', 100, '.2f'),
+  'kl': ('KL to teacher', 1, '.4f'),
+}
+
+
+def metrics(rows: Mapping[str, Mapping[str, float]]) -> str:
+  """Returns a Markdown table of METRICS, those that any row has.
+
+  Args:
+    rows: metrics by what the row is called.
+  """
+  shown = [key for key in METRICS if any(key in row for row in rows.values())]
+  cells = [['', *(METRICS[key][0] for key in shown)]]
+  for name, row in rows.items():
+    cells.append([name])
+    for key in shown:
+      _, factor, form = METRICS[key]
+      cells[-1].append(f'{factor * row[key]:{form}}' if key in row else '')
+  return grid(cells)
+
 
 def join(*sentences: str | bool) -> str:
   """Joins those sentences that there are."""

@@ -1,0 +1,106 @@
+"""Model cards: in each bundle, and of the numbers that the run found."""
+
+import dataclasses
+import json
+
+import pytest
+
+from ijckd_jax import bundles
+from ijckd_jax import model_card
+
+
+@pytest.fixture
+def card(finished_run):
+  return (finished_run[0] / 'bundle' / model_card.FILE).read_text()
+
+
+def row_of(card, name):
+  """Returns the cell beside a name in the card's first table."""
+  (found,) = (x for x in card.splitlines() if x.startswith(f'| {name} |'))
+  return found.split(' | ', 1)[1].removesuffix(' |')
+
+
+def test_of_a_run(card, finished_run):
+  workdir, result = finished_run
+  summary, config = result.summary, result.summary['config']
+  assert '# resnet8, distilled from resnet8 by ijckd on digits\n' in card
+  assert row_of(card, 'classes') == '10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9'
+  assert row_of(card, 'images').startswith('8x8, grey, uint8')
+  for part, count in summary['parameters']['student'].items():
+    assert f'{part} {count:,}' in row_of(card, 'parameters')
+  assert 'connector=bottleneck' in row_of(card, 'method')
+  top1 = summary['teacher']['top1']
+  assert (
+    row_of(card, 'teacher') == f'resnet8, top-1 {top1:.2%} on the same images'
+  )
+  recipe = row_of(card, 'recipe')
+  assert recipe.startswith(f'{summary["steps"]:,} steps; ')
+  rate = config['optimizer']['learning_rate']
+  for said in (f'optimizer.learning_rate={rate}', 'batch_size=48'):
+    assert said in recipe
+  assert 'augment' not in recipe  # As by default.
+  for which in ('last', 'best'):
+    step = summary['steps' if which == 'last' else 'best_step']
+    metrics = summary['student'][which]
+    (line,) = (
+      x for x in card.splitlines() if x.startswith(f'| {which} step ({step})')
+    )
+    assert f' {100 * metrics["top1"]:.2f} ' in line
+    assert f' {metrics["nll"]:.4f} ' in line
+  assert f'On {summary["test_examples"]:,} test images' in card
+  assert "'Best' was chosen on the test images, so it flatters." in card
+  assert 'The last step is the one in this bundle.' in card
+  assert str(workdir) not in card and 'data_dir' not in card
+
+
+def test_zero_weights_are_said(finished_run):
+  """A loss that was left out is no default that need not be mentioned."""
+  bundle = bundles.load(finished_run[0])
+  method = {**bundle.info['method'], 'feature_weight': 0.0}
+  changed = dataclasses.replace(bundle, info={**bundle.info, 'method': method})
+  card = model_card.markdown(changed, {'backbone': 1})
+  assert 'feature_weight=0.0' in row_of(card, 'method')
+
+
+def test_imported_weights_have_their_licence(finished_run, tmp_path):
+  bundle = bundles.load(finished_run[0])
+  origin = {'hub': 'owner/name', 'revision': 40 * '0', 'licence': 'apache-2.0'}
+  imported = dataclasses.replace(bundle, info={'origin': origin})
+  imported.save(tmp_path / 'bundle')
+  card = (tmp_path / 'bundle' / model_card.FILE).read_text()
+  assert '\nlicense: "apache-2.0"\n' in card.split('---')[1]
+  assert '# resnet8, imported from owner/name\n' in card
+  found = row_of(card, 'weights from')
+  assert 'owner/name' in found and found.endswith('licence: apache-2.0')
+  assert '## Accuracy' not in card
+  assert 'its accuracy was not measured here' in card
+  unknown = dataclasses.replace(bundle, info={'origin': {'file': 'a.pth'}})
+  card = model_card.markdown(unknown, {'backbone': 1})
+  assert row_of(card, 'weights from') == 'file=a.pth; licence: not stated'
+  assert 'license' not in card
+
+
+def test_taught_by_imported_weights(finished_run):
+  bundle = bundles.load(finished_run[0])
+  origin = {'file': 'a.pth', 'licence': 'bsd-3-clause'}
+  info = {**bundle.info, 'teacher_origin': origin}
+  card = model_card.markdown(
+    dataclasses.replace(bundle, info=info), {'backbone': 1}
+  )
+  found = row_of(card, "the teacher's weights from")
+  assert found == 'file=a.pth; licence: bsd-3-clause'
+
+
+def test_whatever_a_stranger_says(finished_run):
+  """It is written all the same, and breaks no table."""
+  bundle = bundles.load(finished_run[0])
+  for info in (
+    {'run': 3, 'method': [], 'teacher_origin': 'x'},
+    {'run': {'test': {'last': []}}, 'dataset': {'name': 'a | b\n# c'}},
+    {'method': {'name': 'a\n| b'}, 'dataset': {}},
+  ):
+    changed = dataclasses.replace(bundle, info=json.loads(json.dumps(info)))
+    card = model_card.markdown(changed, {'backbone': 1})
+    table = card.split('\n\n')[2].splitlines()
+    assert all(x.startswith('| ') and x.endswith(' |') for x in table[1:])
+    assert card.count('\n# ') == 1
