@@ -17,6 +17,7 @@ MAX_NAMED = 20  # More names do not fit beside a matrix.
 MAX_CELLS = 250  # More cells in a row would fade between pixels.
 MAX_CONFUSIONS = 10
 MAX_IMAGES = 24
+IMAGES = 'images'  # The stem of the picture that is made of them.
 WIDTH = 8.0  # Inches: at 150 dpi a little more than a page of Markdown shows.
 COLOR_TICKS = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
@@ -363,7 +364,7 @@ def _images(summary, evaluation, arrays, class_names) -> tuple:
     text += f', and the teacher is right on {np.sum(wrong):,} of these'
   rows = np.flatnonzero(wrong)
   if not len(rows):
-    return (title, 'images', None, f'{text}: nothing to show.')
+    return (title, IMAGES, None, f'{text}: nothing to show.')
   if len(rows) > MAX_IMAGES:
     text += f'; {MAX_IMAGES} are shown, evenly spread over the split'
     spread = np.linspace(0, len(rows) - 1, MAX_IMAGES)
@@ -377,7 +378,7 @@ def _images(summary, evaluation, arrays, class_names) -> tuple:
     '. Look whether you would have known, and what they have in common. Above '
     'each: true class → predicted class.'
   )
-  return (title, 'images', figure, text)
+  return (title, IMAGES, figure, text)
 
 
 def _draw_images(images, labels, predictions):

@@ -15,6 +15,7 @@ from ijckd_jax import bound_plots
 from ijckd_jax import config_utils
 from ijckd_jax import methods
 from ijckd_jax import plots
+from ijckd_jax import web_page
 from ijckd_jax import wording
 from ijckd_jax import workdirs
 
@@ -56,6 +57,12 @@ def _counts(summary):
   if len(totals) == 2:
     share = totals['student'] / totals['teacher']
     yield f"the student's share of the teacher's parameters: {share:.1%}"
+  # Runs of before have none.
+  counts = summary.get('multiply_adds') or {}
+  counts = {who: count for who, count in counts.items() if count}
+  if counts:
+    said = ', '.join(f'{who} {x / 1e6:,.1f} M' for who, x in counts.items())
+    yield f'multiply-adds for an image: {said}'
   speed = summary['images_per_second']
   speed = 'not measured' if speed is None else f'{speed:,.0f} images per second'
   yield f'training: {speed}'
@@ -71,7 +78,7 @@ def write(
   class_names: Sequence[str],
   measured=None,
 ) -> None:
-  """Writes `report.md`, and before it the plots that it shows.
+  """Writes `report.md`, the plots that it shows, and `report.html`.
 
   Args:
     workdir: the run's folder.
@@ -100,7 +107,9 @@ def write(
     )
   parts += _write_sections(folder, sections)
   parts.append(_circumstances(workdir, summary))
-  workdirs.write_text(workdir / workdirs.REPORT, '\n\n'.join(parts) + '\n')
+  fields = config_utils.flatten(summary['config']).items()
+  config = '\n'.join(f'{name} = {value!r}' for name, value in fields)
+  _write_pages(workdir, parts, sections, {'The whole config': config})
 
 
 def write_bounds(
@@ -109,7 +118,7 @@ def write_bounds(
   measured,
   class_names: Sequence[str],
 ) -> None:
-  """Writes `bounds.json`, and `report.md` of it with its plots.
+  """Writes `bounds.json`, and `report.md` of it with plots, and as HTML.
 
   Args:
     folder: is there.
@@ -123,7 +132,7 @@ def write_bounds(
   plots_folder.mkdir(exist_ok=True)
   parts = _write_sections(plots_folder, sections)
   workdirs.write_text(folder / 'bounds.json', json.dumps(found, indent=2))
-  workdirs.write_text(folder / workdirs.REPORT, '\n\n'.join(parts) + '\n')
+  _write_pages(folder, parts, sections, {})
 
 
 def _write_sections(folder: epath.Path, sections) -> list[str]:
@@ -142,6 +151,38 @@ def _write_sections(folder: epath.Path, sections) -> list[str]:
       parts.append(f'![{title}]({folder.name}/{stem}.png)')
     parts.append(text)
   return parts
+
+
+def _write_pages(folder: epath.Path, parts, sections, details) -> None:
+  """Writes a page as `report.md`, and whole as `report.html`.
+
+  Args:
+    folder: holds the pictures' folder.
+    parts: of the page, in Markdown.
+    sections: plots.Section each, whose pictures it shows.
+    details: plain texts at its end, folded away, by title.
+  """
+  text = '\n\n'.join(parts)
+  folded = [
+    f'<details><summary>{title}</summary>\n\n```text\n{words}\n```\n\n'
+    '</details>'
+    for title, words in details.items()
+  ]
+  page = web_page.page(
+    # A page of its own links to pages of their own.
+    text.replace(f'/{workdirs.REPORT})', f'/{workdirs.WEB_REPORT})'),
+    {
+      f'{workdirs.PLOTS}/{stem}.png': pictures['png']
+      for _, stem, pictures, _ in sections
+      if pictures
+    },
+    frozenset({f'{workdirs.PLOTS}/{plots.IMAGES}.png'}),
+    details,
+  )
+  workdirs.write_text(folder / workdirs.WEB_REPORT, page)
+  workdirs.write_text(
+    folder / workdirs.REPORT, '\n\n'.join([text, *folded]) + '\n'
+  )
 
 
 def _headline(summary, evaluation):
@@ -184,7 +225,7 @@ def _headline(summary, evaluation):
 
 
 def _circumstances(workdir, summary):
-  """Returns seed, devices, versions and config."""
+  """Returns seed, devices and versions."""
   devices = collections.Counter(summary['devices']).items()
   versions = summary['versions'].items()
   lines = [
@@ -203,7 +244,4 @@ def _circumstances(workdir, summary):
   given = summary['config']['teacher']['checkpoint']
   if summary['teacher'] and not given and (workdir / page).exists():
     lines.append(f"- [the teacher's own report]({page})")
-  lines += ['', '<details><summary>The whole config</summary>', '', '```text']
-  fields = config_utils.flatten(summary['config']).items()
-  lines += [f'{name} = {value!r}' for name, value in fields]
-  return '\n'.join([*lines, '```', '', '</details>'])
+  return '\n'.join(lines)

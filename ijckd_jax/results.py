@@ -8,9 +8,11 @@ import platform
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ijckd_jax import bundles
 from ijckd_jax import config_utils
+from ijckd_jax import cost
 from ijckd_jax import experiment
 from ijckd_jax import hosts
 from ijckd_jax import measure
@@ -249,10 +251,28 @@ def _circumstances(exp, bundle, judged) -> dict[str, Any]:
       'student': bundles.num_params(bundle.variables),
       'teacher': judge and judge.num_params,
     },
+    'multiply_adds': _multiply_adds(bundle, judge),
     'seed': exp.config.seed,
     'config': exp.config.to_dict(),
     'versions': versions(),
     'devices': [device.device_kind for device in jax.devices()],
+  }
+
+
+def _multiply_adds(bundle, judge) -> dict[str, int | None]:
+  """Returns those of one image; None where they are not known."""
+  network = bundle.network
+  image = jax.ShapeDtypeStruct((1, *bundle.image_shape), jnp.uint8)
+  return {
+    'student': cost.multiply_adds(
+      lambda variables, x: network(variables, network.preprocessing(x)).logits,
+      bundle.variables,
+      image,
+    ),
+    'teacher': judge
+    and cost.multiply_adds(
+      lambda frozen, x: judge(frozen, x).logits, judge.frozen, image
+    ),
   }
 
 

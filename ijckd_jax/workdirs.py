@@ -23,6 +23,7 @@ METRICS = 'metrics.jsonl'
 TENSORBOARD = 'tensorboard'
 SUMMARY = 'summary.json'
 REPORT = 'report.md'
+WEB_REPORT = 'report.html'  # The same, as one file.
 PLOTS = 'plots'
 BUNDLE = 'bundle'
 CONNECTED = 'connected'  # A student with its own head, by the teacher's.
@@ -35,6 +36,7 @@ CONTENTS = (
   TENSORBOARD,
   SUMMARY,
   REPORT,
+  WEB_REPORT,
   PLOTS,
   BUNDLE,
   CONNECTED,

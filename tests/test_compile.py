@@ -11,9 +11,9 @@ import pytest
 
 from ijckd_jax import compile as compile_lib
 from ijckd_jax import config_utils
+from ijckd_jax import cost
 from ijckd_jax import parallel
 from ijckd_jax import roofline
-from ijckd_jax.models import __main__ as models_command
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = str(ROOT / 'configs' / 'digits.py')
@@ -266,7 +266,7 @@ def test_its_arithmetic_is_that_of_forward_and_backward(exp):
   state, frozen, batch, _ = compile_lib.step_arguments(exp)
   variables = {'params': state.params, 'batch_stats': state.batch_stats}
   counts = [
-    models_command.multiply_adds(jax.make_jaxpr(net)(*arguments).jaxpr)
+    cost.multiply_adds(net, *arguments)
     for net, arguments in (
       (exp.distiller.student, (variables, frozen, batch['image'])),
       (exp.distiller.teacher, (frozen, batch['image'])),

@@ -109,6 +109,8 @@ LAYERS = {
     'roofline',
     'wording',
     'bound_wording',
+    'cost',
+    'web_page',
   ),
 }
 # The package itself loads its parts when they are asked for.

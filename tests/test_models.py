@@ -12,8 +12,10 @@ import pytest
 
 from ijckd_jax import augment
 from ijckd_jax import config_utils
+from ijckd_jax import cost
 from ijckd_jax import models
 from ijckd_jax import network
+from ijckd_jax import programs
 from ijckd_jax.models import __main__ as zoo
 from ijckd_jax.models import backbone as backbone_lib
 from ijckd_jax.models import layers
@@ -815,11 +817,28 @@ def test_multiply_adds_by_hand():
     )
     return x.reshape(3, -1) @ matrix
 
-  program = jax.make_jaxpr(inner)(
-    jnp.ones((3, 5, 5, 4)), jnp.ones((3, 3, 2, 6)), jnp.ones((24, 7))
+  found = cost.multiply_adds(
+    inner, jnp.ones((3, 5, 5, 4)), jnp.ones((3, 3, 2, 6)), jnp.ones((24, 7))
   )
   convolution = 3 * (2 * 2 * 6) * (3 * 3 * 2)
-  assert zoo.multiply_adds(program.jaxpr) == convolution + 3 * 24 * 7
+  assert found == convolution + 3 * 24 * 7
+
+
+def test_multiply_adds_of_loops_and_programs():
+  """A scan's are counted for each turn; of a program nobody can tell."""
+  square = jnp.ones((2, 2))
+
+  def turns(x):
+    return jax.lax.scan(lambda x, _: (x @ square, None), x, length=5)[0]
+
+  assert cost.multiply_adds(turns, square) == 5 * 8
+  program = programs.trace(lambda _, x: x @ square, {}, (2,))
+  assert cost.multiply_adds(lambda x: program({}, x), square) is None
+
+  def until(x):
+    return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ square, x)
+
+  assert cost.multiply_adds(until, square) is None
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])

@@ -111,6 +111,7 @@ def write(folder, **case):
     assert pixels.std() > 5  # Blank pages have none.
   assert {path.name for path in folder.iterdir()} <= {
     'plots',
+    'report.html',
     'report.md',
     'teacher',
   }
@@ -369,6 +370,8 @@ def test_links_to_the_report_of_a_teacher_that_was_trained(tmp_path):
   (tmp_path / 'teacher').mkdir()
   (tmp_path / 'teacher' / 'report.md').write_text('its report')
   assert '(teacher/report.md)' in write(tmp_path, **make_case())
+  page = (tmp_path / 'report.html').read_text()
+  assert 'href="teacher/report.html"' in page
 
 
 def test_settings_of_matplotlib_are_left_alone(tmp_path):

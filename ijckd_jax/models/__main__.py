@@ -4,7 +4,6 @@ python -m ijckd_jax.models
 """
 
 import argparse
-import math
 
 from ijckd_jax import config_utils
 
@@ -14,29 +13,6 @@ TITLES = (
   *('backbone', 'images', 'classes', 'parameters', 'multiply-adds (M)'),
   *('last stage', 'map', 'features', 'pool', 'sign'),
 )
-
-
-def multiply_adds(jaxpr) -> int:
-  """Returns what a program multiplies in convolutions and matrix products.
-
-  Args:
-    jaxpr: jax.extend.core.Jaxpr; what is inside of it counts as well.
-  """
-  total = 0
-  for equation in jaxpr.eqns:
-    size = math.prod(equation.outvars[0].aval.shape)
-    shapes = [variable.aval.shape for variable in equation.invars]
-    if equation.primitive.name == 'conv_general_dilated':
-      features = equation.params['dimension_numbers'].rhs_spec[0]
-      total += size * math.prod(shapes[1]) // shapes[1][features]
-    elif equation.primitive.name == 'dot_general':
-      (contracted, _), _ = equation.params['dimension_numbers']
-      total += size * math.prod(shapes[0][axis] for axis in contracted)
-    for value in equation.params.values():
-      inner = getattr(value, 'jaxpr', value)
-      if hasattr(inner, 'eqns'):
-        total += multiply_adds(inner)
-  return total
 
 
 def _pool(backbone, variables) -> str:
@@ -52,6 +28,7 @@ def row(name: str) -> list[str]:
   import jax
   import jax.numpy as jnp
 
+  from ijckd_jax import cost
   from ijckd_jax import models
   from ijckd_jax import teachers
 
@@ -66,9 +43,8 @@ def row(name: str) -> list[str]:
     width = features.pooled.shape[-1]
     return features, variables, backbone.init_head(key, width, num_classes)
 
-  program, made = jax.make_jaxpr(init, return_shape=True)(images)
-  features, variables, head = made
-  cost = multiply_adds(program.jaxpr) + head['kernel'].size
+  features, variables, head = jax.eval_shape(init, images)
+  total = cost.multiply_adds(init, images) + head['kernel'].size
 
   def side(x):
     return f'{x.shape[1]}x{x.shape[2]}x{x.shape[3]}'
@@ -78,7 +54,7 @@ def row(name: str) -> list[str]:
     f'{size}x{size}',
     str(num_classes),
     f'{teachers.count(variables["params"]) + teachers.count(head):,}',
-    f'{cost / 1e6:,.1f}',
+    f'{total / 1e6:,.1f}',
     side(features.stages[-1]),
     side(features.final),
     str(features.pooled.shape[-1]),
