@@ -47,10 +47,15 @@ def enable(folder: str, *, max_bytes: int = MAX_BYTES) -> None:
   )
 
 
-def default_folder() -> pathlib.Path:
-  """Returns the folder in the user's cache directory."""
+def user_folder() -> pathlib.Path:
+  """Returns this package's folder in the user's cache directory."""
   home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-  return pathlib.Path(home).expanduser() / 'ijckd_jax' / 'compiled'
+  return pathlib.Path(home).expanduser() / 'ijckd_jax'
+
+
+def default_folder() -> pathlib.Path:
+  """Returns where programs are kept in the user's cache directory."""
+  return user_folder() / 'compiled'
 
 
 def _prune(folder: pathlib.Path, max_bytes: int) -> None:

@@ -12,12 +12,18 @@ import argparse
 from collections.abc import Callable
 import hashlib
 import json
+import os
 import pathlib
 from typing import Any
 
 from ijckd_jax import config_utils
 from ijckd_jax import evaluate
 
+# What the folder of a page holds.
+PAGE = frozenset(
+  'index.html page.js pixels.js models.json export.json student.onnx '
+  'teacher.onnx onnxruntime'.split()
+)
 WEIGHTS = ('float32', 'float16', 'int8')
 
 
@@ -32,18 +38,52 @@ def main(argv: list[str]) -> None:
   from ijckd_jax import bundles
   from ijckd_jax import compilation_cache
   from ijckd_jax.deploy import checks
-  from ijckd_jax.deploy import deployed as deployed_lib
 
-  if flags.format == 'onnx':
+  if flags.format in ('onnx', 'web'):
     from ijckd_jax.deploy import onnx_files
 
     onnx_files.require()
+  if flags.format == 'web':
+    from ijckd_jax.deploy import web
+
+    runtime = web.runtime()
   compilation_cache.enable(compilation_cache.DEFAULT)
-  bundle = bundles.load(
-    flags.bundle, dtype=jnp.float32, trust_code=flags.trust_code
-  )
-  dataset = evaluate.dataset_of(bundle, flags)
-  _check_fits(bundle, dataset)
+  roles = {'student': flags.bundle}
+  if flags.teacher:
+    roles['teacher'] = flags.teacher
+  loaded = {
+    role: bundles.load(path, dtype=jnp.float32, trust_code=flags.trust_code)
+    for role, path in roles.items()
+  }
+  dataset = evaluate.dataset_of(loaded['student'], flags)
+  for role, bundle in loaded.items():
+    _check_fits('bundle' if role == 'student' else role, bundle, dataset)
+  made = {
+    role: _export(bundle, dataset, flags) for role, bundle in loaded.items()
+  }
+  if flags.format == 'web':
+    models = [
+      web.Model(role, data, about['metadata'])
+      for role, (data, about) in made.items()
+    ]
+    abouts = {role: about for role, (_, about) in made.items()}
+    _save(output, lambda: web.write(output, models, runtime, abouts))
+    print(f'python -m http.server --directory {output}    shows it')
+  else:
+    ((data, about),) = made.values()
+    _save(output, lambda: _write(output, data, about))
+  for role, (_, about) in made.items():
+    where = f'{output}/{role}.onnx' if flags.format == 'web' else output
+    said = about['metadata']['description']
+    print(f'{where}: {said}, {about["bytes"]:,} bytes')
+    print(checks.describe(about['check']))
+
+
+def _export(bundle, dataset, flags) -> tuple[bytes, dict[str, Any]]:
+  """Returns a file's content that was checked, and what is known of it."""
+  from ijckd_jax.deploy import checks
+  from ijckd_jax.deploy import deployed as deployed_lib
+
   deployed = deployed_lib.deploy(bundle, takes=flags.input)
   data, open_session = ENCODERS[flags.format](bundle, deployed, dataset, flags)
   result = checks.compare(
@@ -52,7 +92,7 @@ def main(argv: list[str]) -> None:
     checks.images(dataset, flags.split, flags.check_images),
   )
   checks.judge(result, flags.weights, flags.max_drop)
-  about = {
+  return data, {
     'format': flags.format,
     'weights': flags.weights,
     'bytes': len(data),
@@ -60,9 +100,6 @@ def main(argv: list[str]) -> None:
     'check': {'split': flags.split, **result},
     'metadata': dict(deployed.metadata),
   }
-  _write(output, data, about)
-  print(f'{output}: {deployed.metadata["description"]}, {len(data):,} bytes')
-  print(checks.describe(result))
 
 
 def _onnx(bundle, deployed, dataset, flags):
@@ -109,6 +146,7 @@ ENCODERS: dict[str, Callable[..., tuple[bytes, Callable[[bytes], Any]]]] = {
   'onnx': _onnx,
   'stablehlo': _stablehlo,
   'safetensors': _safetensors,
+  'web': _onnx,
 }
 
 
@@ -120,7 +158,12 @@ def _parser() -> argparse.ArgumentParser:
   )
   evaluate.add_data_flags(parser)
   parser.add_argument('--format', required=True, choices=ENCODERS)
-  parser.add_argument('--output', required=True, help='the file to write')
+  parser.add_argument(
+    '--output', required=True, help='the file to write; for web, the folder'
+  )
+  parser.add_argument(
+    '--teacher', help='bundle or run that the page of web shows beside it'
+  )
   parser.add_argument(
     '--input',
     default='uint8',
@@ -163,29 +206,52 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check_flags(flags, output: pathlib.Path) -> None:
   """Raises where the flags do not go together, or something is in the way."""
-  if flags.weights == 'int8' and flags.format != 'onnx':
+  if flags.weights == 'int8' and flags.format not in ('onnx', 'web'):
     raise config_utils.UserError(
-      f'--weights int8 is for --format onnx, not for {flags.format}'
+      f'--weights int8 is for --format onnx or web, not for {flags.format}'
+    )
+  if flags.teacher and flags.format != 'web':
+    raise config_utils.UserError(
+      '--teacher is for --format web; elsewhere, export it as --bundle'
     )
   for name in ('check_images', 'calibration_images'):
     config_utils.check_positive(f'--{name}', getattr(flags, name))
+  if flags.format == 'web':
+    _check_folder(output, flags.overwrite)
+    return
   if output.is_dir():
     raise config_utils.UserError(f'--output {output} is a folder: name a file')
   for path in (output, _beside(output)):
-    if path.exists() and not flags.overwrite:
+    _check_free(path, flags.overwrite)
+
+
+def _check_free(path: pathlib.Path, overwrite: bool) -> None:
+  if path.exists() and not overwrite:
+    raise config_utils.UserError(
+      f'{path} is already there: give --overwrite to replace it'
+    )
+
+
+def _check_folder(folder: pathlib.Path, overwrite: bool) -> None:
+  """Raises unless a page can be written there, and nothing else is lost."""
+  if folder.exists():
+    there = set(os.listdir(folder)) if folder.is_dir() else set()
+    if 'models.json' not in there or there - PAGE:
       raise config_utils.UserError(
-        f'{path} is already there: give --overwrite to replace it'
+        f'{folder} is there, and is no page of this command alone: give '
+        'another --output'
       )
+  _check_free(folder, overwrite)
 
 
-def _check_fits(bundle, dataset) -> None:
+def _check_fits(what: str, bundle, dataset) -> None:
   """Raises where a data set's images are not what the file will take."""
-  evaluate.check_fits('bundle', bundle, dataset)
+  evaluate.check_fits(what, bundle, dataset)
   wanted, found = tuple(bundle.image_shape), tuple(dataset.image_shape)
   if wanted != found:
     wanted, found = ('x'.join(map(str, x)) for x in (wanted, found))
     raise config_utils.UserError(
-      f'the network takes images of {wanted}, but the data set has {found}: '
+      f'the {what} takes images of {wanted}, but the data set has {found}: '
       'give --dataset or --dataset_fields of images like those'
     )
 
@@ -195,17 +261,18 @@ def _beside(output: pathlib.Path) -> pathlib.Path:
 
 
 def _write(output: pathlib.Path, data: bytes, about) -> None:
-  """Writes a file, and what is known of it beside it.
-
-  Raises:
-    config_utils.UserError: the disk cannot be written.
-  """
+  """Writes a file, and what is known of it beside it."""
   from ijckd_jax import workdirs
 
+  output.parent.mkdir(parents=True, exist_ok=True)
+  workdirs.write_text(_beside(output), json.dumps(about, indent=2) + '\n')
+  workdirs.write_bytes(output, data)
+
+
+def _save(output: pathlib.Path, save: Callable[[], None]) -> None:
+  """Calls `save`; a disk that cannot be written is the user's to mend."""
   try:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    workdirs.write_text(_beside(output), json.dumps(about, indent=2) + '\n')
-    workdirs.write_bytes(output, data)
+    save()
   except OSError as error:
     raise config_utils.UserError(f'cannot write {output}: {error}') from error
 

@@ -49,7 +49,10 @@ def main(argv: list[str]) -> None:
   names = sessions.class_names(session, flags.bundle)
   found = []
   for chosen, images in pictures.batches(
-    paths, session.image_shape, sessions.resize(session), flags.batch_size
+    paths,
+    session.image_shape,
+    sessions.resize_of(session.metadata),
+    flags.batch_size,
   ):
     _, probabilities = session(checks.as_taken(images, session.takes))
     if probabilities.shape[1] != len(names):

@@ -172,6 +172,7 @@ def metadata(bundle: bundles.Bundle, takes: str) -> dict[str, str]:
       f'images (B, {height}, {width}, {channels}) {takes}, pixels '
       f'{PIXELS[takes]}'
     ),
+    'takes': takes,
     'image_shape': list(bundle.image_shape),
     'class_names': [str(name) for name in bundle.class_names],
     'preprocessing': dataclasses.asdict(bundle.network.preprocessing),

@@ -50,7 +50,6 @@ def encode(
     **deployed.metadata,
     NETWORK: json.dumps(bundle.spec()),
     UNREAD: json.dumps(unread),
-    'takes': deployed.takes,
   }
   return safetensors.numpy.save(
     {name: np.ascontiguousarray(x) for name, x in arrays.items()}, metadata

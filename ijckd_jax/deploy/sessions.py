@@ -1,5 +1,6 @@
 """Classifiers by path: bundles, and the files that were made of them."""
 
+from collections.abc import Mapping
 import json
 import pathlib
 from typing import Any
@@ -99,10 +100,14 @@ def class_names(session: Any, what: str) -> list[str]:
     ) from error
 
 
-def resize(session: Any) -> int | None:
-  """Returns to how many pixels its images were resized before the centre."""
+def resize_of(metadata: Mapping[str, str]) -> int | None:
+  """Returns to how many pixels images were resized before the centre was cut.
+
+  Args:
+    metadata: of a classifier.
+  """
   try:
-    found = json.loads(session.metadata['info'])['dataset']['resize']
+    found = json.loads(metadata['info'])['dataset']['resize']
   except (KeyError, ValueError, TypeError):
     return None
   return found if isinstance(found, int) and found > 0 else None
