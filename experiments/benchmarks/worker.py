@@ -6,6 +6,7 @@ them, and answers with the seconds.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 import os
 import pathlib
 import signal
@@ -21,13 +22,28 @@ def serve(step: Callable[[], None], wait: Callable[[], None]) -> None:
     step: makes one, perhaps without waiting for it.
     wait: returns when all are made.
   """
-  for _ in range(2):  # The first compiles.
-    step()
+  serve_kinds({'': step}, wait)
+
+
+def serve_kinds(
+  steps: Mapping[str, Callable[[], None]], wait: Callable[[], None]
+) -> None:
+  """Makes steps of several kinds, of which each line names one.
+
+  Args:
+    steps: as `serve` takes one, by kind, which is a word.
+    wait: see `serve`.
+  """
+  for step in steps.values():
+    for _ in range(2):  # The first compiles.
+      step()
   wait()
   print('ready', flush=True)
   for line in sys.stdin:
+    count, _, kind = line.strip().partition(' ')
+    step = steps[kind]
     start = time.perf_counter()
-    for _ in range(int(line)):
+    for _ in range(int(count)):
       step()
     wait()
     print(time.perf_counter() - start, flush=True)
@@ -64,9 +80,9 @@ class Worker:
     """Returns when it has compiled."""
     self._answer('ready')
 
-  def seconds(self, num_steps: int) -> float:
-    """Returns how long so many steps take."""
-    self._process.stdin.write(f'{num_steps}\n')
+  def seconds(self, num_steps: int, kind: str = '') -> float:
+    """Returns how long so many steps take, of a kind if there are several."""
+    self._process.stdin.write(f'{num_steps} {kind}\n')
     self._process.stdin.flush()
     return float(self._answer())
 
