@@ -7,6 +7,7 @@ import contextlib
 import functools
 import http.server
 import json
+import pathlib
 import shutil
 import sys
 import threading
@@ -89,18 +90,29 @@ def run(monkeypatch, capsys, *argv):
   return stopped.value.code, capsys.readouterr()
 
 
-@pytest.fixture
-def exported(finished_run, data_dir, tmp_path, monkeypatch, capsys):
-  """Returns a function that exports the run's student and teacher."""
+@pytest.fixture(scope='module')
+def pages(finished_run, data_dir, tmp_path_factory):
+  """Returns a function that exports the run's pair once for each input."""
+  made = {}
 
-  def make(*flags):
-    folder = tmp_path / 'page'
-    argv = ('--bundle', finished_run[0], '--data_dir', data_dir)
-    argv += ('--teacher', finished_run[0] / 'teacher')
-    argv += ('--format', 'web', '--output', folder)
-    code, printed = run(monkeypatch, capsys, *argv, *flags)
-    assert code == 0, printed.err
-    return folder
+  def make(form):
+    if form not in made:
+      made[form] = tmp_path_factory.mktemp('pages') / 'page'
+      argv = ['--bundle', finished_run[0], '--data_dir', data_dir]
+      argv += ['--teacher', finished_run[0] / 'teacher', '--input', form]
+      argv += ['--format', 'web', '--output', made[form]]
+      export.main([str(x) for x in argv])
+    return made[form]
+
+  return make
+
+
+@pytest.fixture
+def exported(pages, tmp_path):
+  """Returns a function that gives such a page, to do with as one likes."""
+
+  def make(form='uint8'):
+    return pathlib.Path(shutil.copytree(pages(form), tmp_path / 'page'))
 
   return make
 
@@ -130,7 +142,7 @@ def shown(page, role):
 @pytest.mark.parametrize('form', ('uint8', 'float32'))
 def test_predictions_are_those_of_jax(exported, finished_run, data_dir, form):
   """Of a hundred test images, by student and teacher."""
-  folder = exported('--input', form)
+  folder = exported(form)
   images = digits.Dataset(data_dir=data_dir).load('test').images[:COUNT]
   paths = [folder.parent / f'{i}.png' for i in range(COUNT)]
   for path, image in zip(paths, images, strict=True):
