@@ -4,7 +4,6 @@ import dataclasses
 import json
 import sys
 
-from flax import traverse_util
 import flax.linen as nn
 import jax
 from jax import export as jax_export
@@ -14,7 +13,7 @@ import onnxruntime
 import pytest
 import safetensors
 
-from ijckd_jax import augment
+from experiments.benchmarks import classifiers
 from ijckd_jax import bundles
 from ijckd_jax import config_utils
 from ijckd_jax import datasets
@@ -33,6 +32,7 @@ from ijckd_jax.deploy import stablehlo_files
 from ijckd_jax.models import backbone as backbone_lib
 
 SIDE = 32
+FILES = ('onnx', 'stablehlo', 'safetensors')  # For 'web', see test_web.
 
 
 @pytest.fixture
@@ -83,37 +83,9 @@ def logits_of(bundle, images):
   return np.asarray(apply(bundle.variables, images))
 
 
-def random_bundle(name, side=SIDE, num_classes=7):
+def random_bundle(name, side=SIDE):
   """Returns a bundle of a backbone with random weights and statistics."""
-  backbone = models.build(name)
-  network = network_lib.Network(
-    backbone,
-    augment.Preprocessing((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), (side, side)),
-    None,
-    None,
-    network_lib.pool_of(backbone),
-  )
-  shapes = jax.eval_shape(
-    lambda: network.init(jax.random.key(0), (side, side, 3), num_classes)
-  )
-  random, made = np.random.RandomState(0), {}
-  for path, shape in traverse_util.flatten_dict(shapes).items():
-    if path[-1] in ('var', 'scale'):
-      value = random.uniform(0.5, 1.5, shape.shape)
-    else:
-      width = np.prod(shape.shape[:-1]) if len(shape.shape) > 1 else 100
-      value = random.normal(size=shape.shape) * np.sqrt(2 / width)
-    made[path] = value.astype(np.float32)
-  variables = traverse_util.unflatten_dict(made)
-  return bundles.Bundle(
-    network,
-    {'batch_stats': {'backbone': {}}, **variables, 'pool': {}},
-    name,
-    name,
-    (side, side, 3),
-    tuple(f'class {i}' for i in range(num_classes)),
-    {},
-  )
+  return classifiers.alone(name, (side, side, 3), num_classes=7)
 
 
 def random_images(shape, count=5):
@@ -122,14 +94,14 @@ def random_images(shape, count=5):
 
 
 @pytest.mark.parametrize('weights', ('float32', 'float16', 'int8'))
-@pytest.mark.parametrize('form', export.ENCODERS)
+@pytest.mark.parametrize('form', FILES)
 def test_command(
   form, weights, command, refused, digits_flags, test_images, tmp_path
 ):
   """The file alone does what the bundle does, and says what it is."""
   flags = ('--format', form, '--weights', weights, *digits_flags)
   if weights == 'int8' and form != 'onnx':
-    assert '--weights int8 is for --format onnx' in refused(*flags)
+    assert '--weights int8 is for --format onnx or web' in refused(*flags)
     return
   # A dozen steps leave a student that tells little apart.
   flags = (*flags, '--max_drop', 0.3, '--check_images', 200)
@@ -328,7 +300,7 @@ def test_onnx_of_every_backbone(name):
   )
 
 
-@pytest.mark.parametrize('form', export.ENCODERS)
+@pytest.mark.parametrize('form', FILES)
 def test_pixels_from_0_to_1(form, command, digits_flags, test_images, tmp_path):
   output = tmp_path / f'student.{form}'
   flags = ('--format', form, '--input', 'float32', *digits_flags)
@@ -448,10 +420,13 @@ def test_mistakes(refused, command, digits_flags, tmp_path):
   )
   assert 'invalid choice' in refused('--format', 'tflite', *digits_flags)
   assert '--check_images' in refused(*flags, '--check_images', 0)
+  assert '--teacher is for --format web' in refused(
+    *flags, '--teacher', digits_flags[1] / 'teacher'
+  )
   assert '10 classes apart, but the data set has 100' in refused(
     *flags, '--dataset', 'fashion_pairs_100'
   )
-  assert 'the network takes images of 8x8x1' in refused(
+  assert 'the bundle takes images of 8x8x1' in refused(
     *flags, '--dataset', 'fashion_mnist'
   )
   newer = tmp_path / 'newer'

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.benchmarks import classifiers
 from ijckd_jax import connectors
 from ijckd_jax import models
 from ijckd_jax.models import folding
@@ -34,15 +35,7 @@ def random_variables(module, x):
   shapes = jax.eval_shape(
     lambda: module.init(jax.random.key(0), jnp.zeros(x.shape), train=False)
   )
-  random, made = np.random.RandomState(0), {}
-  for path, shape in traverse_util.flatten_dict(shapes).items():
-    if path[-1] in ('var', 'scale'):
-      value = random.uniform(0.5, 1.5, shape.shape)
-    else:
-      width = np.prod(shape.shape[:-1]) if len(shape.shape) > 1 else 100
-      value = random.normal(size=shape.shape) * np.sqrt(2 / width)
-    made[path] = value.astype(np.float32)
-  made = traverse_util.unflatten_dict(made)
+  made = classifiers.random_arrays(shapes)
   return {kind: made.get(kind, {}) for kind in ('params', 'batch_stats')}
 
 

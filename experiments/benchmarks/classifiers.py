@@ -50,15 +50,15 @@ class Case:
         and its factor, as in 'bottleneck:2'.
     """
     if which in ('teacher', 'alone'):
-      return self._alone(self.teacher if which == 'teacher' else self.student)
+      name = self.teacher if which == 'teacher' else self.student
+      return alone(name, self.image_shape, self.num_classes)
     name, _, factor = which.partition(':')
     fields = methods.section('ijckd').to_dict()
     fields |= {'connector': name, 'factor': int(factor)}
-    teacher = self._alone(self.teacher).teacher()
-    plain = models.build(self.student, truncated=True)
+    teacher = alone(self.teacher, self.image_shape, self.num_classes).teacher()
     bound = binding.bind(
-      backbone=plain,
-      preprocessing=self._preprocessing,
+      backbone=models.build(self.student, truncated=True),
+      preprocessing=preprocessing(self.image_shape),
       method=methods.build(fields),
       teacher=teacher,
       image_shape=self.image_shape,
@@ -71,7 +71,7 @@ class Case:
     )
     return bundles.Bundle(
       network=bound.deployed_network,
-      variables=bound.deployed(_random(shapes), teacher.frozen),
+      variables=bound.deployed(random_arrays(shapes), teacher.frozen),
       backbone_name=self.student,
       pool_name=teacher.pool_name,
       image_shape=self.image_shape,
@@ -79,37 +79,48 @@ class Case:
       info={},
     )
 
-  @property
-  def _preprocessing(self):
-    channels = self.image_shape[2]
-    return augment.Preprocessing(
-      (0.5,) * channels, (0.25,) * channels, self.image_shape[:2]
-    )
 
-  def _alone(self, name):
-    """Returns a backbone under a head of its own."""
-    backbone = models.build(name)
-    network = network_lib.Network(
-      backbone, self._preprocessing, None, None, network_lib.pool_of(backbone)
-    )
-    shapes = jax.eval_shape(
-      lambda: network.init(
-        jax.random.key(0), self.image_shape, self.num_classes
-      )
-    )
-    return bundles.Bundle(
-      network=network,
-      variables={**_random(shapes), 'pool': {}},
-      backbone_name=name,
-      pool_name=name,
-      image_shape=self.image_shape,
-      class_names=tuple(map(str, range(self.num_classes))),
-      info={},
-    )
+def alone(
+  name: str, image_shape: tuple[int, int, int], num_classes: int
+) -> bundles.Bundle:
+  """Returns a backbone under a head of its own, with random arrays."""
+  backbone = models.build(name)
+  network = network_lib.Network(
+    backbone,
+    preprocessing(image_shape),
+    None,
+    None,
+    network_lib.pool_of(backbone),
+  )
+  shapes = jax.eval_shape(
+    lambda: network.init(jax.random.key(0), image_shape, num_classes)
+  )
+  found = {'batch_stats': {'backbone': {}}, 'pool': {}, **random_arrays(shapes)}
+  return bundles.Bundle(
+    network=network,
+    variables=found,
+    backbone_name=name,
+    pool_name=name,
+    image_shape=image_shape,
+    class_names=tuple(map(str, range(num_classes))),
+    info={},
+  )
 
 
-def _random(shapes):
-  """Returns arrays that keep the scale of what runs through a network."""
+def preprocessing(image_shape: tuple[int, int, int]) -> augment.Preprocessing:
+  """Returns one of images that need no resizing."""
+  height, width, channels = image_shape
+  return augment.Preprocessing(
+    (0.5,) * channels, (0.25,) * channels, (height, width)
+  )
+
+
+def random_arrays(shapes):
+  """Returns arrays that keep the scale of what runs through a network.
+
+  Args:
+    shapes: of a network's variables, nested.
+  """
   random, made = np.random.RandomState(0), {}
   for path, shape in traverse_util.flatten_dict(shapes).items():
     if path[-1] in ('var', 'scale'):
