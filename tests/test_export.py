@@ -130,7 +130,7 @@ def test_command(
   assert about['metadata']['description'] == (
     'resnet8, distilled from resnet8 by ijckd on digits'
   )
-  assert 'data_dir' not in about['metadata']['info']
+  assert 'data_dir' not in json.dumps(session.metadata)
   assert f'{about["check"]["agreement"]:.2%}' in out
   # It is only replaced if that is asked for.
   code, _, err = command('--output', output, *flags)

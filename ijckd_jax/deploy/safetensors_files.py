@@ -48,7 +48,8 @@ def encode(
   unread = {name: list(x.shape) for name, x in deployed.unread.items()}
   metadata = {
     **deployed.metadata,
-    NETWORK: json.dumps(bundle.spec()),
+    # What it says of its making is in the metadata already, less its paths.
+    NETWORK: json.dumps({**bundle.spec(), 'info': {}}),
     UNREAD: json.dumps(unread),
   }
   return safetensors.numpy.save(
