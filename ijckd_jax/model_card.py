@@ -23,7 +23,7 @@ def describe(bundle) -> str:
     origin = _section(info, 'origin')
     found = origin.get('hub') or origin.get('file')
     return f'{name}, imported' + (f' from {found}' if found else '')
-  teacher, data = info.get('teacher'), _get(info, 'dataset', 'name')
+  teacher, data = _taught_by(info), _get(info, 'dataset', 'name')
   done = f'distilled from {teacher} by {method}' if teacher else f'by {method}'
   return config_utils.short(f'{name}, {done} on {data}')
 
@@ -63,8 +63,7 @@ def _table(bundle, num_params) -> str:
     'in `bundle.json`, and whatever loads it applies it',
     'parameters': f'{sum(num_params.values()):,} ({counts})',
     'connector': connector
-    and f"{connector}, before the pool ({bundle.pool_name}) and the teacher's "
-    'head',
+    and f'{connector}, between the backbone and the head; see method',
     'data': _fields(_section(info, 'dataset')),
     'method': _fields(_section(info, 'method')),
     'teacher': _teacher(info),
@@ -125,11 +124,13 @@ def _limits(bundle) -> str:
     f'Nothing is known of other images than those of {data}: of other cameras, '
     'places or times it may be right less often, and just as sure.'
     if known
+    else 'How often it is right is not known of this bundle.'
+    if _get(bundle.info, 'method', 'name')
     else 'It was imported; its accuracy was not measured here.',
     'No test of fairness, of harm or of deliberately misleading images was '
     'made.',
   ]
-  teacher = bundle.info.get('teacher')
+  teacher = _taught_by(bundle.info)
   if teacher:
     lines.append(
       f'It was taught by {teacher}, whose mistakes and leanings it may have.'
@@ -137,11 +138,18 @@ def _limits(bundle) -> str:
   return '\n'.join(f'- {line}' for line in lines)
 
 
+def _taught_by(info) -> str | None:
+  """Returns the teacher that a network learned from, not one that judged it."""
+  return info.get('teacher') if info.get('taught', True) else None
+
+
 def _teacher(info) -> str:
   name, top1 = info.get('teacher'), _get(info, 'run', 'teacher', 'top1')
   if not name:
     return ''
-  return name + (f', top-1 {top1:.2%} on the same images' if top1 else '')
+  role = '' if _taught_by(info) else ', to compare with only'
+  said = f', top-1 {top1:.2%} on the same images' if top1 else ''
+  return f'{name}{role}{said}'
 
 
 def _recipe(run) -> str:

@@ -203,6 +203,8 @@ def _made(exp) -> dict[str, Any]:
     'method': config.method.to_dict(),
     'teacher': judge and judge.name,
     'teacher_origin': judge and judge.origin,
+    # Methods that learn from labels alone are only judged by it.
+    'taught': exp.distiller.teacher is not None,
     'eval_batch_size': config.eval_batch_size,
     'ijckd_jax': importlib.metadata.version('ijckd_jax'),
   }

@@ -7,6 +7,7 @@ import pytest
 
 from ijckd_jax import bundles
 from ijckd_jax import model_card
+from ijckd_jax import train
 
 
 @pytest.fixture
@@ -89,6 +90,27 @@ def test_taught_by_imported_weights(finished_run):
   )
   found = row_of(card, "the teacher's weights from")
   assert found == 'file=a.pth; licence: bsd-3-clause'
+
+
+def test_a_judge_is_no_teacher(finished_run, small_config, tmp_path):
+  """What learns from labels alone was not distilled from what judges it."""
+  config = small_config('ce')
+  config.teacher.checkpoint = str(finished_run[0] / 'teacher')
+  bundle = train.train_and_evaluate(config, tmp_path).bundle
+  card = (tmp_path / 'bundle' / model_card.FILE).read_text()
+  assert model_card.describe(bundle) == 'resnet8, by ce on digits'
+  assert row_of(card, 'teacher').startswith('resnet8, to compare with only')
+  assert 'It was taught by' not in card
+
+
+def test_a_bundle_whose_accuracy_is_not_stated(finished_run):
+  bundle = bundles.load(finished_run[0])
+  info = {k: v for k, v in bundle.info.items() if k not in ('test', 'run')}
+  card = model_card.markdown(
+    dataclasses.replace(bundle, info=info), {'backbone': 1}
+  )
+  assert 'imported' not in card
+  assert 'How often it is right is not known of this bundle.' in card
 
 
 def test_whatever_a_stranger_says(finished_run):
