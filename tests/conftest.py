@@ -26,6 +26,17 @@ def compilation_cache(tmp_path_factory):
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def compiled_programs():
+  """Drops a file's compiled programs after its tests.
+
+  They hold memory maps, and where a process has as many as Linux lets it have
+  (vm.max_map_count), the next program that it compiles is a segmentation fault.
+  """
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def root_logger():
   """Undoes what commands do, lest later tests read nothing."""
