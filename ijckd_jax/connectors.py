@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ijckd_jax import config_utils
 from ijckd_jax.models import layers
@@ -149,12 +150,35 @@ class Orthogonal(Connector):
     inputs = x.shape[-1]
     side = max(inputs, self.features)
     start = nn.initializers.normal(side**-0.5)
-    free = self.param('kernel', start, (side, side))
-    rotation = jax.scipy.linalg.expm(free - free.T)
+    rotation = _rotation(self.param('kernel', start, (side, side)))
     # At the default precision of a TPU it would not be orthonormal.
     return jnp.matmul(
       x, rotation[:inputs, : self.features], precision='highest'
     ).astype(self.dtype)
+
+
+def as_linear(
+  connector: Orthogonal, params, inputs: int
+) -> tuple[Linear, dict[str, Any]]:
+  """Returns the linear connector that does what an orthogonal one does.
+
+  Args:
+    connector: has been trained.
+    params: of the connector.
+    inputs: channels C_s that it takes.
+
+  Returns:
+    The linear connector and its params, float32.
+  """
+  features = connector.features
+  kernel = _rotation(params['kernel'])[None, None, :inputs, :features]
+  conv = {'kernel': np.array(kernel), 'bias': np.zeros(features, np.float32)}
+  linear = Linear(features, takes=connector.takes, dtype=connector.dtype)
+  return linear, {'Conv_0': conv}
+
+
+def _rotation(free: jax.Array) -> jax.Array:
+  return jax.scipy.linalg.expm(free - free.T)
 
 
 CONNECTORS = {

@@ -14,6 +14,7 @@ import numpy as np
 
 from ijckd_jax import bundles
 from ijckd_jax import config_utils
+from ijckd_jax import connectors
 from ijckd_jax import model_card
 from ijckd_jax import network as network_lib
 from ijckd_jax.models import folding
@@ -76,10 +77,9 @@ def deploy(bundle: bundles.Bundle, *, takes: str = 'uint8') -> Deployed:
     bundle: computes in float32.
     takes: a key of PIXELS.
   """
-  network = bundle.network
-  variables = dict(bundle.variables)
+  network, variables = bundle.network, bundle.variables
   if isinstance(network, network_lib.Network):
-    variables |= _folded(network, bundle.variables, bundle.image_shape)
+    network, variables = _folded(network, variables, bundle.image_shape)
   arrays = traverse_util.flatten_dict(variables, sep='/')
   whole = Deployed(
     network=network,
@@ -124,7 +124,7 @@ def halved(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _folded(network, variables, image_shape):
-  """Returns the 'params' and 'batch_stats' with batch norms folded."""
+  """Returns the network and its variables with all that is constant folded."""
   x = jax.ShapeDtypeStruct(
     (1, *network.preprocessing.size, image_shape[2]), jnp.float32
   )
@@ -138,6 +138,13 @@ def _folded(network, variables, image_shape):
       x,
     )
     shape = network.connector_shape(features)
+    if isinstance(network.connector, connectors.Orthogonal):
+      params = dict(variables['params'])
+      connector, params['connector'] = connectors.as_linear(
+        network.connector, params['connector'], shape[-1]
+      )
+      network = dataclasses.replace(network, connector=connector)
+      variables = {**variables, 'params': params}
     modules['connector'] = (
       network.connector,
       jax.ShapeDtypeStruct(shape, jnp.float32),
@@ -147,7 +154,7 @@ def _folded(network, variables, image_shape):
     part = folding.fold(module, network_lib.part(variables, name), x)
     for kind, tree in part.items():
       found[kind][name] = tree
-  return found
+  return network, {**variables, **found}
 
 
 def _nested(arrays):

@@ -3,9 +3,10 @@
 jax2onnx turns each primitive of the traced function into operators, with a pair
 of transpositions around every convolution, since ONNX has channels first. The
 shapes that it notes of what is in between are of the other layout and would be
-refused. They are left out here: onnxruntime infers its own, and its optimizer,
-run once as the file is written, takes transpositions and constants away. It
-knows no hardware at the level that is used, so that the file runs everywhere.
+refused. They are left out (onnx_layout.py): onnxruntime infers its own, and its
+optimizer, run once as the file is written, takes transpositions and constants
+away. It knows no hardware at the level that is used, so that the file runs
+everywhere.
 """
 
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ import numpy as np
 
 from ijckd_jax import config_utils
 from ijckd_jax.deploy import deployed as deployed_lib
+from ijckd_jax.deploy import onnx_layout
 
 IMAGES, LOGITS, PROBABILITIES = 'images', 'logits', 'probabilities'
 # Of onnxruntime 1.24 and later, the oldest that jax2onnx takes.
@@ -54,10 +56,7 @@ def encode(deployed: deployed_lib.Deployed) -> bytes:
   import onnx
 
   model = _convert(deployed)
-  _simplify(model)
-  _pool_two_dimensions(model)
-  # Shapes of what is in between, of the wrong layout: see above.
-  del model.graph.value_info[:]
+  onnx_layout.rewrite(model)
   model = _optimized(model)
   for key, value in deployed.metadata.items():
     model.metadata_props.add(key=key, value=value)
@@ -221,63 +220,6 @@ def _convert(deployed):
       f'the network cannot be said in ONNX: {config_utils.short(error)}; '
       '--format stablehlo takes whatever JAX runs'
     ) from error
-
-
-def _simplify(model):
-  """Makes max(x, 0) a Relu, and leaves out zeros that a Gemm adds.
-
-  Runtimes fuse a Relu with what is before it; onnxruntime's quantisation wants
-  biases with one dimension.
-  """
-  import onnx
-
-  zeros = {
-    x.name
-    for x in model.graph.initializer
-    if not x.dims and not onnx.numpy_helper.to_array(x)
-  }
-  for node in model.graph.node:
-    rest = [name for name in node.input if name not in zeros]
-    if node.op_type == 'Max' and len(rest) == 1 < len(node.input):
-      node.op_type, node.input[:] = 'Relu', rest
-    if node.op_type == 'Gemm' and node.input[2:] and len(rest) == 2:
-      node.input[:] = rest
-
-
-def _pool_two_dimensions(model):
-  """Makes pools over (B, H, W, C) pools over H and W of (B, C, H, W).
-
-  jax2onnx writes them as ones over all four dimensions, of windows that are one
-  wide in two of them, which no runtime has.
-  """
-  nodes = {name: node for node in model.graph.node for name in node.output}
-  made, replaced = [], set()
-  for squeeze in model.graph.node:
-    pool = nodes.get(squeeze.input[0]) if squeeze.op_type == 'Squeeze' else None
-    if pool is None or pool.op_type != 'MaxPool':
-      made.append(squeeze)
-      continue
-    outer = nodes[pool.input[0]]
-    inner = nodes[outer.input[0]]
-    replaced |= {node.output[0] for node in (inner, outer, pool)}
-    made += _pool(inner.input[0], squeeze.output[0], pool.attribute)
-  del model.graph.node[:]
-  model.graph.node.extend(x for x in made if x.output[0] not in replaced)
-
-
-def _pool(x, y, attributes):
-  """Returns the nodes that pool `x` (B, H, W, C) to `y`, by 4-D attributes."""
-  from onnx import helper
-
-  given = {x.name: helper.get_attribute_value(x) for x in attributes}
-  given = {
-    key: [*values[1:3], *values[5:7]] for key, values in given.items()
-  }  # Of H and W; pads have their ends after their starts.
-  return [
-    helper.make_node('Transpose', [x], [f'{y}_in'], perm=(0, 3, 1, 2)),
-    helper.make_node('MaxPool', [f'{y}_in'], [f'{y}_out'], **given),
-    helper.make_node('Transpose', [f'{y}_out'], [y], perm=(0, 2, 3, 1)),
-  ]
 
 
 def _optimized(model):
