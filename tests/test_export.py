@@ -180,8 +180,12 @@ def test_nothing_but_what_is_run(finished_run):
   model = onnx.load_from_string(onnx_files.encode(deployed))
   kinds = [node.op_type for node in model.graph.node]
   assert kinds.count('Conv') == len(kernels) - 1  # The head is a product.
-  # Into channels first and back, not around each convolution.
+  # Into channels first and back, not around each convolution; the images as
+  # bytes, and no more than a subtraction on them.
   assert num_layout_changes(model) <= 3
+  assert kinds[:4] == ['Transpose', 'Cast', 'Sub', 'Conv']
+  read = {name for node in model.graph.node for name in node.input}
+  assert {x.name for x in model.graph.initializer} <= read
   assert not {'BatchNormalization', 'Sqrt', 'Max', 'Identity'} & set(kinds)
   assert [x.domain for x in model.opset_import] == ['']
 
@@ -312,14 +316,18 @@ def test_an_orthogonal_connector_is_a_matrix_in_the_file():
   bundle = dataclasses.replace(
     bundle, network=network, variables={**bundle.variables, 'params': params}
   )
-  data = onnx_files.encode(deployed_lib.deploy(bundle))
+  deployed = deployed_lib.deploy(bundle)
   images = random_images(bundle.image_shape)
   wanted = logits_of(bundle, images)
-  np.testing.assert_allclose(
-    onnx_files.Session(data, 'student')(images)[0],
-    wanted,
-    atol=1e-5 * np.abs(wanted).max(),
-  )
+  for session in (
+    onnx_files.Session(onnx_files.encode(deployed), 'student'),
+    safetensors_files.Session(
+      safetensors_files.encode(bundle, deployed), 'student'
+    ),
+  ):
+    np.testing.assert_allclose(
+      session(images)[0], wanted, atol=1e-5 * np.abs(wanted).max()
+    )
 
 
 @pytest.mark.slow

@@ -58,6 +58,7 @@ def encode(deployed: deployed_lib.Deployed) -> bytes:
   model = _convert(deployed)
   onnx_layout.rewrite(model)
   model = _optimized(model)
+  onnx_layout.fold_preprocessing(model)
   for key, value in deployed.metadata.items():
     model.metadata_props.add(key=key, value=value)
   onnx.checker.check_model(model, full_check=True)

@@ -6,6 +6,8 @@ all transpositions to where they meet, those around convolutions too, and they
 are gone; it would not get past what stood here before.
 """
 
+import collections
+
 import numpy as np
 
 CHANNELS_FIRST, CHANNELS_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
@@ -21,15 +23,61 @@ def rewrite(model):
     for rule in (_max_pool, _sum_pool, _channel_shuffle):
       rewritten = rewritten or rule(graph, node)
     made += rewritten or [node]
-  read, kept = {x.name for x in model.graph.output}, []
-  for node in reversed(made):
-    if read & set(node.output):
-      kept.append(node)
-      read |= set(node.input)
-  del model.graph.node[:]
-  model.graph.node.extend(reversed(kept))
+  _keep_what_is_read(model, made)
   # Shapes of what is in between, of the wrong layout.
   del model.graph.value_info[:]
+
+
+def fold_preprocessing(model):
+  """Leaves one subtraction of an optimized model's preprocessing, in place.
+
+  (x / a - mean) / std is convolved with w as x - a mean is with w / (a std):
+  zeros at the borders are zeros in both. Bytes are transposed as bytes. A model
+  that does something else between its images and its first convolution, such
+  as resizing them, stays as it is.
+  """
+  from onnx import numpy_helper
+
+  graph = _Graph(model)
+  readers = collections.Counter(
+    name for node in model.graph.node for name in node.input
+  )
+  for conv in model.graph.node:
+    chain = graph.chain(conv, 'Conv', 'Transpose', 'Div', 'Sub', 'Div')
+    if chain is None or any(readers[x.output[0]] > 1 for x in chain[1:]):
+      continue
+    names = [conv.input[1], *(x.input[1] for x in chain[2:])]
+    weight, std, mean, divisor = map(graph.constants.get, names)
+    if any(x is None for x in (weight, std, mean, divisor)):
+      continue
+    if _attributes(conv).get('group', 1) != 1 or readers[names[0]] > 1:
+      continue
+    scale = np.float64(divisor) * std.reshape(-1, 1, 1)
+    shift = (divisor * mean).reshape(1, -1, 1, 1)
+    y, x = conv.input[0], chain[-1].input[0]
+    nodes = [_node('Transpose', [x], f'{y}_images', perm=CHANNELS_FIRST)]
+    cast = graph.makers.get(x)
+    if cast is not None and cast.op_type == 'Cast':
+      nodes = [
+        _node('Transpose', cast.input, f'{y}_bytes', perm=CHANNELS_FIRST),
+        _node('Cast', [f'{y}_bytes'], f'{y}_images', **_attributes(cast)),
+      ]
+    nodes.append(_node('Sub', [f'{y}_images', f'{y}_mean'], y))
+    for name, array in ((names[0], weight / scale), (f'{y}_mean', shift)):
+      graph.constants[name] = np.float32(array)
+    made = list(model.graph.node)
+    place = made.index(chain[1])
+    _keep_what_is_read(model, [*made[:place], *nodes, *made[place + 1 :]])
+    break
+  else:
+    return
+  read = {name for node in model.graph.node for name in node.input}
+  del model.graph.initializer[:]
+  model.graph.initializer.extend(
+    numpy_helper.from_array(array, name)
+    for name, array in graph.constants.items()
+    if name in read
+  )
 
 
 class _Graph:
@@ -57,6 +105,17 @@ class _Graph:
       found.append(node)
       node = self.makers.get(node.input[0])
     return found
+
+
+def _keep_what_is_read(model, nodes):
+  """Gives a model those of the nodes that its outputs come of."""
+  read, kept = {x.name for x in model.graph.output}, []
+  for node in reversed(nodes):
+    if read & set(node.output):
+      kept.append(node)
+      read |= set(node.input)
+  del model.graph.node[:]
+  model.graph.node.extend(reversed(kept))
 
 
 def _simplify(model):

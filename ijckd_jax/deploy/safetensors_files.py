@@ -5,6 +5,7 @@ missing, and the convolution before it has a bias. The metadata's 'network' is
 what `bundle.json` says.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -45,11 +46,13 @@ def encode(
     name: deployed_lib.halved(name, x) if half else x
     for name, x in deployed.arrays.items()
   }
+  # Of the network that the arrays belong to now.
+  spec = dataclasses.replace(bundle, network=deployed.network).spec()
   unread = {name: list(x.shape) for name, x in deployed.unread.items()}
   metadata = {
     **deployed.metadata,
     # What it says of its making is in the metadata already, less its paths.
-    NETWORK: json.dumps({**bundle.spec(), 'info': {}}),
+    NETWORK: json.dumps({**spec, 'info': {}}),
     UNREAD: json.dumps(unread),
   }
   return safetensors.numpy.save(
