@@ -265,8 +265,8 @@ def _write(output: pathlib.Path, data: bytes, about) -> None:
   from ijckd_jax import workdirs
 
   output.parent.mkdir(parents=True, exist_ok=True)
-  workdirs.write_text(_beside(output), json.dumps(about, indent=2) + '\n')
-  workdirs.write_bytes(output, data)
+  text = json.dumps(about, indent=2) + '\n'
+  workdirs.write_files({_beside(output): text.encode(), output: data})
 
 
 def _save(output: pathlib.Path, save: Callable[[], None]) -> None:

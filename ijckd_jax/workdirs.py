@@ -1,6 +1,7 @@
 """A run's folder: whose it is, what lies in it, and when it is finished."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import importlib.metadata
@@ -188,13 +189,24 @@ def write_text(path: epath.Path, text: str) -> None:
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
   """Writes a file that is never seen half written."""
-  partial = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.partial')
+  write_files({path: data})
+
+
+def write_files(contents: Mapping[epath.Path, bytes]) -> None:
+  """Writes files of which none is seen before all of them could be written."""
+  partials = {
+    path: path.with_name(f'.{path.name}.{uuid.uuid4().hex}.partial')
+    for path in contents
+  }
   try:
-    partial.write_bytes(data)
-    partial.replace(path)
+    for path, data in contents.items():
+      partials[path].write_bytes(data)
+    for path, partial in partials.items():
+      partial.replace(path)
   except BaseException:
-    with contextlib.suppress(OSError):
-      partial.unlink(missing_ok=True)
+    for partial in partials.values():
+      with contextlib.suppress(OSError):
+        partial.unlink(missing_ok=True)
     raise
 
 

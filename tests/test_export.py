@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 import sys
 
 import flax.linen as nn
@@ -483,12 +484,20 @@ def test_mistakes(refused, command, digits_flags, tmp_path):
   assert code == 2 and 'is a folder: name a file' in err
 
 
-def test_full_disk(command, digits_flags):
-  """Neither the file nor a part of it is left."""
-  code, _, err = command(
-    '--format', 'onnx', '--output', '/dev/null/student', *digits_flags
-  )
+def test_full_disk(command, digits_flags, tmp_path):
+  """Neither the file nor a part of it is left, nor what is beside it."""
+  flags = ('--format', 'safetensors', *digits_flags)
+  code, _, err = command('--output', '/dev/null/student', *flags)
   assert code == 2 and err.startswith('error: cannot write /dev/null/student')
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  # There is room for what is beside it.
+  resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+  try:
+    code, _, err = command('--output', tmp_path / 'student', *flags)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert code == 2 and 'File too large' in err
+  assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize('suffix', sessions.SUFFIXES)

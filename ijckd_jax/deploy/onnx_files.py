@@ -235,10 +235,16 @@ def _optimized(model):
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / 'model.onnx'
     options.optimized_model_filepath = str(path)
-    onnxruntime.InferenceSession(
-      model.SerializeToString(), options, providers=['CPUExecutionProvider']
-    )
-    found = onnx.load(path)
+    try:
+      onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=['CPUExecutionProvider']
+      )
+      found = onnx.load(path)
+    except Exception as error:  # A full disk, too, is of a class of its own.
+      raise config_utils.UserError(
+        f'onnxruntime cannot rewrite the network in {folder}: '
+        f'{config_utils.short(error)}'
+      ) from error
   used = {node.domain for node in found.graph.node}
   opsets = [x for x in found.opset_import if x.domain in used]
   del found.opset_import[:]
