@@ -11,6 +11,7 @@ everywhere.
 
 from collections.abc import Iterable
 import contextlib
+import importlib.metadata
 import io
 import logging
 import pathlib
@@ -217,9 +218,14 @@ def _convert(deployed):
         output_names=[LOGITS, PROBABILITIES],
       )
   except Exception as error:  # It raises what its parts raise.
+    versions = ' and '.join(
+      f'{name} {importlib.metadata.version(name)}'
+      for name in ('jax2onnx', 'jax')
+    )
     raise config_utils.UserError(
-      f'the network cannot be said in ONNX: {config_utils.short(error)}; '
-      '--format stablehlo takes whatever JAX runs'
+      f'the network cannot be said in ONNX: {config_utils.short(error)} '
+      f'({versions}; pip install "ijckd_jax[onnx]" takes two that fit '
+      'together); --format stablehlo takes whatever JAX runs'
     ) from error
 
 
