@@ -303,6 +303,24 @@ def test_onnx_of_backbones(name, num_squeezes):
   )
 
 
+def test_a_network_that_resizes_its_images():
+  """Its preprocessing stays whole, since no convolution reads the images."""
+  bundle = random_bundle('resnet8')
+  preprocessing = dataclasses.replace(
+    bundle.network.preprocessing, size=(40, 48), std=(0.2, 0.25, 0.3)
+  )
+  network = dataclasses.replace(bundle.network, preprocessing=preprocessing)
+  bundle = dataclasses.replace(bundle, network=network)
+  data = onnx_files.encode(deployed_lib.deploy(bundle))
+  images = random_images(bundle.image_shape)
+  wanted = logits_of(bundle, images)
+  np.testing.assert_allclose(
+    onnx_files.Session(data, 'resized')(images)[0],
+    wanted,
+    atol=1e-5 * np.abs(wanted).max(),
+  )
+
+
 def test_an_orthogonal_connector_is_a_matrix_in_the_file():
   """The exponential that trained it is taken once, and not for each image."""
   case = classifiers.Case('resnet14', 'resnet8', (SIDE, SIDE, 3), 7)

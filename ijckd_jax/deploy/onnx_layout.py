@@ -39,52 +39,43 @@ def fold_preprocessing(model):
   from onnx import numpy_helper
 
   graph = _Graph(model)
-  readers = collections.Counter(
-    name for node in model.graph.node for name in node.input
-  )
-  for conv in model.graph.node:
-    chain = graph.chain(conv, 'Conv', 'Transpose', 'Div', 'Sub', 'Div')
-    if chain is None or any(readers[x.output[0]] > 1 for x in chain[1:]):
-      continue
-    names = [conv.input[1], *(x.input[1] for x in chain[2:])]
-    weight, std, mean, divisor = map(graph.constants.get, names)
-    if any(x is None for x in (weight, std, mean, divisor)):
-      continue
-    if _attributes(conv).get('group', 1) != 1 or readers[names[0]] > 1:
-      continue
-    scale = np.float64(divisor) * std.reshape(-1, 1, 1)
-    shift = (divisor * mean).reshape(1, -1, 1, 1)
-    y, x = conv.input[0], chain[-1].input[0]
-    nodes = [_node('Transpose', [x], f'{y}_images', perm=CHANNELS_FIRST)]
-    cast = graph.makers.get(x)
-    if cast is not None and cast.op_type == 'Cast':
-      nodes = [
-        _node('Transpose', cast.input, f'{y}_bytes', perm=CHANNELS_FIRST),
-        _node('Cast', [f'{y}_bytes'], f'{y}_images', **_attributes(cast)),
-      ]
-    nodes.append(_node('Sub', [f'{y}_images', f'{y}_mean'], y))
-    for name, array in ((names[0], weight / scale), (f'{y}_mean', shift)):
-      graph.constants[name] = np.float32(array)
-    made = list(model.graph.node)
-    place = made.index(chain[1])
-    _keep_what_is_read(model, [*made[:place], *nodes, *made[place + 1 :]])
-    break
-  else:
+  chain = next(filter(None, map(graph.scaled, model.graph.node)), None)
+  if chain is None:
     return
+  conv, transpose, *scaling = chain
+  std, mean, divisor = (graph.constants[x.input[1]] for x in scaling)
+  scale = np.float64(divisor) * std.reshape(-1, 1, 1)
+  y, x = conv.input[0], scaling[-1].input[0]
+  nodes = [_node('Transpose', [x], f'{y}_images', perm=CHANNELS_FIRST)]
+  cast = graph.makers.get(x)
+  if cast is not None and cast.op_type == 'Cast':
+    nodes = [
+      _node('Transpose', cast.input, f'{y}_bytes', perm=CHANNELS_FIRST),
+      _node('Cast', [f'{y}_bytes'], f'{y}_images', **_attributes(cast)),
+    ]
+  nodes.append(_node('Sub', [f'{y}_images', f'{y}_mean'], y))
+  arrays = graph.constants | {
+    conv.input[1]: np.float32(graph.constants[conv.input[1]] / scale),
+    f'{y}_mean': np.float32(divisor * mean).reshape(1, -1, 1, 1),
+  }
+  made = list(model.graph.node)
+  place = made.index(transpose)
+  _keep_what_is_read(model, [*made[:place], *nodes, *made[place + 1 :]])
   read = {name for node in model.graph.node for name in node.input}
   del model.graph.initializer[:]
   model.graph.initializer.extend(
     numpy_helper.from_array(array, name)
-    for name, array in graph.constants.items()
+    for name, array in arrays.items()
     if name in read
   )
 
 
 class _Graph:
-  """Who makes what.
+  """Who makes what, and for how many.
 
   Attributes:
     makers: nodes by the name of what they make.
+    readers: how many inputs read it, by name.
     constants: arrays by name.
   """
 
@@ -92,6 +83,9 @@ class _Graph:
     from onnx import numpy_helper
 
     self.makers = {name: x for x in model.graph.node for name in x.output}
+    self.readers = collections.Counter(
+      name for node in model.graph.node for name in node.input
+    )
     self.constants = {
       x.name: numpy_helper.to_array(x) for x in model.graph.initializer
     }
@@ -105,6 +99,18 @@ class _Graph:
       found.append(node)
       node = self.makers.get(node.input[0])
     return found
+
+  def scaled(self, node):
+    """Returns the chain of a convolution of (x / a - mean) / std, or None."""
+    chain = self.chain(node, 'Conv', 'Transpose', 'Div', 'Sub', 'Div')
+    if chain is None or _attributes(node).get('group', 1) != 1:
+      return None
+    weight, *constants = (x.input[1] for x in (node, *chain[2:]))
+    alone = [weight, *(x.output[0] for x in chain[1:])]
+    known = self.constants.keys() >= {weight, *constants}
+    if known and all(self.readers[name] == 1 for name in alone):
+      return chain
+    return None
 
 
 def _keep_what_is_read(model, nodes):
