@@ -85,8 +85,9 @@ def test_each_step_is_compiled_once(
     assert watch.rows[0][1] > first - 1
     assert watch.rows[-1][1] >= last
     if stop_at:
-      # Nothing at all compiles after the first evaluation and save.
-      assert {count for _, _, count in watch.rows[2:]} == {evaluations[0]}
+      # Nothing at all compiles after the first evaluation and the first row.
+      assert {kind for kind, *_ in watch.rows[:2]} == {'eval', 'train'}
+      assert {count for _, _, count in watch.rows[2:]} == {watch.rows[1][2]}
 
 
 @BY_EITHER_MAPPER
