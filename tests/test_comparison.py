@@ -23,6 +23,7 @@ def rates(monkeypatch):
 def row(name, seed, top1, pair='same', count=100):
   return {
     'pair': pair,
+    'settings': {},
     'name': name,
     'seed': seed,
     'last': {'top1': top1},
