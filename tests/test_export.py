@@ -220,7 +220,22 @@ class Program(backbone_lib.Backbone):
     return outputs.Features((x,), x, self.pool(x))
 
 
-HIDDEN, PROGRAM = (f'{__name__}:{name}' for name in ('Hidden', 'Program'))
+class Tokens(backbone_lib.Backbone):
+  """One that shuffles channels on the way to a row of tokens, not to a map."""
+
+  @nn.compact
+  def __call__(self, images, *, train):
+    del train
+    x = self.conv(6, 3, 2, name='body')(images)
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height, width, 2, channels // 2).swapaxes(3, 4)
+    x = x.reshape(batch, height * width, channels)[:, ::-1]
+    x = self.conv(6, 3, 1, name='last')(x.reshape(batch, height, width, 6))
+    return outputs.Features((x,), x, self.pool(x))
+
+
+NAMES = ('Hidden', 'Program', 'Tokens')
+HIDDEN, PROGRAM, TOKENS = (f'{__name__}:{name}' for name in NAMES)
 
 
 def test_what_is_not_read_is_left_out(finished_run, tmp_path):
@@ -300,6 +315,18 @@ def test_onnx_of_backbones(name, num_squeezes):
   wanted = logits_of(bundle, images)
   np.testing.assert_allclose(
     session(images)[0], wanted, atol=1e-5 * np.abs(wanted).max()
+  )
+
+
+def test_a_shuffle_that_makes_no_map():
+  bundle = random_bundle(TOKENS, side=8)
+  data = onnx_files.encode(deployed_lib.deploy(bundle))
+  images = random_images(bundle.image_shape)
+  wanted = logits_of(bundle, images)
+  np.testing.assert_allclose(
+    onnx_files.Session(data, 'tokens')(images)[0],
+    wanted,
+    atol=1e-5 * np.abs(wanted).max(),
   )
 
 

@@ -100,6 +100,14 @@ class _Graph:
       node = self.makers.get(node.input[0])
     return found
 
+  def sizes(self, reshape):
+    """Returns the shape of what a Reshape makes, less the batch; [] if unknown."""
+    made = self.makers.get(reshape.input[1])
+    names = made.input[1:] if made else ()
+    if not self.constants.keys() >= set(names):
+      return []
+    return [self.constants[name].item() for name in names]
+
   def scaled(self, node):
     """Returns the chain of a convolution of (x / a - mean) / std, or None."""
     chain = self.chain(node, 'Conv', 'Transpose', 'Div', 'Sub', 'Div')
@@ -165,8 +173,8 @@ def _sum_pool(graph, node):
   chain = graph.chain(node, 'Squeeze', 'Conv', 'Unsqueeze', 'Unsqueeze')
   if chain is None:
     return None
-  kernel = graph.constants[chain[1].input[1]]
-  if not np.all(kernel == 1) or kernel.shape[-1] != 1:
+  kernel = graph.constants.get(chain[1].input[1], np.zeros(0))
+  if kernel.ndim != 6 or kernel.shape[-1] != 1 or not np.all(kernel == 1):
     return None
   y, given = node.output[0], _attributes(chain[1])
   height, width = kernel.shape[3:5]
@@ -195,8 +203,10 @@ def _channel_shuffle(graph, node):
   chain = graph.chain(node, 'Reshape', 'Transpose', 'Reshape')
   if chain is None or _attributes(chain[1])['perm'] != [0, 1, 2, 4, 3]:
     return None
-  sizes = graph.makers[chain[-1].input[1]].input[1:]  # After the batch's.
-  height, width, groups, channels = (graph.constants[x].item() for x in sizes)
+  before, after = graph.sizes(chain[-1]), graph.sizes(node)
+  height, width, groups, channels = before or (0, 0, 0, 0)
+  if after != [height, width, groups * channels]:
+    return None
   y = node.output[0]
   return _channels_first(
     chain[-1].input[0],
