@@ -132,7 +132,7 @@ def random_arrays(shapes):
   return traverse_util.unflatten_dict(made)
 
 
-FOUR = (
+BOTTLENECKS = (
   *(('bottleneck', 2), ('bottleneck', 4), ('bottleneck', 8)),
   ('bottleneck_depthwise', 2),
 )
@@ -143,11 +143,13 @@ CASES = {
     'resnet8',
     (14, 28, 1),
     100,
-    (*FOUR, ('conv1x1', 2), ('linear', 2)),
+    (*BOTTLENECKS, ('conv1x1', 2), ('linear', 2)),
   ),
   'resnet32x4': Case('resnet32x4', 'resnet8x4', (32, 32, 3), 100),
   'mobile': Case('vgg13', 'mobilenet_v2_cifar_x0_5', (32, 32, 3), 100),
   'shuffle': Case('resnet32x4', 'shufflenet_v2_cifar_x0_5', (32, 32, 3), 100),
   'imagenet': Case('resnet34', 'resnet18', (224, 224, 3), 1000),
-  'mobilenet_v1': Case('resnet50', 'mobilenet_v1', (224, 224, 3), 1000, FOUR),
+  'mobilenet_v1': Case(
+    'resnet50', 'mobilenet_v1', (224, 224, 3), 1000, BOTTLENECKS
+  ),
 }

@@ -108,7 +108,8 @@ def main():
   case = classifiers.CASES[args.case]
   bundle = case.bundle(args.which)
   call = RUNTIMES[args.runtime](bundle, args.num_threads)
-  cpu_memory.keep_freed()  # But what it took to build stays with nobody.
+  # Not before: what building took would stay with the process.
+  cpu_memory.keep_freed()
   random, steps = np.random.RandomState(0), {}
   for size in classifiers.BATCH_SIZES:
     images = random.randint(0, 256, (size, *case.image_shape)).astype(np.uint8)

@@ -127,14 +127,8 @@ def _circumstances(rows) -> str:
   """Returns on what the tables stand."""
   if not rows:
     return 'No run was made.'
-  # Of the teacher as it is; one whose head was refitted is another.
-  teachers = {
-    100 * row['teacher']['top1']
-    for row in rows
-    if 'teacher.refit' not in row['settings']
-  }
   hours = sum(row['seconds'] for row in rows) / 3600
-  said = ', '.join(f'{top1:.2f}%' for top1 in sorted(teachers))
+  said = ', '.join(f'{top1:.2f}%' for top1 in _teachers_top1(rows))
   return (
     f'{len(rows)} runs, {hours:.1f} hours of one worker. Top-1 on '
     f'{grid.NUM_TEST:,} test pairs, %; the teacher, {grid.TEACHER}, gets '
@@ -205,25 +199,23 @@ def _draw_cost(rows) -> None:
       if not found:
         continue
       values = list(scores(rows, pair, cell.name).values())
-      points.setdefault(deployed(found[0]), []).append(
-        (float(np.mean(values)), cell.name)
+      count = deployed(found[0]) / 1e3
+      # Labels of those that are nearly above one another are kept apart.
+      points.setdefault(round(count), []).append(
+        (float(np.mean(values)), count, cell.name)
       )
-    for count, found in points.items():
+    for found in points.values():
       found.sort()
-      values = [value for value, _ in found]
-      axes.scatter([count / 1e3] * len(found), values, s=14, color='C0')
+      values, counts, names = zip(*found, strict=True)
+      axes.scatter(counts, values, s=14, color='C0')
       for index, height in _spread(values):
-        name = found[index][1]
-        axes.text(count / 1e3, height, f'  {name}', fontsize=6.5, va='center')
-    top1 = {
-      100 * r['teacher']['top1']
-      for r in rows
-      if r['pair'] == pair and 'teacher.refit' not in r['settings']
-    }
-    axes.axhline(min(top1), color='0.6', lw=0.8, ls='--')
+        label = f'  {names[index]}'
+        axes.text(counts[index], height, label, fontsize=6.5, va='center')
+    top1 = min(_teachers_top1(r for r in rows if r['pair'] == pair))
+    axes.axhline(top1, color='0.6', lw=0.8, ls='--')
     axes.text(
       0.02,
-      min(top1),
+      top1,
       'teacher',
       fontsize=7,
       ha='left',
@@ -236,6 +228,17 @@ def _draw_cost(rows) -> None:
     axes.set_xlabel('deployed parameters, thousands')
     axes.set_ylabel('top-1 on test pairs, %, last step')
   _save(fig, 'cost')
+
+
+def _teachers_top1(rows) -> list[float]:
+  """Returns what the teachers get, %; one with a refitted head is another."""
+  return sorted(
+    {
+      100 * row['teacher']['top1']
+      for row in rows
+      if 'teacher.refit' not in row['settings']
+    }
+  )
 
 
 def _spread(values, apart=0.12):
