@@ -200,17 +200,16 @@ def _draw_cost(rows) -> None:
         continue
       values = list(scores(rows, pair, cell.name).values())
       count = deployed(found[0]) / 1e3
-      # Labels of those that are nearly above one another are kept apart.
-      points.setdefault(round(count), []).append(
-        (float(np.mean(values)), count, cell.name)
+      value = float(np.mean(values))
+      axes.scatter(count, value, s=14, color='C0')
+      # Those that are nearly the same have one label.
+      points.setdefault((round(count), round(value, 1)), []).append(
+        (count, value, cell.name)
       )
     for found in points.values():
-      found.sort()
-      values, counts, names = zip(*found, strict=True)
-      axes.scatter(counts, values, s=14, color='C0')
-      for index, height in _spread(values):
-        label = f'  {names[index]}'
-        axes.text(counts[index], height, label, fontsize=6.5, va='center')
+      counts, values, names = zip(*found, strict=True)
+      label = '  ' + ', '.join(names)
+      axes.text(max(counts), np.mean(values), label, fontsize=6.5, va='center')
     top1 = min(_teachers_top1(r for r in rows if r['pair'] == pair))
     axes.axhline(top1, color='0.6', lw=0.8, ls='--')
     axes.text(
@@ -239,15 +238,6 @@ def _teachers_top1(rows) -> list[float]:
       if 'teacher.refit' not in row['settings']
     }
   )
-
-
-def _spread(values, apart=0.12):
-  """Returns (index, height of its label) of sorted values, not overlapping."""
-  low, result = -math.inf, []
-  for index, value in enumerate(values):
-    low = max(value, low + apart)
-    result.append((index, low))
-  return result
 
 
 def _draw_differences(rows) -> None:

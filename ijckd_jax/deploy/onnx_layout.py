@@ -101,7 +101,7 @@ class _Graph:
     return found
 
   def sizes(self, reshape):
-    """Returns the shape of what a Reshape makes, less the batch; [] if unknown."""
+    """Returns what a Reshape makes of one of a batch; [] if not known."""
     made = self.makers.get(reshape.input[1])
     names = made.input[1:] if made else ()
     if not self.constants.keys() >= set(names):
