@@ -9,9 +9,9 @@
 
 What is run, and how it will be read, stands in comparison/plan.md. A run that
 was stopped goes on, and one whose line is in comparison/results.jsonl is not
-repeated. Workers that share a folder take what no other holds; those that do
-not are told apart by --worker and --workers. Fashion-MNIST must be prepared
-(see configs/fashion_mnist.py).
+repeated, but with --repeat, on another kind of machine. Workers that share a
+folder take what no other holds; those that do not are told apart by --worker
+and --workers. Fashion-MNIST must be prepared (see configs/fashion_mnist.py).
 """
 
 import argparse
@@ -120,7 +120,10 @@ def run(flags) -> None:
   """
   started, failed = time.monotonic(), []
   rows = analyse.read(RESULTS)
-  done = {(row['pair'], row['name'], row['seed']) for row in rows}
+  here = [device.device_kind for device in jax.devices()]
+  done = {
+    _key(row) for row in rows if not flags.repeat or row['devices'] == here
+  }
   teachers = {row['teacher']['fingerprint'] for row in rows}
   chosen = [
     (cell, seed)
@@ -196,12 +199,16 @@ def describe(cell: grid.Cell, seed: int, result, seconds: float) -> dict:
 
 
 def collect(flags) -> None:
-  """Adds the lines of a folder's runs to those that are kept."""
-  rows = {_key(row): row for row in analyse.read(RESULTS)}
+  """Adds the lines of a folder's runs to those that are kept.
+
+  Of runs on the same kind of machine one is kept, the first.
+  """
+  rows = {(_key(row), *row['devices']): row for row in analyse.read(RESULTS)}
   for path in flags.work.glob(f'*/*/*/{ROW}'):
     row = json.loads(path.read_text())
-    rows.setdefault(_key(row), row)
-  lines = [json.dumps(rows[key]) + '\n' for key in sorted(rows)]
+    rows.setdefault((_key(row), *row['devices']), row)
+  # A stable sort: of repeated runs the first stays so.
+  lines = [json.dumps(row) + '\n' for row in sorted(rows.values(), key=_key)]
   workdirs.write_text(RESULTS, ''.join(lines))
   print(f'{len(lines)} runs')
 
@@ -249,6 +256,11 @@ def main(argv: list[str]) -> None:
   parser.add_argument('work', type=pathlib.Path, nargs='?')
   parser.add_argument(
     '--only', default='*', help='of pairs, or of runs: same/ijckd/0, same/*'
+  )
+  parser.add_argument(
+    '--repeat',
+    action='store_true',
+    help='what was run on other kinds of machine alone',
   )
   parser.add_argument('--worker', type=int, default=0)
   parser.add_argument('--workers', type=int, default=1)

@@ -20,9 +20,10 @@ def rates(monkeypatch):
   monkeypatch.setattr(grid, 'learning_rate', lambda pair: 0.1)
 
 
-def row(name, seed, top1, pair='same', count=100):
+def row(name, seed, top1, pair='same', count=100, device='cpu'):
   return {
     'pair': pair,
+    'devices': [device],
     'settings': {},
     'name': name,
     'seed': seed,
@@ -86,6 +87,21 @@ def test_differences_are_of_the_same_seed():
   )
 
 
+def test_differences_are_of_the_same_machine():
+  rows = [row('ijckd', 0, 0.8), row('ijckd', 0, 0.7, device='gpu')]
+  rows += [row('crd', 0, 0.6, device='gpu'), row('crd', 1, 0.5)]
+  np.testing.assert_allclose(
+    analyse.differences(rows, 'same', 'crd', 'ijckd'), [-10]
+  )
+  # What was repeated counts once, as it was made first.
+  np.testing.assert_allclose(analyse.scores(rows, 'same', 'ijckd'), [80])
+  assert not analyse.differences(rows, 'same', 'ijckd', 'crd')
+  np.testing.assert_allclose(analyse.repeats(rows)['gpu'], [-10])
+  said = analyse.tables(rows)
+  assert '2 runs on cpu, 0.0 hours' in said
+  assert '1 of the runs on gpu repeat others, and end -10.00 points' in said
+
+
 def test_holms_procedure_by_hand(monkeypatch):
   p = {'srrl': 0.01, 'simkd': 0.04, 'control': 0.03}
 
@@ -121,9 +137,9 @@ def test_what_was_not_run_stays_empty():
 
 def test_committed_results_are_of_the_plan():
   rows = analyse.read(compare_methods.RESULTS)
-  keys = [(r['pair'], r['name'], r['seed']) for r in rows]
+  keys = [(r['pair'], r['name'], r['seed'], *r['devices']) for r in rows]
   planned = {(c.pair, c.name, seed) for c, seed in grid.runs()}
-  assert len(set(keys)) == len(keys) and set(keys) <= planned
+  assert len(set(keys)) == len(keys) and {k[:3] for k in keys} <= planned
   assert len({r['teacher']['fingerprint'] for r in rows}) <= 1
   for r in rows:
     cell = grid.find(r['pair'], r['name'])
@@ -144,6 +160,12 @@ def test_collected_lines_are_added_and_kept(monkeypatch, tmp_path, capsys):
   compare_methods.main(['collect', str(tmp_path / 'work')])
   found = [(r['seed'], r['last']['top1']) for r in analyse.read(results)]
   assert found == [(0, 0.9), (1, 0.5)]
+  # Another machine's are kept beside, and after it.
+  other = row('ijckd', 1, 0.4, device='a GPU')
+  (folder / 'row.json').write_text(json.dumps(other))
+  compare_methods.main(['collect', str(tmp_path / 'work')])
+  found = [(r['seed'], r['last']['top1']) for r in analyse.read(results)]
+  assert found == [(0, 0.9), (1, 0.5), (1, 0.4)]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 """Tables and pictures of the runs that were made.
 
 Missing cells stay empty. Intervals are of Student's t over seeds: of a mean
-difference of runs that share the seed, so the student's start and its batches.
+difference of runs that share the seed, so the student's start and its batches,
+and the kind of machine. Of runs that were repeated on another kind, the first
+counts; the others are what that machine's runs are compared with.
 """
 
+import collections
 import json
 import math
 import pathlib
+import textwrap
 
 from matplotlib import figure
 import numpy as np
@@ -37,13 +41,18 @@ def read(path: pathlib.Path) -> list[dict]:
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def scores(rows, pair: str, name: str, which='last') -> dict[int, float]:
-  """Returns a cell's accuracies in per cent, by seed."""
-  return {
-    row['seed']: 100 * row[which]['top1']
-    for row in rows
-    if (row['pair'], row['name']) == (pair, name)
-  }
+def counted(rows, pair: str, name: str) -> list[dict]:
+  """Returns a cell's runs, one of each seed: of repeated ones the first."""
+  found = {}
+  for row in rows:
+    if (row['pair'], row['name']) == (pair, name):
+      found.setdefault(row['seed'], row)
+  return [found[seed] for seed in sorted(found)]
+
+
+def scores(rows, pair: str, name: str, which='last') -> list[float]:
+  """Returns a cell's accuracies in per cent, one of each seed."""
+  return [100 * row[which]['top1'] for row in counted(rows, pair, name)]
 
 
 def interval(values, level=0.95) -> tuple[float, float]:
@@ -57,9 +66,40 @@ def interval(values, level=0.95) -> tuple[float, float]:
 
 
 def differences(rows, pair: str, name: str, other: str) -> list[float]:
-  """Returns the differences of runs with the same seed, in points."""
-  ours, theirs = scores(rows, pair, name), scores(rows, pair, other)
-  return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs)]
+  """Returns the differences of runs of one seed and machine, in points."""
+  theirs = {
+    (row['seed'], *row['devices']): row
+    for row in rows
+    if (row['pair'], row['name']) == (pair, other)
+  }
+  return [
+    100 * (row['last']['top1'] - theirs[key]['last']['top1'])
+    for row in counted(rows, pair, name)
+    if (key := (row['seed'], *row['devices'])) in theirs
+  ]
+
+
+def repeats(rows) -> dict[str, list[float]]:
+  """Returns, by machine, repeated runs less those that count, in points."""
+  first, found = {}, {}
+  for row in rows:
+    key = (row['pair'], row['name'], row['seed'])
+    if (counts := first.setdefault(key, row)) is not row:
+      found.setdefault(machine(row), []).append(
+        100 * (row['last']['top1'] - counts['last']['top1'])
+      )
+  return found
+
+
+def machine(row) -> str:
+  """Returns the kind of a run's devices."""
+  return ', '.join(dict.fromkeys(row['devices']))
+
+
+def _machines(rows) -> list[str]:
+  """Returns all kinds, that of the most runs first."""
+  counts = collections.Counter(machine(row) for row in rows)
+  return [name for name, _ in counts.most_common()]
 
 
 def primary(rows) -> list[dict]:
@@ -127,35 +167,50 @@ def _circumstances(rows) -> str:
   """Returns on what the tables stand."""
   if not rows:
     return 'No run was made.'
-  hours = sum(row['seconds'] for row in rows) / 3600
+  made = []
+  for name in _machines(rows):
+    seconds = [row['seconds'] for row in rows if machine(row) == name]
+    made.append(
+      f'{len(seconds)} runs on {name}, {sum(seconds) / 3600:.1f} hours of one '
+      'worker'
+    )
   said = ', '.join(f'{top1:.2f}%' for top1 in _teachers_top1(rows))
-  return (
-    f'{len(rows)} runs, {hours:.1f} hours of one worker. Top-1 on '
-    f'{grid.NUM_TEST:,} test pairs, %; the teacher, {grid.TEACHER}, gets '
-    f'{said}. Mean and standard deviation over n seeds; differences to runs of '
-    'the same seed, with 95% intervals; parameters as deployed; images/s as '
-    'measured beside whatever else ran.'
-  )
+  lines = [
+    f'{"; ".join(made)}. Top-1 on {grid.NUM_TEST:,} test pairs, %; the '
+    f'teacher, {grid.TEACHER}, gets {said}. Mean and standard deviation over n '
+    'seeds; differences to runs of the same seed on the same kind of machine, '
+    'with 95% intervals; parameters as deployed; images/s as measured beside '
+    'whatever else ran.'
+  ]
+  for name, values in repeats(rows).items():
+    mean, half = interval(values)
+    lines.append(
+      f'{len(values)} of the runs on {name} repeat others, and end '
+      f'{mean:+.2f} ± {half:.2f} points from them. They are not among the n: '
+      'the other runs of that machine are compared with them.'
+    )
+  return '\n\n'.join(lines).replace(' ± nan', '')
 
 
 def _table(rows, pair: str, names, anchors) -> str:
   """Returns a table of cells, and below it of those they are read against."""
   head = ['', 'n', 'last', 'best']
   head += [f'to {name}' for name in BASELINES]
-  head += ['parameters', 'images/s']
+  machines = _machines(rows)
+  head += ['parameters', *(f'images/s, {name}' for name in machines)]
   lines = [
     '| ' + ' | '.join(head) + ' |',
     '| :-- |' + ' --: |' * (len(head) - 1),
   ]
   for name in (*names, *anchors):
-    found = [r for r in rows if (r['pair'], r['name']) == (pair, name)]
+    found = counted(rows, pair, name)
     if not found:
       if name in names:
         lines.append(f'| {name} |' + ' |' * (len(head) - 1))
       continue
     row = [f'*{name}*' if name in anchors else name, str(len(found))]
     for which in ('last', 'best'):
-      values = list(scores(rows, pair, name, which).values())
+      values = scores(rows, pair, name, which)
       spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
       row.append(f'{np.mean(values):.2f} ± {spread:.2f}')
     for other in BASELINES:
@@ -166,8 +221,13 @@ def _table(rows, pair: str, names, anchors) -> str:
         mean, half = interval(values)
         row.append(f'{mean:+.2f} ± {half:.2f}')
     row.append(f'{deployed(found[0]):,}')
-    speeds = [r['images_per_second'] for r in found if r['images_per_second']]
-    row.append(f'{np.median(speeds):,.0f}' if speeds else '')
+    for kind in machines:
+      speeds = [
+        r['images_per_second']
+        for r in found
+        if machine(r) == kind and r['images_per_second']
+      ]
+      row.append(f'{np.median(speeds):,.0f}' if speeds else '')
     lines.append('| ' + ' | '.join(row) + ' |')
   return '\n'.join(lines).replace('± nan', '')
 
@@ -187,7 +247,7 @@ def _draw_cost(rows) -> None:
   pairs = [p for p in grid.PAIRS if any(row['pair'] == p for row in rows)]
   if not pairs:
     return
-  fig = figure.Figure((4.6 * len(pairs), 4.2), layout='constrained')
+  fig = figure.Figure((5 * len(pairs), 5), layout='constrained')
   for axes, pair in zip(
     fig.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True
   ):
@@ -195,10 +255,10 @@ def _draw_cost(rows) -> None:
     for cell in grid.CELLS:
       if cell.pair != pair or not DRAWN & set(cell.parts):
         continue
-      found = [r for r in rows if (r['pair'], r['name']) == (pair, cell.name)]
+      found = counted(rows, pair, cell.name)
       if not found:
         continue
-      values = list(scores(rows, pair, cell.name).values())
+      values = scores(rows, pair, cell.name)
       count = deployed(found[0]) / 1e3
       value = float(np.mean(values))
       axes.scatter(count, value, s=14, color='C0')
@@ -206,23 +266,33 @@ def _draw_cost(rows) -> None:
       points.setdefault((round(count), round(value, 1)), []).append(
         (count, value, cell.name)
       )
-    for found in points.values():
+    smallest = min(count for count, _ in points)
+    for (rounded, _), found in points.items():
       counts, values, names = zip(*found, strict=True)
-      label = '  ' + ', '.join(names)
-      axes.text(max(counts), np.mean(values), label, fontsize=6.5, va='center')
+      # Those of the smallest students are on the other side, clear of the rest.
+      left = rounded == smallest
+      axes.annotate(
+        textwrap.fill('; '.join(names), 24),
+        (counts[0], float(np.mean(values))),
+        (-5 if left else 5, 0),
+        textcoords='offset points',
+        fontsize=6.5,
+        ha='right' if left else 'left',
+        va='center',
+      )
     top1 = min(_teachers_top1(r for r in rows if r['pair'] == pair))
     axes.axhline(top1, color='0.6', lw=0.8, ls='--')
     axes.text(
-      0.02,
+      0.98,
       top1,
       'teacher',
       fontsize=7,
-      ha='left',
+      ha='right',
       va='bottom',
       transform=axes.get_yaxis_transform(),
       color='0.4',
     )
-    axes.margins(x=0.5)
+    axes.margins(x=0.6)
     axes.set_title(f'{grid.TEACHER} to {grid.PAIRS[pair]}', fontsize=9)
     axes.set_xlabel('deployed parameters, thousands')
     axes.set_ylabel('top-1 on test pairs, %, last step')
