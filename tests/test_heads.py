@@ -89,6 +89,7 @@ def test_the_views_of_a_fit_are_those_of_the_run(config_of):
     np.testing.assert_array_equal(part, np.asarray(images).reshape(number, -1))
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_classes_and_few_labels(config_of, data_dir):
   """A subset is labelled, of half of the classes; the rest is learned from."""
   digits = experiment.build(config_of()).dataset
@@ -178,7 +179,7 @@ def test_the_joint_head_is_fitted_on_both(refitted, finished_run):
   np.testing.assert_array_equal(given, wanted)
 
 
-@pytest.mark.parametrize('row', [4, 10])
+@pytest.mark.parametrize('row', [4, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_the_head_that_it_had(refitted, tmp_path, row):
   """Also where it was stopped before the head was fitted that was due."""
   workdir, config, reference = refitted
@@ -209,6 +210,7 @@ def test_a_damaged_head_is_named(refitted, tmp_path):
     train.train_and_evaluate(config, copy)
 
 
+@pytest.mark.slow
 def test_overwrite_removes_heads(config_of, tmp_path):
   """Of another config they would be wrong ones."""
   fields = {'teacher.head': 'fit', 'total_steps': 4}

@@ -145,6 +145,7 @@ def alone(arguments, tmp_path_factory):
   return folder / 'run', examples(folder / 'notes', 1)
 
 
+@pytest.mark.slow
 def test_two_then_one_then_four_processes_are_one_run(
   alone, arguments, tmp_path, finished_run
 ):

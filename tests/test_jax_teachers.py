@@ -9,7 +9,10 @@ from experiments.jax_teachers import nnx_teacher
 from ijckd_jax import augment
 
 
-@pytest.mark.parametrize('example', [nnx_teacher, equinox_teacher])
+@pytest.mark.parametrize(
+  'example',
+  [nnx_teacher, pytest.param(equinox_teacher, marks=pytest.mark.slow)],
+)
 def test_example(example, data_dir):
   """Few steps of both: the student comes to agree, and nothing is ported."""
   accuracies = example.main(

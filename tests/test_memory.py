@@ -110,6 +110,7 @@ def test_rows_are_noted_and_the_first_of_two_counts():
   assert again['normaliser'] == {'student': 4.0, 'teacher': 6.0}
 
 
+@pytest.mark.slow
 def test_memory_is_the_same_on_any_number_of_devices():
   exp = steps_on_devices.make_experiment(
     'pmap', True, 'crd', **{'method.num_negatives': 20}

@@ -136,6 +136,7 @@ def test_another_may_have_the_joint_classifier(config_of, folders):
   assert distiller.weights == (1.0, 3.0)
 
 
+@pytest.mark.slow
 def test_a_run_from_python_stands_alone(folders, tmp_path, data_dir):
   """With stored outputs of both, it ends like one whose teachers run."""
   results = []
@@ -173,6 +174,7 @@ def test_a_run_from_python_stands_alone(folders, tmp_path, data_dir):
   )
 
 
+@pytest.mark.slow
 def test_heads_are_fitted_for_all(config_of, tmp_path):
   config = config_of(**{'teacher.head': 'fit', 'total_steps': 2})
   result = train.train_and_evaluate(config, tmp_path)
