@@ -33,12 +33,16 @@ def main(argv: list[str]) -> None:
   output = pathlib.Path(flags.output)
   _check_flags(flags, output)
 
+  import jax
   import jax.numpy as jnp
 
   from ijckd_jax import bundles
   from ijckd_jax import compilation_cache
   from ijckd_jax.deploy import checks
 
+  # Products of float32 are rounded on GPUs and TPUs, by more than the check
+  # allows.
+  jax.config.update('jax_platforms', 'cpu')
   if flags.format in ('onnx', 'web'):
     from ijckd_jax.deploy import onnx_files
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import resource
+import subprocess
 import sys
 
 import flax.linen as nn
@@ -101,6 +103,18 @@ def num_layout_changes(model):
     node.op_type == 'Transpose' and len(node.attribute[0].ints) == 4
     for node in model.graph.node
   )
+
+
+def test_the_check_is_made_on_the_cpu(digits_flags, tmp_path):
+  # JAX would fail here if it were asked for the GPU's results.
+  output = tmp_path / 'student.safetensors'
+  flags = ('--format', 'safetensors', '--output', output, *digits_flags)
+  subprocess.run(
+    [sys.executable, '-m', 'ijckd_jax.export', *map(str, flags)],
+    env={**os.environ, 'JAX_PLATFORMS': 'cuda'},
+    check=True,
+  )
+  assert output.exists()
 
 
 @pytest.mark.parametrize('weights', ('float32', 'float16', 'int8'))
