@@ -251,29 +251,32 @@ def _draw_cost(rows) -> None:
   for axes, pair in zip(
     fig.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True
   ):
-    points = {}
+    points = []
     for cell in grid.CELLS:
       if cell.pair != pair or not DRAWN & set(cell.parts):
         continue
       found = counted(rows, pair, cell.name)
       if not found:
         continue
-      values = scores(rows, pair, cell.name)
-      count = deployed(found[0]) / 1e3
-      value = float(np.mean(values))
+      value = float(np.mean(scores(rows, pair, cell.name)))
+      count = round(deployed(found[0]) / 1e3)
       axes.scatter(count, value, s=14, color='C0')
-      # Those that are nearly the same have one label.
-      points.setdefault((round(count), round(value, 1)), []).append(
-        (count, value, cell.name)
-      )
-    smallest = min(count for count, _ in points)
-    for (rounded, _), found in points.items():
-      counts, values, names = zip(*found, strict=True)
-      # Those of the smallest students are on the other side, clear of the rest.
-      left = rounded == smallest
+      points.append((count, -value, cell.name))
+    # Neighbours have one label, the best first; those of the smallest students
+    # are on the other side, clear of the rest.
+    groups = []
+    for point in sorted(points):
+      last = groups[-1][-1] if groups else (0, 0.0, '')
+      if point[0] == last[0] and point[1] - last[1] < 0.12:
+        groups[-1].append(point)
+      else:
+        groups.append([point])
+    for group in groups:
+      counts, values, names = zip(*group, strict=True)
+      left = counts[0] == groups[0][0][0]
       axes.annotate(
         textwrap.fill('; '.join(names), 24),
-        (counts[0], float(np.mean(values))),
+        (counts[0], -float(np.mean(values))),
         (-5 if left else 5, 0),
         textcoords='offset points',
         fontsize=6.5,
