@@ -105,6 +105,8 @@ def test_unlabelled_images_come_last_and_are_not_held_out(data_dir):
     ({'folder': 'wasps'}, 'image_folder --source DIR --name wasps'),
     ({'unlabelled': 'insects'}, 'has labels'),
     ({'unlabelled': 'wasps'}, '--name wasps'),
+    ({'folder': '/data/insects'}, 'dataset.folder=/data/insects.*is no path'),
+    ({'unlabelled': 'my-heap'}, 'dataset.unlabelled=my-heap: give the NAME'),
   ],
 )
 def test_what_is_wrong_is_said(data_dir, fields, message):

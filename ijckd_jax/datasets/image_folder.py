@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 import shutil
 
 from ijckd_jax import config_utils
@@ -20,6 +19,7 @@ from ijckd_jax import workdirs
 from ijckd_jax.datasets import image_layout
 from ijckd_jax.datasets import image_report
 from ijckd_jax.datasets import image_shards
+from ijckd_jax.datasets import own_images
 
 VERSION = '1.0.0'
 FORMAT = 1  # Of what is written; what has another one is written anew.
@@ -92,7 +92,7 @@ def prepare(
 def _check_name(name):
   import tensorflow_datasets as tfds
 
-  if not re.fullmatch('[a-z][a-z0-9_]*', name):
+  if not own_images.NAME.fullmatch(name):
     raise config_utils.UserError(
       f'--name {name!r}: begin with a small letter and use small letters, '
       'digits and underscores only'

@@ -2,9 +2,13 @@
 
 import dataclasses
 import functools
+import re
 
 from ijckd_jax import config_utils
 from ijckd_jax.datasets import photos
+
+# What images can be called; tfds takes no path for a name.
+NAME = re.compile('[a-z][a-z0-9_]*')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,14 @@ class Dataset(photos.PhotoDataset):
         'no dataset.folder: give the name under which the images were '
         'prepared, by --config.dataset.folder=NAME'
       )
+    for field in ('folder', 'unlabelled'):
+      name = getattr(self, field)
+      if name and not NAME.fullmatch(name):
+        raise config_utils.UserError(
+          f'dataset.{field}={name}: give the NAME of `python -m '
+          'ijckd_jax.datasets.prepare image_folder --source DIR --name NAME`, '
+          'which is no path; where it is stored is data_dir'
+        )
 
   @property
   def tfds_name(self) -> str:
