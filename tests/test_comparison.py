@@ -168,6 +168,28 @@ def test_collected_lines_are_added_and_kept(monkeypatch, tmp_path, capsys):
   assert found == [(0, 0.9), (1, 0.5), (1, 0.4)]
 
 
+def test_what_another_machine_has_made_is_repeated_when_asked(
+  monkeypatch, tmp_path
+):
+  results, begun = tmp_path / 'results.jsonl', []
+  results.write_text(json.dumps(row('ijckd', 0, 0.8, device='a GPU')) + '\n')
+  monkeypatch.setattr(compare_methods, 'RESULTS', results)
+
+  def busy(config, folder):
+    begun.append(folder)
+    raise config_utils.UserError('another worker has it')
+
+  monkeypatch.setattr(compare_methods.train, 'train_and_evaluate', busy)
+  arguments = ['run', str(tmp_path), '--only', 'same/ijckd/0']
+  compare_methods.main(arguments)
+  assert not begun
+  compare_methods.main([*arguments, '--repeat'])
+  assert begun == [tmp_path / 'same/ijckd/0']
+  results.write_text(json.dumps(row('ijckd', 0, 0.8)) + '\n')
+  compare_methods.main([*arguments, '--repeat'])
+  assert len(begun) == 1
+
+
 @pytest.mark.parametrize(
   'arguments, said',
   [
