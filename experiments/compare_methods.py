@@ -116,7 +116,8 @@ def run(flags) -> None:
   """Makes the runs that nobody has made yet.
 
   Raises:
-    config_utils.UserError: some could not be made.
+    config_utils.UserError: there is no teacher, or it is not that of the runs
+      that were made.
   """
   started, failed = time.monotonic(), []
   rows = analyse.read(RESULTS)
@@ -133,6 +134,11 @@ def run(flags) -> None:
   ]
   if not chosen:
     logger.info('nothing is left to run of %s', flags.only)
+  elif not (teacher_dir(flags.work) / workdirs.SUMMARY).exists():
+    raise config_utils.UserError(
+      f'there is no trained teacher in {teacher_dir(flags.work)}: python -m '
+      f'experiments.compare_methods teacher {flags.work}'
+    )
   for cell, seed in chosen[flags.worker :: flags.workers]:
     if time.monotonic() - started > 3600 * flags.hours:
       logger.info('stopped after %g hours', flags.hours)

@@ -183,6 +183,10 @@ def test_what_another_machine_has_made_is_repeated_when_asked(
   arguments = ['run', str(tmp_path), '--only', 'same/ijckd/0']
   compare_methods.main(arguments)
   assert not begun
+  with pytest.raises(config_utils.UserError, match='no trained teacher in'):
+    compare_methods.main([*arguments, '--repeat'])
+  (tmp_path / 'teacher').mkdir()
+  (tmp_path / 'teacher/summary.json').touch()
   compare_methods.main([*arguments, '--repeat'])
   assert begun == [tmp_path / 'same/ijckd/0']
   results.write_text(json.dumps(row('ijckd', 0, 0.8)) + '\n')
