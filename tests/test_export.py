@@ -97,6 +97,15 @@ def random_images(shape, count=5):
   return random.randint(0, 256, (count, *shape)).astype(np.uint8)
 
 
+def assert_gives_the_same(session, bundle, count=5, limit=1e-5):
+  """Asserts that a file's logits are the bundle's, to a part of the largest."""
+  images = random_images(bundle.image_shape, count)
+  wanted = logits_of(bundle, images)
+  np.testing.assert_allclose(
+    session(images)[0], wanted, atol=limit * np.abs(wanted).max()
+  )
+
+
 def num_layout_changes(model):
   """Returns how often a map is transposed; a shuffle of channels is none."""
   return sum(
@@ -324,24 +333,13 @@ def test_onnx_of_backbones(name, num_squeezes):
   # Maps stay with channels first from the first convolution to the last; what
   # is squeezed to a pixel may change back and forth.
   assert num_layout_changes(model) <= 3 + num_squeezes
-  session = onnx_files.Session(data, name)
-  images = random_images(bundle.image_shape)
-  wanted = logits_of(bundle, images)
-  np.testing.assert_allclose(
-    session(images)[0], wanted, atol=1e-5 * np.abs(wanted).max()
-  )
+  assert_gives_the_same(onnx_files.Session(data, name), bundle)
 
 
 def test_a_shuffle_that_makes_no_map():
   bundle = random_bundle(TOKENS, side=8)
   data = onnx_files.encode(deployed_lib.deploy(bundle))
-  images = random_images(bundle.image_shape)
-  wanted = logits_of(bundle, images)
-  np.testing.assert_allclose(
-    onnx_files.Session(data, 'tokens')(images)[0],
-    wanted,
-    atol=1e-5 * np.abs(wanted).max(),
-  )
+  assert_gives_the_same(onnx_files.Session(data, 'tokens'), bundle)
 
 
 def test_a_network_that_resizes_its_images():
@@ -353,13 +351,7 @@ def test_a_network_that_resizes_its_images():
   network = dataclasses.replace(bundle.network, preprocessing=preprocessing)
   bundle = dataclasses.replace(bundle, network=network)
   data = onnx_files.encode(deployed_lib.deploy(bundle))
-  images = random_images(bundle.image_shape)
-  wanted = logits_of(bundle, images)
-  np.testing.assert_allclose(
-    onnx_files.Session(data, 'resized')(images)[0],
-    wanted,
-    atol=1e-5 * np.abs(wanted).max(),
-  )
+  assert_gives_the_same(onnx_files.Session(data, 'resized'), bundle)
 
 
 def test_an_orthogonal_connector_is_a_matrix_in_the_file():
@@ -377,17 +369,13 @@ def test_an_orthogonal_connector_is_a_matrix_in_the_file():
     bundle, network=network, variables={**bundle.variables, 'params': params}
   )
   deployed = deployed_lib.deploy(bundle)
-  images = random_images(bundle.image_shape)
-  wanted = logits_of(bundle, images)
   for session in (
     onnx_files.Session(onnx_files.encode(deployed), 'student'),
     safetensors_files.Session(
       safetensors_files.encode(bundle, deployed), 'student'
     ),
   ):
-    np.testing.assert_allclose(
-      session(images)[0], wanted, atol=1e-5 * np.abs(wanted).max()
-    )
+    assert_gives_the_same(session, bundle)
 
 
 @pytest.mark.slow
@@ -396,13 +384,8 @@ def test_onnx_of_every_backbone(name):
   sides = {'deit_small_patch16_224': 224}
   bundle = random_bundle(name, side=sides.get(name, 64))
   data = onnx_files.encode(deployed_lib.deploy(bundle))
-  images = random_images(bundle.image_shape, 2)
-  wanted = logits_of(bundle, images)
-  np.testing.assert_allclose(
-    onnx_files.Session(data, name)(images)[0],
-    wanted,
-    atol=2e-5 * np.abs(wanted).max(),
-  )
+  session = onnx_files.Session(data, name)
+  assert_gives_the_same(session, bundle, count=2, limit=2e-5)
 
 
 @pytest.mark.parametrize('form', FILES)
