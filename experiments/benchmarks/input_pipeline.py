@@ -92,13 +92,17 @@ def main():
     default=sys.executable,
     help='a Python with tensorflow-cpu, which may not go with the others',
   )
+  parser.add_argument(
+    '--only', nargs='*', default=list(CANDIDATES), choices=CANDIDATES
+  )
   parser.add_argument('--json', type=pathlib.Path)
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     write(folder, args.images)
     workers = {}
-    for title, (library, num_workers, num_cores) in CANDIDATES.items():
+    for title in args.only:
+      library, num_workers, num_cores = CANDIDATES[title]
       python = args.tensorflow if library == 'tensorflow' else sys.executable
       workers[title] = worker.Worker(
         READER,
@@ -129,10 +133,10 @@ def main():
       one.go()
       one.close()
   medians = {title: statistics.median(v) for title, v in speeds.items()}
-  theirs = medians['PyTorch, in the process']
+  theirs = medians.get('PyTorch, in the process', float('nan'))
   rows = [['reader', 'cores', 'images/s', 'per core', "by PyTorch's", 'MB']]
-  for title, (_, _, num_cores) in CANDIDATES.items():
-    speed = medians[title]
+  for title, speed in medians.items():
+    _, _, num_cores = CANDIDATES[title]
     rows.append(
       [
         title,

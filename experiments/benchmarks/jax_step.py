@@ -1,14 +1,18 @@
 """This package's train step, as a process that `train_step` times."""
 
 import argparse
+import functools
 import itertools
+import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import pairs
 from experiments.benchmarks import worker
 import ijckd_jax
+from ijckd_jax import cost
 from ijckd_jax import cpu_memory
 from ijckd_jax import datasets
 from ijckd_jax import experiment
@@ -28,6 +32,7 @@ def make_experiment(pair: pairs.Pair, settings) -> experiment.Experiment:
   )
   config.batch_size = pair.batch_size
   config.total_epochs = 240.0
+  config.optimizer.learning_rate = pairs.LEARNING_RATE
   config.update(settings)
   arrays = datasets.Arrays(*pair.batch(0))
   channels = pair.image_shape[-1]
@@ -37,7 +42,7 @@ def make_experiment(pair: pairs.Pair, settings) -> experiment.Experiment:
     class_names=[str(k) for k in range(pair.num_classes)],
     mean=channels * [pairs.MEAN],
     std=channels * [pairs.STD],
-    crop_padding=pairs.CROP_PADDING,
+    crop_padding=pair.crop_padding,
     flip=True,
   )
   config.eval_batch_size = pair.batch_size
@@ -55,66 +60,167 @@ def draw(path, shape: jax.ShapeDtypeStruct) -> np.ndarray:
   return (values * (2 / np.prod(shape.shape[:-1])) ** 0.5).astype(shape.dtype)
 
 
-def make_step(exp: experiment.Experiment, pair: pairs.Pair):
-  """Returns functions that make a step, and that wait for all."""
+def make_step(
+  exp: experiment.Experiment, pair: pairs.Pair, steps_a_call: int = 0
+):
+  """Returns functions that make a step, that wait, and that describe it.
+
+  Args:
+    exp: of `make_experiment`.
+    pair: what is trained.
+    steps_a_call: 0 for the step as runs call it; else a step is so many of
+      them, in a loop inside of one compiled call; by shard_map only, since
+      pmap takes no call without rows.
+
+  Returns:
+    `step()`, which returns the metrics' sums without waiting; `wait()`; and
+    `facts()`: 'device_memory', the bytes that XLA's plan of the program takes,
+    and 'flops' for an image.
+  """
   tx, _ = exp.optimizer(50_000)
   mapper, key = exp.mapper, jax.random.key(0)
   frozen = jax.tree.map_with_path(draw, exp.judge.frozen)
   state = train_state.create(exp.init(key), tx, with_ema=False)
-  p_train_step = exp.map_train_step(exp.train_step(tx))
+  body = exp.train_step(tx)
+  batches = [make_batch(exp, pair, seed) for seed in range(pairs.NUM_BATCHES)]
+  if steps_a_call:
+    stacked = jax.tree.map(lambda *x: np.stack(x), *batches)
+    batches = [mapper.replicate(stacked)]
+    mapped = mapper.map(
+      functools.partial(loop, body, steps_a_call),
+      rows_in=(False, False, False, False),
+      donate=0,
+    )
+  else:
+    batches = [mapper.shard(batch) for batch in batches]
+    mapped = exp.map_train_step(body)
   state, frozen, key = (mapper.replicate(x) for x in (state, frozen, key))
-  batches = []
-  for seed in range(pairs.NUM_BATCHES):
-    images, labels = pair.batch(seed)
-    index = np.arange(len(labels), dtype=np.int32)
-    batch = {
-      'image': images,
-      'label': labels,
-      'index': index,
-      'epoch': np.full_like(index, seed),
-    }
-    if exp.stored is not None:
-      shapes = exp.abstract_batch(len(labels), with_teacher=True)['teacher']
-      batch['teacher'] = jax.tree.map(
-        lambda x: np.full(x.shape, 0.1, x.dtype), shapes
-      )
-    batches.append(batch)
-  batches = itertools.cycle(batches)
-
-  sums = None
+  turns, sums = itertools.cycle(batches), None
 
   def step():
     nonlocal state, sums
-    batch = mapper.shard(next(batches))
-    state, sums = p_train_step(state, frozen, batch, key)
+    state, sums = mapped(state, frozen, next(turns), key)
+    return sums
 
   def wait():
     jax.block_until_ready(state)
     assert np.isfinite(sums['loss'][0]), sums
 
-  return step, wait
+  def facts():
+    program = mapped.lower(state, frozen, batches[0], key).compile()
+    plan = program.memory_analysis()
+    memory = plan.argument_size_in_bytes + plan.temp_size_in_bytes
+    memory += plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return {'device_memory': memory, 'flops': flops(exp)}
+
+  return step, wait, facts
+
+
+def flops(exp: experiment.Experiment) -> int:
+  """Returns the floating-point operations of training on one image.
+
+  As they are usually counted: two for each multiply-add of a convolution or a
+  product, in a forward pass of the teacher, and in a forward pass of the
+  student with its connector times three, for the backward pass costs two.
+  """
+  judge, network = exp.judge, exp.distiller.network
+  shape = tuple(exp.dataset.image_shape)
+  image = jax.ShapeDtypeStruct((1, *shape), jnp.uint8)
+  student = jax.eval_shape(
+    lambda key: exp.distiller.deployed(
+      exp.distiller.init(key, shape), judge.frozen
+    ),
+    jax.random.key(0),
+  )
+  taught = cost.multiply_adds(
+    lambda frozen, x: judge(frozen, x).logits, judge.frozen, image
+  )
+  trained = cost.multiply_adds(
+    lambda variables, x: network(variables, network.preprocessing(x)).logits,
+    student,
+    image,
+  )
+  return 2 * (taught + 3 * trained)
+
+
+def make_batch(exp: experiment.Experiment, pair: pairs.Pair, seed: int):
+  """Returns a batch on the host, with the teacher's outputs if stored."""
+  images, labels = pair.batch(seed)
+  index = np.arange(len(labels), dtype=np.int32)
+  batch = {
+    'image': images,
+    'label': labels,
+    'index': index,
+    'epoch': np.full_like(index, seed),
+  }
+  if exp.stored is not None:
+    shapes = exp.abstract_batch(len(labels), with_teacher=True)['teacher']
+    batch['teacher'] = jax.tree.map(
+      lambda x: np.full(x.shape, 0.1, x.dtype), shapes
+    )
+  return batch
+
+
+def loop(body, num_steps, state, frozen, batches, key):
+  """Makes many steps on one device, on stacked batches in turn."""
+  num_batches = len(jax.tree.leaves(batches)[0])
+
+  def one(number, carry):
+    state, _ = carry
+    batch = jax.tree.map(lambda x: x[number % num_batches], batches)
+    return body(state, frozen, batch, key)
+
+  carry = one(0, (state, None))
+  return jax.lax.fori_loop(1, num_steps, one, carry)
+
+
+def print_losses(exp, pair, num_steps):
+  """Prints the loss of each of the first steps, as a JSON list."""
+  step, _, _ = make_step(exp, pair)
+  losses = []
+  for _ in range(num_steps):
+    total, count = step()['loss']
+    losses.append(float(total) / float(count))
+  print(json.dumps(losses))
 
 
 def main():
   """Serves steps."""
   parser = argparse.ArgumentParser()
-  parser.add_argument('pair')
+  parser.add_argument('pair', choices=pairs.ALL_PAIRS)
   parser.add_argument('num_devices', type=int)
   parser.add_argument('kind', choices=['fast', 'xla', 'stored'])
+  parser.add_argument(
+    '--settings', type=json.loads, default={}, help='fields of the config, JSON'
+  )
+  parser.add_argument('--steps_a_call', type=int, default=0)
+  parser.add_argument(
+    '--small', action='store_true', help='few small images, to rehearse'
+  )
+  parser.add_argument(
+    '--losses', type=int, help='print so many losses in place of serving'
+  )
   args = parser.parse_args()
-  jax.config.update('jax_num_cpu_devices', args.num_devices)
-  cpu_memory.keep_freed()
+  if jax.config.jax_platforms == 'cpu':
+    jax.config.update('jax_num_cpu_devices', args.num_devices)
+    cpu_memory.keep_freed()
   if args.kind == 'xla':
     cpu_conv._is_handled = lambda *_: False
-  pair = pairs.PAIRS[args.pair]
+  pair = pairs.ALL_PAIRS[args.pair]
+  pair = pair.small() if args.small else pair
   # Batch norm over the whole batch, as PyTorch's.
   settings = {
     'num_cpu_devices': args.num_devices,
     'sync_batch_norm': args.num_devices > 1,
+    **args.settings,
   }
   if args.kind == 'stored':
     settings['teacher'] = {'store': {'views': 1}}
-  worker.serve(*make_step(make_experiment(pair, settings), pair))
+  exp = make_experiment(pair, settings)
+  if args.losses:
+    print_losses(exp, pair, args.losses)
+  else:
+    worker.serve(*make_step(exp, pair, args.steps_a_call))
 
 
 if __name__ == '__main__':

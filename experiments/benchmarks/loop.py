@@ -116,19 +116,23 @@ class BareSteps:
     pass
 
 
-def measure(name, *, batch_size, num_steps, num_windows, every):
+def measure(
+  name, pair, *, batch_size, num_steps, num_windows, every, dtype='float32'
+):
   """Returns what the loop and the step alone did, as a row of the table.
 
   Args:
     name: of DATA.
+    pair: teacher and student.
     batch_size: examples in a step.
     num_steps: of a window; a row of metrics is written after each.
     num_windows: of each kind.
     every: windows from one checkpoint to the next; 0 for none in between.
+    dtype: of the computation.
   """
   data = make_data(name)
   config = experiment.default_config(
-    dataset=None, teacher='resnet20', student='resnet8'
+    dataset=None, teacher=pair[0], student=pair[1]
   )
   config.dataset.fingerprint = data.fingerprint()
   total = num_steps * (num_windows + 2)
@@ -136,6 +140,7 @@ def measure(name, *, batch_size, num_steps, num_windows, every):
     config,
     {
       'batch_size': batch_size,
+      'dtype': dtype,
       'total_steps': total,
       'log_epochs': 0.0,
       'log_steps': num_steps,
@@ -156,6 +161,8 @@ def measure(name, *, batch_size, num_steps, num_windows, every):
   )
   return {
     'data': name,
+    'teacher': pair[0],
+    'student': pair[1],
     'batch_size': batch_size,
     'steps_a_window': num_steps,
     'checkpoint_every_windows': every,
@@ -177,15 +184,19 @@ def main(argv=None):
   parser.add_argument('--windows', type=int, default=12, help='of each kind')
   parser.add_argument('--seconds', type=float, default=5.0, help='of a window')
   parser.add_argument('--batch_size', type=int, default=64)
+  parser.add_argument('--teacher', default='resnet20')
+  parser.add_argument('--student', default='resnet8')
+  parser.add_argument('--dtype', default='float32')
   flags = parser.parse_args(argv)
   compilation_cache.enable(compilation_cache.DEFAULT)
   rows = []
   for name in flags.data:
-    options = {'batch_size': flags.batch_size}
-    probe = measure(name, num_steps=10, num_windows=3, every=0, **options)
+    pair = flags.teacher, flags.student
+    options = {'batch_size': flags.batch_size, 'dtype': flags.dtype}
+    probe = measure(name, pair, num_steps=10, num_windows=3, every=0, **options)
     num_steps = round(1e3 * flags.seconds / probe['step_milliseconds'])
     options |= {'num_windows': flags.windows, 'num_steps': max(10, num_steps)}
-    rows += [measure(name, every=every, **options) for every in (0, 3)]
+    rows += [measure(name, pair, every=every, **options) for every in (0, 3)]
   print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}\n')
   cells = [
     (

@@ -60,7 +60,7 @@ def step(num_steps=1):
   from experiments.benchmarks import pairs
 
   pair = pairs.PAIRS['resnet32x4']
-  make, wait = jax_step.make_step(jax_step.make_experiment(pair, {}), pair)
+  make, wait, _ = jax_step.make_step(jax_step.make_experiment(pair, {}), pair)
   for _ in range(num_steps):
     make()
   wait()
