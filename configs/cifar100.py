@@ -1,8 +1,8 @@
 """CIFAR-100 by the recipe that the distillation tables share.
 
-  python -m ijckd_jax.datasets.prepare cifar100
-  python -m ijckd_jax.main --workdir runs/cifar100 \
-    --config configs/cifar100.py:teacher=resnet32x4,student=resnet8x4
+  ijckd prepare cifar100
+  ijckd train --config cifar100:teacher=resnet32x4,student=resnet8x4 \
+    --workdir runs/cifar100
 
 240 epochs of SGD for the teacher and as many for the student. A teacher that is
 there already is named by `--config.teacher.checkpoint=runs/cifar100/teacher`.

@@ -1,6 +1,6 @@
 """scikit-learn's handwritten digits, 8x8 pixels: a smoke test, not a result.
 
-  python -m ijckd_jax.main --config configs/digits.py --workdir runs/digits
+  ijckd train --config digits --workdir runs/digits
 
 The data come with scikit-learn.
 """

@@ -1,8 +1,7 @@
 """Fashion-MNIST, 28x28: minutes an epoch on a CPU, seconds on an accelerator.
 
-  python -m ijckd_jax.datasets.prepare fashion_mnist --source DIR
-  python -m ijckd_jax.main --workdir runs/fashion_mnist \
-    --config configs/fashion_mnist.py
+  ijckd prepare fashion_mnist --source DIR
+  ijckd train --config fashion_mnist --workdir runs/fashion_mnist
 
 DIR holds the four IDX files; Debian's package dataset-fashion-mnist has them.
 Without --source they are downloaded, which takes the extra `prepare`.

@@ -1,8 +1,8 @@
 """A hundred classes out of Fashion-MNIST: two garments side by side.
 
-  python -m ijckd_jax.datasets.prepare fashion_mnist --source DIR
-  python -m ijckd_jax.main --workdir runs/pairs \
-    --config configs/fashion_pairs_100.py:resolution=half,num_train=10000
+  ijckd prepare fashion_mnist --source DIR
+  ijckd train --workdir runs/pairs \
+    --config fashion_pairs_100:resolution=half,num_train=10000
 
 DIR as in fashion_mnist.py. At half resolution, 14x28, a step costs a quarter of
 one at 28x56. Baselines share the teacher: `method=ce`, and

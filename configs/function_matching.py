@@ -1,8 +1,8 @@
 """Function matching: the student sees what its teacher sees, mixed, and long.
 
-  python -m ijckd_jax.main --config configs/cifar100.py --workdir runs/cifar100
-  python -m ijckd_jax.main --workdir runs/function_matching \
-    --config configs/function_matching.py:teacher=resnet32x4,student=resnet8x4 \
+  ijckd train --config cifar100 --workdir runs/cifar100
+  ijckd train --workdir runs/function_matching \
+    --config function_matching:teacher=resnet32x4,student=resnet8x4 \
     --config.teacher.checkpoint=runs/cifar100/teacher
 
 1200 epochs of KL to the teacher, and nothing else: labels are not used, and may

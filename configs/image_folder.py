@@ -1,11 +1,11 @@
 """Your own images: fine-tune a teacher, then distil a small student.
 
-  python -m ijckd_jax.datasets.prepare image_folder --source DIR --name pets
+  ijckd prepare image_folder --source DIR --name pets
   wget https://download.pytorch.org/models/resnet34-b627a593.pth
-  python -m ijckd_jax.torch_weights import --output imagenet/resnet34 \
+  ijckd weights import --output imagenet/resnet34 \
     --checkpoint resnet34-b627a593.pth --backbone resnet34
-  python -m ijckd_jax.main --workdir runs/pets --config.num_workers=2 \
-    --config configs/image_folder.py:folder=pets,student=resnet18 \
+  ijckd train --workdir runs/pets --config.num_workers=2 \
+    --config image_folder:folder=pets,student=resnet18 \
     --config.teacher.init_from=imagenet/resnet34
 
 DIR holds `train/CLASS/*.jpg` and `val/CLASS/*.jpg`, or the class folders alone,

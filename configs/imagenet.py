@@ -7,15 +7,15 @@ folder of its own:
   mkdir -p ~/tensorflow_datasets/downloads/manual
   mv ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar \
     ~/tensorflow_datasets/downloads/manual
-  python -m ijckd_jax.datasets.prepare imagenet2012
+  ijckd prepare imagenet2012
 
 The teachers are torchvision's, with their first weights:
 
   wget https://download.pytorch.org/models/resnet34-b627a593.pth
-  python -m ijckd_jax.torch_weights import --output teachers/resnet34 \
+  ijckd weights import --output teachers/resnet34 \
     --checkpoint resnet34-b627a593.pth --backbone resnet34
-  python -m ijckd_jax.main --workdir runs/imagenet --config.num_workers=16 \
-    --config configs/imagenet.py:teacher=resnet34,student=resnet18 \
+  ijckd train --workdir runs/imagenet --config.num_workers=16 \
+    --config imagenet:teacher=resnet34,student=resnet18 \
     --config.teacher.checkpoint=teachers/resnet34
 
 and resnet50-0676ba61.pth for `teacher=resnet50,student=mobilenet_v1`. The same
@@ -24,8 +24,8 @@ half precision; `num_workers` are the processes of each host that decode.
 
 `recipe=pod` is for a batch of 4,096 on 16 chips, see docs/tpu.md:
 
-  python -m ijckd_jax.main --workdir runs/imagenet --config.num_workers=64 \
-    --config configs/imagenet.py:teacher=resnet34,student=resnet18,recipe=pod \
+  ijckd train --workdir runs/imagenet --config.num_workers=64 \
+    --config imagenet:teacher=resnet34,student=resnet18,recipe=pod \
     --config.teacher.checkpoint=teachers/resnet34
 
 Neither has been run here. Published with this recipe for resnet34 -> resnet18:

@@ -57,7 +57,7 @@ TABLE = table.Table(
     'teacher can share it. Those of RepDistiller, which the sources R, M and L '
     "use, are in mdistiller's release `checkpoints` (`cifar_teachers.tar`), "
     'and are imported by\n\n'
-    '    python -m ijckd_jax.torch_weights import '
+    '    ijckd weights import '
     '--output teachers/resnet32x4 --backbone resnet32x4 \\\n'
     '      --checkpoint download_ckpts/cifar_teachers/resnet32x4_vanilla/'
     'ckpt_epoch_240.pth'

@@ -23,7 +23,7 @@ TABLE = table.Table(
     "torchvision's first weights (V1), which the published numbers use, are "
     'imported by\n\n'
     '    wget https://download.pytorch.org/models/resnet34-b627a593.pth\n'
-    '    python -m ijckd_jax.torch_weights import '
+    '    ijckd weights import '
     '--output teachers/resnet34 \\\n'
     '      --checkpoint resnet34-b627a593.pth --backbone resnet34\n\n'
     'and resnet50-0676ba61.pth likewise as teachers/resnet50.'

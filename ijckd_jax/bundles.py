@@ -378,7 +378,7 @@ def find(directory: epath.PathLike) -> epath.Path:
     if directory.exists() and not directory.is_dir():
       raise config_utils.UserError(
         f'{directory} is a file and no bundle; if it holds weights of PyTorch, '
-        'import it first: python -m ijckd_jax.torch_weights import '
+        'import it first: ijckd weights import '
         f'--checkpoint {directory} --output DIR'
       )
   raise config_utils.UserError(

@@ -1,6 +1,6 @@
 """Compiles the training step for a TPU that is not there, and says its cost.
 
-  python -m ijckd_jax.compile --config FILE --topology v5e:4x4
+  ijckd estimate --config cifar100 --topology v5e:4x4
 
 What a program multiplies and moves gives the shortest time that a chip could
 take for it: a bound, never a measurement. docs/tpu.md explains the numbers.
@@ -16,24 +16,24 @@ from ijckd_jax import config_utils
 from ijckd_jax import roofline
 
 USAGE = """\
-usage: python -m ijckd_jax.compile --config FILE[:key=value,...]
-                                   --topology CHIP:SIDES
-                                   [--images_per_chip N] [--json FILE]
-                                   [--config.FIELD=VALUE ...]
+usage: {prog} --config NAME[:key=value,...]
+         --topology CHIP:SIDES [--images_per_chip N] [--json FILE]
+         [--config.FIELD=VALUE ...]
 
 Compiles a config's training step ahead of time for a TPU slice, which need not
 be there (nor the data, nor the teacher), and prints what a step costs on each
 chip and the time that it takes at least. Compiling takes minutes. Exits with 2
 where the step does not fit into the chip's memory.
 
-  --config FILE         as python -m ijckd_jax.main takes it
+  --config NAME         as ijckd train takes it
   --config.FIELD=VALUE  sets a field: --config.dtype=bfloat16
   --topology CHIP:SIDES v5e:4x4, v6e:2x2, v4:2x2x1, v5p:2x2x1: a chip's name and
                         the sides of the slice
   --images_per_chip N   sets batch_size to N times the number of chips
   --json FILE           writes the numbers as well
   --help                this text"""
-INSTALL = "pip install -e '.[tpu]'"
+PROG = 'python -m ijckd_jax.compile'
+INSTALL = "pip install 'ijckd_jax[tpu]'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,13 +365,13 @@ def describe(found: Budget) -> str:
   )
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], prog: str = PROG) -> int:
   """Runs the command; returns its exit code."""
   if '--help' in argv or '-h' in argv:
-    print(USAGE)
+    print(USAGE.format(prog=prog))
     return 0
   parser = config_utils.ArgumentParser(
-    prog='python -m ijckd_jax.compile', add_help=False, allow_abbrev=False
+    prog=prog, add_help=False, allow_abbrev=False
   )
   parser.add_argument('--config', required=True)
   parser.add_argument('--topology', required=True)

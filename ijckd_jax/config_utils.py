@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import pathlib
 import runpy
 import sys
 import traceback
@@ -256,20 +257,52 @@ def flatten(tree: Mapping[str, object], prefix: str = '') -> dict[str, object]:
   return flat
 
 
+def shipped_configs() -> dict[str, pathlib.Path]:
+  """Returns the file of each config that the package ships, by its name.
+
+  An installed package holds them as `ijckd_jax/configs`; in a checkout, that
+  folder stands beside the package.
+  """
+  package = pathlib.Path(__file__).parent
+  folder = package / 'configs'
+  if not folder.is_dir():
+    folder = package.parent / 'configs'
+  return {path.stem: path for path in sorted(folder.glob('[!_]*.py'))}
+
+
+def _config_file(name: str) -> str:
+  """Returns the path of the config file that a name or a path stands for."""
+  shipped = shipped_configs()
+  if not name.endswith('.py') and '/' not in name:
+    if name not in shipped:
+      raise UserError(
+        f'{unknown("config", name, list(shipped))}; or a path, which ends in '
+        '.py or has a slash'
+      )
+    return str(shipped[name])
+  if not os.path.isfile(name):
+    stem, hint = pathlib.PurePath(name).stem, ''
+    if stem in shipped:
+      hint = f'; the package ships one, --config {stem}'
+    raise UserError(f'there is no config file {name!r}{hint}')
+  return name
+
+
 def load(reference: str) -> ml_collections.ConfigDict:
   """Returns what `get_config` of a config file gives.
 
   A config file is Python code, and it is run.
 
   Args:
-    reference: `FILE`, or `FILE:ARG` for a `get_config` that takes an argument.
+    reference: `NAME`, or `NAME:ARG` for a `get_config` that takes an argument.
+      A name that ends in `.py` or contains a slash is a path; any other name is
+      that of a shipped config, whatever the working directory holds.
 
   Raises:
-    UserError: there is no such file, or its code fails.
+    UserError: there is no such config, or its code fails.
   """
-  path, separator, arg = reference.partition(':')
-  if not os.path.isfile(path):
-    raise UserError(f'there is no config file {path!r}')
+  name, separator, arg = reference.partition(':')
+  path = _config_file(name)
   try:
     get_config = runpy.run_path(path).get('get_config')
     if get_config is None:

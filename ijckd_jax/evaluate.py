@@ -1,6 +1,6 @@
 """Evaluation of networks on whole splits, and of bundles by command.
 
-python -m ijckd_jax.evaluate --bundle runs/digits --dataset digits
+ijckd evaluate --bundle runs/digits --dataset digits
 """
 
 import argparse
@@ -17,6 +17,7 @@ BOOLEANS = {
   **dict.fromkeys(('true', 'True', '1'), True),
   **dict.fromkeys(('false', 'False', '0'), False),
 }
+PROG = 'python -m ijckd_jax.evaluate'
 READERS = {bool: BOOLEANS.__getitem__, int: int, float: float, str: str}
 
 
@@ -200,11 +201,10 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
   )
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], prog: str = PROG) -> None:
   """Runs the command."""
   parser = config_utils.ArgumentParser(
-    prog='python -m ijckd_jax.evaluate',
-    description='Evaluates a bundle, by itself, on a data set.',
+    prog=prog, description='Evaluates a bundle, by itself, on a data set.'
   )
   add_flags(parser)
   parser.add_argument(

@@ -1,6 +1,6 @@
 """Writes a student as a file that runs without this package.
 
-  python -m ijckd_jax.export --bundle DIR --format onnx --output student.onnx
+  ijckd export --bundle DIR --format onnx --output student.onnx
 
 Backbone, connector, pool, head and preprocessing become one function: images
 in, logits and probabilities out, for any number of images. Before anything is
@@ -19,6 +19,7 @@ from typing import Any
 from ijckd_jax import config_utils
 from ijckd_jax import evaluate
 
+PROG = 'python -m ijckd_jax.export'
 # What the folder of a page holds.
 PAGE = frozenset(
   'index.html page.js pixels.js models.json export.json student.onnx '
@@ -27,9 +28,9 @@ PAGE = frozenset(
 WEIGHTS = ('float32', 'float16', 'int8')
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], prog: str = PROG) -> None:
   """Runs the command."""
-  flags = _parser().parse_args(argv)
+  flags = _parser(prog).parse_args(argv)
   output = pathlib.Path(flags.output)
   _check_flags(flags, output)
 
@@ -154,9 +155,9 @@ ENCODERS: dict[str, Callable[..., tuple[bytes, Callable[[bytes], Any]]]] = {
 }
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
   parser = config_utils.ArgumentParser(
-    prog='python -m ijckd_jax.export',
+    prog=prog,
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )

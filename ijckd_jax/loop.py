@@ -14,7 +14,6 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
-import tqdm
 
 from ijckd_jax import checkpoints as checkpoints_lib
 from ijckd_jax import config_utils
@@ -415,6 +414,8 @@ class _ProgressLine:
     self._total = total
     self._bar = None
     if sys.stderr.isatty():
+      import tqdm
+
       self._bar = tqdm.tqdm(
         desc=name, initial=start, total=total, unit='step', dynamic_ncols=True
       )

@@ -1,28 +1,30 @@
-"""Trains and distils what a config file says.
+"""Trains and distils what a config says.
 
-python -m ijckd_jax.main --config configs/digits.py --workdir runs/digits
+ijckd train --config digits --workdir runs/digits
 """
 
 import logging
 import os
 import sys
+import textwrap
 
 from ijckd_jax import config_utils
 from ijckd_jax import cpu_memory
 
+PROG = 'python -m ijckd_jax.main'
 USAGE = """\
-usage: python -m ijckd_jax.main --config FILE[:key=value,...] --workdir DIR
-                                [--config.FIELD=VALUE ...] [--overwrite]
-                                [--coordinator HOST:PORT --num_processes N
-                                 --process_id I]
+usage: {prog} --config NAME[:key=value,...] --workdir DIR
+         [--config.FIELD=VALUE ...] [--overwrite]
+         [--coordinator HOST:PORT --num_processes N --process_id I]
 
 Trains the teacher (unless the config points at one), distils the student, and
 writes checkpoints, metrics, a report and the student's bundle to DIR. The same
 command continues a run that was stopped, and shows one that is finished.
 
-  --config FILE        a file of configs/, or your own (Python code, which is
-                       run); what stands after a colon goes to its get_config,
-                       such as method=kd
+  --config NAME        one of the shipped configs, listed below; or the path of
+                       your own, which ends in .py or has a slash (Python code,
+                       which is run). What stands after a colon goes to its
+                       get_config: digits:method=kd
   --config.FIELD=VALUE sets a field: --config.total_epochs=3
                        --config.optimizer.learning_rate=0.1
   --workdir DIR        the run's folder; all hosts must see it
@@ -35,17 +37,21 @@ command continues a run that was stopped, and shows one that is finished.
                        GKE, which are found by themselves
   --help               this text
 
+Shipped configs:
+{configs}
+
 Exit codes: 0 finished; 1 failed; 2 a wrong request; 130 and 143 stopped by
 SIGINT or SIGTERM, 134 by the death of another host: run the same command again,
 and it continues."""
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], prog: str = PROG) -> int:
   """Runs the command; returns its exit code."""
   if '--help' in argv or '-h' in argv:
-    print(USAGE)
+    names = ', '.join(config_utils.shipped_configs())
+    print(USAGE.format(prog=prog, configs=textwrap.fill(names, 80)))
     return 0
-  config, flags = _parse(argv)
+  config, flags = _parse(argv, prog)
   logging.basicConfig(format='%(message)s')
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
@@ -101,14 +107,14 @@ def main(argv: list[str]) -> int:
   return 0
 
 
-def _parse(argv: list[str]):
+def _parse(argv: list[str], prog: str):
   """Returns the config and the flags beside it.
 
   Raises:
     config_utils.UserError: a flag, the file or a field is wrong; in one line.
   """
   parser = config_utils.ArgumentParser(
-    prog='python -m ijckd_jax.main', add_help=False, allow_abbrev=False
+    prog=prog, add_help=False, allow_abbrev=False
   )
   parser.add_argument('--config', required=True)
   parser.add_argument('--workdir', required=True)

@@ -104,9 +104,9 @@ def _accuracy(bundle) -> str:
 def _use(bundle) -> str:
   return '\n'.join(
     [
-      '    python -m ijckd_jax.evaluate --bundle DIR',
-      '    python -m ijckd_jax.predict --bundle DIR PICTURE...',
-      '    python -m ijckd_jax.export --bundle DIR --format onnx --output FILE',
+      '    ijckd evaluate --bundle DIR',
+      '    ijckd predict --bundle DIR PICTURE...',
+      '    ijckd export --bundle DIR --format onnx --output FILE',
       '',
       '`ijckd_jax.load_bundle(DIR)` in Python. As a teacher: '
       f'`--config.teacher.checkpoint=DIR --config.teacher.backbone='

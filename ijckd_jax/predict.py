@@ -1,9 +1,9 @@
 """Says what is on pictures.
 
-  python -m ijckd_jax.predict --bundle DIR picture.jpg folder '*.png'
+  ijckd predict --bundle DIR picture.jpg folder '*.png'
 
-DIR is a bundle's or a run's folder, or a file that `python -m ijckd_jax.export`
-wrote. Pictures may be of any size; folders are searched.
+DIR is a bundle's or a run's folder, or a file that `ijckd export` wrote.
+Pictures may be of any size; folders are searched.
 """
 
 import argparse
@@ -13,11 +13,13 @@ import numpy as np
 
 from ijckd_jax import config_utils
 
+PROG = 'python -m ijckd_jax.predict'
 
-def main(argv: list[str]) -> None:
+
+def main(argv: list[str], prog: str = PROG) -> None:
   """Runs the command."""
   parser = config_utils.ArgumentParser(
-    prog='python -m ijckd_jax.predict',
+    prog=prog,
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )

@@ -25,7 +25,7 @@ PROGRAM = 'program'  # The name of a pool that is one.
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 # What jax.export itself puts into a program of free sizes, and XLA takes away.
 KNOWN_CALLS = frozenset({'shape_assertion'})
-CONVERT = 'convert it again with python -m ijckd_jax.torch_model'
+CONVERT = 'convert it again with ijckd convert'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import re
 
-from array_record.python import array_record_module
 from etils import epath
 import numpy as np
 
@@ -112,6 +111,8 @@ class Writer:
     Raises:
       OSError: the disk is full.
     """
+    from array_record.python import array_record_module
+
     with _naming_full_disks():
       if self._writer is None:
         self._start = start
@@ -151,6 +152,8 @@ class Reader:
     Raises:
       config_utils.UserError: something is missing or damaged.
     """
+    from array_record.python import array_record_module
+
     self._arguments = directory, size
     files = find(directory)
     if covered(files) != size:

@@ -1,6 +1,6 @@
 r"""Makes a teacher of any PyTorch image classifier, by tracing it.
 
-  python -m ijckd_jax.torch_model --model timm:NAME --checkpoint FILE \
+  ijckd convert --model timm:NAME --checkpoint FILE \
     --output DIR
 
 The network becomes a program that JAX runs on CPUs, GPUs and TPUs, in a bundle
@@ -23,9 +23,9 @@ PROG = 'python -m ijckd_jax.torch_model'
 TIMM = 'timm:'
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str], prog: str = PROG) -> None:
   """Runs the command."""
-  flags = _parser().parse_args(argv)
+  flags = _parser(prog).parse_args(argv)
   output = epath.Path(flags.output)
   torch_flags.check_free(output, flags.overwrite)
   if output.exists():
@@ -59,9 +59,9 @@ def main(argv: Sequence[str]) -> None:
   )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
   parser = config_utils.ArgumentParser(
-    prog=PROG,
+    prog=prog,
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )

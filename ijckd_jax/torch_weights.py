@@ -1,7 +1,7 @@
 """Brings PyTorch's weights here as a bundle, and a bundle's back to PyTorch.
 
-  python -m ijckd_jax.torch_weights import --checkpoint FILE --output DIR
-  python -m ijckd_jax.torch_weights export --bundle DIR --output FILE
+  ijckd weights import --checkpoint FILE --output DIR
+  ijckd weights export --bundle DIR --output FILE
 
 A run takes an imported bundle by --config.teacher.checkpoint=DIR, where its
 config names the same backbone (--config.teacher.backbone=NAME).
@@ -22,18 +22,18 @@ PROG = 'python -m ijckd_jax.torch_weights'
 SHADOWED = ('collections', 'safetensors', 'torch')
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str], prog: str = PROG) -> None:
   """Runs the command."""
-  flags = _parser().parse_args(argv)
+  flags = _parser(prog).parse_args(argv)
   if flags.command == 'import':
     _import(flags)
   else:
     _export(flags)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
   parser = config_utils.ArgumentParser(
-    prog=PROG,
+    prog=prog,
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )

@@ -118,7 +118,7 @@ def check(runs: Runs, *, overwrite: bool) -> None:
     except ImportError as error:  # epath's, of a file system.
       raise config_utils.UserError(
         f'{folder} cannot be opened: {config_utils.short(error)}; for gs://, '
-        "pip install -e '.[gcs]'"
+        "pip install 'ijckd_jax[gcs]'"
       ) from error
     _check_owner(folder)
     changes = _changes(folder, config)

@@ -568,6 +568,6 @@ def test_a_save_that_is_interrupted_keeps_the_old_one(
 def test_weights_of_pytorch_are_to_be_imported_first(tmp_path):
   (tmp_path / 'net.pth').write_bytes(b'x')
   with pytest.raises(
-    config_utils.UserError, match='torch_weights import --checkpoint .*net.pth'
+    config_utils.UserError, match='ijckd weights import --checkpoint .*net.pth'
   ):
     bundles.load(tmp_path / 'net.pth')

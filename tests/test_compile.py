@@ -196,7 +196,7 @@ def test_without_libtpu_it_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, 'libtpu', None)
   with pytest.raises(config_utils.UserError) as error:
     compile_lib.topology_devices('v5e:2x2')
-  assert "pip install -e '.[tpu]'" in str(error.value)
+  assert "pip install 'ijckd_jax[tpu]'" in str(error.value)
   assert '\n' not in str(error.value)
 
 

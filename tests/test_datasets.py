@@ -347,7 +347,7 @@ def test_data_dir_that_cannot_be_written(tmp_path):
 def test_not_prepared_names_the_command(tmp_path):
   with pytest.raises(config_utils.UserError) as error:
     fashion_pairs.Dataset(data_dir=str(tmp_path)).load('train')
-  command = 'python -m ijckd_jax.datasets.prepare fashion_mnist'
+  command = 'ijckd prepare fashion_mnist'
   assert f'{command} --data_dir {tmp_path}' in str(error.value)
   assert '--source DIR' in str(error.value)
 

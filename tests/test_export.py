@@ -562,7 +562,9 @@ def test_foreign_onnx():
   model = onnx.helper.make_model(
     graph, opset_imports=[onnx.helper.make_opsetid('', 21)], ir_version=10
   )
-  with pytest.raises(config_utils.UserError, match='no model that python -m'):
+  with pytest.raises(
+    config_utils.UserError, match='no model that ijckd export'
+  ):
     onnx_files.Session(model.SerializeToString(), 'it')
 
 

@@ -46,9 +46,9 @@ def test_a_command_is_taken_as_it_stands(monkeypatch, capsys):
   found = TABLES['imagenet']
   command = found.command(found.rows[0], method='srrl', seed=3)
   words = command.split()
-  assert words[:3] == ['python', '-m', 'ijckd_jax.main']
+  assert words[:2] == ['ijckd', 'train']
   with pytest.raises(config_utils.UserError, match='teachers/resnet34'):
-    main.main(words[3:])
+    main.main(words[2:])
 
 
 def test_a_finished_run_is_added(monkeypatch, tmp_path):

@@ -15,6 +15,7 @@ PACKAGE = pathlib.Path(ijckd_jax.__file__).parent
 # no other name lists.
 LAYERS = {
   'commands': (
+    '__main__',
     'main',
     'export',
     'predict',
@@ -117,9 +118,11 @@ LAYERS = {
 LAZY = ('__init__',)
 LINEN = ('models', 'connectors', 'methods')
 SLOW = (
+  'array_record',
   'cv2',
   'huggingface_hub',
   'jax2onnx',
+  'markdown_it',
   'matplotlib',
   'onnx',
   'onnxruntime',
@@ -133,6 +136,7 @@ SLOW = (
   'torch',
   'torchax',
   'torchvision',
+  'tqdm',
 )
 
 

@@ -9,12 +9,12 @@ mkdir -p "$work"
 [ -e "$work/features.pth" ] ||
   python -m experiments.converted.train_torch "$work/features.pth"
 [ -e "$work/features" ] ||
-  python -m ijckd_jax.torch_model --checkpoint "$work/features.pth" \
+  ijckd convert --checkpoint "$work/features.pth" \
     --model experiments.converted.train_torch:Features --name convnext \
     --mean 0.2860 --std 0.3530 --image_size 14x28 --output "$work/features"
-config=configs/fashion_pairs_100.py:resolution=half,num_train=5000
+config=fashion_pairs_100:resolution=half,num_train=5000
 run() { # NAME SEED METHOD [FLAG ...]
-  python -m ijckd_jax.main --config "$config,method=$3" \
+  ijckd train --config "$config,method=$3" \
     --workdir "$work/$1_$2" --config.seed="$2" --config.total_epochs=20 \
     --config.eval_epochs=5 "${@:4}"
 }

@@ -1,6 +1,6 @@
 """Everything in this folder at once.
 
-  python -m ijckd_jax.main --workdir runs/extension \
+  ijckd train --workdir runs/extension \
     --config experiments/extension_example/config.py
 """
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # One teacher; students by CE and IJCKD with three seeds each, on fashion pairs
 # at half resolution. Half an hour on two cores. Usage: run.sh WORKDIR
-# Fashion-MNIST must be prepared: python -m ijckd_jax.datasets.prepare ...
+# Fashion-MNIST must be prepared: ijckd prepare ...
 set -euo pipefail
 work=${1:?usage: run.sh WORKDIR}
-config=configs/fashion_pairs_100.py:resolution=half,num_train=10000
+config=fashion_pairs_100:resolution=half,num_train=10000
 run() {
-  python -m ijckd_jax.main --config "$config,method=$1" --workdir "$work/$1_$2" \
+  ijckd train --config "$config,method=$1" --workdir "$work/$1_$2" \
     --config.seed="$2" --config.teacher.seed=0 --config.total_epochs=20 "${@:3}"
 }
 run ijckd 0 # Trains the teacher as well.

@@ -66,17 +66,14 @@ class Table:
 
   def arg(self, row: Row, method: str = 'ijckd') -> str:
     """Returns what `--config` takes for a row."""
-    return (
-      f'configs/{self.name}.py:teacher={row.teacher},student={row.student},'
-      f'method={method}'
-    )
+    pair = f'teacher={row.teacher},student={row.student}'
+    return f'{self.name}:{pair},method={method}'
 
   def command(self, row: Row, method: str = 'ijckd', seed: int = 0) -> str:
     """Returns what makes a row's number."""
     options = self.options.format(teacher=row.teacher, student=row.student)
     return (
-      'python -m ijckd_jax.main '
-      f'--workdir runs/{self.name}/{row.key}/{method}_{seed} '
+      f'ijckd train --workdir runs/{self.name}/{row.key}/{method}_{seed} '
       f'--config {self.arg(row, method)} --config.seed={seed} {options}'
     ).strip()
 
@@ -174,7 +171,7 @@ def render(table: Table) -> str:
   lines += [
     '',
     f'{" and ".join(chips)}: chip-hours that the row takes at least, in '
-    'bfloat16 on four chips, by `python -m ijckd_jax.compile`: a bound from '
+    'bfloat16 on four chips, by `ijckd estimate`: a bound from '
     'the compiled step of IJCKD, and no measurement. Training the teacher, '
     'evaluations and input are not in it.',
     '',

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # A teacher trained in PyTorch, imported, compared, and distilled from here:
 #   pip install -e '.[test,parity]'
-#   python -m ijckd_jax.datasets.prepare fashion_mnist --source DIR
+#   ijckd prepare fashion_mnist --source DIR
 #   experiments/torch_teacher/run.sh runs/torch_teacher
 set -euo pipefail
 out=$1
 python -m experiments.torch_teacher.train "$out"
-python -m ijckd_jax.torch_weights import --checkpoint "$out/teacher.pth" \
+ijckd weights import --checkpoint "$out/teacher.pth" \
   --mean 0.2860 --std 0.3530 --image_size 28 --output "$out/bundle"
 python -m experiments.torch_teacher.compare "$out"
-python -m ijckd_jax.main --workdir "$out/student" \
-  --config configs/fashion_mnist.py:teacher=resnet20,student=resnet8 \
+ijckd train --workdir "$out/student" \
+  --config fashion_mnist:teacher=resnet20,student=resnet8 \
   --config.teacher.checkpoint="$out/bundle" --config.total_epochs=3

@@ -5,5 +5,5 @@ example, `statements` what follows for the student's error, `limits` how surely
 means are known, `certify` puts these together; `divergence` estimates how
 differently two representations can be told and read. See docs/theory.md.
 
-  python -m ijckd_jax.bounds --bundle STUDENT --teacher TEACHER --dataset NAME
+  ijckd bounds --bundle STUDENT --teacher TEACHER --dataset NAME
 """

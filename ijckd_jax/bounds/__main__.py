@@ -1,6 +1,6 @@
 """The bound on the error of a finished student, by command.
 
-python -m ijckd_jax.bounds --bundle STUDENT --teacher TEACHER --dataset NAME
+ijckd bounds --bundle STUDENT --teacher TEACHER --dataset NAME
 """
 
 import argparse
@@ -12,6 +12,7 @@ import numpy as np
 from ijckd_jax import config_utils
 from ijckd_jax import evaluate
 
+PROG = 'python -m ijckd_jax.bounds'
 OTHER_HEAD = (
   "it is not the student's, which was fitted for it, or the teacher is not the "
   "one that it learned from; the teacher's errors here are those of the "
@@ -19,9 +20,9 @@ OTHER_HEAD = (
 )
 
 
-def _flags(argv: list[str]) -> argparse.Namespace:
+def _flags(argv: list[str], prog: str) -> argparse.Namespace:
   parser = config_utils.ArgumentParser(
-    prog='python -m ijckd_jax.bounds',
+    prog=prog,
     description='Measures how a student and its teacher are aligned, and what '
     "that bounds the student's error by.",
   )
@@ -75,9 +76,9 @@ def _flags(argv: list[str]) -> argparse.Namespace:
   return flags
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], prog: str = PROG) -> None:
   """Runs the command."""
-  flags = _flags(argv)
+  flags = _flags(argv, prog)
 
   from etils import epath
 

@@ -301,8 +301,8 @@ def prepared(name: str, data_dir: str, hint: str = ''):
       known = f'image_folder --source DIR --name {name}'
     where = f' --data_dir {data_dir}' if data_dir else ''
     raise config_utils.UserError(
-      f'{name} is not prepared in {data_root(data_dir)}; run: python -m '
-      f'ijckd_jax.datasets.prepare {known}{where}{hint}'
+      f'{name} is not prepared in {data_root(data_dir)}; run: ijckd '
+      f'prepare {known}{where}{hint}'
     )
   return builder
 

@@ -37,9 +37,9 @@ class Dataset(photos.PhotoDataset):
       name = getattr(self, field)
       if name and not NAME.fullmatch(name):
         raise config_utils.UserError(
-          f'dataset.{field}={name}: give the NAME of `python -m '
-          'ijckd_jax.datasets.prepare image_folder --source DIR --name NAME`, '
-          'which is no path; where it is stored is data_dir'
+          f'dataset.{field}={name}: give the NAME of `ijckd prepare '
+          'image_folder --source DIR --name NAME`, which is no path; where it '
+          'is stored is data_dir'
         )
 
   @property

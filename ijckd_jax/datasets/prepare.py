@@ -1,8 +1,8 @@
 """Prepares a data set, so that tfds reads it without TensorFlow.
 
-  python -m ijckd_jax.datasets.prepare cifar100
-  python -m ijckd_jax.datasets.prepare cifar100 --source DIR
-  python -m ijckd_jax.datasets.prepare image_folder --source DIR --name NAME
+  ijckd prepare cifar100
+  ijckd prepare cifar100 --source DIR
+  ijckd prepare image_folder --source DIR --name NAME
 
 The first downloads it by tfds, which takes TensorFlow (the extra `prepare`).
 The second takes the original files from a local folder, with neither TensorFlow
@@ -25,6 +25,8 @@ from ijckd_jax import datasets
 from ijckd_jax.datasets import image_folder
 from ijckd_jax.datasets import image_layout
 from ijckd_jax.datasets import originals
+
+PROG = 'python -m ijckd_jax.datasets.prepare'
 
 
 def _download(name, data_dir):
@@ -110,10 +112,10 @@ def _prepare(dataset, source, data_dir):
   print(f'{name}: {done} in {builder.data_dir} ({counts})')
 
 
-def main(args: list[str]) -> int:
+def main(argv: list[str], prog: str = PROG) -> int:
   """Prepares the data set that the arguments name; returns the exit code."""
   parser = config_utils.ArgumentParser(
-    prog='python -m ijckd_jax.datasets.prepare',
+    prog=prog,
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
@@ -141,7 +143,7 @@ def main(args: list[str]) -> int:
   own.add_argument(
     '--num_workers', type=int, help='processes (default: one for each CPU)'
   )
-  options = vars(parser.parse_args(args))
+  options = vars(parser.parse_args(argv))
   dataset = options.pop('dataset')
   if dataset == 'image_folder':
     return _prepare_folder(options)

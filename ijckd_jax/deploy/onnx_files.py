@@ -182,7 +182,7 @@ class Session:
     names = [x.name for x in (*inputs, *outputs)]
     if names != [IMAGES, LOGITS, PROBABILITIES]:
       raise config_utils.UserError(
-        f'{what} is no model that python -m ijckd_jax.export wrote: it has '
+        f'{what} is no model that ijckd export wrote: it has '
         f'{config_utils.short(names)}'
       )
     self.takes = 'uint8' if 'uint8' in inputs[0].type else 'float32'

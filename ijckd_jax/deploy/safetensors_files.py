@@ -81,8 +81,7 @@ def decode(
     takes = metadata['takes']
   except Exception as error:
     raise config_utils.UserError(
-      f'{what} is no file that python -m ijckd_jax.export wrote: '
-      f'{config_utils.short(error)}'
+      f'{what} is no file that ijckd export wrote: {config_utils.short(error)}'
     ) from error
   network, _ = bundles.build(
     spec, what, dtype=jnp.float32, trust_code=trust_code

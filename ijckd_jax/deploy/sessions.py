@@ -47,7 +47,7 @@ def load(path: str, *, trust_code: bool = False) -> Any:
 
   Args:
     path: a bundle's or run's folder, or a file that
-      `python -m ijckd_jax.export` wrote.
+      `ijckd export` wrote.
     trust_code: see bundles.load; a StableHLO file is only read if it is set.
 
   Raises:

@@ -1,12 +1,13 @@
 """Prints every backbone: its size, what it costs, and what it pools.
 
-python -m ijckd_jax.models
+ijckd models
 """
 
 import argparse
 
 from ijckd_jax import config_utils
 
+PROG = 'python -m ijckd_jax.models'
 # Of the heads that are counted: CIFAR-100's and ImageNet's.
 NUM_CLASSES = {32: 100, 224: 1000}
 TITLES = (
@@ -63,11 +64,10 @@ def row(name: str) -> list[str]:
   ]
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], prog: str = PROG) -> None:
   """Runs the command."""
   parser = config_utils.ArgumentParser(
-    prog='python -m ijckd_jax.models',
-    description='Prints a table of the backbones, in Markdown.',
+    prog=prog, description='Prints a table of the backbones, in Markdown.'
   )
   parser.add_argument(
     'names', nargs='*', metavar='NAME', help='default: all there are'

@@ -1,0 +1,90 @@
+"""The command `ijckd`: names the commands, and runs the one that is asked for.
+
+  ijckd COMMAND ...
+  python -m ijckd_jax COMMAND ...
+
+Each command is the `main` of a module, which is imported when it runs, so that
+the help is there at once.
+"""
+
+import functools
+import importlib
+import sys
+
+COMMANDS = {
+  'train': ('main', 'train a teacher, and distil a student from it'),
+  'evaluate': ('evaluate', 'measure the accuracy of a student or a teacher'),
+  'predict': ('predict', 'say what is on pictures'),
+  'export': ('export', 'write a student as a file that runs by itself'),
+  'bounds': ('bounds.__main__', "measure the bound on a student's error"),
+  'prepare': ('datasets.prepare', 'prepare a data set, or your own images'),
+  'models': ('models.__main__', 'list the backbones, with their sizes'),
+  'estimate': ('compile', 'estimate what a training step costs on a TPU'),
+  'weights': ('torch_weights', 'import weights from PyTorch, or export them'),
+  'convert': ('torch_model', 'make any PyTorch classifier a teacher'),
+}
+FLAGS = ('-h', '--help', '--version')
+
+
+def usage(prog: str) -> str:
+  """Returns the help, with a line for each command."""
+  lines = [f'  {name:<10}{line}' for name, (_, line) in COMMANDS.items()]
+  return '\n'.join(
+    [f'usage: {prog} COMMAND ...', '', *lines, '']
+    + [f'{prog} COMMAND --help says more, {prog} --version the version']
+  )
+
+
+def main(argv: list[str], prog: str = 'ijckd') -> int | None:
+  """Runs a command; returns its exit code.
+
+  Args:
+    argv: the command's name, and its arguments.
+    prog: how the user called this program, for usage and messages.
+
+  Raises:
+    config_utils.UserError: there is no such command, or its arguments are
+      wrong.
+  """
+  name, *rest = argv or ['']
+  if not name:  # A script that lost its command must not go on.
+    print(usage(prog), file=sys.stderr)
+    return 2
+  if name in ('-h', '--help'):
+    print(usage(prog))
+    return 0
+  if name == '--version':
+    from importlib import metadata
+
+    print(f'ijckd_jax {metadata.version("ijckd_jax")}')
+    return 0
+  if name not in COMMANDS:
+    from ijckd_jax import config_utils
+
+    raise config_utils.unknown('command', name, list(COMMANDS))
+  module = importlib.import_module(f'ijckd_jax.{COMMANDS[name][0]}')
+  return module.main(rest, prog=f'{prog} {name}')
+
+
+def run(prog: str) -> None:
+  """Runs the command that `sys.argv` names, and exits."""
+  argv = sys.argv[1:]
+  if not argv or argv[0] in FLAGS:
+    sys.exit(main(argv, prog))
+
+  from ijckd_jax import config_utils  # Takes longer than the help may.
+
+  config_utils.run_command(functools.partial(main, prog=prog))
+
+
+def console() -> None:
+  """Runs the program `ijckd`, and exits."""
+  if not sys.flags.safe_path:
+    # Backbones, methods and the like of the user's own are found in the working
+    # directory, as by `python -m`; here they cannot hide an installed package.
+    sys.path.append('')
+  run('ijckd')
+
+
+if __name__ == '__main__':
+  run('python -m ijckd_jax')
