@@ -119,7 +119,6 @@ LINEN = ('models', 'connectors', 'methods')
 SLOW = (
   'cv2',
   'huggingface_hub',
-  'jax2onnx',
   'matplotlib',
   'onnx',
   'onnxruntime',
