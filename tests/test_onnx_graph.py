@@ -207,6 +207,19 @@ def test_reductions(axes):
   assert_same(fn)
 
 
+def test_pooled_features_become_a_map_without_transpositions():
+  """As connectors of pooled features take them."""
+
+  def fn(x):
+    x = conv(x).mean((1, 2))[:, None, None, :]
+    x = conv(x, 5, size=(1, 1), padding='VALID') + random(5, seed=1)
+    return nn.relu(x)[:, 0, 0, :]
+
+  assert_same(fn)
+  kinds = kinds_of(fn)
+  assert kinds['Transpose'] == 1 and kinds['Conv'] == 2 and not kinds['Add']
+
+
 def test_a_mean_is_one_node():
   kinds = kinds_of(lambda x: jnp.mean(conv(x), (1, 2)) @ random(6, 3))
   assert kinds == {'Transpose': 1, 'Conv': 1, 'ReduceMean': 1} | {

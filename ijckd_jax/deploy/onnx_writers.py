@@ -220,6 +220,8 @@ def _reshaped(graph, x, old, new):
   if len(made) < 4:  # It is no map any more, but tokens or features.
     order, made = sorted(order), sorted(made)
   sizes = [new[i] if onnx_graph.is_known([new[i]]) else -1 for i in made]
+  if sizes[0] == -1 and new[made[0]] == old[order[0]]:
+    sizes[0] = 0  # As it is; runtimes fuse nodes that have the same batch.
   if sizes.count(-1) > 1:
     raise onnx_graph.Unsupported(f'no writer for a reshape to {new}')
   inputs = [graph.arranged(x, order, old), np.int64(sizes)]
