@@ -121,7 +121,6 @@ SLOW = (
   'array_record',
   'cv2',
   'huggingface_hub',
-  'jax2onnx',
   'markdown_it',
   'matplotlib',
   'onnx',

@@ -1,44 +1,32 @@
-"""ONNX files: written by jax2onnx, cleaned by onnxruntime, run by it.
-
-jax2onnx turns each primitive of the traced function into operators, with a pair
-of transpositions around every convolution, since ONNX has channels first. The
-shapes that it notes of what is in between are of the other layout and would be
-refused. They are left out (onnx_layout.py): onnxruntime infers its own, and its
-optimizer, run once as the file is written, takes transpositions and constants
-away. It knows no hardware at the level that is used, so that the file runs
-everywhere.
-"""
+"""ONNX files: written by onnx_writers, run by onnxruntime."""
 
 from collections.abc import Iterable
 import contextlib
-import importlib.metadata
 import io
 import logging
 import pathlib
 import tempfile
 
-import jax
 from jax import export
-import jax.extend
 import numpy as np
 
 from ijckd_jax import config_utils
 from ijckd_jax.deploy import deployed as deployed_lib
-from ijckd_jax.deploy import onnx_layout
+from ijckd_jax.deploy import onnx_graph
+from ijckd_jax.deploy import onnx_writers
 
-IMAGES, LOGITS, PROBABILITIES = 'images', 'logits', 'probabilities'
-# Of onnxruntime 1.24 and later, the oldest that jax2onnx takes.
-OPSET = 21
+IMAGES, LOGITS, PROBABILITIES = onnx_graph.IMAGES, 'logits', 'probabilities'
+# Runtimes of 2024 and later read it: onnxruntime since 1.18.
+OPSET, IR_VERSION = 21, 10
 # Operators whose weights are stored in half precision, or in eight bits.
 WEIGHED = ('Conv', 'Gemm', 'MatMul')
 
 
 def require():
   """Raises UserError where a package is missing."""
-  for name in ('onnx', 'onnxruntime', 'jax2onnx'):
+  for name in ('onnx', 'onnxruntime'):
     try:
-      with _quiet():
-        __import__(name)
+      __import__(name)
     except ImportError as error:
       raise config_utils.UserError(
         f"ONNX needs {name}: pip install 'ijckd_jax[onnx]' ({error})"
@@ -56,14 +44,56 @@ def encode(deployed: deployed_lib.Deployed) -> bytes:
   """
   import onnx
 
-  model = _convert(deployed)
-  onnx_layout.rewrite(model)
-  model = _optimized(model)
-  onnx_layout.fold_preprocessing(model)
-  for key, value in deployed.metadata.items():
-    model.metadata_props.add(key=key, value=value)
+  (batch,) = export.symbolic_shape('B')
+  try:
+    graph, logits = onnx_writers.write(
+      deployed.logits, dict(deployed.arrays), deployed.shape(batch)
+    )
+  except onnx_graph.Unsupported as error:
+    raise config_utils.UserError(
+      f'the network cannot be said in ONNX: {error}; --format stablehlo takes '
+      'whatever JAX runs'
+    ) from error
+  graph.nodes.append(('Softmax', [logits], [PROBABILITIES], {}))
+  renamed = {logits: LOGITS}
+  images = _described(IMAGES, deployed.takes, deployed.image_shape)
+  made = [
+    _described(name, 'float32', [len(deployed.class_names)])
+    for name in (LOGITS, PROBABILITIES)
+  ]
+  model = onnx.helper.make_model(
+    onnx.helper.make_graph(
+      [
+        onnx.helper.make_node(
+          kind,
+          *([renamed.get(x, x) for x in names] for names in (inputs, outputs)),
+          name=outputs[0],
+          **attributes,
+        )
+        for kind, inputs, outputs, attributes in graph.nodes
+      ],
+      deployed.metadata['backbone'],
+      [images],
+      made,
+      [
+        onnx.numpy_helper.from_array(array, name)
+        for name, array in graph.constants.items()
+      ],
+    ),
+    opset_imports=[onnx.helper.make_opsetid('', OPSET)],
+    ir_version=IR_VERSION,
+  )
+  onnx.helper.set_model_props(model, deployed.metadata)
   onnx.checker.check_model(model, full_check=True)
   return model.SerializeToString()
+
+
+def _described(name, dtype, shape):
+  """Returns what a graph says of an input or output: a batch of a shape."""
+  import onnx
+
+  dtype = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+  return onnx.helper.make_tensor_value_info(name, dtype, ['B', *shape])
 
 
 def halve(data: bytes) -> bytes:
@@ -193,71 +223,6 @@ class Session:
     return tuple(self._session.run(None, {IMAGES: images}))
 
 
-def _convert(deployed):
-  """Returns the function as jax2onnx writes it."""
-  import jax2onnx
-
-  (batch,) = export.symbolic_shape('B')
-  shape = deployed.shape(batch)
-  # Traced here: jax2onnx has layers of Linen of its own, which know nothing of
-  # the biases that batch norms leave.
-  traced = jax.make_jaxpr(lambda x: deployed.logits(deployed.arrays, x))(shape)
-
-  def whole(images):
-    (logits,) = jax.extend.core.jaxpr_as_fun(traced)(images)
-    return logits, jax.nn.softmax(logits)
-
-  try:
-    with _quiet():
-      return jax2onnx.to_onnx(
-        whole,
-        [shape],
-        model_name=deployed.metadata['backbone'],
-        opset=OPSET,
-        input_names=[IMAGES],
-        output_names=[LOGITS, PROBABILITIES],
-      )
-  except Exception as error:  # It raises what its parts raise.
-    versions = ' and '.join(
-      f'{name} {importlib.metadata.version(name)}'
-      for name in ('jax2onnx', 'jax')
-    )
-    raise config_utils.UserError(
-      f'the network cannot be said in ONNX: {config_utils.short(error)} '
-      f'({versions}; pip install "ijckd_jax[onnx]" takes two that fit '
-      'together); --format stablehlo takes whatever JAX runs'
-    ) from error
-
-
-def _optimized(model):
-  """Returns a model as onnxruntime rewrites it for any hardware."""
-  import onnx
-  import onnxruntime
-
-  options = _options()
-  options.graph_optimization_level = (
-    onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-  )
-  with tempfile.TemporaryDirectory() as folder:
-    path = pathlib.Path(folder) / 'model.onnx'
-    options.optimized_model_filepath = str(path)
-    try:
-      onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=['CPUExecutionProvider']
-      )
-      found = onnx.load(path)
-    except Exception as error:  # A full disk, too, is of a class of its own.
-      raise config_utils.UserError(
-        f'onnxruntime cannot rewrite the network in {folder}: '
-        f'{config_utils.short(error)}'
-      ) from error
-  used = {node.domain for node in found.graph.node}
-  opsets = [x for x in found.opset_import if x.domain in used]
-  del found.opset_import[:]
-  found.opset_import.extend(opsets)
-  return found
-
-
 def _options():
   import onnxruntime
 
@@ -268,7 +233,7 @@ def _options():
 
 @contextlib.contextmanager
 def _quiet():
-  """Keeps what jax2onnx prints about itself off the screen."""
+  """Keeps what onnxruntime's quantisation prints off the screen."""
   noise = io.StringIO()
   level = logging.root.manager.disable
   logging.disable(logging.ERROR)
