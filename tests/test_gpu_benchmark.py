@@ -82,8 +82,16 @@ def test_readme_has_the_results():
     assert expected in {line[:5] for line in lines}
 
 
+def test_an_unfinished_item_shows_what_it_has():
+  rows = {'ours': candidate(10, flops=1), 'PyTorch, graph': candidate()}
+  assert cells(gpu.steps_table(content(rows)))[2:5] == ['', '10', '']
+
+
 def test_an_unknown_item_is_refused(capsys, tmp_path):
   with pytest.raises(SystemExit):
     gpu.main(['--json', str(tmp_path / 'x.json'), 'resnet99'])
   assert 'unknown items: resnet99' in capsys.readouterr().err
+  with pytest.raises(SystemExit):
+    gpu.main(['--json', str(tmp_path / 'x.json'), '--table'])
+  assert 'there is no' in capsys.readouterr().err
   assert not list(tmp_path.iterdir())

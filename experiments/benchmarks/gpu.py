@@ -5,16 +5,17 @@
   python -m experiments.benchmarks.gpu --json FILE --rehearse
 
 Works through the items in the order of ITEMS, the most wanted first, and writes
-FILE after each of them. A second call with the same FILE goes on with the items
-that are missing, or measures again those that are named. `--table` prints what
-FILE holds. `--rehearse` runs everything on the CPU with four small images in a
-batch: it shows that the script works, and its numbers mean nothing.
+FILE after each measurement. A second call with the same FILE goes on with the
+items that are not finished, or measures again those that are named. `--table`
+prints what FILE holds. `--rehearse` runs everything on the CPU with four small
+images in a batch: it shows that the script works, and its numbers mean nothing.
 
 Every candidate is a process, and windows of them take turns, see worker.
 Nothing here needs a network. See README.md.
 """
 
 import argparse
+from collections.abc import Callable
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -71,12 +72,14 @@ class Run:
     folder: a scratch folder; compiled programs are kept in it.
     rounds: windows of each candidate.
     seconds: of a window.
+    save: writes what has been found.
   """
 
   rehearse: bool
   folder: pathlib.Path
   rounds: int
   seconds: float
+  save: Callable[[], None]
 
   @property
   def platform(self) -> str:
@@ -176,8 +179,8 @@ class Steps:
     """Returns PyTorch's candidates."""
     return [run.pytorch(self.pair, self.dtype, mode) for mode in self.modes]
 
-  def measure(self, run: Run) -> dict:
-    """Returns what each candidate did, and how many images a step has."""
+  def __call__(self, run: Run, found: dict) -> None:
+    """Fills in what each candidate did, and how many images a step has."""
     candidates = self.theirs(run)
     candidates.append(run.ours(self.pair, self.dtype))
     for kind in self.more:
@@ -193,22 +196,23 @@ class Steps:
       candidates.append(run.ours(self.pair, self.dtype, **options))
     pair = pairs.ALL_PAIRS[self.pair]
     batch_size = pair.small().batch_size if run.rehearse else pair.batch_size
-    return {
+    found |= {
       'pair': str(pair),
       'dtype': self.dtype,
       'batch_size': batch_size,
-      'candidates': time_in_turn(run, candidates, batch_size),
+      'candidates': {},
     }
+    time_in_turn(run, candidates, batch_size, found['candidates'])
 
 
-def time_in_turn(run: Run, candidates, batch_size: int) -> dict[str, dict]:
-  """Returns by title: images per second, seconds to be ready, memory, flops.
+def time_in_turn(run: Run, candidates, batch_size: int, rows: dict) -> None:
+  """Fills in by title: images per second, seconds to be ready, memory, flops.
 
   A candidate that fails has an 'error' in place of them, and the others go on.
   They start one after the other, since both libraries try several algorithms
   on the GPU as they start, and keep the fastest.
   """
-  rows, workers, counts = {}, {}, {}
+  workers, counts = {}, {}
   with contextlib.ExitStack() as stack:
     for candidate in candidates:
       title, start = candidate.title, time.perf_counter()
@@ -231,7 +235,7 @@ def time_in_turn(run: Run, candidates, batch_size: int) -> dict[str, dict]:
           seconds = one.seconds(counts[title])
           images = counts[title] * candidate.steps_a_call * batch_size
           rows[title]['images_per_second'].append(images / seconds)
-  return rows
+      run.save()
 
 
 @contextlib.contextmanager
@@ -267,8 +271,8 @@ def compile_pytorch(run: Run, items) -> dict[str, dict]:
   return rows
 
 
-def measure_card(run: Run) -> dict:
-  """Returns the rate of a large product in bfloat16, by PyTorch."""
+def measure_card(run: Run, found: dict) -> None:
+  """Fills in the rate of a large product in bfloat16, by PyTorch."""
   code = """if 1:
     import json, time, torch
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -283,7 +287,7 @@ def measure_card(run: Run) -> dict:
     print(json.dumps({'bfloat16_product_flops_per_second':
                       2 * size ** 3 / min(run(20) for _ in range(3))}))
   """
-  return json.loads(
+  found |= json.loads(
     subprocess.run(
       [sys.executable, '-c', code],
       check=True,
@@ -294,9 +298,10 @@ def measure_card(run: Run) -> dict:
   )
 
 
-def measure_side_by_side(run: Run) -> dict:
-  """Returns images per second of several processes on the card together."""
+def measure_side_by_side(run: Run, found: dict) -> None:
+  """Fills in images per second of several processes on the card together."""
   pair, rows = 'resnet20', {}
+  found |= {'pair': str(pairs.ALL_PAIRS[pair]), 'processes': rows}
   batch_size = 4 if run.rehearse else pairs.ALL_PAIRS[pair].batch_size
   for count in (1, 2) if run.rehearse else (1, 2, 4, 8, 14):
     with contextlib.ExitStack() as stack, recorded(rows, str(count)):
@@ -313,51 +318,49 @@ def measure_side_by_side(run: Run) -> dict:
         slowest = max(one.finish_steps() for one in workers)
         totals.append(count * num_steps * batch_size / slowest)
       rows[str(count)] = {'images_per_second': totals}
-  return {'pair': str(pairs.ALL_PAIRS[pair]), 'processes': rows}
+      run.save()
 
 
-def measure_start(run: Run) -> dict:
-  """Returns seconds from a process's start to its third step, caches filled."""
-  rows = {}
+def measure_start(run: Run, found: dict) -> None:
+  """Fills in seconds until two steps are made, with filled caches."""
   for pair in ('resnet32x4', 'resnet34'):
     for candidate in (
       run.ours(pair, 'bfloat16'),
       run.pytorch(pair, 'bfloat16', 'compile_graph'),
     ):
-      with contextlib.ExitStack() as stack, recorded(rows, pair):
+      with contextlib.ExitStack() as stack, recorded(found, pair):
         start, one = time.perf_counter(), run.start(candidate)
         stack.callback(one.kill)
         one.wait_until_ready()
         seconds = time.perf_counter() - start
-        rows[f'{pair}, {candidate.title}'] = {'seconds_to_ready': seconds}
-  return rows
+        found[f'{pair}, {candidate.title}'] = {'seconds_to_ready': seconds}
 
 
-def measure_loop(run: Run) -> dict:
-  """Returns the whole training loop's speed beside the bare step's."""
-  rows = []
+def measure_loop(run: Run, found: dict) -> None:
+  """Fills in the whole training loop's speed beside the bare step's."""
+  found['rows'] = []
   windows = ('--windows', '2', '--seconds', '0.2') if run.rehearse else ()
   for teacher, student in (
     ('resnet32x4', 'resnet8x4'),
     ('resnet20', 'resnet8'),
   ):
-    found = run.script(
+    written = run.script(
       'loop',
       *('--data', 'digits' if run.rehearse else 'cifar100'),
       *('--teacher', teacher, '--student', student, '--dtype', 'bfloat16'),
       *(windows or ('--windows', '6', '--seconds', '1.5')),
     )
-    rows += found['rows']
-  return {'rows': rows}
+    found['rows'] += written['rows']
+    run.save()
 
 
-def measure_agreement(run: Run) -> dict:
-  """Returns the losses of 20 steps on the device and on the CPU.
+def measure_agreement(run: Run, found: dict) -> None:
+  """Fills in the losses of 20 steps on the device and on the CPU.
 
   The same start and batches, of resnet20 -> resnet8. 'highest' multiplies
   float32 as float32, 'default' as TF32.
   """
-  losses = {}
+  losses = found['losses'] = {}
   for title, platform_name, dtype, precision in (
     ('cpu, float32', 'cpu', 'float32', 'highest'),
     ('device, float32, highest', run.platform, 'float32', 'highest'),
@@ -379,15 +382,14 @@ def measure_agreement(run: Run) -> dict:
         timeout=run.limit,
       )
       losses[title] = json.loads(done.stdout)
-  return {'losses': losses}
 
 
-def measure_input(run: Run) -> dict:
-  """Returns the images of 224 pixels that a core of the host makes a second."""
+def measure_input(run: Run, found: dict) -> None:
+  """Fills in the images of 224 pixels that a core of the host reads."""
   few = ('--images', '64', '--rounds', '1', '--seconds', '0.5')
   many = ('--images', '400', '--rounds', '3', '--seconds', '2')
   only = ('ours, in the process', 'PyTorch, in the process')
-  return run.script(
+  found |= run.script(
     'input_pipeline', *(few if run.rehearse else many), '--only', *only
   )
 
@@ -455,8 +457,8 @@ def describe_machine(run: Run) -> dict[str, str]:
   }
 
 
-def measure(run: Run, names, content: dict, path: pathlib.Path) -> None:
-  """Measures the items that are named, and writes the file after each."""
+def measure(run: Run, names, content: dict) -> None:
+  """Measures the items that are named; one that is finished has 'seconds'."""
   waves = [[n for n in names if (n in FIRST_WAVE) == first] for first in (1, 0)]
   waves = [[ITEMS[n] for n in wave] for wave in waves]
   waves = [[x for x in wave if isinstance(x, Steps)] for wave in waves]
@@ -469,20 +471,17 @@ def measure(run: Run, names, content: dict, path: pathlib.Path) -> None:
         content['compiling'] |= compile_pytorch(run, wave)
     print(f'{name} ...', file=sys.stderr, flush=True)
     with recorded(content['items'], name):
-      found = item.measure(run) if isinstance(item, Steps) else item(run)
-      seconds = time.perf_counter() - start
-      content['items'][name] = {**found, 'seconds': seconds}
-    partial = path.with_suffix('.partial')
-    partial.write_text(json.dumps(content, indent=2) + '\n')
-    partial.replace(path)
-    print(f'{name}: {seconds:.0f} s', file=sys.stderr, flush=True)
+      found = content['items'][name] = {}
+      item(run, found)
+      found['seconds'] = time.perf_counter() - start
+      print(f'{name}: {found["seconds"]:.0f} s', file=sys.stderr, flush=True)
+    run.save()
 
 
 def speed(row) -> float | None:
-  """Returns the median of a candidate's windows; None where it failed."""
-  return (
-    statistics.median(row['images_per_second']) if 'error' not in row else None
-  )
+  """Returns the median of a candidate's windows; None where it has none."""
+  windows = row.get('images_per_second')
+  return statistics.median(windows) if windows else None
 
 
 def steps_table(content: dict) -> str:
@@ -597,22 +596,29 @@ def main(argv=None):
   args = parser.parse_args(argv)
   if unknown := set(args.items) - set(ITEMS):
     parser.error(f'unknown items: {", ".join(sorted(unknown))}')
+  if args.table and not args.json.exists():
+    parser.error(f'there is no {args.json}')
   content = {'compiling': {}, 'items': {}}
   if args.json.exists():
     content = json.loads(args.json.read_text())
   if not args.table:
     args.json.parent.mkdir(parents=True, exist_ok=True)
+    rounds, seconds = (1, 0.1) if args.rehearse else (args.rounds, args.seconds)
+
+    def save():
+      partial = args.json.with_suffix('.partial')
+      partial.write_text(json.dumps(content, indent=2) + '\n')
+      partial.replace(args.json)
+
     with tempfile.TemporaryDirectory() as folder:
-      rounds, seconds = (
-        (1, 0.1) if args.rehearse else (args.rounds, args.seconds)
-      )
-      run = Run(args.rehearse, pathlib.Path(folder), rounds, seconds)
+      run = Run(args.rehearse, pathlib.Path(folder), rounds, seconds, save)
       machine = describe_machine(run)
       if content.get('card', machine['card']) != machine['card']:
         parser.error(f'{args.json} is of another card, {content["card"]}')
       content |= machine
-      missing = [name for name in ITEMS if name not in content['items']]
-      measure(run, args.items or missing, content, args.json)
+      done = {name for name, x in content['items'].items() if 'seconds' in x}
+      missing = [name for name in ITEMS if name not in done]
+      measure(run, args.items or missing, content)
   said = ', '.join(f'{k} {v}' for k, v in content['versions'].items())
   print(f'{content["card"]}, driver {content["driver"]}; {said}\n')
   print(steps_table(content))
