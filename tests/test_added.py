@@ -72,6 +72,8 @@ def test_any_can_be_added_to_any_other_and_gets_what_it_needs(base):
   assert all(np.isfinite(value) for value in terms.values())
 
 
+# A whole run; the sums of losses and what they need are tested above.
+@pytest.mark.slow
 def test_a_run_with_an_added_method(finished_run, small_config, tmp_path):
   config = small_config(
     'at',

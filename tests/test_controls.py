@@ -39,7 +39,16 @@ def same(a, b) -> bool:
   )
 
 
-@pytest.mark.parametrize('head', outputs.HEADS)
+# Each is a whole run: one with a connector and one without are enough here.
+@pytest.mark.parametrize(
+  'head',
+  [
+    pytest.param(
+      head, marks=[] if head in ('own', 'fresh') else pytest.mark.slow
+    )
+    for head in outputs.HEADS
+  ],
+)
 def test_a_head_predicts_is_trained_or_not_and_is_deployed(
   head, config_of, tmp_path
 ):

@@ -114,6 +114,8 @@ def num_layout_changes(model):
   )
 
 
+# A process of its own, which exports; the tests below export in this one.
+@pytest.mark.slow
 def test_the_check_is_made_on_the_cpu(digits_flags, tmp_path):
   # JAX would fail here if it were asked for the GPU's results.
   output = tmp_path / 'student.safetensors'

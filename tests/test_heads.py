@@ -179,7 +179,10 @@ def test_the_joint_head_is_fitted_on_both(refitted, finished_run):
   np.testing.assert_array_equal(given, wanted)
 
 
-@pytest.mark.parametrize('row', [4, pytest.param(10, marks=pytest.mark.slow)])
+# Runs whose head is fitted again; that a stopped run continues to the same bits
+# is in test_train.py, and the fit itself below.
+@pytest.mark.slow
+@pytest.mark.parametrize('row', [4, 10])
 def test_a_run_goes_on_with_the_head_that_it_had(refitted, tmp_path, row):
   """Also where it was stopped before the head was fitted that was due."""
   workdir, config, reference = refitted
