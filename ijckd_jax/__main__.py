@@ -9,6 +9,7 @@ the help is there at once.
 
 import functools
 import importlib
+import signal
 import sys
 
 COMMANDS = {
@@ -23,7 +24,7 @@ COMMANDS = {
   'weights': ('torch_weights', 'import weights from PyTorch, or export them'),
   'convert': ('torch_model', 'make any PyTorch classifier a teacher'),
 }
-FLAGS = ('-h', '--help', '--version')
+HELP, VERSION = ('-h', '--help', 'help'), ('-V', '--version')
 
 
 def usage(prog: str) -> str:
@@ -50,10 +51,10 @@ def main(argv: list[str], prog: str = 'ijckd') -> int | None:
   if not name:  # A script that lost its command must not go on.
     print(usage(prog), file=sys.stderr)
     return 2
-  if name in ('-h', '--help'):
+  if name in HELP:
     print(usage(prog))
     return 0
-  if name == '--version':
+  if name in VERSION:
     from importlib import metadata
 
     print(f'ijckd_jax {metadata.version("ijckd_jax")}')
@@ -69,7 +70,9 @@ def main(argv: list[str], prog: str = 'ijckd') -> int | None:
 def run(prog: str) -> None:
   """Runs the command that `sys.argv` names, and exits."""
   argv = sys.argv[1:]
-  if not argv or argv[0] in FLAGS:
+  if not argv or argv[0] in HELP + VERSION:
+    # End quietly where the output is read no more, as by `head`.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main(argv, prog))
 
   from ijckd_jax import config_utils  # Takes longer than the help may.

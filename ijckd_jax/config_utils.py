@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import runpy
+import signal
 import sys
 import traceback
 
@@ -429,6 +430,11 @@ def run_command(command: Callable[[list[str]], int | None]) -> None:
     logging.getLogger(name).setLevel(logging.CRITICAL)
   try:
     code = command(sys.argv[1:])
+    sys.stdout.flush()
+  except BrokenPipeError:
+    # Whoever read the output has gone, as `head` does when it has its lines.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    code = 128 + signal.SIGPIPE
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     code = 2

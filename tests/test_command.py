@@ -4,6 +4,7 @@ import configparser
 from importlib import metadata
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -24,6 +25,7 @@ def ijckd(monkeypatch, capsys):
   def run(*argv, entry=command.console):
     monkeypatch.setattr(sys, 'argv', ['ijckd', *argv])
     monkeypatch.setattr(sys, 'path', list(sys.path))
+    monkeypatch.setattr(signal, 'signal', lambda *_: None)  # Of this process.
     with pytest.raises(SystemExit) as stopped:
       entry()
     printed = capsys.readouterr()
@@ -126,7 +128,7 @@ def test_a_config_that_is_not_there(name, said):
 
 
 def test_help_names_every_command(ijckd):
-  for flag in ('--help', '-h'):
+  for flag in ('--help', '-h', 'help'):
     code, out, err = ijckd(flag)
     assert (code, err) == (0, '')
   lines = dict(line.split(maxsplit=1) for line in out.split('\n')[2:-3])
@@ -167,6 +169,20 @@ def test_help_loads_nothing_slow():
   assert not loaded & {'absl', 'argparse', 'jax', 'ml_collections', 'numpy'}
 
 
+@pytest.mark.parametrize('argv', [['--help'], ['models']])
+def test_output_that_nobody_reads_ends_quietly(argv):
+  """As of `ijckd ... | head -0`: no traceback, and what shells call 141."""
+  process = subprocess.Popen(
+    [sys.executable, '-m', 'ijckd_jax', *argv],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
+  process.stdout.close()
+  assert process.stderr.read() == b''
+  assert process.wait() in (-signal.SIGPIPE, 128 + signal.SIGPIPE)
+
+
 def test_without_a_command_the_help_is_an_error(ijckd):
   code, out, err = ijckd()
   assert (code, out) == (2, '')
@@ -174,7 +190,8 @@ def test_without_a_command_the_help_is_an_error(ijckd):
 
 
 def test_version(ijckd):
-  code, out, _ = ijckd('--version')
+  code, out, _ = ijckd('-V')
+  assert ijckd('--version')[:2] == (code, out)
   assert (code, out) == (0, f'ijckd_jax {metadata.version("ijckd_jax")}\n')
 
 
