@@ -285,7 +285,7 @@ def test_devices_of_a_mapper_are_its_mesh():
 
 @pytest.mark.slow
 def test_a_tpu_that_is_not_there(tmp_path):
-  pytest.importorskip('libtpu')
+  pytest.importorskip('libtpu', reason="needs pip install -e '.[tpu]'")
   out = tmp_path / 'budget.json'
   command = [sys.executable, '-m', 'ijckd_jax.compile', '--config', DIGITS]
   command += ['--topology', 'v4:2x2x1', '--images_per_chip', '32']

@@ -369,7 +369,9 @@ def test_other_precisions(torch, save, tmp_path, dtype, precision):
   if dtype.startswith('float8'):
     return
   path = tmp_path / 'weights.safetensors'
-  pytest.importorskip('safetensors.torch').save_file({'w': tensor}, path)
+  pytest.importorskip(
+    'safetensors.torch', reason="needs PyTorch: pip install -e '.[parity]'"
+  ).save_file({'w': tensor}, path)
   got = torch_files.read(path)
   check_equal(got.arrays, {'w': expected})
   assert got.notes == (note,)

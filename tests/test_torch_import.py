@@ -28,7 +28,9 @@ from ijckd_jax import torch_sources
 from ijckd_jax import torch_weights
 
 torch_networks = pytest.importorskip('tests.torch_networks')
-safetensors_torch = pytest.importorskip('safetensors.torch')
+safetensors_torch = pytest.importorskip(
+  'safetensors.torch', reason="needs PyTorch: pip install -e '.[parity]'"
+)
 torch = torch_networks.torch
 
 # One of each kind; the others are slow, and run by hand.
