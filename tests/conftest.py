@@ -1,16 +1,45 @@
 """What the tests share: small runs on real data, compiled once."""
 
+import gc
 import logging
 import os
 
 import jax
+import jaxlib.version
 import pytest
 
 from ijckd_jax import experiment
 from ijckd_jax import train
 
-# Tests compile much and compute little: a sixth of their time is saved.
-os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=1')
+# Small programs: compiling takes a quarter of the time, and running no longer.
+XLA_FLAGS = ['--xla_backend_optimization_level=0']
+if jaxlib.version.__version_info__ < (0, 11):  # Unknown later, and then fatal.
+  XLA_FLAGS.append('--xla_cpu_use_fusion_emitters=false')
+os.environ.setdefault('XLA_FLAGS', ' '.join(XLA_FLAGS))
+# Threads of the linear algebra wait for each other where there are two workers;
+# workers and the children of tests load the libraries after this is set.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+# Tracing makes many objects that live: looking through all of them for garbage
+# again and again takes a tenth of the time.
+gc.set_threshold(100_000, 20, 50)
+
+
+# Long files: last, they would keep one worker busy when all else is done.
+LONG = (
+  *('test_quickstart', 'test_kill', 'test_hosts', 'test_export'),
+  *('test_teacher_store', 'test_models', 'test_configs', 'test_train'),
+)
+
+
+def pytest_collection_modifyitems(items):
+  """Puts the longest files first."""
+  order = {name: place for place, name in enumerate(LONG)}
+  items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
+def pytest_collection_finish():
+  """Leaves what was imported out of all collections of garbage."""
+  gc.freeze()
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -21,9 +50,9 @@ def compilation_cache(tmp_path_factory):
     folder = folder.parent  # Of all workers.
   folder /= 'compilation_cache'
   os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)
-  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
   jax.config.update('jax_compilation_cache_dir', str(folder))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -64,6 +93,7 @@ def small_config(data_dir):
     config.log_epochs, config.log_steps = 0.0, 5
     config.eval_epochs, config.eval_steps = 0.0, 4
     config.batch_size = 48
+    config.bounds.fit_examples = 0
     config.eval_batch_size = 120
     with config.unlocked():
       config.update_from_flattened_dict(fields)

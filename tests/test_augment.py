@@ -12,9 +12,6 @@ from ijckd_jax import augment
 from ijckd_jax import config_utils
 from ijckd_jax import experiment
 
-# Compiling takes most of a small test's time.
-FAST_COMPILE = {'xla_backend_optimization_level': 0}
-
 
 def images_of(num, side=6, channels=3, seed=0):
   """Returns noise without a zero, which only padding has."""
@@ -25,7 +22,7 @@ def images_of(num, side=6, channels=3, seed=0):
 @functools.cache
 def compiled(crop_padding, flip):
   augmentation = augment.Augmentation(crop_padding, flip)
-  return jax.jit(augmentation, compiler_options=FAST_COMPILE)
+  return jax.jit(augmentation)
 
 
 def views(images, indices, *, epochs=0, seed=0, crop_padding=2, flip=True):
@@ -172,10 +169,10 @@ def test_transforms_follow_in_order_and_each_draws_by_itself():
     return erasing(keys[2], layers(keys[1], crop(keys[0], image)))
 
   images, indices = images_of(4, side=8), np.arange(4)
-  run = jax.jit(made, compiler_options=FAST_COMPILE)
+  run = jax.jit(made)
   np.testing.assert_array_equal(
     run(jax.random.key(0), images, np.full(4, 4), indices),
-    jax.jit(jax.vmap(expected), compiler_options=FAST_COMPILE)(images, indices),
+    jax.jit(jax.vmap(expected))(images, indices),
   )
 
 

@@ -25,6 +25,7 @@ from ijckd_jax.bounds import limits
 from ijckd_jax.bounds import pointwise
 from ijckd_jax.bounds import statements
 from ijckd_jax.datasets import digits
+from tests import test_bundles
 
 REUSED = {
   'paired',
@@ -46,14 +47,22 @@ BY_METHOD = {
 }
 
 
+FIT_EXAMPLES = 300
+
+
 @pytest.fixture(scope='module')
-def runs(finished_run, small_config, tmp_path_factory):
+def teacher(finished_run):
+  """The folder of the teacher of all runs here."""
+  return finished_run[0] / 'teacher'
+
+
+@pytest.fixture(scope='module')
+def runs(teacher, small_config, tmp_path_factory):
   """Folders of finished runs by method, of one teacher."""
-  workdir, _ = finished_run
-  found = {'ijckd': workdir}
-  for method in ('srrl', 'kd'):
-    config = small_config(method)
-    config.teacher.checkpoint = str(workdir / 'teacher')
+  found = {}
+  for method in BY_METHOD:
+    config = small_config(method, **{'bounds.fit_examples': FIT_EXAMPLES})
+    config.teacher.checkpoint = str(teacher)
     found[method] = tmp_path_factory.mktemp(method)
     train.train_and_evaluate(config, found[method])
   return found
@@ -109,7 +118,7 @@ def test_every_run_ends_with_the_bound(runs, method):
   if method == 'kd':
     assert 'has no connector to the teacher' in report['left_out']['features']
   else:
-    assert report['joint_head']['examples'] == 2 * 1437
+    assert report['joint_head']['examples'] == 2 * FIT_EXAMPLES
     assert 'feature_map' in report['risks']
   pictures = {'bounds', 'terms'}
   if method in ('ijckd', 'srrl'):
@@ -140,12 +149,11 @@ def test_terms_are_logged_at_each_evaluation(runs):
 
 @pytest.mark.parametrize('method', BY_METHOD)
 def test_the_command_says_what_the_run_said(
-  runs, method, command, data_dir, tmp_path
+  runs, teacher, method, command, data_dir, tmp_path
 ):
-  teacher = runs['ijckd'] / 'teacher'
   code, out, err = command(
     *('--bundle', runs[method], '--teacher', teacher, '--data_dir', data_dir),
-    *('--output', tmp_path / 'out', '--json'),
+    *('--output', tmp_path / 'out', '--fit_examples', FIT_EXAMPLES, '--json'),
   )
   assert (code, err) == (0, '')
   found = json.loads(out)
@@ -164,9 +172,8 @@ def test_the_command_says_what_the_run_said(
   assert page.startswith('## The bound') and 'plots/bounds.png' in page
 
 
-def test_without_labels_by_command(runs, command, data_dir, tmp_path):
+def test_without_labels_by_command(runs, teacher, command, data_dir):
   """The same distribution, and another one, whose labels are not looked at."""
-  teacher = runs['ijckd'] / 'teacher'
   common = ('--teacher', teacher, '--data_dir', data_dir, '--fit_examples', 0)
   code, out, _ = command(
     *('--bundle', runs['srrl'], *common, '--unlabelled', 'digits'),
@@ -196,8 +203,9 @@ def test_without_labels_by_command(runs, command, data_dir, tmp_path):
     (('--split', 'validation'), "the split 'validation' is empty"),
   ],
 )
-def test_mistakes_are_told_in_a_line(runs, command, data_dir, flags, said):
-  teacher = runs['ijckd'] / 'teacher'
+def test_mistakes_are_told_in_a_line(
+  runs, teacher, command, data_dir, flags, said
+):
   code, out, err = command(
     *('--bundle', runs['ijckd'], '--teacher', teacher),
     *('--data_dir', data_dir, *flags),
@@ -207,11 +215,9 @@ def test_mistakes_are_told_in_a_line(runs, command, data_dir, flags, said):
 
 
 def test_a_teacher_of_another_width_is_refused(
-  runs, command, data_dir, small_config, tmp_path
+  runs, command, data_dir, tmp_path
 ):
-  config = small_config('ce', total_steps=1, eval_steps=1, log_steps=1)
-  config.student.backbone = 'resnet8x4'
-  train.train_and_evaluate(config, tmp_path)
+  test_bundles.make_bundle('ce', student='resnet8x4').save(tmp_path)
   code, _, err = command(
     *('--bundle', runs['ijckd'], '--teacher', tmp_path),
     *('--data_dir', data_dir),
@@ -224,24 +230,24 @@ def test_a_teacher_of_another_width_is_refused(
 
 
 def test_a_head_that_was_fitted_for_the_student(
-  runs, command, data_dir, tmp_path
+  runs, teacher, command, data_dir, tmp_path
 ):
   """The teacher's bundle has another one: the student's is what both are read
   by, and that is said.
   """
   workdir = runs['ijckd']
-  teacher = bundles.load(workdir / 'teacher')
+  bundle = bundles.load(teacher)
   head = {
     name: x[..., ::-1].copy()
-    for name, x in teacher.variables['params']['head'].items()
+    for name, x in bundle.variables['params']['head'].items()
   }
-  params = {**teacher.variables['params'], 'head': head}
+  params = {**bundle.variables['params'], 'head': head}
   dataclasses.replace(
-    teacher, variables={**teacher.variables, 'params': params}
+    bundle, variables={**bundle.variables, 'params': params}
   ).save(tmp_path / 'other')
   common = ('--data_dir', data_dir, '--fit_examples', 0, '--json')
   found = {}
-  for folder in (workdir / 'teacher', tmp_path / 'other'):
+  for folder in (teacher, tmp_path / 'other'):
     code, out, _ = command('--bundle', workdir, '--teacher', folder, *common)
     assert code == 0
     found[folder.name] = json.loads(out)

@@ -21,7 +21,7 @@ CANARY = 'tests.canary:Name'
 SETTINGS = hypothesis.settings(
   deadline=None,
   derandomize=True,
-  max_examples=int(os.environ.get('FUZZ_EXAMPLES', '60')),
+  max_examples=int(os.environ.get('FUZZ_EXAMPLES', '30')),
   suppress_health_check=list(hypothesis.HealthCheck),
 )
 SCALARS = st.one_of(

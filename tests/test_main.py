@@ -194,6 +194,7 @@ def test_damaged_config_of_a_run_can_be_overwritten(
   argv = ['--config', f'{DIGITS}:teacher=resnet8', '--workdir', folder]
   argv += [f'--config.dataset.data_dir={data_dir}', '--config.total_epochs=0']
   argv += ['--config.total_steps=2', '--config.optimizer.warmup_epochs=0']
+  argv += ['--config.bounds.fit_examples=0']
   argv += [f'--config.teacher.checkpoint={workdir}/teacher']
   code, _, err = command(*argv)
   assert code == 2

@@ -20,8 +20,6 @@ from ijckd_jax import outputs
 from ijckd_jax import teachers
 
 NUM_CLASSES = 5
-# Compiling takes most of a small test's time.
-FAST_COMPILE = {'xla_backend_optimization_level': 0}
 
 
 def noise(shapes, seed=0):
@@ -131,7 +129,7 @@ def value_and_gradients(distiller, variables, batch):
   frozen = teacher and teacher.frozen
   batch = complete(distiller.method, batch)
 
-  @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+  @jax.jit
   def run(params, frozen):
     def loss(params, frozen):
       seen = teacher and teacher(frozen, batch['image'])
@@ -148,6 +146,7 @@ def value_and_gradients(distiller, variables, batch):
   return total, terms, *gradients
 
 
+@functools.cache
 def arrays(method, seed=0, *, num_rows=6, teacher_size=2):
   """Returns Outputs of a student and a teacher, as a Distiller makes them."""
   rng = np.random.RandomState(seed)
@@ -185,10 +184,9 @@ def arrays(method, seed=0, *, num_rows=6, teacher_size=2):
     shapes = jax.eval_shape(
       lambda: module.init(jax.random.key(0), *seen, train=False)
     )
-    made, _ = module.apply(
-      noise(shapes), *seen, train=True, mutable=['batch_stats']
-    )
-    student = student.replace(auxiliary=made)
+    apply = functools.partial(module.apply, train=True, mutable=['batch_stats'])
+    made, _ = jax.jit(apply)(noise(shapes), *seen)
+    student = student.replace(auxiliary=jax.device_get(made))
   return student, teacher
 
 
@@ -303,12 +301,10 @@ def test_a_term_of_weight_zero_is_absent(name):
     )
 
 
-@pytest.mark.parametrize('name', methods.METHODS)
+@pytest.mark.parametrize('name', sorted(set(methods.METHODS) - {'ce', 'simkd'}))
 def test_a_term_of_weight_zero_cannot_spoil_the_others(name):
-  method = methods.get(name)()
-  if 'cross_entropy_weight' not in {f.name for f in dataclasses.fields(method)}:
-    pytest.skip('its cross-entropy has no weight')
-  method = dataclasses.replace(method, cross_entropy_weight=0.0)
+  """Of all methods whose cross-entropy has a weight."""
+  method = methods.get(name)(cross_entropy_weight=0.0)
   student, teacher = arrays(method)
   # Labels out of range make the cross-entropy not a number.
   batch = complete(method, {'label': np.full(6, NUM_CLASSES + 3)})

@@ -22,15 +22,13 @@ from ijckd_jax import train
 from ijckd_jax import train_state
 from tests import views_on_devices
 
-# Compiling takes most of a small test's time.
-FAST_COMPILE = {'xla_backend_optimization_level': 0}
 ROOT = views_on_devices.ROOT
 
 
 def mix(made, images, labels, indices=None):
   num = len(images)
   indices = np.arange(num) if indices is None else np.asarray(indices)
-  run = jax.jit(made, compiler_options=FAST_COMPILE)
+  run = jax.jit(made)
   return run(
     jax.random.key(0), images, labels, np.zeros(num, np.int32), indices
   )
@@ -181,9 +179,7 @@ def one_step(num_devices, num_pieces):
     out_axes=None,
     axis_name=parallel.AXIS,
   )
-  init = jax.jit(
-    exp.distiller.init, static_argnums=1, compiler_options=FAST_COMPILE
-  )
+  init = jax.jit(exp.distiller.init, static_argnums=1)
   state = train_state.create(
     init(jax.random.key(0), (8, 8, 1)), tx, with_ema=False
   )
@@ -191,7 +187,7 @@ def one_step(num_devices, num_pieces):
     lambda x: x.reshape(num_devices, -1, *x.shape[1:]),
     views_on_devices.make_batch(),
   )
-  run = jax.jit(step, compiler_options=FAST_COMPILE)
+  run = jax.jit(step)
   _, sums = run(state, None, shards, jax.random.key(views_on_devices.SEED))
   return {name: float(value / count) for name, (value, count) in sums.items()}
 

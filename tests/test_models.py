@@ -195,8 +195,6 @@ TAILS = {
   'shufflenet_v2': {'conv5_0', 'conv5_1'},
   'deit': {'norm'},
 }
-# Compiling takes most of a small test's time.
-FAST_COMPILE = {'xla_backend_optimization_level': 0}
 
 
 @functools.cache
@@ -233,10 +231,6 @@ def small(name):
   return (32, 32, 3) if name in IMAGENET else (8, 8, 1)
 
 
-def compiled(function):
-  return jax.jit(function, compiler_options=FAST_COMPILE)
-
-
 @functools.cache
 def filled(name, image_shape, truncated=False):
   """Returns noisy variables and an input of a backbone."""
@@ -251,7 +245,7 @@ def run(name, image_shape=None, **settings):
   variables, x = filled(
     name, image_shape or small(name), settings.get('truncated', False)
   )
-  forward = compiled(functools.partial(backbone.apply, train=False))
+  forward = jax.jit(functools.partial(backbone.apply, train=False))
   return forward(variables, x), variables, x
 
 
@@ -348,7 +342,7 @@ def test_contract(name, truncated):
   parts = {kind: {'backbone': tree} for kind, tree in kinds.items()}
   parts['params']['head'] = head
 
-  @compiled
+  @jax.jit
   def both(variables, parts, x):
     features = backbone.apply(variables, x, train=False)
     pooled = backbone.apply(variables, features.final, method='pool')
@@ -365,8 +359,10 @@ def test_contract(name, truncated):
   else:
     assert features.pooled.shape == pooled.shape
     assert not np.allclose(features.pooled, pooled, rtol=0.1)
-  np.testing.assert_array_equal(out.final, features.final)
-  np.testing.assert_array_equal(out.pooled, features.pooled)
+  # Compiled in one program, and yet not always rounded alike.
+  for name in ('final', 'pooled'):
+    mine, theirs = getattr(out, name), getattr(features, name)
+    np.testing.assert_allclose(mine, theirs, atol=5e-6 * np.abs(theirs).max())
   assert len(out.stages) == len(features.stages)
   expected = np.asarray(features.pooled, np.float64) @ head['kernel']
   np.testing.assert_allclose(
@@ -407,7 +403,7 @@ def test_every_parameter_has_an_effect(name, truncated):
   rng = np.random.RandomState(3)
   weights = [rng.randn(*y.shape) for y in (shapes.final, shapes.pooled)]
 
-  @compiled
+  @jax.jit
   def gradient(params):
     def score(params):
       moving = {**variables, 'params': params}
@@ -623,7 +619,10 @@ def test_forward_by_hand(name, by_hand, num_blocks):
     np.testing.assert_allclose(
       stage, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max()
     )
-  np.testing.assert_allclose(features.pooled, final.mean((1, 2)), rtol=1e-4)
+  expected = final.mean((1, 2))
+  np.testing.assert_allclose(
+    features.pooled, expected, rtol=1e-4, atol=1e-6 * expected.max()
+  )
 
 
 def test_batch_norm_has_pytorchs_momentum_and_epsilon():
@@ -674,7 +673,7 @@ def test_start_of_backbones(name):
   uniform = name.startswith(('shufflenet', 'mobilenet_v1'))
   init = functools.partial(models.build(name).init, train=False)
   image = jnp.ones((1, 16, 16, 3))
-  variables = compiled(init)(jax.random.key(0), image)
+  variables = jax.jit(init)(jax.random.key(0), image)
   for path, leaf in traverse_util.flatten_dict(variables).items():
     leaf = np.asarray(leaf)
     if path[1:] == ('patch_embed_proj', 'bias'):

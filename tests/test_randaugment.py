@@ -8,8 +8,6 @@ import pytest
 
 from ijckd_jax import randaugment
 
-# Compiling takes most of a small test's time.
-FAST_COMPILE = {'xla_backend_optimization_level': 0}
 SIGNED = randaugment.OPERATIONS[1:10]
 
 
@@ -38,7 +36,7 @@ def results(shape, magnitude):
     for sign in (1, -1)
   ]
 
-  @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+  @jax.jit
   @jax.vmap
   def run(operation, sign):
     return jax.vmap(
@@ -104,7 +102,7 @@ def test_every_operation_is_pillows(shape, magnitude):
 def test_operations_by_hand():
   image = np.arange(0, 250, 10, dtype=np.uint8).reshape(5, 5, 1)
 
-  @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+  @jax.jit
   def run(operation, sign):
     return randaugment.apply(image, operation, sign, 30)
 
@@ -143,7 +141,7 @@ def test_operations_are_drawn_alike_and_in_layers():
     run = jax.vmap(
       randaugment.RandAugment(layers, magnitude), in_axes=(0, None)
     )
-    return np.asarray(jax.jit(run, compiler_options=FAST_COMPILE)(keys, image))
+    return np.asarray(jax.jit(run)(keys, image))
 
   once = [view.tobytes() for view in views(1)]
   known = {made[0].tobytes() for made in results(shape, magnitude).values()}

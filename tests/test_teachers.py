@@ -16,6 +16,7 @@ from ijckd_jax import models
 from ijckd_jax import network
 from ijckd_jax import outputs
 from ijckd_jax import teachers
+from tests import test_models as shared
 
 PREPROCESSING = augment.Preprocessing((0.0,), (1.0,), (8, 8))
 
@@ -155,7 +156,7 @@ def test_pool_variables_are_those_named_so():
   }
 
 
-@pytest.mark.parametrize('name', models.BACKBONES)
+@pytest.mark.parametrize('name', shared.by_default(shared.ONE_OF_EACH))
 def test_the_pools_variables_are_all_that_the_pool_needs(name):
   """Of every backbone, whole and truncated."""
   for truncated in (False, True):

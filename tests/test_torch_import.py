@@ -110,9 +110,7 @@ def errors(name, size=None, dtype='float32'):
     network = dataclasses.replace(
       bundle.network, backbone=bundle.network.backbone.clone(dtype=dtype)
     )
-    forward = jax.jit(
-      network, compiler_options={'xla_backend_optimization_level': 0}
-    )
+    forward = jax.jit(network)
     variables = jax.tree.map(lambda x: x.astype(dtype), bundle.variables)
     ours = jax.tree.map(
       np.asarray, forward(variables, images.transpose(0, 2, 3, 1))
@@ -293,9 +291,9 @@ def test_students_go_out_and_come_back(
     assert_same(again, bundle)
   side = bundle.image_shape[0]
   images = np.random.RandomState(0).randn(2, 3, side, side).astype(np.float32)
-  expected = jax.jit(
-    bundle.network, compiler_options={'xla_backend_optimization_level': 0}
-  )(bundle.variables, images.transpose(0, 2, 3, 1)).logits
+  expected = jax.jit(bundle.network)(
+    bundle.variables, images.transpose(0, 2, 3, 1)
+  ).logits
   if method == 'srrl':
     assert not (tmp_path / 'weights.py').exists()
     module = torch_networks.build(student, NUM_CLASSES)

@@ -165,10 +165,7 @@ def check(name, *args, channels=3, pool_backbone=None, **kwargs):
   shape = (2, *network.preprocessing.size, channels)
   images = np.random.RandomState(1).randn(*shape).astype(np.float32)
   # Compiling takes most of a small test's time.
-  forward = jax.jit(
-    lambda variables, x: network(variables, x).logits,
-    compiler_options={'xla_backend_optimization_level': 0},
-  )
+  forward = jax.jit(lambda variables, x: network(variables, x).logits)
   expected = np.asarray(forward(variables, images))
   inputs = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
   with torch.no_grad():

@@ -8,8 +8,6 @@ import pytest
 
 from ijckd_jax import transforms
 
-# Compiling takes most of a small test's time.
-FAST_COMPILE = {'xla_backend_optimization_level': 0}
 SHAPE = (16, 20, 3)
 KEYS = jax.random.split(jax.random.key(0), 400)
 
@@ -19,9 +17,7 @@ def noise():
 
 
 def views(transform, image):
-  run = jax.jit(
-    jax.vmap(transform, in_axes=(0, None)), compiler_options=FAST_COMPILE
-  )
+  run = jax.jit(jax.vmap(transform, in_axes=(0, None)))
   return np.asarray(run(KEYS, image))
 
 
