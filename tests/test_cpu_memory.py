@@ -32,4 +32,5 @@ def pages(keep):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='glibc is of Linux')
 def test_freed_memory_is_kept():
-  assert pages(keep=True) < 100 < pages(keep=False)
+  # A page has 2 MiB where the kernel gives huge ones: 32 in place of 16,384.
+  assert pages(keep=True) < 10 < pages(keep=False)

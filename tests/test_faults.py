@@ -17,12 +17,12 @@ from tests import test_train
 class Unmount:
   """A writer that takes the run's folder away when a step's row comes."""
 
-  def __init__(self, folder, step, *, seconds=None):
-    """It comes back after so many seconds; None: not by itself."""
+  def __init__(self, folder, step, *, missed=None):
+    """It comes back once `missed()` is true; None: not by itself."""
     self.folder = folder
     self.hidden = folder.with_name('unmounted')
     self.step = step
-    self.seconds = seconds
+    self.missed = missed
 
   def write(self, step, scalars):
     if step == self.step:
@@ -31,8 +31,13 @@ class Unmount:
       while not last.exists():
         time.sleep(0.01)
       self.folder.rename(self.hidden)
-      if self.seconds is not None:
-        threading.Timer(self.seconds, self.mount).start()
+      if self.missed is not None:
+        threading.Thread(target=self.mount_when_missed, daemon=True).start()
+
+  def mount_when_missed(self):
+    while not self.missed():
+      time.sleep(0.01)
+    self.mount()
 
   def mount(self):
     self.hidden.rename(self.folder)
@@ -58,14 +63,14 @@ def test_folder_that_is_away_for_a_while_costs_nothing(
   finished_run, small_config, tmp_path, teacher, monkeypatch, caplog
 ):
   monkeypatch.setattr(workdirs, 'RETRY_SECONDS', (0.2,) * 50)
-  workdir = tmp_path / 'run'
+  workdir, said = tmp_path / 'run', 'No such file or directory'
   result = train.train_and_evaluate(
     small_config(),
     workdir,
     teacher=teacher,
-    writers=[Unmount(workdir, 5, seconds=1)],
+    writers=[Unmount(workdir, 5, missed=lambda: said in caplog.text)],
   )
-  assert 'No such file or directory' in caplog.text
+  assert said in caplog.text
   assert_ends_like(finished_run, workdir, result)
 
 

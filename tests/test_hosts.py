@@ -228,6 +228,7 @@ def test_others_do_not_wait_for_a_host_that_died(
   """And all together, started again, end as if nothing had been."""
   workdir = tmp_path / 'run'
   arguments = [*arguments, '--config.checkpoint_steps=1']
+  arguments += ['--config.batch_size=48', '--config.teacher.store.views=0']
   cluster = Cluster(
     2, workdir, tmp_path / 'notes', *arguments, '--config.total_steps=4000'
   )

@@ -56,7 +56,7 @@ def test_is_scikit_learns():
   chosen = -logs[np.arange(len(rows)), rows.labels]
   np.testing.assert_allclose(nll, chosen, atol=2e-3)
   assert right.mean() == theirs.score((rows.pooled - mean) / std, rows.labels)
-  assert fitted.report['gradient'] < 1e-5
+  assert fitted.report['gradient'] < 5e-5  # Of sums in float32.
 
 
 def test_gradient_is_that_of_the_mean_over_labelled_rows():

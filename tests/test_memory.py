@@ -136,7 +136,7 @@ def test_stopped_run_continues_with_the_same_memory(
 ):
   teacher = bundles.load(finished_run[0] / 'teacher').teacher()
   config = small_config('crd', **{'method.num_negatives': 50})
-  config.accumulation = 2
+  config.accumulation, config.total_steps, config.eval_steps = 2, 8, 8
 
   def run(name, *writers):
     return train.train_and_evaluate(

@@ -301,12 +301,10 @@ def test_a_term_of_weight_zero_is_absent(name):
     )
 
 
-@pytest.mark.parametrize('name', methods.METHODS)
+@pytest.mark.parametrize('name', sorted(set(methods.METHODS) - {'ce', 'simkd'}))
 def test_a_term_of_weight_zero_cannot_spoil_the_others(name):
-  method = methods.get(name)()
-  if 'cross_entropy_weight' not in {f.name for f in dataclasses.fields(method)}:
-    pytest.skip('its cross-entropy has no weight')
-  method = dataclasses.replace(method, cross_entropy_weight=0.0)
+  """Of all methods whose cross-entropy has a weight."""
+  method = methods.get(name)(cross_entropy_weight=0.0)
   student, teacher = arrays(method)
   # Labels out of range make the cross-entropy not a number.
   batch = complete(method, {'label': np.full(6, NUM_CLASSES + 3)})

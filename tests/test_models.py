@@ -359,8 +359,10 @@ def test_contract(name, truncated):
   else:
     assert features.pooled.shape == pooled.shape
     assert not np.allclose(features.pooled, pooled, rtol=0.1)
-  np.testing.assert_array_equal(out.final, features.final)
-  np.testing.assert_array_equal(out.pooled, features.pooled)
+  # Compiled in one program, and yet not always rounded alike.
+  for name in ('final', 'pooled'):
+    mine, theirs = getattr(out, name), getattr(features, name)
+    np.testing.assert_allclose(mine, theirs, atol=5e-6 * np.abs(theirs).max())
   assert len(out.stages) == len(features.stages)
   expected = np.asarray(features.pooled, np.float64) @ head['kernel']
   np.testing.assert_allclose(
@@ -617,7 +619,10 @@ def test_forward_by_hand(name, by_hand, num_blocks):
     np.testing.assert_allclose(
       stage, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max()
     )
-  np.testing.assert_allclose(features.pooled, final.mean((1, 2)), rtol=1e-4)
+  expected = final.mean((1, 2))
+  np.testing.assert_allclose(
+    features.pooled, expected, rtol=1e-4, atol=1e-6 * expected.max()
+  )
 
 
 def test_batch_norm_has_pytorchs_momentum_and_epsilon():

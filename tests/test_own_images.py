@@ -123,7 +123,7 @@ def test_the_config_builds(data_dir):
   assert config.dataset.resize == 37
   state, sums = test_configs.trace(config)
   assert 'head' not in state.params and 'feature' in sums
-  test_configs.trace(experiment.teacher_config(config))
+  experiment.build(experiment.teacher_config(config))
 
 
 @pytest.mark.slow

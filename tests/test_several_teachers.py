@@ -1,5 +1,6 @@
 """Several teachers, whose losses are averaged; one has the joint classifier."""
 
+import functools
 import json
 
 import jax
@@ -45,7 +46,8 @@ def config_of(folders, small_config):
 def bound(config):
   """Returns an experiment's distiller, its variables and a batch."""
   distiller = experiment.build(config).distiller
-  variables = distiller.init(jax.random.key(0), (8, 8, 1))
+  init = jax.jit(distiller.init, static_argnums=1)
+  variables = init(jax.random.key(0), (8, 8, 1))
   rng = np.random.default_rng(0)
   batch = {
     'image': rng.integers(0, 256, (6, 8, 8, 1)).astype(np.uint8),
@@ -56,22 +58,28 @@ def bound(config):
   return distiller, variables, batch
 
 
+def run(distiller, variables, frozen, batch):
+  """Returns the student's Outputs and updated statistics, and the teachers'."""
+  student, stats = distiller.student(variables, frozen, batch['image'])
+  return student, stats, distiller.teach(frozen, batch['image'])
+
+
 @pytest.mark.parametrize('method', ['ijckd', 'srrl', 'kd'])
 @pytest.mark.parametrize('weights', [(), (3.0, 1.0)])
 def test_the_loss_is_the_mean_of_the_losses(config_of, method, weights):
   """Each of the student, as it is connected to that teacher alone."""
   config = config_of(method, **{'teacher.weights': weights})
   distiller, variables, batch = bound(config)
-  frozen = distiller.frozen
-  student, _ = distiller.student(variables, frozen, batch['image'])
-  taught = distiller.teach(frozen, batch['image'])
+  student, _, taught = jax.jit(functools.partial(run, distiller))(
+    variables, distiller.frozen, batch
+  )
   total, terms = distiller.loss(student, taught, batch)
   values = []
   pairs = zip(
     distiller.teachers, (student.connected, *student.others), strict=True
   )
   for teacher, connected in pairs:
-    alone = teacher(teacher.frozen, batch['image'])
+    alone = jax.jit(teacher)(teacher.frozen, batch['image'])
     seen = student.replace(connected=connected, others=())
     values.append(distiller.method.loss(seen, alone, batch))
   shares = np.array(weights or (1.0, 1.0)) / sum(weights or (1.0, 1.0))
@@ -92,8 +100,8 @@ def test_each_has_a_connector_and_one_is_deployed(config_of, folders):
   assert set(variables['params']) == {'backbone', 'connector', 'connector_1'}
   widths = [teacher.num_features for teacher in distiller.teachers]
   assert widths == [64, 256]
-  student, stats = distiller.student(
-    variables, distiller.frozen, batch['image']
+  student, stats, _ = jax.eval_shape(
+    functools.partial(run, distiller), variables, distiller.frozen, batch
   )
   assert student.connected.pooled.shape == (6, 64)
   assert student.others[0].pooled.shape == (6, 256)
@@ -103,7 +111,7 @@ def test_each_has_a_connector_and_one_is_deployed(config_of, folders):
   assert set(deployed['batch_stats']) == {'backbone', 'connector'}
   # Those to the first are as without the other.
   config = config_of(**{'teacher.others': ()})
-  alone = experiment.build(config).distiller.init(jax.random.key(0), (8, 8, 1))
+  alone = bound(config)[1]
   for part in ('backbone', 'connector'):
     jax.tree.map(
       np.testing.assert_array_equal,
@@ -114,16 +122,14 @@ def test_each_has_a_connector_and_one_is_deployed(config_of, folders):
 
 def test_a_gradient_reaches_all_connectors(config_of):
   distiller, variables, batch = bound(config_of())
-  frozen = distiller.frozen
-  taught = distiller.teach(frozen, batch['image'])
 
   def loss(params):
-    student, _ = distiller.student(
-      {**variables, 'params': params}, frozen, batch['image']
+    student, _, taught = run(
+      distiller, {**variables, 'params': params}, distiller.frozen, batch
     )
     return distiller.loss(student, taught, batch)[0]
 
-  gradients = jax.grad(loss)(variables['params'])
+  gradients = jax.jit(jax.grad(loss))(variables['params'])
   for part in gradients.values():
     assert any(jnp.any(leaf != 0) for leaf in jax.tree.leaves(part))
 
@@ -201,7 +207,7 @@ def test_one_teacher_is_the_plain_case(config_of):
   """Nothing is added where nothing is averaged."""
   distiller, _, batch = bound(config_of(**{'teacher.others': ()}))
   assert distiller.frozen.keys() == {'network', 'head', 'pool'}
-  taught = distiller.teach(distiller.frozen, batch['image'])
+  taught = jax.eval_shape(distiller.teach, distiller.frozen, batch['image'])
   assert taught.logits.shape == (6, 10)
   method = methods.get('ijckd')()
   assert distiller == distiller_lib.Distiller(
