@@ -128,5 +128,5 @@ def test_without_gcsfs_it_is_said(small_config):
   with mock.patch.object(
     type(epath.Path('gs://mine')), 'exists', side_effect=ImportError('no gcsfs')
   ):
-    with pytest.raises(config_utils.UserError, match=r'\.\[gcs\]'):
+    with pytest.raises(config_utils.UserError, match=r'\[gcs\]'):
       train.train_and_evaluate(small_config(), 'gs://mine/run')

@@ -169,7 +169,7 @@ def test_help_loads_nothing_slow():
   assert not loaded & {'absl', 'argparse', 'jax', 'ml_collections', 'numpy'}
 
 
-@pytest.mark.parametrize('argv', [['--help'], ['models']])
+@pytest.mark.parametrize('argv', [['--help'], ['train', '--help']])
 def test_output_that_nobody_reads_ends_quietly(argv):
   """As of `ijckd ... | head -0`: no traceback, and what shells call 141."""
   process = subprocess.Popen(

@@ -74,6 +74,8 @@ def test_folder_that_is_away_for_a_while_costs_nothing(
   assert_ends_like(finished_run, workdir, result)
 
 
+# Two whole runs.
+@pytest.mark.slow
 def test_folder_that_stays_away_stops_the_run_and_loses_no_checkpoint(
   finished_run, small_config, tmp_path, teacher, monkeypatch
 ):
@@ -90,6 +92,8 @@ def test_folder_that_stays_away_stops_the_run_and_loses_no_checkpoint(
   assert_ends_like(finished_run, workdir, result)
 
 
+# A whole run, and programs of another mapper.
+@pytest.mark.slow
 def test_run_continues_under_another_mapper_and_dtype(
   finished_run, small_config, tmp_path, teacher, caplog
 ):

@@ -153,6 +153,8 @@ def head_file(workdir, step):
   return workdir / workdirs.HEADS / f'step_{step:08}.safetensors'
 
 
+# A whole run whose head is fitted again.
+@pytest.mark.slow
 def test_the_joint_head_is_fitted_on_both(refitted, finished_run):
   workdir, config, result = refitted
   made = {step: heads.load(head_file(workdir, step)) for step in (5, 8)}

@@ -222,6 +222,8 @@ def test_eight_devices_then_four_then_two(
   assert_near(workdir, reference, with_ema(finished_run[1].state))
 
 
+# Three starts of two processes, and seconds of silence.
+@pytest.mark.slow
 def test_others_do_not_wait_for_a_host_that_died(
   alone, arguments, tmp_path, finished_run
 ):

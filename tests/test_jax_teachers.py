@@ -9,15 +9,14 @@ from experiments.jax_teachers import nnx_teacher
 from ijckd_jax import augment
 
 
-@pytest.mark.parametrize(
-  'example',
-  [nnx_teacher, pytest.param(equinox_teacher, marks=pytest.mark.slow)],
-)
+# Each trains a teacher in its own library, and a student.
+@pytest.mark.slow
+@pytest.mark.parametrize('example', [nnx_teacher, equinox_teacher])
 def test_example(example, data_dir):
   """Few steps of both: the student comes to agree, and nothing is ported."""
   settings = {'total_epochs': 3.0, 'bounds.fit_examples': 0}
   accuracies = example.main(
-    num_steps=40, **settings, **{'dataset.data_dir': data_dir}
+    num_steps=60, **settings, **{'dataset.data_dir': data_dir}
   )
   assert accuracies['teacher'] > 0.9
   assert accuracies['student'] > 0.8

@@ -5,9 +5,13 @@ The whole harness is experiments/faults/kill.py; its result lies beside it.
 
 import shutil
 
+import pytest
+
 from experiments.faults import kill
 
 
+# Four starts of a process, without a cache of compiled programs.
+@pytest.mark.slow
 def test_killed_run_ends_with_the_same_bits(tmp_path):
   harness = kill.Harness(tmp_path, warm=False)
   operations = harness.operations

@@ -55,6 +55,8 @@ class CompilationsByStep(logging.Handler):
       raise KeyboardInterrupt
 
 
+# A run without a cache of compiled programs.
+@pytest.mark.slow
 @BY_EITHER_MAPPER
 def test_each_step_is_compiled_once(
   finished_run, small_config, tmp_path, traced, mapper

@@ -184,6 +184,8 @@ def test_foreign_folders_are_left_alone(command, tmp_path, data_dir):
   assert command(*common, '--workdir', '')[0] == 2
 
 
+# A whole run.
+@pytest.mark.slow
 def test_damaged_config_of_a_run_can_be_overwritten(
   command, finished_run, tmp_path, data_dir
 ):

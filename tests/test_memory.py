@@ -131,6 +131,8 @@ def test_memory_is_the_same_on_any_number_of_devices():
   )
 
 
+# Three whole runs; test_train.py stops and continues one without a memory.
+@pytest.mark.slow
 def test_stopped_run_continues_with_the_same_memory(
   finished_run, small_config, tmp_path
 ):

@@ -32,6 +32,8 @@ def committed():
   return nbformat.read(NOTEBOOK, 4)
 
 
+# Teacher, student, export and pictures.
+@pytest.mark.slow
 def test_it_runs(committed):
   """In a kernel of its own; an error in a cell would be raised here.
 

@@ -79,7 +79,7 @@ def test_the_loss_is_the_mean_of_the_losses(config_of, method, weights):
     distiller.teachers, (student.connected, *student.others), strict=True
   )
   for teacher, connected in pairs:
-    alone = jax.jit(teacher)(teacher.frozen, batch['image'])
+    alone = jax.jit(teacher.__call__)(teacher.frozen, batch['image'])
     seen = student.replace(connected=connected, others=())
     values.append(distiller.method.loss(seen, alone, batch))
   shares = np.array(weights or (1.0, 1.0)) / sum(weights or (1.0, 1.0))

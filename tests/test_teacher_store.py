@@ -98,6 +98,8 @@ def exact(tmp_path_factory, config_of, teacher):
   return store_of(config, workdir, teacher)
 
 
+# A run that fills a store in float32, as the test below.
+@pytest.mark.slow
 def test_a_loaded_store_crosses_to_processes_that_decode(exact):
   store, _, arrays = exact
   asked = np.arange(len(arrays)), np.zeros(len(arrays), np.int32)
@@ -136,6 +138,8 @@ def test_float32_rows_are_what_the_live_teacher_gives(exact):
   assert np.abs(first['logits'] - second['logits']).max() > 0.1
 
 
+# Twenty steps by each of two programs.
+@pytest.mark.slow
 def test_twenty_steps_from_the_store_are_those_of_the_live_teacher(exact):
   """Each from the same state: past a ReLU's corner, roundings part two runs."""
   store, exp, arrays = exact
@@ -236,7 +240,7 @@ def test_another_augmentation_is_another_store(config_of, teacher):
 @pytest.mark.parametrize(
   'stop_at',
   [
-    pytest.param(3, id='filling'),
+    pytest.param(3, id='filling', marks=pytest.mark.slow),
     pytest.param(7, id='full', marks=pytest.mark.slow),
     pytest.param(9, id='after', marks=pytest.mark.slow),
   ],
