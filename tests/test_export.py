@@ -1,6 +1,7 @@
 """Exported students: the same model in every format, or no file at all."""
 
 import dataclasses
+import itertools
 import json
 import os
 import resource
@@ -128,8 +129,20 @@ def test_the_check_is_made_on_the_cpu(digits_flags, tmp_path):
   assert output.exists()
 
 
-@pytest.mark.parametrize('weights', ('float32', 'float16', 'int8'))
-@pytest.mark.parametrize('form', FILES)
+# Each format once, each kind of weights once, and what is refused.
+BY_DEFAULT = (
+  *(('onnx', 'float32'), ('onnx', 'int8'), ('safetensors', 'float16')),
+  *(('stablehlo', 'float32'), ('stablehlo', 'int8'), ('safetensors', 'int8')),
+)
+
+
+@pytest.mark.parametrize(
+  'form, weights',
+  [
+    pytest.param(*pair, marks=() if pair in BY_DEFAULT else pytest.mark.slow)
+    for pair in itertools.product(FILES, ('float32', 'float16', 'int8'))
+  ],
+)
 def test_command(
   form, weights, command, refused, digits_flags, test_images, tmp_path
 ):

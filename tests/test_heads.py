@@ -203,6 +203,8 @@ def test_a_run_goes_on_with_the_head_that_it_had(refitted, tmp_path, row):
   assert result.summary['student'] == reference.summary['student']
 
 
+# As the runs above.
+@pytest.mark.slow
 def test_a_damaged_head_is_named(refitted, tmp_path):
   workdir, config, _ = refitted
   copy = shutil.copytree(workdir, tmp_path / 'run')

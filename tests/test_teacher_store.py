@@ -98,7 +98,7 @@ def exact(tmp_path_factory, config_of, teacher):
   return store_of(config, workdir, teacher)
 
 
-# A run that fills a store in float32, as the test below.
+# A run fills a store in float32 for this test and the two below.
 @pytest.mark.slow
 def test_a_loaded_store_crosses_to_processes_that_decode(exact):
   store, _, arrays = exact
@@ -108,6 +108,7 @@ def test_a_loaded_store_crosses_to_processes_that_decode(exact):
     np.testing.assert_array_equal(crossed[name], rows)
 
 
+@pytest.mark.slow
 def test_float32_rows_are_what_the_live_teacher_gives(exact):
   store, exp, arrays = exact
   key = jax.random.fold_in(
