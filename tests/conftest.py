@@ -13,8 +13,11 @@ from ijckd_jax import train
 
 # Small programs: compiling takes a quarter of the time, and running no longer.
 XLA_FLAGS = ['--xla_backend_optimization_level=0']
+# For jax.jit's compiler_options: fused as in users' programs, and rounded so.
+FUSED = {}
 if jaxlib.version.__version_info__ < (0, 11):  # Unknown later, and then fatal.
   XLA_FLAGS.append('--xla_cpu_use_fusion_emitters=false')
+  FUSED['xla_cpu_use_fusion_emitters'] = True
 os.environ.setdefault('XLA_FLAGS', ' '.join(XLA_FLAGS))
 # Threads of the linear algebra wait for each other where there are two workers;
 # workers and the children of tests load the libraries after this is set.

@@ -26,6 +26,7 @@ from ijckd_jax import torch_import
 from ijckd_jax import torch_names
 from ijckd_jax import torch_sources
 from ijckd_jax import torch_weights
+from tests import conftest
 
 torch_networks = pytest.importorskip('tests.torch_networks')
 safetensors_torch = pytest.importorskip(
@@ -110,7 +111,7 @@ def errors(name, size=None, dtype='float32'):
     network = dataclasses.replace(
       bundle.network, backbone=bundle.network.backbone.clone(dtype=dtype)
     )
-    forward = jax.jit(network)
+    forward = jax.jit(network, compiler_options=conftest.FUSED)
     variables = jax.tree.map(lambda x: x.astype(dtype), bundle.variables)
     ours = jax.tree.map(
       np.asarray, forward(variables, images.transpose(0, 2, 3, 1))
