@@ -122,7 +122,10 @@ class Teacher:
   def shapes(self, image_shape: tuple[int, int, int]) -> outputs.Shapes:
     """Returns the shapes of its outputs for images (H, W, C), unrun."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
-    result = jax.eval_shape(self, self.frozen, images)
+    # Not `self`: JAX would write out all of its arrays, for messages.
+    result = jax.eval_shape(
+      lambda frozen, images: self(frozen, images), self.frozen, images
+    )
     return outputs.Shapes(
       result.stages,
       result.final,

@@ -1,14 +1,20 @@
 """What the tests share: small runs on real data, compiled once."""
 
+import dataclasses
+import fcntl
 import gc
+import io
 import logging
 import os
+import pickle
 
 import jax
 import jaxlib.version
+import PIL.Image
 import pytest
 
 from ijckd_jax import experiment
+from ijckd_jax import plots
 from ijckd_jax import train
 
 # Small programs: compiling takes a quarter of the time, and running no longer.
@@ -45,17 +51,46 @@ def pytest_collection_finish():
   gc.freeze()
 
 
-@pytest.fixture(scope='session', autouse=True)
-def compilation_cache(tmp_path_factory):
-  """Compiles a program that several tests run, or their children, once."""
+@pytest.fixture(scope='session')
+def shared_folder(tmp_path_factory):
+  """A folder of all workers."""
   folder = tmp_path_factory.getbasetemp()
   if 'PYTEST_XDIST_WORKER' in os.environ:
-    folder = folder.parent  # Of all workers.
-  folder /= 'compilation_cache'
+    folder = folder.parent
+  return folder
+
+
+@pytest.fixture(scope='session', autouse=True)
+def compilation_cache(shared_folder):
+  """Compiles a program that several tests run, or their children, once."""
+  folder = shared_folder / 'compilation_cache'
   os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
   jax.config.update('jax_compilation_cache_dir', str(folder))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def blank_plots():
+  """Draws no plots, which take a quarter of a small run: see `drawn_plots`."""
+  blank = io.BytesIO()
+  PIL.Image.new('L', (1, 1)).save(blank, 'PNG')
+  draw = plots.render
+
+  def render(figure, *formats):
+    return dict.fromkeys(formats if figure else (), blank.getvalue())
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(plots, 'render', render)
+    yield draw
+
+
+@pytest.fixture(scope='module')
+def drawn_plots(blank_plots):
+  """Draws the plots of this file's runs."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(plots, 'render', blank_plots)
+    yield
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -78,9 +113,9 @@ def root_logger():
 
 
 @pytest.fixture(scope='session')
-def data_dir(tmp_path_factory):
+def data_dir(shared_folder):
   """Where digits are built, so that nobody's home is written to."""
-  return str(tmp_path_factory.mktemp('data'))
+  return str(shared_folder / 'data')
 
 
 @pytest.fixture(scope='session')
@@ -106,7 +141,14 @@ def small_config(data_dir):
 
 
 @pytest.fixture(scope='session')
-def finished_run(tmp_path_factory, small_config):
+def finished_run(shared_folder, small_config):
   """The folder of a finished run, teacher included, and its Result."""
-  workdir = tmp_path_factory.mktemp('runs') / 'finished'
-  return workdir, train.train_and_evaluate(small_config(), workdir)
+  workdir = shared_folder / 'finished'
+  kept = shared_folder / 'finished.pickle'
+  with (shared_folder / 'finished.lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    result = train.train_and_evaluate(small_config(), workdir)
+    if result.state is not None:
+      kept.write_bytes(pickle.dumps(jax.device_get(result.state)))
+  state = pickle.loads(kept.read_bytes())
+  return workdir, dataclasses.replace(result, state=state)

@@ -20,7 +20,7 @@ def make_experiment(mapper, sync_batch_norm, method='ijckd', **fields):
   from ijckd_jax import experiment
 
   config = experiment.default_config(
-    dataset='digits', teacher='resnet14', student='resnet8', method=method
+    dataset='digits', teacher='resnet8', student='resnet8', method=method
   )
   config.total_steps = NUM_STEPS
   config.batch_size = config.eval_batch_size = BATCH_SIZE
@@ -40,8 +40,8 @@ def make_experiment(mapper, sync_batch_norm, method='ijckd', **fields):
   teacher = bundles.Bundle(
     network=exp.distiller.deployed_network,
     variables=exp.distiller.deployed(fresh, None),
-    backbone_name='resnet14',
-    pool_name='resnet14',
+    backbone_name='resnet8',
+    pool_name='resnet8',
     image_shape=(8, 8, 1),
     class_names=exp.dataset.class_names,
     info={},

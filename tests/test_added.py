@@ -7,6 +7,7 @@ from ijckd_jax import config_utils
 from ijckd_jax import experiment
 from ijckd_jax import methods
 from ijckd_jax import train
+from tests import marks
 from tests import test_methods as shared
 
 
@@ -48,16 +49,13 @@ def test_labels_alone_become_a_distillation():
   assert not methods.build(methods.section('ce')).needs_teacher
 
 
-# Without a teacher, through its head, by pooled features, with a memory.
-BASES = ('ce', 'simkd', 'vkd', 'crd')
+# Without a teacher, and with a memory.
+BASES = ('ce', 'crd')
 
 
 @pytest.mark.parametrize(
   'base',
-  [
-    name if name in BASES else pytest.param(name, marks=pytest.mark.slow)
-    for name in sorted(methods.METHODS)
-  ],
+  marks.slow_but(BASES, sorted(methods.METHODS)),
 )
 def test_any_can_be_added_to_any_other_and_gets_what_it_needs(base):
   """Each with a module of its own, a memory, a connector, or none of these."""

@@ -57,7 +57,7 @@ def teacher(finished_run):
 
 
 @pytest.fixture(scope='module')
-def runs(teacher, small_config, tmp_path_factory):
+def runs(teacher, small_config, tmp_path_factory, drawn_plots):
   """Folders of finished runs by method, of one teacher."""
   found = {}
   for method in BY_METHOD:

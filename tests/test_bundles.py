@@ -20,6 +20,7 @@ from ijckd_jax import connectors
 from ijckd_jax import experiment
 from ijckd_jax import outputs
 from ijckd_jax.models import backbone as backbone_lib
+from tests import marks
 
 
 class Hidden(backbone_lib.Backbone):
@@ -112,30 +113,34 @@ def logits(bundle):
   return np.asarray(run(bundle.variables, images))
 
 
+# Of each connector, dtype and pool one is run by default.
+CASES = (
+  {},
+  {'method.connector': 'mlp', 'method.feature_site': 'pooled'},
+  {'method': 'srrl', 'student': 'resnet8'},
+  {'dtype': 'bfloat16', 'teacher': HIDDEN},
+  {'method.connector': SCALED},
+)
+MORE_CASES = (
+  {'method.connector': 'bottleneck_depthwise', 'method.factor': 4},
+  {'method.connector': 'linear'},
+  {'method': 'ce', 'student': 'resnet8'},
+  {'method': 'kd', 'student': 'wrn_16_2'},
+  {'dtype': 'bfloat16'},
+  {'teacher': HIDDEN, 'student': HIDDEN},
+  {'teacher': HIDDEN, 'method.feature_site': 'pooled'},
+  {
+    'teacher': HIDDEN,
+    'method.connector': 'mlp',
+    'method.feature_site': 'pooled',
+  },
+  {'method': 'ce', 'student': HIDDEN},
+  {'method': 'srrl', 'student': HIDDEN, 'teacher': HIDDEN},
+)
+
+
 @pytest.mark.parametrize(
-  'fields',
-  [
-    {},
-    {'method.connector': 'bottleneck_depthwise', 'method.factor': 4},
-    {'method.connector': 'linear'},
-    {'method.connector': 'mlp', 'method.feature_site': 'pooled'},
-    {'method': 'ce', 'student': 'resnet8'},
-    {'method': 'kd', 'student': 'wrn_16_2'},
-    {'method': 'srrl', 'student': 'resnet8'},
-    {'dtype': 'bfloat16'},
-    {'dtype': 'bfloat16', 'teacher': HIDDEN},
-    {'teacher': HIDDEN, 'student': HIDDEN},
-    {'teacher': HIDDEN, 'method.feature_site': 'pooled'},
-    {
-      'teacher': HIDDEN,
-      'method.connector': 'mlp',
-      'method.feature_site': 'pooled',
-    },
-    {'method.connector': SCALED},
-    {'method': 'ce', 'student': HIDDEN},
-    {'method': 'srrl', 'student': HIDDEN, 'teacher': HIDDEN},
-  ],
-  ids=str,
+  'fields', marks.slow_but(CASES, CASES + MORE_CASES), ids=str
 )
 def test_what_is_loaded_computes_the_same(tmp_path, fields):
   bundle = make_bundle(**fields)

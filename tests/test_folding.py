@@ -12,6 +12,7 @@ from ijckd_jax import connectors
 from ijckd_jax import models
 from ijckd_jax.models import folding
 from ijckd_jax.models import layers
+from tests import marks
 
 SIDE = 32
 # One of each family, and how many of its batch norms follow something else than
@@ -28,6 +29,7 @@ FAMILIES = {
   'mobilenet_v3_small': 0,
   'resnet18': 0,
 }
+BY_DEFAULT = ('resnet8', 'wrn_16_1', 'shufflenet_v1_cifar', 'mobilenet_v1')
 
 
 def random_variables(module, x):
@@ -91,7 +93,7 @@ def test_by_hand():
   assert folded['params']['Conv_0']['bias'].item() == -7
 
 
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('name', marks.slow_but(BY_DEFAULT, FAMILIES))
 def test_backbones(name):
   module = models.build(name)
   side = 64 if 'resnet18' == name or name.startswith('mobilenet_v') else SIDE

@@ -19,6 +19,7 @@ from ijckd_jax import programs
 from ijckd_jax.models import __main__ as zoo
 from ijckd_jax.models import backbone as backbone_lib
 from ijckd_jax.models import layers
+from tests import marks
 
 X1 = ((16, 32), (16, 32), (32, 16), (64, 8))
 X2 = ((16, 32), (32, 32), (64, 16), (128, 8))
@@ -173,6 +174,11 @@ ONE_OF_EACH = (
   'shufflenet_v2_x0_5',
   'deit_small_patch16_224',
 )
+# Strides, early activations, pools, groups, squeezes, tokens.
+OF_EACH_OPERATOR = (
+  *('resnet8', 'wrn_16_1', 'vgg8', 'shufflenet_v1_cifar'),
+  *('mobilenet_v3_small', 'deit_small_patch16_224'),
+)
 FASTEST = ('resnet8', 'wrn_16_1')
 
 
@@ -317,7 +323,7 @@ def test_images_that_are_too_small():
 @pytest.mark.parametrize(
   'name, truncated',
   [
-    *by_default((*ONE_OF_EACH, 'resnet14x2', 'resnet50'), False),
+    *by_default(OF_EACH_OPERATOR, False),
     *by_default((*FASTEST, 'mobilenet_v3_small'), True),
   ],
 )
@@ -430,7 +436,9 @@ def test_bfloat16_keeps_parameters_and_pooled_in_float32(name):
   assert features.pooled.dtype == jnp.float32
 
 
-@pytest.mark.parametrize('name', [*FASTEST, 'deit_small_patch16_224'])
+@pytest.mark.parametrize(
+  'name', marks.slow_but(FASTEST, [*FASTEST, 'deit_small_patch16_224'])
+)
 def test_bfloat16_is_near(name):
   exact, _, _ = run(name)
   low, _, _ = run(name, dtype=jnp.bfloat16)

@@ -15,6 +15,8 @@ from ijckd_jax import experiment
 from ijckd_jax import plots as plots_lib
 from ijckd_jax import report
 
+pytestmark = pytest.mark.usefixtures('drawn_plots')
+
 WORST = (128, 0, 38)  # The last colour of matplotlib's YlOrRd.
 GREEN, MAGENTA = (0, 255, 0), (255, 0, 255)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.benchmarks import classifiers
 import ijckd_jax
 from ijckd_jax import bundles
 from ijckd_jax import config_utils
@@ -18,11 +19,11 @@ from ijckd_jax import train
 
 
 @pytest.fixture(scope='module')
-def folders(tmp_path_factory, small_config, finished_run):
+def folders(tmp_path_factory, finished_run):
   """Two bundles of other widths: a resnet8's and a resnet8x4's."""
-  other = tmp_path_factory.mktemp('other') / 'run'
-  config = small_config('ce', **{'student.backbone': 'resnet8x4'})
-  train.train_and_evaluate(config, other)
+  other = tmp_path_factory.mktemp('other') / 'bundle'
+  bundle = classifiers.alone('resnet8x4', (8, 8, 1), num_classes=10)
+  bundle.save(other)
   return [str(finished_run[0] / 'teacher'), str(other)]
 
 
@@ -64,8 +65,10 @@ def run(distiller, variables, frozen, batch):
   return student, stats, distiller.teach(frozen, batch['image'])
 
 
-@pytest.mark.parametrize('method', ['ijckd', 'srrl', 'kd'])
-@pytest.mark.parametrize('weights', [(), (3.0, 1.0)])
+@pytest.mark.parametrize(
+  'method, weights',
+  [('ijckd', ()), ('ijckd', (3.0, 1.0)), ('srrl', (3.0, 1.0)), ('kd', ())],
+)
 def test_the_loss_is_the_mean_of_the_losses(config_of, method, weights):
   """Each of the student, as it is connected to that teacher alone."""
   config = config_of(method, **{'teacher.weights': weights})
