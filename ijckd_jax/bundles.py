@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from ijckd_jax import backend
 from ijckd_jax import bundle_spec
 from ijckd_jax import config_utils
 from ijckd_jax import connectors
@@ -214,6 +215,7 @@ def load(
   try:
     spec = json.loads(_read(directory, SPEC_FILE, MAX_TEXT_BYTES))
   except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'the bundle in {directory} cannot be read: {config_utils.short(error)}'
     ) from error
@@ -229,6 +231,7 @@ def load(
   try:
     wanted = jax.tree.leaves(bundle_spec.shapes(network, pool_backbone, spec))
   except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'the {SPEC_FILE} in {directory} does not fit together: '
       f'{config_utils.short(error)}'
@@ -238,6 +241,7 @@ def load(
     data = _read(directory, ARRAYS_FILE, size + MAX_TEXT_BYTES)
     arrays = safetensors.numpy.load(data)
   except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'the bundle in {directory} cannot be read: {config_utils.short(error)}'
     ) from error
@@ -250,6 +254,7 @@ def load(
     for kind in (*network_lib.COLLECTIONS, 'pool'):
       variables.setdefault(kind, {})
   except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'the arrays in {directory} do not fit its {SPEC_FILE}: '
       f'{config_utils.short(error)}'
@@ -285,6 +290,7 @@ def _read_program(
     if hashlib.sha256(data).hexdigest() != spec['programs'][name]:
       raise ValueError(f'{file} is not the one that was saved')
   except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'the bundle in {directory} cannot be read: {config_utils.short(error)}'
     ) from error
@@ -341,6 +347,7 @@ def build(
     bundle_spec.check(spec)
     outside = bundle_spec.names_outside(spec)
   except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f"{where}: the bundle's description is damaged: "
       f'{config_utils.short(error)}'
@@ -351,12 +358,14 @@ def build(
       f'({config_utils.short(outside[0])}); load it with trust_code=True '
       '(--trust_code) if you trust it'
     )
+  backend.start()
   names = spec.get('programs', {}) if read else {}
   programs = {name: read(name) for name in names}
   try:
     dtype = dtype or getattr(jnp, spec['dtype'])
     return bundle_spec.build(spec, dtype, programs)
   except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'{where}: what its bundle names cannot be built: '
       f'{config_utils.short(error)}'

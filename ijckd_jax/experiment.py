@@ -12,6 +12,7 @@ import ml_collections
 import optax
 
 from ijckd_jax import augment
+from ijckd_jax import backend
 from ijckd_jax import binding
 from ijckd_jax import config_checks
 from ijckd_jax import config_utils
@@ -314,6 +315,7 @@ def build(
   Raises:
     config_utils.UserError: something in the config is wrong.
   """
+  backend.start()
   if config.dtype not in DTYPES:
     raise config_utils.unknown('dtype', config.dtype, list(DTYPES))
   dtype = DTYPES[config.dtype]

@@ -11,6 +11,8 @@ import math
 
 import numpy as np
 
+from ijckd_jax import config_utils
+
 MAX_SMOOTHED = 2  # In `resize`; what shrinks by more, by areas.
 CROP_ATTEMPTS = 10  # As torchvision's RandomResizedCrop.
 # Markers of ITU-T T.81, B.1.1.3: the end, and frames of every kind.
@@ -172,6 +174,7 @@ def decode(encoded: bytes) -> np.ndarray:
       pixels = np.asarray(PIL.Image.open(io.BytesIO(encoded)).convert('RGB'))
     return pixels
   except Exception as error:  # PIL's decoders raise whatever they like.
+    config_utils.raise_outside(error)
     raise BadImage(f'{type(error).__name__}: {error}') from error
 
 

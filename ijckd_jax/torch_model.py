@@ -159,6 +159,7 @@ def _call(factory, name, arguments):
   try:
     return factory(**arguments)
   except Exception as error:  # The code may be anyone's.
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'{name} cannot be made with {arguments}: {config_utils.short(error)}'
     ) from error

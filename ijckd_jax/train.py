@@ -16,6 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from ijckd_jax import backend
 from ijckd_jax import checkpoints
 from ijckd_jax import config_utils
 from ijckd_jax import datasets
@@ -96,6 +97,7 @@ def distill(
     config_utils.UserError: something asked for is unknown or does not fit.
     loop.Diverged: a metric is not finite.
   """
+  backend.start()
   if workdir is None and jax.process_count() > 1:
     raise config_utils.UserError(
       f'no workdir, but {jax.process_count()} processes: give a folder that '

@@ -87,6 +87,7 @@ LAYERS = {
   'adapters': (
     'parallel',
     'programs',
+    'backend',
     'checkpoints',
     'compilation_cache',
     'cpu_memory',
@@ -105,6 +106,7 @@ LAYERS = {
     'metrics',
     'bounds/',
     'config_utils',
+    'streams',
     'logistic',
     'outputs',
     'roofline',

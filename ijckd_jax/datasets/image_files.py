@@ -77,6 +77,7 @@ def read(data: bytes) -> Picture:
   except Unreadable:
     raise
   except Exception as error:  # Damaged files raise whatever they like.
+    config_utils.raise_outside(error)
     raise Unreadable(config_utils.short(error)) from error
 
 
@@ -101,7 +102,8 @@ def _change(image, data) -> str:
 def _is_turned(image) -> bool:
   try:
     return image.getexif().get(ORIENTATION, 1) in range(2, 9)
-  except Exception:  # Damaged EXIF, which viewers ignore as well.
+  except Exception as error:  # Damaged EXIF, which viewers ignore as well.
+    config_utils.raise_outside(error)
     return False
 
 

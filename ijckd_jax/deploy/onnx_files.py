@@ -204,6 +204,7 @@ class Session:
         data, options, providers=['CPUExecutionProvider']
       )
     except Exception as error:  # Of a class that onnxruntime keeps private.
+      config_utils.raise_outside(error)
       raise config_utils.UserError(
         f'{what} cannot be read by onnxruntime: {config_utils.short(error)}'
       ) from error
