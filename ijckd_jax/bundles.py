@@ -40,6 +40,7 @@ SPEC_FILE = 'bundle.json'
 CHECKSUM = 'arrays_sha256'  # Its field for that of ARRAYS_FILE.
 ARRAYS_FILE = 'variables.safetensors'
 PROGRAM_SUFFIX = '.bin'
+EXPORTED = ('.onnx', '.stablehlo')  # Of files that ijckd export alone writes.
 FILES = (
   SPEC_FILE,
   ARRAYS_FILE,
@@ -144,7 +145,7 @@ class Bundle:
 
   def save(self, directory: epath.PathLike) -> None:
     """Writes it; the folder appears whole or not at all."""
-    directory = epath.Path(directory)
+    directory = epath.Path(config_utils.expand(directory))
     partial, old = (
       directory.parent / f'.{directory.name}.{uuid.uuid4().hex}' for _ in '12'
     )
@@ -162,8 +163,8 @@ class Bundle:
       (partial / ARRAYS_FILE).write_bytes(arrays)
       for name, program in self.network.programs.items():
         (partial / f'{name}{PROGRAM_SUFFIX}').write_bytes(program.data)
-      (partial / model_card.FILE).write_text(card)
-      (partial / SPEC_FILE).write_text(text)
+      (partial / model_card.FILE).write_bytes(card.encode())
+      (partial / SPEC_FILE).write_bytes(text.encode())
       if directory.exists():
         # Set aside first: an interrupt loses neither the old nor the new one.
         directory.rename(old)
@@ -378,17 +379,22 @@ def find(directory: epath.PathLike) -> epath.Path:
   Raises:
     config_utils.UserError: neither does.
   """
-  directory = epath.Path(directory)
+  directory = epath.Path(config_utils.expand(directory))
   for candidate in (directory, directory / 'bundle'):
     with contextlib.suppress(OSError):
       if (candidate / SPEC_FILE).exists():
         return candidate
   with contextlib.suppress(OSError):
     if directory.exists() and not directory.is_dir():
+      if directory.suffix in EXPORTED:
+        raise config_utils.UserError(
+          f'{directory} is an exported file and no bundle: ijckd predict reads '
+          'it; elsewhere, give the bundle or run that it was exported from'
+        )
       raise config_utils.UserError(
-        f'{directory} is a file and no bundle; if it holds weights of PyTorch, '
-        'import it first: ijckd weights import '
-        f'--checkpoint {directory} --output DIR'
+        f'{directory} is a file and no bundle; if ijckd export wrote it, ijckd '
+        'predict reads it, and if it holds weights of PyTorch, import it '
+        f'first: ijckd weights import --checkpoint {directory} --output DIR'
       )
   raise config_utils.UserError(
     f'there is no bundle in {directory}: give the folder of a finished run, or '

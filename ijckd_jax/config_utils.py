@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import runpy
 import sys
 import traceback
@@ -40,6 +41,14 @@ def short(value: object) -> str:
     line = type(value).__name__
   line = ''.join(char if char.isprintable() else '?' for char in line)
   return line if len(line) <= 120 else f'{line[:117]}...'
+
+
+def reason(error: OSError) -> str:
+  """Returns why a file could not be used, without its name.
+
+  That of a file which is written under another one first says nothing to users.
+  """
+  return error.strerror or short(error)
 
 
 def unknown(kind: str, name: str, known: Sequence[str]) -> UserError:
@@ -296,6 +305,17 @@ def _config_file(name: str) -> str:
   return name
 
 
+def _split(reference: str) -> tuple[str, str, str]:
+  """Returns name, colon and argument of `NAME:ARG`; paths may have colons."""
+  if os.path.isfile(expand(reference)):
+    return reference, '', ''
+  for colon in re.finditer(':', reference):
+    name, arg = reference[: colon.start()], reference[colon.end() :]
+    if os.path.isfile(expand(name)):
+      return name, ':', arg
+  return reference.partition(':')
+
+
 def load(reference: str) -> ml_collections.ConfigDict:
   """Returns what `get_config` of a config file gives.
 
@@ -309,8 +329,8 @@ def load(reference: str) -> ml_collections.ConfigDict:
   Raises:
     UserError: there is no such config, or its code fails.
   """
-  name, separator, arg = reference.partition(':')
-  path = _config_file(name)
+  name, separator, arg = _split(reference)
+  path = _config_file(expand(name))
   try:
     get_config = runpy.run_path(path).get('get_config')
     if get_config is None:

@@ -232,11 +232,13 @@ class Experiment:
     self, num_examples: int
   ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Returns the optimizer, and its learning rate by step."""
+    unit, value = config_utils.duration(self.config, 'total')
     schedule = optim.make_schedule(
       self.config.optimizer,
       num_examples=num_examples,
       batch_size=self.config.batch_size,
       total_steps=self.total_steps(num_examples),
+      total=f'total_{unit}={value}',
     )
     return optim.make_optimizer(self.config.optimizer, schedule), schedule
 

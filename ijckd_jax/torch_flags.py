@@ -50,7 +50,9 @@ def write(save: Callable[[], None], path: epath.Path) -> None:
   try:
     save()
   except OSError as error:
-    raise config_utils.UserError(f'cannot write {path}: {error}') from error
+    raise config_utils.UserError(
+      f'cannot write {path}: {config_utils.reason(error)}'
+    ) from error
 
 
 def preprocessing(flags: argparse.Namespace):
@@ -111,7 +113,8 @@ def class_names(flags: argparse.Namespace) -> tuple[str, ...]:
   if path is None:
     return ()
   try:
-    lines = epath.Path(path).read_text().splitlines()
+    lines = epath.Path(config_utils.expand(path)).read_bytes().decode()
+    lines = lines.splitlines()
   except (OSError, UnicodeDecodeError) as error:
     raise config_utils.UserError(
       f'--class_names {path} cannot be read: {error}'

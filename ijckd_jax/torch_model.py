@@ -78,10 +78,16 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   )
   parser.add_argument(
     '--checkpoint',
+    type=config_utils.expand,
     help='a file with its weights, or hf:OWNER/NAME@COMMIT; a module:attribute '
     'may bring its own',
   )
-  parser.add_argument('--output', required=True, help='folder of the bundle')
+  parser.add_argument(
+    '--output',
+    type=config_utils.expand,
+    required=True,
+    help='folder of the bundle',
+  )
   parser.add_argument(
     '--name', default='', help='what the bundle is called; default: the model'
   )

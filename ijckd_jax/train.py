@@ -48,6 +48,7 @@ HOST_FIELDS = (
   'teacher.others',
   'teacher.store.directory',
 )
+NOT_KEPT = 'nothing is kept, because no workdir was given'
 ONE_STEP = (
   'The same command with --config.checkpoint_epochs=0 '
   '--config.checkpoint_examples=0 --config.checkpoint_steps=1 saves the state '
@@ -123,14 +124,23 @@ def distill(
     config.teacher.others = tuple(map(str, others))
   config_utils.override(config, settings or {})
   with tempfile.TemporaryDirectory() as scratch:
-    return train_and_evaluate(
-      config,
-      scratch if workdir is None else workdir,
-      dataset=None if named else data,
-      teacher=teacher,
-      writers=writers,
-      overwrite=overwrite,
-    )
+    try:
+      return train_and_evaluate(
+        config,
+        scratch if workdir is None else workdir,
+        dataset=None if named else data,
+        teacher=teacher,
+        writers=writers,
+        overwrite=overwrite,
+      )
+    except loop.Interrupted as error:
+      if workdir is None:
+        raise loop.Interrupted(error.where, error.number, NOT_KEPT) from None
+      raise
+    except loop.Diverged as error:
+      if workdir is None:
+        raise loop.Diverged(error.step, error.what, NOT_KEPT) from None
+      raise
 
 
 def train_and_evaluate(
@@ -165,7 +175,7 @@ def train_and_evaluate(
   """
   if not str(workdir):
     raise config_utils.UserError('no workdir is given')
-  workdir = epath.Path(workdir)
+  workdir = epath.Path(config_utils.expand(workdir))
   exp = experiment.build(config, dataset=dataset, teacher=teacher)
   runs = [(exp, workdir)]
   if exp.distiller.teacher and not (teacher or config.teacher.checkpoint):
@@ -191,7 +201,15 @@ def train_and_evaluate(
     digests = {split: arrays.digest() for split, arrays in splits.items()}
     hosts.check_agree({'data': digests})
   for run, folder in runs:
-    run.optimizer(len(splits['train']))  # Raises where durations do not fit.
+    try:
+      run.optimizer(len(splits['train']))  # Raises where durations do not fit.
+    except config_utils.UserError as error:
+      if folder == workdir:
+        raise
+      raise config_utils.UserError(
+        f'of the teacher, which is trained first (see teacher.total_epochs): '
+        f'{error}'
+      ) from error
     teacher_outputs.check(run, folder, splits['train'], overwrite=overwrite)
   with contextlib.ExitStack() as stack:
     hosts.share(lambda: _take(stack, folders, overwrite))
@@ -229,7 +247,7 @@ def _take(stack, folders: workdirs.Runs, overwrite: bool) -> None:
     stack.enter_context(locks.Lock(workdir))
   except OSError as error:
     raise config_utils.UserError(
-      f'the folder {workdir} cannot be written: {error}'
+      f'the folder {workdir} cannot be written: {config_utils.reason(error)}'
     ) from error
   workdirs.claim(folders, overwrite=overwrite)
 
@@ -360,7 +378,10 @@ def _run(exp, workdir, splits, writers, stop) -> results.Result:
       place = workdir / workdirs.DIVERGED
       described = _describe(error, exp, len(splits['train']))
       hosts.share(lambda: workdirs.write_text(place, described))
-      more = f'. {place} holds its batch, and how to make that one step again'
+      more = (
+        f'checkpoints saved before are kept, and {place} holds its batch, and '
+        'how to make that one step again'
+      )
       raise loop.Diverged(error.step, error.what, more) from error
     raise
   history = metric_writer.read_rows(metrics_file)

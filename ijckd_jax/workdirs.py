@@ -159,7 +159,8 @@ def claim(runs: Runs, *, overwrite: bool) -> None:
         write_text(folder / CONFIG, text + '\n')
   except OSError as error:
     raise config_utils.UserError(
-      f'the folder {runs[-1][0]} cannot be written: {error}'
+      f'the folder {runs[-1][0]} cannot be written: '
+      f'{config_utils.reason(error)}'
     ) from error
 
 
@@ -171,7 +172,7 @@ def is_remote(path: epath.PathLike) -> bool:
 def is_finished(folder: epath.Path) -> bool:
   """Returns whether the run in the folder has come to its end."""
   try:
-    summary = json.loads((folder / SUMMARY).read_text())  # Written last.
+    summary = json.loads((folder / SUMMARY).read_bytes())  # Written last.
   except (OSError, ValueError):
     return False
   return isinstance(summary, dict) and (folder / BUNDLE).exists()
@@ -179,7 +180,7 @@ def is_finished(folder: epath.Path) -> bool:
 
 def read_json(path: epath.Path) -> Any:
   """Returns what a JSON file holds."""
-  return json.loads(path.read_text())
+  return json.loads(path.read_bytes())
 
 
 def write_text(path: epath.Path, text: str) -> None:

@@ -22,7 +22,7 @@ def find(patterns: Sequence[str]) -> list[pathlib.Path]:
     config_utils.UserError: one of them names none.
   """
   found = {}
-  for pattern in patterns:
+  for pattern in map(config_utils.expand, patterns):
     path = pathlib.Path(pattern)
     if path.is_dir():
       paths = _below(path)

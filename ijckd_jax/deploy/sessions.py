@@ -53,7 +53,7 @@ def load(path: str, *, trust_code: bool = False) -> Any:
   Raises:
     config_utils.UserError: there is none, or it is damaged or not trusted.
   """
-  file = pathlib.Path(path)
+  file = pathlib.Path(config_utils.expand(path))
   if file.suffix not in SUFFIXES or file.is_dir():
     bundle = bundles.load(path, dtype=jnp.float32, trust_code=trust_code)
     return _BundleSession(bundle)
@@ -72,7 +72,7 @@ def load(path: str, *, trust_code: bool = False) -> Any:
     )
   beside = file.with_name(f'{file.name}.json')
   try:
-    metadata = dict(json.loads(beside.read_text())['metadata'])
+    metadata = dict(json.loads(beside.read_bytes())['metadata'])
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise config_utils.UserError(
       f'{beside}, which says what {path} is, cannot be read: '
