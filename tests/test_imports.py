@@ -97,6 +97,7 @@ LAYERS = {
     'record_files',
     'teacher_store',
     'workdirs',
+    'workers',
     'torch_files',
     'torch_unwrap',
     'hub',
