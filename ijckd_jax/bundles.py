@@ -6,6 +6,7 @@ Nothing else is needed to evaluate, export or distil from the network inside.
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import hashlib
@@ -24,6 +25,7 @@ import numpy as np
 import safetensors.numpy
 
 from ijckd_jax import bundle_spec
+from ijckd_jax import classes
 from ijckd_jax import config_utils
 from ijckd_jax import connectors
 from ijckd_jax import converted
@@ -96,6 +98,17 @@ class Bundle:
       pooled_signed=net.pooled_signed,
       num_params=num_params(self.variables),
       origin=self.info.get('origin'),
+      class_names=tuple(self.class_names),
+    )
+
+  def in_order(self, order, class_names: Sequence[str]) -> 'Bundle':
+    """Returns it with its classes in another order, see classes.reorder."""
+    params = self.variables['params']
+    params = {**params, 'head': classes.reorder(params['head'], order)}
+    return dataclasses.replace(
+      self,
+      variables={**self.variables, 'params': params},
+      class_names=tuple(class_names),
     )
 
   def spec(self) -> dict[str, Any]:

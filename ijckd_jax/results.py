@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
-import platform
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from ijckd_jax import measure
 from ijckd_jax import metric_writer
 from ijckd_jax import pairs
 from ijckd_jax import report
+from ijckd_jax import run_record
 from ijckd_jax import train_state
 from ijckd_jax import workdirs
 
@@ -40,7 +40,6 @@ MORE = (
   'sync_batch_norm',
   'unbiased_variance',
 )
-PACKAGES = ('ijckd_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
 
 logger = logging.getLogger('ijckd_jax')
 
@@ -256,7 +255,7 @@ def _circumstances(exp, bundle, judged) -> dict[str, Any]:
     'multiply_adds': _multiply_adds(bundle, judge),
     'seed': exp.config.seed,
     'config': exp.config.to_dict(),
-    'versions': versions(),
+    'versions': run_record.versions(),
     'devices': [device.device_kind for device in jax.devices()],
   }
 
@@ -275,12 +274,4 @@ def _multiply_adds(bundle, judge) -> dict[str, int | None]:
     and cost.multiply_adds(
       lambda frozen, x: judge(frozen, x).logits, judge.frozen, image
     ),
-  }
-
-
-def versions() -> dict[str, str]:
-  """Returns the versions that a run's numbers may depend on."""
-  return {
-    'python': platform.python_version(),
-    **{name: importlib.metadata.version(name) for name in PACKAGES},
   }

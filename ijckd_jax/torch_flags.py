@@ -8,6 +8,7 @@ import re
 from etils import epath
 
 from ijckd_jax import config_utils
+from ijckd_jax import datasets
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
@@ -71,8 +72,10 @@ def preprocessing(flags: argparse.Namespace):
     _numbers(name, text)
     for name, text in (('mean', flags.mean), ('std', flags.std))
   )
-  if not min(std) > 0:
-    raise config_utils.UserError(f'--std {flags.std}: it must be positive')
+  try:
+    datasets.check_statistics(mean, std, len(mean))
+  except config_utils.UserError as error:
+    raise config_utils.UserError(f'--mean and --std: {error}') from error
   interpolation = flags.interpolation or 'bilinear'
   if interpolation not in augment.INTERPOLATIONS:
     raise config_utils.unknown(

@@ -1,6 +1,7 @@
 """A run's folder: whose it is, what lies in it, and when it is finished."""
 
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
@@ -18,6 +19,7 @@ import ml_collections
 from ijckd_jax import config_utils
 
 CONFIG = 'config.json'
+RECORD = 'run.json'
 CHECKPOINTS = 'checkpoints'
 DIVERGED = 'diverged.json'
 METRICS = 'metrics.jsonl'
@@ -43,6 +45,7 @@ CONTENTS = (
   CONNECTED,
   HEADS,
   TEACHER_OUTPUTS,
+  RECORD,
   CONFIG,
 )
 # By this field of the config's file a folder is known to be a run's.
@@ -78,6 +81,7 @@ ADDED_FIELDS = {
   'augment.randaugment_layers': 0,
   'augment.randaugment_magnitude': 9,
   'student.init_from': '',
+  'teacher.classes_by_number': False,
   'teacher.head': '',
   'teacher.head_views': 0,
   'teacher.init_from': '',
@@ -132,13 +136,16 @@ def check(runs: Runs, *, overwrite: bool) -> None:
       )
 
 
-def claim(runs: Runs, *, overwrite: bool) -> None:
+def claim(
+  runs: Runs, *, overwrite: bool, stale: Collection[epath.Path] = ()
+) -> None:
   """Makes folders that `check` has passed ready for their runs.
 
   Args:
     runs: as `check` takes them.
     overwrite: remove what the last run left, and what the others left under
       another config.
+    stale: folders whose runs are to be removed as well, if `overwrite` is set.
 
   Raises:
     config_utils.UserError: a folder cannot be written.
@@ -146,7 +153,7 @@ def claim(runs: Runs, *, overwrite: bool) -> None:
   try:
     for folder, config in runs:
       last = folder == runs[-1][0]
-      if overwrite and (last or _changes(folder, config)):
+      if overwrite and (last or folder in stale or _changes(folder, config)):
         _clear(folder)
       folder.mkdir(parents=True, exist_ok=True)
       for partial in folder.glob('.*.partial'):  # Left by a process killed.
@@ -244,6 +251,12 @@ def _check_owner(folder) -> None:
   """Raises where a folder holds what a run would take for its own."""
   there = [name for name in CONTENTS if (folder / name).exists()]
   content = _old_config(folder)
+  if content is None and not _recorded(folder):
+    raise config_utils.UserError(
+      f'the {CONFIG} in {folder} is damaged, and there is no {RECORD}, so that '
+      'it cannot be told what a run may remove there: take another --workdir, '
+      'or remove the folder by hand'
+    )
   if there and content is not None and MARK not in content:
     raise config_utils.UserError(
       f'{folder} holds what is not of a run ({", ".join(there)}): take another '
@@ -278,9 +291,20 @@ def _changes(folder, config) -> list[str]:
   ]
 
 
+def _recorded(folder) -> list[str]:
+  """Returns what a folder's record lists of CONTENTS; nothing without one."""
+  try:
+    listed = read_json(folder / RECORD)['files']
+    return [name for name in CONTENTS if name in listed]
+  except (OSError, ValueError, TypeError, KeyError):
+    return []
+
+
 def _clear(folder) -> None:
   """Removes what a run left, and nothing else."""
-  for name in CONTENTS:  # The config last: until then it is still a run's.
+  # Runs of older versions have no record. The config is the last: until it is
+  # removed, the folder is still a run's.
+  for name in _recorded(folder) or CONTENTS:
     path = folder / name
     if path.is_dir():
       path.rmtree()

@@ -759,9 +759,83 @@ def test_wrong_arrays(split, images, labels, reason):
     array_dataset(**{split: datasets.Arrays(images, labels)})
 
 
-def test_array_dataset_needs_a_mean_for_each_channel():
-  with pytest.raises(config_utils.UserError, match='1 means and 3 stds'):
-    array_dataset(mean=(0.5,))
+@pytest.mark.parametrize(
+  'fields, said',
+  [
+    ({'mean': (0.5,)}, 'give 3 numbers'),
+    ({'std': 0.5}, 'give 3 numbers'),
+    ({'mean': (125.3, 123.0, 113.9)}, 'divide those of pixels from 0 to 255'),
+    ({'std': (63.0, 62.1, 66.7)}, 'divide those of pixels from 0 to 255'),
+    ({'mean': (-0.1, 0.5, 0.5)}, 'none is negative'),
+    ({'mean': (0.5, float('nan'), 0.5)}, 'must be finite'),
+    ({'std': (0.2, float('inf'), 0.2)}, 'must be finite'),
+    ({'std': (0.2, 0.0, 0.2)}, 'must be positive'),
+    ({'std': (0.2, -0.2, 0.2)}, 'must be positive'),
+  ],
+)
+def test_images_cannot_be_normalised_by_all_numbers(fields, said):
+  with pytest.raises(config_utils.UserError, match=said):
+    array_dataset(**fields)
+
+
+def test_numbers_at_the_ends_are_taken():
+  """Of images that are not normalised, and of constant channels."""
+  array_dataset(mean=(0.0, 0.0, 1.0), std=(1.0, 1.0, 1.0))
+
+
+class Tensor:
+  """Refuses to become an array, as PyTorch's tensors on a GPU do."""
+
+  def __array__(self, *args, **kwargs):
+    raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+
+class Series:
+  """A shuffled column of pandas: `column[i]` is by its index, not by place."""
+
+  def __init__(self, values, index):
+    self.values = dict(zip(index, values, strict=True))
+
+  def __array__(self, *args, **kwargs):
+    return np.array(list(self.values.values()))
+
+  def __getitem__(self, index):
+    return self.values[index]
+
+  def __len__(self):
+    return len(self.values)
+
+
+def test_arrays_of_other_libraries_are_converted_at_once():
+  labels = np.array([0, 1, 2, 1, 0, 2])
+  column = Series(labels, index=[5, 4, 3, 2, 1, 0])
+  images = random_images(0, 6, 4, 5, 3)
+  arrays = datasets.Arrays(images.tolist(), column)
+  assert type(arrays.images) is type(arrays.labels) is np.ndarray
+  chosen = arrays.take(np.array([0, 5]))
+  np.testing.assert_array_equal(chosen.labels, [0, 2])
+  data = array_dataset(train=datasets.Arrays(images, column))
+  np.testing.assert_array_equal(data.load('train').labels, labels)
+  with pytest.raises(config_utils.UserError, match='images are of type Tensor'):
+    datasets.Arrays(Tensor(), labels)
+  with pytest.raises(config_utils.UserError, match='labels are of type list'):
+    datasets.Arrays(images, [[0], [1, 2]])
+
+
+def test_class_names_become_text():
+  numbers = np.unique([3, 1, 2])
+  assert array_dataset(class_names=numbers).class_names == ('1', '2', '3')
+
+
+def test_what_is_no_arrays_is_told():
+  pair = random_images(0, 6, 4, 5, 3), np.zeros(6, np.int32)
+  with pytest.raises(config_utils.UserError, match='give ijckd_jax.Arrays'):
+    array_dataset(train=pair)
+  with pytest.raises(config_utils.UserError, match='looks like .N, C, H, W.'):
+    array_dataset(
+      train=datasets.Arrays(random_images(0, 6, 3, 8, 8), pair[1]),
+      test=datasets.Arrays(random_images(0, 6, 3, 8, 8), pair[1]),
+    )
 
 
 @pytest.mark.slow

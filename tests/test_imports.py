@@ -94,6 +94,7 @@ LAYERS = {
     'locks',
     'metric_writer',
     'record_files',
+    'run_record',
     'teacher_store',
     'workdirs',
     'torch_files',
@@ -103,6 +104,7 @@ LAYERS = {
   'ground': (
     'losses',
     'metrics',
+    'classes',
     'bounds/',
     'config_utils',
     'logistic',

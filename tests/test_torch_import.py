@@ -528,7 +528,7 @@ def test_hashes_are_torchvisions():
     ),
     (
       {'mean': '1,1,1', 'std': '1,0,1', 'image_size': '32'},
-      '--std 1,0,1: it must be positive',
+      '--mean and --std: std=(1.0, 0.0, 1.0): it must be positive',
     ),
     (
       {'mean': '1,1,1', 'std': '1,1,1', 'image_size': '-1'},

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from ijckd_jax import images
 # none.
 VIEWS_STREAM = 1
 REPLACEMENT_ATTEMPTS = 100
+DIGESTS = 'digests.json'  # Beside a data set: a hash of each split.
+NUM_HASHED = 256  # Examples of a data set that has none.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +78,25 @@ class Source:
     """Returns what tells it from other data, without reading it all."""
     info = self.builder.info
     split = info.splits[self.split]
+    names = info.features['label'].names if 'label' in info.features else []
     return [
       *(info.name, str(info.version), self.split),
       *(split.num_bytes, list(split.shard_lengths)),
+      *(list(names), self._content()),
     ]
+
+  def _content(self) -> str:
+    """Returns the hash that `prepare` wrote, or one of a sample of examples."""
+    path = pathlib.Path(self.builder.data_dir) / DIGESTS
+    if path.exists():
+      return json.loads(path.read_text())[self.split]
+    digest = hashlib.sha256()
+    count = min(len(self), NUM_HASHED)
+    for row in np.linspace(0, len(self) - 1, count).astype(int):
+      example = self[int(row)]
+      digest.update(example['image'])
+      digest.update(str(example.get('label')).encode())
+    return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +214,7 @@ class Photos:
     return name or f'example {self.rows[index]} of {self.sources[0].name}'
 
   def digest(self) -> str:
-    """Returns a hash of what they are, of the files' sizes, not of pixels."""
+    """Returns a hash of them and of their views; see Source.describe."""
     described = [source.describe() for source in self.sources]
     digest = hashlib.sha256(json.dumps([described, str(self.views)]).encode())
     digest.update(self.rows)
