@@ -20,6 +20,7 @@ from ijckd_jax import config_utils
 from ijckd_jax import datasets
 from ijckd_jax.datasets import image_files
 from ijckd_jax.datasets import image_folder
+from ijckd_jax.datasets import image_layout
 from ijckd_jax.datasets import image_shards
 from ijckd_jax.datasets import prepare
 
@@ -559,8 +560,20 @@ def refused(source, data_dir, *flags, name='pets'):
       'classes of val/ are not those of train/: it lacks owl$',
     ),
     ({**TRAIN_AND_VAL, 'val/owl': 1}, [], 'it adds owl$'),
-    ({'train/cat': 2, 'train/dog': 2, 'val': 1}, [], 'it lacks cat, dog$'),
-    ({'train/cat': 2, 'train/dog': 2, 'val': 0}, [], 'it lacks cat, dog$'),
+    *[
+      (
+        {'train/cat': 2, 'train/dog': 2, **held},
+        [],
+        rf': val/ holds {holds}, and not the classes of train/ \(cat, dog\): '
+        r'sort its pictures into val/CLASS/, or move it out of .*source \(',
+      )
+      for held, holds in (
+        ({'val': 1}, 'no class folders'),
+        ({'val': 0}, 'no class folders'),
+        ({'val/unknown': 1}, 'only unknown'),
+        ({'val/val/cat': 1, 'val/val/dog': 1}, 'only val'),
+      )
+    ],
     (
       {'train/cat': 2, 'val/cat': 1, 'valid/cat': 1},
       [],
@@ -578,7 +591,22 @@ def refused(source, data_dir, *flags, name='pets'):
     ({'cat ': 2, 'dog': 2}, [], "'cat ' cannot be a class name"),
     ({'a\nb': 2, 'dog': 2}, [], 'cannot be a class name'),
     ({os.fsdecode(b'caf\xe9'): 2, 'dog': 2}, [], 'cannot be a class name'),
-    ({'pets/cat': 2, 'pets/dog': 2}, [], r'one class folder only \(pets\)'),
+    (
+      {'pets/cat': 2, 'pets/dog': 2},
+      [],
+      r'one class folder only \(pets\).*\(cat, dog\).* --source .*source/pets$',
+    ),
+    (
+      {'archive/pets/train/cat': 2, 'archive/pets/val/cat': 2},
+      [],
+      r'\(archive\).*\(train, val\).* --source .*/source/archive/pets$',
+    ),
+    ({'all/pets/cat': 2}, [], r'one class folder only \(all\).*--unlabelled'),
+    (
+      {f'{split}/{split}/{x}': 1 for split in ('train', 'val') for x in 'ab'},
+      [],
+      r'one class.*\(train\): if train/train/ .*\(a, b\), move these to train/',
+    ),
     ({'train': 2, 'test': 2}, [], 'test, train, but no train/'),
     ({'val/cat': 2, 'test/cat': 2}, [], 'test, val, but no train/'),
     ({'train': 2, 'test': 2, 'masks': 2}, [], 'test, train, but no train/'),
@@ -606,6 +634,109 @@ def test_folders_that_cannot_be(files, flags, reason, tmp_path):
   assert re.search(
     reason, refused(tmp_path / 'source', tmp_path / 'data', *flags)
   )
+
+
+def under(folders, classes=('cat', 'dog')):
+  """Returns files for `fill`: two pictures of each class in each folder."""
+  return {f'{folder}/{name}': 2 for folder in folders for name in classes}
+
+
+@pytest.mark.parametrize(
+  ('files', 'reason'),
+  [
+    # Splits by other names: the first is to be given, and the others named.
+    *[
+      (
+        under([train, test]),
+        f': {train}/ seems to be the split train, {test}/ seems to be the '
+        'split test; rename or link them, so that one folder holds train/CLASS/'
+        f' and test/CLASS/, .* or give --source .*source/{train}, a part',
+      )
+      for train, test in (
+        ('training_set/training_set', 'test_set/test_set'),
+        ('seg_train/seg_train', 'seg_test/seg_test'),
+        ('TrainData', 'TestData'),
+        ('train_images', 'Test'),
+        ('x-train2017', 'x-test2019'),
+      )
+    ],
+    (
+      {**under(['seg_train', 'seg_test']), 'seg_pred/seg_pred': 2},
+      'seg_train/ seems to be the split train, seg_test/ seems',
+    ),
+    (
+      under(['train_x', 'valid_x']),
+      'valid_x/ seems to be the split validation',
+    ),
+    (
+      {
+        **under(['alphabet_train/alphabet_train']),
+        'alphabet_test/alphabet_test': 2,
+      },
+      'alphabet_train/alphabet_train/ .*alphabet_test/alphabet_test/ seems',
+    ),
+    (
+      {'trainA': 2, 'trainB': 2, 'testA': 2, 'testB': 2},
+      'trainA/ .*testB/ seems .* hold no class folders: .*--unlabelled$',
+    ),
+    ({'train': 2, 'test1': 2}, 'test1/ .*hold no class folders'),
+    (
+      {**under(['training_set']), 'single_prediction': 2},
+      'training_set/ seems to be the split train; rename',
+    ),
+    # The same classes in each folder, the same folders in each class.
+    (
+      under(['photo', 'art/art', 'sketch']),
+      r': art, photo, sketch hold the same folders \(cat, dog\): .* give one .*'
+      r'\(.*source/art/art\), .*all are pictures of the outer ones, move',
+    ),
+    (
+      under(['cat', 'dog'], ['images', 'masks']),
+      r'cat, dog hold the same folders \(images, masks\)',
+    ),
+    (under(['cat', 'dog'], ['train', 'val']), 'hold train, val, .* outside'),
+    # What lies beside train/ would be left out.
+    (
+      under(['train', 'test_set']),
+      'beside train/, test_set/ seems to be the split test: rename it test/',
+    ),
+    (
+      {'train/steam': 2, 'train/diesel': 2, 'car': 2},
+      r'beside other folders with pictures \(car\): .*source/train; if',
+    ),
+  ],
+)
+def test_splits_are_no_classes(files, reason, tmp_path):
+  source = fill(tmp_path / 'source', files)
+  assert re.search(reason, refused(source, tmp_path / 'data'))
+
+
+@pytest.mark.parametrize(
+  ('files', 'names'),
+  [
+    ({'train': 2, 'car': 2, 'bus': 2}, ['bus', 'car', 'train']),
+    ({'steam_train': 2, 'toy_train': 2}, ['steam_train', 'toy_train']),
+    ({'test_tube': 2, 'train_station': 2, 'car': 2}, None),
+    ({'valid': 2, 'invalid': 2}, ['invalid', 'valid']),
+    (under(['cat', 'dog'], ['images']), ['cat', 'dog']),
+    ({**under(['cat', 'dog'], 'ab'), 'cat': 1, 'dog': 1}, ['cat', 'dog']),
+    ({'cat/a': 2, 'cat/b': 2, 'dog/b': 2, 'dog/c': 2}, ['cat', 'dog']),
+  ],
+)
+def test_classes_that_sound_like_splits(files, names, tmp_path):
+  source = fill(tmp_path / 'source', files)
+  assert image_layout.read(source).class_names == (names or sorted(files))
+
+
+def test_what_a_folder_called_train_holds_are_classes(tmp_path):
+  """The way out of each refusal: a link says what the folders are."""
+  files = {**under(['train_a', 'test_a']), 'train/steam': 2, 'train/diesel': 2}
+  fill(tmp_path / 'all', files)
+  (tmp_path / 'source').mkdir()
+  (tmp_path / 'source/train').symlink_to(tmp_path / 'all')
+  layout = image_layout.read(tmp_path / 'source')
+  assert layout.class_names == ['test_a', 'train', 'train_a']
+  assert len(layout.examples) == 12
 
 
 @pytest.mark.parametrize(
