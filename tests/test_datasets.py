@@ -809,6 +809,10 @@ def test_fingerprint_tells_where_the_splits_are_cut():
     ('train', np.zeros((6, 4, 5, 3)), np.zeros(6, int), 'float64'),
     ('train', np.zeros((6, 4, 5), np.uint8), np.zeros(6, int), 'N, H, W, C'),
     ('train', random_images(0, 0, 4, 5, 3), np.zeros(0, int), 'at least 1'),
+    *[
+      ('train', random_images(0, *shape), np.zeros(6, int), 'at least 1')
+      for shape in ((6, 0, 5, 3), (6, 4, 0, 3), (6, 4, 5, 0))
+    ],
     ('test', random_images(0, 6, 8, 8, 3), np.zeros(6, int), 'those of train'),
     ('test', random_images(0, 6, 4, 5, 3), np.zeros(5, int), 'one for each'),
     ('test', random_images(0, 6, 4, 5, 3), np.zeros(6), 'integers'),
