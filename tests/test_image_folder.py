@@ -11,6 +11,7 @@ import sys
 import unicodedata
 import zlib
 
+import cv2
 import numpy as np
 from PIL import Image
 from PIL import PngImagePlugin
@@ -332,6 +333,12 @@ KINDS = {
     np.repeat((DEEP >> 8)[..., None], 3, -1),
     'TIFF format',
   ),
+  # White is what the header says, which is 12 bits here.
+  '12.pgm': (
+    b'P5 7 5 4095 ' + (DEEP >> 4).astype('>u2').tobytes(),
+    np.repeat((DEEP >> 4)[..., None].astype(int) * 65535 // 4095 >> 8, 3, -1),
+    'PPM format',
+  ),
   'animated.webp': (
     encode(RGB, 'WEBP', save_all=True, append_images=[noise(9)], lossless=True),
     np.asarray(RGB),
@@ -417,6 +424,79 @@ def test_what_all_decoders_agree_on_stays_as_it_is(name):
     assert stored.size == picture.size
 
 
+def deep(bits, channels=1):
+  """Returns pixels of 16 bits that hold the values of fewer, all of them."""
+  pixels = np.random.RandomState(bits).randint(0, 2**bits, (6, 8, channels))
+  pixels[0, 0], pixels[0, 1] = 0, 2**bits - 1
+  return pixels.astype(np.uint16)
+
+
+def darkness(top):
+  return (
+    f'no value above {top} of 65535, which makes it dark: {top >> 8} of 255'
+  )
+
+
+def opencv(pixels, kind):
+  return cv2.imencode(kind, pixels)[1].tobytes()
+
+
+@pytest.mark.parametrize(
+  ('data', 'top'),
+  [
+    *[(opencv(deep(bits), '.png'), 2**bits - 1) for bits in (10, 12, 14)],
+    *[(opencv(deep(bits, 3), '.png'), 2**bits - 1) for bits in (10, 12, 14)],
+    (opencv(deep(12, 4) | np.uint16([0, 0, 0, 65535]), '.png'), 4095),
+    (opencv(deep(12), '.tiff'), 4095),
+    (opencv(deep(12, 3), '.tiff'), 4095),
+    (b'P5 7 5 65535 ' + (DEEP >> 4).astype('>u2').tobytes(), DEEP.max() >> 4),
+    (opencv(deep(16), '.png'), None),
+    (opencv(deep(15, 3), '.png'), None),
+    (opencv(deep(16, 3), '.tiff'), None),
+    (KINDS['12.pgm'][0], None),
+    (encode(Image.new('RGB', (8, 8), (3, 2, 1))), None),
+    (encode(Image.new('L', (8, 8), 3), 'TIFF'), None),
+  ],
+  ids=lambda value: 'data' if isinstance(value, bytes) else None,
+)
+def test_fewer_bits_than_the_file_has(data, top):
+  """The pixels stay those of the upper eight bits, and are said to be dark."""
+  picture = image_files.read(data)
+  assert picture.warning == ('' if top is None else darkness(top))
+  image, warning = image_files.decode(data)
+  assert warning == picture.warning
+  if top is not None:
+    assert np.asarray(image).max() == top >> 8
+
+
+def test_dark_pictures_are_named(tmp_path, capsys):
+  source = fill(
+    tmp_path / 'source',
+    {
+      **TRAIN_AND_VAL,
+      'train/cat/dark.png': opencv(deep(12), '.png'),
+      'val/dog/dark.tif': opencv(deep(10, 3), '.tiff'),
+      'val/dog/bright.png': opencv(deep(16), '.png'),
+    },
+  )
+  run(source, tmp_path / 'data')
+  dark = {
+    'train/cat/dark.png': darkness(4095),
+    'val/dog/dark.tif': darkness(1023),
+  }
+  assert report_of(tmp_path / 'data')['dark'] == dark
+  page = (tmp_path / 'data/pets/1.0.0/report.md').read_text()
+  assert '## 16 bits that hold fewer: 2' in page
+  for text in (capsys.readouterr().out, page):
+    assert 'WARNING: 16 bits that hold fewer' in text
+    assert f': 2 (train/cat/dark.png: {dark["train/cat/dark.png"]};' in text
+  found = contents(tmp_path / 'data')
+  np.testing.assert_array_equal(
+    found['train']['train/cat/dark.png'][0],
+    np.repeat(deep(12) >> 8, 3, axis=-1),
+  )
+
+
 def flip(data, position):
   return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
 
@@ -445,6 +525,15 @@ def test_broken_pictures(kind):
   with pytest.raises(image_files.Unreadable, match=reason) as error:
     image_files.read(data)
   assert '0x' not in str(error.value)  # Some object's address.
+
+
+def test_files_too_large_to_be_meant(tmp_path):
+  with (tmp_path / 'a.png').open('wb') as file:
+    file.truncate(2**30 + 1)  # Takes no room.
+  with pytest.raises(image_files.Unreadable, match='1,073,741,825 bytes'):
+    image_files.load(tmp_path / 'a.png')
+  with pytest.raises(image_files.Unreadable, match='not a regular file'):
+    image_files.load(tmp_path)
 
 
 def test_pictures_too_large_to_be_meant(monkeypatch):
