@@ -31,6 +31,7 @@ WORD = re.compile('[A-Z]+(?![a-z])|[A-Z]?[a-z]+')
 AS_CLASSES = (
   'move all of them into a new folder train/, and give the folder that holds it'
 )
+MACOS = '__MACOSX'  # Where its archives keep what is no picture.
 HELD_OUT = 0.1  # The part of every class that becomes 'test', unless given.
 
 
@@ -152,7 +153,7 @@ def walk(
       for entry in entries:
         path = f'{folder}/{entry.name}' if folder else entry.name
         suffix = pathlib.PurePath(entry.name).suffix.lower()
-        if entry.name.startswith('.') or entry.name == '__MACOSX':
+        if entry.name.startswith('.') or entry.name == MACOS:
           ignored[path] = 'hidden'
         elif entry.is_dir():
           pending.append((path, above | {inode}))
