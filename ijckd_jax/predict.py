@@ -57,7 +57,7 @@ def main(argv: list[str], prog: str = PROG) -> int:
   names = sessions.class_names(session, flags.bundle)
   widths = [
     max(len(_shown(path)) for path in paths),
-    min(max(len(_shown(name)) for name in names), MAX_NAME),
+    min(max((len(_shown(name)) for name in names), default=0), MAX_NAME),
   ]
   found = []
   num_bad = 0
@@ -67,20 +67,17 @@ def main(argv: list[str], prog: str = PROG) -> int:
     sessions.resize_of(session.metadata),
     flags.batch_size,
   ):
-    num_bad += sum(bool(picture.error) for picture in chosen)
-    if all(picture.error for picture in chosen):
-      entries = [_entry(picture) for picture in chosen]
-    else:
-      _, probabilities = session(checks.as_taken(images, session.takes))
-      if probabilities.shape[1] != len(names):
-        raise config_utils.UserError(
-          f'{flags.bundle} tells {probabilities.shape[1]} classes apart, but '
-          f'names {len(names)}'
-        )
-      entries = [
-        _entry(picture, row, names, flags.top)
-        for picture, row in zip(chosen, probabilities, strict=True)
-      ]
+    _, probabilities = session(checks.as_taken(images, session.takes))
+    if probabilities.shape[1] != len(names):
+      raise config_utils.UserError(
+        f'{flags.bundle} tells {probabilities.shape[1]} classes apart, but '
+        f'names {len(names)}'
+      )
+    entries = [
+      _entry(picture, row, names, flags.top)
+      for picture, row in zip(chosen, probabilities, strict=True)
+    ]
+    num_bad += sum('error' in entry for entry in entries)
     for picture in chosen:
       if picture.warning:
         print(
@@ -97,8 +94,8 @@ def main(argv: list[str], prog: str = PROG) -> int:
   return 1 if num_bad else 0
 
 
-def _entry(picture, row=None, names=(), top=0) -> dict:
-  """Returns what --json prints of a picture; `row` are its probabilities."""
+def _entry(picture, row, names, top) -> dict:
+  """Returns what --json prints of a picture with these probabilities."""
   if picture.error:
     return {'picture': str(picture.path), 'error': picture.error}
   classes = [

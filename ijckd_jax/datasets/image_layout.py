@@ -260,7 +260,8 @@ def _check_alone(source, train, filled):
   others = filled - {train}
   splits = {name: _named_split(name)[0] for name in sorted(others)}
   seeming = [
-    f'{name}/ seems to be the split {split}: rename it {SHORT[split]}/'
+    f'{config_utils.short(name)}/ seems to be the split {split}: rename it '
+    f'{SHORT[split]}/'
     for name, split in splits.items()
     if split
   ]
