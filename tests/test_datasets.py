@@ -23,6 +23,7 @@ from ijckd_jax.datasets import cifar
 from ijckd_jax.datasets import digits
 from ijckd_jax.datasets import fashion_mnist
 from ijckd_jax.datasets import fashion_pairs
+from ijckd_jax.datasets import originals
 from ijckd_jax.datasets import photos
 from ijckd_jax.datasets import prepare
 
@@ -84,7 +85,7 @@ def python2_pickle(value):
 COARSE_NAMES = [f'coarse_{i}' for i in range(20)]
 
 
-def cifar_files(name, version):
+def cifar_files(name, version, pickle_fn):
   """Returns the files of a small CIFAR and its (N, 3072) pixels and labels."""
   is_python, k = version == 'python', 10 if name == 'cifar10' else 100
   names = getattr(cifar, name.capitalize()).class_names
@@ -111,12 +112,12 @@ def cifar_files(name, version):
     batches[file] = pixels, fine
     if is_python:
       content = dict(zip(keys, (part.tolist() for part in labels), strict=True))
-      files[file] = python2_pickle({'data': pixels, **content})
+      files[file] = pickle_fn({'data': pixels, **content})
     else:
       rows = np.concatenate([np.stack(labels, 1).astype(np.uint8), pixels], 1)
       files[file + '.bin'] = rows.tobytes()
   if is_python:
-    files[meta] = python2_pickle(name_lists)
+    files[meta] = pickle_fn(name_lists)
   else:
     for file, lines in zip(text_files, name_lists.values(), strict=True):
       files[file] = ('\n'.join(lines) + '\n').encode()
@@ -138,9 +139,11 @@ FOLDERS = {
 }
 
 
-def write_cifar(parent, name, version, archived=False):
+def write_cifar(
+  parent, name, version, archived=False, pickle_fn=python2_pickle
+):
   """Writes a small CIFAR under `parent` and returns its pixels and labels."""
-  files, expected = cifar_files(name, version)
+  files, expected = cifar_files(name, version, pickle_fn)
   folder = parent / FOLDERS[name, version]
   folder.mkdir(parents=True)
   for file, content in files.items():
@@ -398,6 +401,67 @@ def test_cifar_from_files(name, version, archived, tmp_path):
     arrays = dataset.load(split)
     channels_first = arrays.images.transpose(0, 3, 1, 2)
     assert by_pixels(channels_first, arrays.labels) == by_pixels(pixels, labels)
+
+
+def with_bytes(content):
+  """Returns a dictionary with bytes for text, as `encoding='bytes'` loads."""
+  return {
+    key.encode(): [name.encode() for name in value] if 'names' in key else value
+    for key, value in content.items()
+  }
+
+
+def with_arrays(content):
+  """Returns a dictionary with arrays for lists, one of them by columns."""
+  return {
+    key: np.asfortranarray(value) if 'names' not in key else value
+    for key, value in content.items()
+  }
+
+
+def with_scalars(content):
+  """Returns a dictionary with lists of numpy's integers."""
+  return {
+    key: list(np.array(value)) if 'labels' in key else value
+    for key, value in content.items()
+  }
+
+
+@pytest.mark.parametrize(
+  ('protocol', 'change'),
+  [
+    *[(protocol, dict) for protocol in range(6)],
+    *[(protocol, with_bytes) for protocol in (2, 4)],
+    *[(protocol, with_arrays) for protocol in (2, 5)],
+    (4, with_scalars),
+  ],
+)
+def test_cifar_pickled_by_python_3(protocol, change, tmp_path):
+  expected = write_cifar(
+    tmp_path,
+    'cifar100',
+    'python',
+    pickle_fn=lambda content: pickle.dumps(change(content), protocol=protocol),
+  )
+  splits, names = originals.READERS['cifar100'](tmp_path)
+  for split, (pixels, labels) in expected.items():
+    images = splits[split]['image'].transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(images.reshape(-1, 3072), pixels)
+    np.testing.assert_array_equal(splits[split]['label'], labels)
+    np.testing.assert_array_equal(splits[split]['coarse_label'], labels // 5)
+  assert names['coarse_label'] == COARSE_NAMES
+  assert tuple(names['label']) == cifar.Cifar100.class_names
+
+
+def test_names_with_a_byte_order_mark(tmp_path):
+  """As editors of Windows save text: the mark is no part of the first name."""
+  write_cifar(tmp_path, 'cifar100', 'binary')
+  for name in ('coarse_label_names.txt', 'fine_label_names.txt'):
+    path = tmp_path / 'cifar-100-binary' / name
+    path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes())
+  _, names = originals.READERS['cifar100'](tmp_path)
+  assert names['coarse_label'] == COARSE_NAMES
+  assert tuple(names['label']) == cifar.Cifar100.class_names
 
 
 def test_tfds_itself_reads_what_was_written(data_dir):
@@ -745,6 +809,10 @@ def test_fingerprint_tells_where_the_splits_are_cut():
     ('train', np.zeros((6, 4, 5, 3)), np.zeros(6, int), 'float64'),
     ('train', np.zeros((6, 4, 5), np.uint8), np.zeros(6, int), 'N, H, W, C'),
     ('train', random_images(0, 0, 4, 5, 3), np.zeros(0, int), 'at least 1'),
+    *[
+      ('train', random_images(0, *shape), np.zeros(6, int), 'at least 1')
+      for shape in ((6, 0, 5, 3), (6, 4, 0, 3), (6, 4, 5, 0))
+    ],
     ('test', random_images(0, 6, 8, 8, 3), np.zeros(6, int), 'those of train'),
     ('test', random_images(0, 6, 4, 5, 3), np.zeros(5, int), 'one for each'),
     ('test', random_images(0, 6, 4, 5, 3), np.zeros(6), 'integers'),

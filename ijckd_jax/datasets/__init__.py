@@ -190,10 +190,10 @@ class ArrayDataset:
           'ijckd_jax.Arrays(images, labels)'
         )
       images, labels = arrays.images, arrays.labels
-      if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+      if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
         raise config_utils.UserError(
           f'{split} images are {images.dtype} {images.shape}; they must be '
-          'uint8 (N, H, W, C), N at least 1'
+          'uint8 (N, H, W, C), each at least 1'
         )
       if images.shape[1:] != self.image_shape:
         raise config_utils.UserError(

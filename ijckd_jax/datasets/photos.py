@@ -251,10 +251,11 @@ class PhotoDataset:
   std = (0.229, 0.224, 0.225)
 
   def __post_init__(self):
-    if not 0 < self.size <= self.resize:
+    whole = type(self.size) is int and type(self.resize) is int
+    if not (whole and 0 < self.size <= self.resize):
       raise config_utils.UserError(
-        f'size={self.size}, resize={self.resize}: give a size of at least 1 '
-        'pixel, and a resize that is no smaller'
+        f'size={self.size}, resize={self.resize}: give whole pixels, a size of '
+        'at least 1, and a resize that is no smaller'
       )
     if not 0 < self.min_area <= 1:
       raise config_utils.UserError(
@@ -287,9 +288,15 @@ class PhotoDataset:
       # By chance, not by class: to know the classes is to read everything. A
       # source of unlabelled images stands behind the first, and is not held
       # out.
-      num_held = round(self.validation_fraction * len(sources[0]))
+      num_images = len(sources[0])
+      num_held = round(self.validation_fraction * num_images)
+      if self.validation_fraction and not 0 < num_held < num_images:
+        raise config_utils.UserError(
+          f'validation_fraction={self.validation_fraction} of {num_images} '
+          'training images leaves none to train on or none to validate on'
+        )
       # RandomState's streams, unlike Generator's, are promised never to change.
-      order = np.random.RandomState(0).permutation(len(sources[0]))
+      order = np.random.RandomState(0).permutation(num_images)
       held = np.zeros(len(rows), bool)
       held[order[:num_held]] = True
       rows = rows[held if split == 'validation' else ~held]
