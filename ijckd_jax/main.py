@@ -52,7 +52,9 @@ def main(argv: list[str], prog: str = PROG) -> int:
     print(USAGE.format(prog=prog, configs=textwrap.fill(names, 80)))
     return 0
   config, flags = _parse(argv, prog)
-  logging.basicConfig(format='%(message)s')
+  handler = logging.StreamHandler()
+  handler.setFormatter(config_utils.LineFormatter())
+  logging.basicConfig(handlers=[handler])
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
   import jax
@@ -88,17 +90,17 @@ def main(argv: list[str], prog: str = PROG) -> int:
       config, flags.workdir, overwrite=flags.overwrite
     )
   except loop.Interrupted as error:
-    print(error, file=sys.stderr)
+    print(config_utils.printable(error), file=sys.stderr)
     return 128 + error.number  # As shells have it, and batch systems know.
   except loop.Diverged as error:
-    print(f'error: {error}', file=sys.stderr)
+    print(f'error: {config_utils.printable(error)}', file=sys.stderr)
     return 1
   except OSError as error:
-    print(
+    said = (
       f'error: {error}; once that is mended, the same command continues from '
-      f'the last checkpoint in {flags.workdir}',
-      file=sys.stderr,
+      f'the last checkpoint in {flags.workdir}'
     )
+    print(config_utils.printable(said), file=sys.stderr)
     return 1
   if hosts.is_primary():
     print(report.table(result.summary))

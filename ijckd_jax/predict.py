@@ -75,8 +75,11 @@ def main(argv: list[str], prog: str = PROG) -> None:
 def _table(found) -> str:
   """Returns a line for each picture: its path, and its likeliest classes."""
   cells = [
-    [x['picture']]
-    + [f'{c["probability"]:6.1%} {c["name"]}' for c in x['classes']]
+    [config_utils.printable(x['picture'])]
+    + [
+      f'{c["probability"]:6.1%} {config_utils.short(c["name"])}'
+      for c in x['classes']
+    ]
     for x in found
   ]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -52,7 +52,8 @@ def _counts(summary):
     listed = ', '.join(f'{part} {count:,}' for part, count in parts.items())
     name = wording.learner(summary) if who == 'student' else who
     backbone = summary['config']['student']['backbone']
-    name += f' {backbone if who == "student" else summary["teacher_name"]}'
+    found = backbone if who == 'student' else summary['teacher_name']
+    name += f' {wording.escape(found)}'
     yield f'{name}: {totals[who]:,} parameters ({listed})'
   if len(totals) == 2:
     share = totals['student'] / totals['teacher']
@@ -189,9 +190,15 @@ def _headline(summary, evaluation):
   """Returns a title, what was done, and what that was worth."""
   config, judge = summary['config'], evaluation.teacher
   method = methods.build(config['method'])
-  by, on = config['method']['name'], config['dataset']['name']
-  name = config['student']['backbone']
-  teacher = summary['teacher_name']
+  by, on, name, teacher = map(
+    wording.escape,
+    (
+      config['method']['name'],
+      config['dataset']['name'],
+      config['student']['backbone'],
+      summary['teacher_name'],
+    ),
+  )
   if judge is None:
     done = f'trained without a teacher by **{by}** on **{on}**'
   elif getattr(method, 'needs_teacher', True):
@@ -232,14 +239,15 @@ def _circumstances(workdir, summary):
     '## Circumstances',
     '',
     f'- seed {summary["seed"]}, {summary["steps"]:,} steps',
-    '- devices: ' + ', '.join(f'{count} x {kind}' for kind, count in devices),
+    '- devices: '
+    + ', '.join(f'{count} x {wording.escape(kind)}' for kind, count in devices),
     '- versions: ' + ', '.join(f'{name} {number}' for name, number in versions),
   ]
   if origin := summary['teacher_origin']:
     said = ', '.join(
       f'{key} {value or "(none)"}' for key, value in origin.items()
     )
-    lines.append(f"- the teacher's weights: {said}")
+    lines.append(f"- the teacher's weights: {wording.escape(said)}")
   page = f'teacher/{workdirs.REPORT}'
   given = summary['config']['teacher']['checkpoint']
   if summary['teacher'] and not given and (workdir / page).exists():
