@@ -79,6 +79,8 @@ def main(argv: list[str], prog: str = PROG) -> int:
   if jax.default_backend() == 'cpu':
     cpu_memory.keep_freed()
 
+  from etils import epath
+
   from ijckd_jax import compilation_cache
   from ijckd_jax import loop
   from ijckd_jax import report
@@ -105,7 +107,10 @@ def main(argv: list[str], prog: str = PROG) -> int:
   if hosts.is_primary():
     print(report.table(result.summary))
     where = flags.workdir
-    print(f'\n{where}/report.md shows more; the student is in {where}/bundle')
+    more = f'{where}/report.md shows more; '
+    if not (epath.Path(where) / 'report.md').exists():
+      more = ''
+    print(f'\n{more}the student is in {where}/bundle')
   return 0
 
 
