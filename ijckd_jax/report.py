@@ -138,9 +138,9 @@ def is_complete(workdir: epath.Path) -> bool:
   """Returns whether a run's report is there, with the plots that it shows."""
   try:
     # The last one of its files.
-    if not (workdir / workdirs.WEB_REPORT).read_text().endswith('</html>\n'):
+    if not (workdir / workdirs.WEB_REPORT).read_bytes().endswith(b'</html>\n'):
       return False
-    text = (workdir / workdirs.REPORT).read_text()
+    text = (workdir / workdirs.REPORT).read_bytes().decode()
     shown = re.findall(rf'^!\[.*\]\(({workdirs.PLOTS}/.*)\)$', text, re.M)
     return bool(text) and all(
       (workdir / picture).stat().length for picture in shown
