@@ -119,7 +119,8 @@ def _damage(exp, workdir) -> str:
     summary = workdirs.read_json(workdir / workdirs.SUMMARY)
     report.table(summary), summary['steps']
   except Exception as error:  # As many as there are kinds of damage.
-    return f'{workdirs.SUMMARY} cannot be read ({config_utils.short(error)})'
+    what = f'{type(error).__name__}: {config_utils.short(error)}'
+    return f'{workdirs.SUMMARY} cannot be read ({what})'
   names = [workdirs.BUNDLE]
   distiller = exp.distiller
   if distiller.connected_network is not None and not distiller.reuses_head:
