@@ -100,7 +100,8 @@ def _import(flags: argparse.Namespace) -> None:
   )
   bundle, notes = torch_import.read(flags.checkpoint, request, part=flags.part)
   torch_flags.write(lambda: bundle.save(output), output)
-  print('\n'.join([str(flags.checkpoint), *(f'- {note}' for note in notes)]))
+  said = [flags.checkpoint, *(f'- {note}' for note in notes)]
+  print('\n'.join(map(config_utils.printable, said)))
   print(
     f'written to {output}; a run takes it by --config.teacher.checkpoint='
     f'{output} --config.teacher.backbone={bundle.backbone_name}'

@@ -205,25 +205,23 @@ def train_and_evaluate(
   folders = [(folder, run.config) for run, folder in runs]
   _check_hosts_agree(config)
   hosts.share(lambda: workdirs.check(folders, overwrite=overwrite))
-  finished = not overwrite and hosts.share(
-    lambda: workdirs.is_finished(workdir)
-  )
+  finished = None if overwrite else results.found(*runs[-1])
   try:
     splits = {split: exp.dataset.load(split) for split in datasets.SPLITS}
   except config_utils.UserError as error:
-    if not finished:
+    if finished is None:
       raise
     logger.warning(
       '%s: finished, but its data could not be compared: %s', workdir, error
     )
-    return results.found(*runs[-1])
+    return finished
   record = run_record.make(exp.dataset, splits, config)
   hosts.check_agree({'data': record['data']})
   stale = hosts.share(
     lambda: _check_records(folders, record, overwrite=overwrite)
   )
-  if finished:
-    return results.found(*runs[-1])
+  if finished is not None:
+    return finished
   factories = [
     config_utils.resolve('writer', name, {}) for name in config.writers
   ]
@@ -238,7 +236,7 @@ def train_and_evaluate(
       writers = (*writers, *made)
     stop = stack.enter_context(loop.StopSignals())
     if len(runs) == 2:
-      trained = _run(*runs[0], splits, (), stop)
+      trained = results.found(*runs[0]) or _run(*runs[0], splits, (), stop)
       exp = experiment.build(
         config, dataset=exp.dataset, teacher=trained.bundle.teacher()
       )
@@ -343,9 +341,7 @@ def _warn_of_unsettled_statistics(exp, workdir, num_examples):
 
 
 def _run(exp, workdir, splits, writers, stop) -> results.Result:
-  """Trains one network on loaded data, or returns it where it is finished."""
-  if hosts.share(lambda: workdirs.is_finished(workdir)):
-    return results.found(exp, workdir)
+  """Trains one network on loaded data, from where it was stopped."""
   metrics_file = workdir / workdirs.METRICS
   config, mapper = exp.config, exp.mapper
   logger.info(
@@ -389,7 +385,11 @@ def _run(exp, workdir, splits, writers, stop) -> results.Result:
   own = []
 
   def open_own():
-    own.append(metric_writer.JsonLinesWriter(metrics_file, resume_step=start))
+    own.append(
+      metric_writer.JsonLinesWriter(
+        metrics_file, resume_step=start, num_rows=progress.rows
+      )
+    )
     own.append(
       metric_writer.TensorBoardWriter(
         workdir / workdirs.TENSORBOARD, resume_step=start

@@ -5,10 +5,12 @@ from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
+import errno
 import importlib.metadata
 import json
 import logging
 import os
+import re
 import time
 from typing import Any
 import uuid
@@ -178,7 +180,7 @@ def is_remote(path: epath.PathLike) -> bool:
 def is_finished(folder: epath.Path) -> bool:
   """Returns whether the run in the folder has come to its end."""
   try:
-    summary = json.loads((folder / SUMMARY).read_text())  # Written last.
+    summary = json.loads((folder / SUMMARY).read_text())
   except (OSError, ValueError):
     return False
   return isinstance(summary, dict) and (folder / BUNDLE).exists()
@@ -189,32 +191,103 @@ def read_json(path: epath.Path) -> Any:
   return json.loads(path.read_text())
 
 
+def sync(path: epath.PathLike) -> None:
+  """Waits until a file, or which names a folder holds, is on the disk.
+
+  A rename alone may be on the disk before what was written to the file, so that
+  a power cut leaves an empty one. Objects in a bucket are there once written.
+  """
+  if is_remote(path):
+    return
+  file = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(file)
+  except OSError as error:  # Some file systems cannot, of folders.
+    if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+      raise
+  finally:
+    os.close(file)
+
+
 def write_text(path: epath.Path, text: str) -> None:
-  """Writes a file that is never seen half written."""
+  """Writes a file as `write_files` does."""
   write_bytes(path, text.encode())
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
-  """Writes a file that is never seen half written."""
+  """Writes a file as `write_files` does."""
   write_files({path: data})
 
 
 def write_files(contents: Mapping[epath.Path, bytes]) -> None:
-  """Writes files of which none is seen before all of them could be written."""
+  """Writes files of which none is seen before all of them could be written.
+
+  None is ever seen half written, and all of them outlive a power cut.
+  """
   partials = {
     path: path.with_name(f'.{path.name}.{uuid.uuid4().hex}.partial')
     for path in contents
   }
   try:
     for path, data in contents.items():
-      partials[path].write_bytes(data)
+      _write(partials[path], data)
     for path, partial in partials.items():
       partial.replace(path)
+    for folder in {path.parent for path in contents}:
+      sync(folder)
   except BaseException:
     for partial in partials.values():
       with contextlib.suppress(OSError):
         partial.unlink(missing_ok=True)
     raise
+
+
+def write_folder(folder: epath.Path, contents: Mapping[str, bytes]) -> None:
+  """Writes a folder of files; it appears whole or not at all.
+
+  It takes the place of one that is there, and outlives a power cut.
+
+  Args:
+    folder: where; its parents are made.
+    contents: of the files by their names.
+  """
+  partial, old = (
+    folder.parent / f'.{folder.name}.{uuid.uuid4().hex}' for _ in '12'
+  )
+  try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_partial(folder)
+    partial.mkdir()
+    for name, data in contents.items():
+      _write(partial / name, data)
+    sync(partial)
+    if folder.exists():
+      # Set aside first: an interrupt loses neither the old nor the new one.
+      folder.rename(old)
+    partial.rename(folder)
+    sync(folder.parent)
+    if old.exists():
+      old.rmtree()
+  except BaseException:
+    if old.exists() and not folder.exists():
+      old.rename(folder)
+    if partial.exists():
+      partial.rmtree()
+    raise
+
+
+def _remove_partial(folder) -> None:
+  """Removes what writers of this folder left beside it when killed."""
+  pattern = re.compile(rf'\.{re.escape(folder.name)}\.[0-9a-f]{{32}}')
+  for path in folder.parent.iterdir():
+    if pattern.fullmatch(path.name):
+      path.rmtree()
+
+
+def _write(path: epath.Path, data: bytes) -> None:
+  """Writes a file, and waits until it is on the disk."""
+  path.write_bytes(data)
+  sync(path)
 
 
 def retry(action: Callable[[], None], what: str) -> None:

@@ -3,7 +3,6 @@
 import collections
 from collections.abc import Iterable
 from collections.abc import Mapping
-from collections.abc import Sequence
 import statistics
 from typing import Any
 
@@ -159,7 +158,8 @@ def lines(report: Report) -> list[str]:
 
 def markdown(name: str, report: Report) -> str:
   """Returns the report as a page."""
-  parts = [f'# {name}', '\n'.join(f'- {line}' for line in lines(report))]
+  listed = '\n'.join(f'- {wording.escape(line)}' for line in lines(report))
+  parts = [f'# {wording.escape(name)}', listed]
   splits = list(report['num_examples'])
   rows = [['class', *splits]]
   for class_name, counts in report['classes'].items():
@@ -199,5 +199,5 @@ def _counted(counts: Mapping[str, int], most: int = SHOWN) -> str:
   return ', '.join(_pairs(counts, most, ' '))
 
 
-def _cell(text: Sequence[str]) -> str:
-  return config_utils.short(text).replace('|', '\\|')
+def _cell(text: str) -> str:
+  return wording.escape(config_utils.short(text))
