@@ -3,7 +3,6 @@
 import markdown_it
 import pytest
 
-from ijckd_jax import predict
 from ijckd_jax import wording
 from ijckd_jax.datasets import image_report
 
@@ -68,13 +67,3 @@ def test_names_in_the_report_are_text():
   assert f'skipped: 7 ({found})' in said
   for name in shown:
     assert said.count(name) >= 2  # Among the classes and among the skipped.
-
-
-def test_predictions_are_text():
-  found = [
-    {
-      'picture': 'a  b\x1b[2J\udcff.png',
-      'classes': [{'name': 'c\n\u202ed', 'probability': 0.5}],
-    }
-  ]
-  assert predict._table(found) == 'a  b?[2J?.png   50.0% c ?d'
