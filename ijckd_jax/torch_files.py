@@ -25,6 +25,16 @@ from ijckd_jax import torch_unwrap
 
 SUFFIXES = ('.safetensors', '.pth', '.pt')
 
+# In files of NumPy 1 and 2.
+_NUMPY_NAMES = (
+  'numpy.dtype',
+  'numpy.ndarray',
+  *(
+    f'numpy.{core}.multiarray.{name}'
+    for core in ('core', '_core')
+    for name in ('scalar', '_reconstruct')
+  ),
+)
 _PRECISIONS = {
   'float16': 'half precision',
   'bfloat16': 'half precision',
@@ -35,6 +45,8 @@ _SAFETENSORS_TYPES = {
   **{f'I{8 * size}': f'i{size}' for size in (1, 2, 4, 8)},
   **{f'U{8 * size}': f'u{size}' for size in (1, 2, 4, 8)},
 }
+# Eight bits become float32, with room for a few views.
+_MAX_GROWTH = 8
 _MAX_SAFETENSORS_HEADER = 100_000_000
 # Older unpicklers can be made to run code in spite of weights_only:
 # CVE-2025-32434 up to 2.5, CVE-2026-24747 up to 2.9.
@@ -193,8 +205,20 @@ def _read(path, part):
       path, content, torch.is_tensor, notes
     )
 
+    copied = 0
+
     def convert(tensor):
-      return _from_torch(tensor, size, torch)
+      nonlocal copied
+      array, dtype = _from_torch(tensor, size, torch)
+      if array.ctypes.data != tensor.data_ptr():
+        copied += array.nbytes
+      # Many views of few numbers can fill the memory as well.
+      if copied > _MAX_GROWTH * max(size, 2**20):
+        raise config_utils.UserError(
+          f'and those before it fill {copied:,} bytes, and the file has '
+          f'{size:,}: they are views of the same numbers, which is not read'
+        )
+      return array, dtype
   else:
     raise config_utils.UserError(
       f'{path} is not a checkpoint: {_describe(head)}'
@@ -325,17 +349,22 @@ def _load_torch(path, size, torch):
       "safely: pip install --upgrade 'torch >= 2.10', or give a .safetensors "
       'file'
     )
+  # Others put NumPy's scalars and arrays beside the weights, such as the best
+  # accuracy. None of them is read, so a stand-in takes their place, and none of
+  # NumPy's code is reached.
   # RepDistiller and torchdistill save their flags along, an argparse.Namespace.
   # Allowing it gives a file no power. The unpickler makes one without arguments
   # and fills its __dict__. Of all attributes it would call only __setstate__,
   # which a file could indeed put there, but only as something that it was
   # allowed to call in the first place: globals are looked up in torch's list
   # alone, and attributes never. Here no attribute of it is read.
-  allowed = torch.serialization.safe_globals([argparse.Namespace])
+  allowed = torch.serialization.safe_globals(
+    [argparse.Namespace, *((_OfNumpy, name) for name in _NUMPY_NAMES)]
+  )
   with path.open('rb') as stream, warnings.catch_warnings(), allowed:
     warnings.simplefilter('ignore')
     if stream.read(2) == b'PK':
-      _check_zip(path, stream)
+      _check_zip(path, size, stream)
     stream.seek(0)
     try:
       return torch.load(
@@ -345,7 +374,19 @@ def _load_torch(path, size, torch):
       raise _refusal(path, size, stream, error, torch) from error
 
 
-def _check_zip(path, stream):
+class _OfNumpy:
+  """Stands for a scalar, an array or a dtype of NumPy, and holds nothing."""
+
+  __slots__ = ()
+
+  def __new__(cls, *_):
+    return super().__new__(cls)
+
+  def __setstate__(self, _):
+    pass
+
+
+def _check_zip(path, size, stream):
   """Raises unless a zip archive is whole and a checkpoint."""
   try:
     archive = zipfile.ZipFile(stream)
@@ -363,6 +404,14 @@ def _check_zip(path, stream):
   if 'data.pkl' not in names:
     raise config_utils.UserError(
       f'{path} is a zip archive, but not one that torch.save wrote'
+    )
+  # torch.save compresses nothing, nor does it store anything twice.
+  unpacked = sum(member.file_size for member in archive.infolist())
+  if unpacked > size:
+    raise config_utils.UserError(
+      f'{path} would become {unpacked:,} bytes from {size:,}: it is '
+      'compressed, which torch.save never does, so it is not unpacked; if you '
+      'trust it, load it once with PyTorch and save it again'
     )
   # torch.load does not look at the checksums.
   if damaged := archive.testzip():

@@ -2,9 +2,11 @@
 
 import argparse
 import collections
+import fractions
 import hashlib
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import zipfile
@@ -476,6 +478,135 @@ def test_types_of_safetensors_that_are_no_arrays(tmp_path):
   assert 'holds no tensors' in failure(path)
 
 
+def repacked(source, target, compression=zipfile.ZIP_STORED, edit=bytes):
+  """Packs the members of a zip archive again, each after an edit."""
+  with (
+    zipfile.ZipFile(source) as old,
+    zipfile.ZipFile(target, 'w', compression) as new,
+  ):
+    for name in old.namelist():
+      new.writestr(name, edit(old.read(name)), compress_type=compression)
+  return target
+
+
+def test_a_file_that_would_grow(torch, save, tmp_path, monkeypatch):
+  """It is refused before anything of it is unpacked."""
+  path = save({'w': torch.zeros(10**6)})
+  small = repacked(path, tmp_path / 'small.pth', zipfile.ZIP_DEFLATED)
+  assert small.stat().st_size < 10_000
+  torch.load(small)  # It is no dud.
+  monkeypatch.setattr(torch, 'load', None)
+  monkeypatch.setattr(zipfile.ZipFile, 'testzip', None)
+  assert 'would become 4,000,' in failure(small)
+
+
+def test_members_that_overlap(torch, save, tmp_path):
+  """A hundred names of one stored member, as a zip bomb has them."""
+  data = save({'w': torch.zeros(10**5)}).read_bytes()
+  end = data.rindex(b'PK\5\6')
+  size, start = struct.unpack('<II', data[end + 12 : end + 20])
+  directory = data[start : start + size]
+  count = 100 * struct.unpack('<H', data[end + 10 : end + 12])[0]
+  path = tmp_path / 'overlap.pth'
+  path.write_bytes(
+    data[:start]
+    + 100 * directory
+    + struct.pack(
+      '<4s4HIIH', b'PK\5\6', 0, 0, count, count, 100 * size, start, 0
+    )
+  )
+  assert 'would become 40,' in failure(path)
+
+
+def test_a_file_packed_again_without_compression(torch, save, tmp_path):
+  path = save(tensors(torch))
+  stored = repacked(path, tmp_path / 'stored.pth', zipfile.ZIP_STORED)
+  check_equal(torch_files.read(stored).arrays, ARRAYS)
+
+
+@pytest.mark.parametrize(
+  'view',
+  [
+    lambda base: base[:1].expand(2**18),
+    lambda base: base.reshape(512, 512).t(),
+    lambda base: base.reshape(4, -1)[:, ::2],
+    lambda base: base.view(2, -1).mT,
+  ],
+)
+def test_many_views_of_few_numbers(torch, save, view):
+  base = torch.zeros(2**18)
+  state = {f'w{i}': view(base) for i in range(100)}
+  message = failure(save(state))
+  assert 'they are views of the same numbers' in message
+  few = dict(list(state.items())[:3])
+  assert len(torch_files.read(save(few)).arrays) == 3
+
+
+def test_names_of_the_same_tensor(torch, save):
+  """They take no memory of their own, however many they are."""
+  shared = torch.arange(2.0**18)
+  got = torch_files.read(save({f'w{i}': shared for i in range(100)}))
+  assert all(array.sum() == shared.sum() for array in got.arrays.values())
+
+
+BESIDE = {
+  'epoch': np.float64(3.5),
+  'best_acc': np.int64(7),
+  'lr': np.float32(0.1),
+  'done': np.bool_(True),
+  'when': np.datetime64('2020-01-01'),
+  'who': np.str_('me'),
+  'curve': np.arange(6).reshape(2, 3)[:, ::2],
+  'names': np.array(['a', 'bc']),
+  'dtype': np.dtype([('a', 'f4'), ('b', 'i2', (2,))]),
+  'nested': {'list': [np.float64(1), (np.int32(2), np.zeros(()))]},
+}
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+@pytest.mark.parametrize('core', ['core', '_core'])
+def test_numbers_of_numpy_beside_the_weights(
+  torch, save, tmp_path, legacy, core
+):
+  path = save({'state_dict': tensors(torch), **BESIDE}, legacy=legacy)
+  # NumPy 1 has it in numpy.core, NumPy 2 in numpy._core.
+  here = np.float64(1).__reduce__()[0].__module__
+
+  def edit(data):
+    return data.replace(here.encode(), f'numpy.{core}.multiarray'.encode())
+
+  if legacy:
+    path.write_bytes(edit(path.read_bytes()))
+  else:
+    path = repacked(path, tmp_path / 'edited.pth', edit=edit)
+  got = torch_files.read(path)
+  check_equal(got.arrays, ARRAYS)
+  assert got.notes == (
+    "took 'state_dict'",
+    f'left out: {", ".join(BESIDE)}',
+  )
+
+
+def test_a_number_of_numpy_is_no_way_to_code(forge):
+  """Neither by its arguments nor by its state; objects are looked up first."""
+  for opcodes in (
+    # scalar(dtype, os.system) and ndarray with a state of os.system.
+    b'cnumpy._core.multiarray\nscalar\n(cposix\nsystem\ntR.',
+    b'cnumpy.dtype\n(cposix\nsystem\ntR.',
+    b'cnumpy\ndtype\n)\x81cposix\nsystem\nb.',
+    # Other functions of NumPy stay out.
+    b'cnumpy\nload\n(X\x01\0\0\0xtR.',
+    b'cnumpy\nfromfile\n(X\x01\0\0\0xtR.',
+  ):
+    message = failure(forge(opcodes))
+    assert 'needs more than weights' in message or 'damaged' in message
+
+
+def test_weights_of_numpy_are_no_weights(torch, save):
+  """They are not read, so a file of them alone has none."""
+  assert 'holds no state dict' in failure(save({'model': {'w': np.ones(2)}}))
+
+
 def run_me(path):
   """Stands for whatever a pickle could call."""
   open(path, 'w').close()
@@ -535,9 +666,9 @@ def test_a_pickle_of_others(torch, tmp_path):
 
 
 def test_all_that_a_file_wants_is_named(torch, save):
-  content = {f'{i}': value for i, value in enumerate([os.getcwd, np.ones(2)])}
+  content = {'a': os.getcwd, 'b': fractions.Fraction(1, 2)}
   message = failure(save(content))
-  assert 'posix.getcwd' in message and 'numpy.dtype' in message
+  assert 'posix.getcwd' in message and 'fractions.Fraction' in message
   model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
   message = failure(save(model))
   assert 'torch.nn.modules.linear.Linear' in message
