@@ -4,6 +4,7 @@ import argparse
 import collections
 import fractions
 import hashlib
+import io
 import os
 import pickle
 import struct
@@ -13,6 +14,7 @@ import zipfile
 
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 import safetensors.numpy
 
@@ -235,7 +237,64 @@ def test_an_average_is_taken_only_alone(torch, save, key):
   weights = {'weight': torch.ones(1)}
   got = torch_files.read(save({key: average, 'state_dict': weights}))
   assert list(got.arrays) == ['weight']
-  check_equal(got.other[key], ARRAYS)
+  assert got.other == {}
+
+
+def test_an_average_is_taken_where_it_is_named(torch, save):
+  average = {key: np.array(value + 1) for key, value in ARRAYS.items()}
+  for key in torch_unwrap.AVERAGES:
+    path = save(
+      {'state_dict': tensors(torch), key: tensors(torch, '', average)}
+    )
+    got = torch_files.read(path)
+    check_equal(got.arrays, ARRAYS)
+    assert got.notes == (
+      "took 'state_dict'",
+      f'left out {key}, a moving average: --part {key} takes it',
+    )
+    got = torch_files.read(path, part=key)
+    check_equal(got.arrays, average)
+    assert got.notes == (
+      f"took '{key}', a moving average",
+      'beside it: state_dict',
+    )
+
+
+@pytest.mark.parametrize('part', ['ema', 'ema.module'])
+def test_an_average_with_numbers_of_its_own(torch, save, part):
+  """As an averaging class saves itself: one level further down."""
+  average = {key: np.array(value + 1) for key, value in ARRAYS.items()}
+  content = {
+    'model': tensors(torch),
+    'ema': {'module': tensors(torch, 'module.', average), 'updates': 7},
+  }
+  path = save(content)
+  got = torch_files.read(path)
+  check_equal(got.arrays, ARRAYS)
+  assert (
+    'left out ema.module, a moving average: --part ema.module takes it'
+    in (got.notes)
+  )
+  got = torch_files.read(path, part=part)
+  check_equal(got.arrays, average)
+  assert got.notes[0] == "took 'ema.module', a moving average"
+
+
+def test_an_average_that_is_not_finite_does_not_matter(torch, save):
+  average = {key: np.array(value * np.nan) for key, value in ARRAYS.items()}
+  path = save({'model': tensors(torch), 'ema': tensors(torch, '', average)})
+  check_equal(torch_files.read(path).arrays, ARRAYS)
+
+
+@pytest.mark.parametrize(
+  'key, quoted', [('net_g', 'net_g'), ('my net', "'my net'"), ('$x', "'$x'")]
+)
+def test_a_key_is_named_in_the_flag_that_takes_it(torch, save, key, quoted):
+  path = save({key: tensors(torch), 'net_d': {'w': torch.ones(1)}, 'epoch': 1})
+  assert f'under {key}, net_d: --part {quoted} takes that one' in failure(path)
+  got = torch_files.read(path, part=key)
+  check_equal(got.arrays, ARRAYS)
+  assert got.notes == (f"took '{key}'", 'beside it: net_d', 'left out: epoch')
 
 
 def distiller(torch, *parts):
@@ -820,6 +879,21 @@ def test_bytes_that_changed(request, tmp_path, kind):
   assert 20 < refused < 150
 
 
+def zipped(*names):
+  """Returns a zip archive with empty files of these names."""
+  stream = io.BytesIO()
+  with zipfile.ZipFile(stream, 'w') as archive:
+    for name in names:
+      archive.writestr(name, b'')
+  return stream.getvalue()
+
+
+def onnx_model(**fields):
+  """Returns a model that computes nothing."""
+  graph = onnx.helper.make_graph([], 'graph', [], [])
+  return onnx.helper.make_model(graph, **fields).SerializeToString()
+
+
 def test_what_is_no_checkpoint(torch, tmp_path):
   path = tmp_path / 'model.pth'
   np.savez(tmp_path / 'arrays.npz', w=np.ones(2))
@@ -834,9 +908,27 @@ def test_what_is_no_checkpoint(torch, tmp_path):
     (b'\x89PNG\r\n\x1a\n' + b'\0' * 50, 'it is a PNG image'),
     (b'\x1f\x8b\x08' + b'\0' * 50, 'compressed by gzip'),
     (b'x.pth' + b'\0' * 252 + b'ustar' + b'\0' * 99, 'it is a tar archive'),
-    (b'\x93NUMPY' + b'\xff' * 50, 'no known format'),
+    (b'\x93NUMPY' + b'\xff' * 50, 'an array of NumPy'),
+    (b'\xef\xbb\xbf<!DOCTYPE html><html>', 'it is a web page'),
+    (b'<!-- a comment -->\n<html lang="en">', 'it is a web page'),
+    (b'<?xml version="1.0"?><Error><Code>AccessDenied', 'it is a web page'),
+    (b'<head><title>Sign in</title>', 'it is a web page'),
+    (b'version https://git-lfs.github.com/spec/v1\n', 'a Git LFS pointer'),
+    (b'\x89HDF\r\n\x1a\n' + b'\0' * 50, 'such as Keras writes'),
+    (b'\x1c\0\0\0TFL3' + b'\0' * 50, 'a model of TensorFlow Lite'),
+    (onnx_model(), 'it is an ONNX model'),
+    (onnx_model(producer_name='pytorch'), 'it is an ONNX model'),
+    # saved_model_schema_version: 1, meta_graphs: {...}
+    (b'\x08\x01\x12\xa0\x0b\n' + b'\0' * 50, 'a SavedModel of TensorFlow'),
+    (zipped('model.weights.h5', 'config.json'), 'it is a model of Keras'),
+    (
+      zipped('a/net.pth', 'a/readme.txt'),
+      'unpack it first, it holds a/net.pth',
+    ),
+    (zipped('word/document.xml'), 'it holds word/document.xml'),
+    (zipped(), 'it holds nothing'),
     (bytes(range(200)), 'no known format'),
-    ((tmp_path / 'arrays.npz').read_bytes(), 'is a zip archive, but not'),
+    ((tmp_path / 'arrays.npz').read_bytes(), 'it is an .npz file of NumPy'),
   ):
     path.write_bytes(content)
     assert said in failure(path)
