@@ -1,6 +1,7 @@
 """Flags of the commands that read PyTorch: of images, classes and output."""
 
 import argparse
+import codecs
 from collections.abc import Callable
 import math
 import re
@@ -114,7 +115,11 @@ def class_names(flags: argparse.Namespace) -> tuple[str, ...]:
   if path is None:
     return ()
   try:
-    lines = epath.Path(path).read_text().splitlines()
+    data = epath.Path(path).read_bytes()
+    # Windows puts a mark before a text, and may write UTF-16.
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding = 'utf-16' if data.startswith(marks) else 'utf-8-sig'
+    lines = data.decode(encoding).splitlines()
   except (OSError, UnicodeDecodeError) as error:
     raise config_utils.UserError(
       f'--class_names {path} cannot be read: {error}'

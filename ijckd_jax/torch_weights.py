@@ -54,8 +54,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   reader.add_argument(
     '--part',
     default='',
-    choices=('student', 'teacher'),
-    help='of a file that holds both',
+    metavar='KEY',
+    help='of a file that holds several networks, or the moving average of one: '
+    'its key in the file, such as student, teacher or state_dict_ema',
   )
   torch_flags.add_images(reader)
   reader.add_argument(

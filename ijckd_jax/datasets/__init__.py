@@ -326,22 +326,38 @@ def find(name: str, data_dir: str):
   """Returns tfds's builder of a prepared data set, or None.
 
   Raises:
-    UserError: it is there, but stored so that only TensorFlow can read it; or
-      it would have to be read from a bucket.
+    UserError: it is there, but stored so that only TensorFlow can read it, or
+      damaged, or names code or files that are not its own; or it would have to
+      be read from a bucket.
   """
   import tensorflow_datasets as tfds
+
+  from ijckd_jax.datasets import tfds_folder
 
   if data_dir.startswith('gs://'):
     raise config_utils.UserError(
       f'{data_dir}: ArrayRecord files are read from a file system; mount the '
       'bucket (gcsfuse) or copy the folder, and give that path as data_dir'
     )
+  reader = tfds.core.read_only_builder
+  # What tfds's builder_from_files does; between its two halves is the one
+  # moment at which the folder is known and nothing of it has been imported.
   try:
-    builder = tfds.core.read_only_builder.builder_from_files(
-      name, data_dir=os.path.expanduser(data_dir) or None
-    )
-  except tfds.core.registered.DatasetNotFoundError:
-    return None
+    with tfds.core.utils.error_utils.record_error_context():
+      folder = reader._find_builder_dir(
+        name, data_dir=os.path.expanduser(data_dir) or None
+      )
+    if folder is None:
+      return None
+    tfds_folder.check(pathlib.Path(folder))
+    builder = reader.builder_from_directory(folder)
+  except config_utils.UserError:
+    raise
+  except Exception as error:  # Its files may be wrong in many ways.
+    raise config_utils.UserError(
+      f'{name} in {data_root(data_dir)} cannot be read: '
+      f'{config_utils.short(error)}'
+    ) from error
   formats = [format.value for format in builder.info.available_file_formats()]
   if 'array_record' not in formats:
     raise config_utils.UserError(
@@ -390,11 +406,14 @@ def from_tfds(
   Raises:
     UserError: it is not prepared, or is not what is expected.
   """
+  from ijckd_jax.datasets import tfds_folder
+
   builder = prepared(
     name,
     data_dir,
     ' (or, with the original files in a folder DIR, the same by --source DIR)',
   )
+  tfds_folder.check_shards(builder, split)
   source = builder.as_data_source(split)
   # One call for all of them: record by record, reading takes four times longer.
   examples = source.__getitems__(range(len(source)))

@@ -13,6 +13,7 @@ import numpy as np
 from ijckd_jax import config_utils
 from ijckd_jax import datasets
 from ijckd_jax import images
+from ijckd_jax.datasets import tfds_folder
 
 # Entropy of the streams, beside the run's seed; the order of the examples has
 # none.
@@ -48,11 +49,7 @@ class Source:
       UserError: it is not prepared, or without such a split.
     """
     builder = datasets.prepared(self.name, self.data_dir)
-    if self.split not in builder.info.splits:
-      raise config_utils.UserError(
-        f'{builder.data_dir} has no split {self.split!r}, but '
-        f'{", ".join(builder.info.splits)}'
-      )
+    tfds_folder.check_shards(builder, self.split)
     return builder
 
   @functools.cached_property
