@@ -1,5 +1,6 @@
 """Whose state dict is it: the backbones here against names and shapes."""
 
+import contextlib
 import dataclasses
 import functools
 import shlex
@@ -98,9 +99,11 @@ def identify(arrays, wanted: str, size) -> PublishedState:
   if nearest is None:
     # Without a classifier, as after self-supervised training.
     for name in models.BACKBONES:
-      found = _likest(name, arrays, size, _any_prefixes(arrays))
-      nearest = _nearer(nearest, found)
-  if not nearest.num_fitting:
+      # One that cannot have images of that size is none of those asked for.
+      with contextlib.suppress(config_utils.UserError):
+        found = _likest(name, arrays, size, _any_prefixes(arrays))
+        nearest = _nearer(nearest, found)
+  if nearest is None or not nearest.num_fitting:
     raise config_utils.UserError(
       f'{reason}it is like no backbone that is known here: its arrays are '
       f'{some(arrays)}'

@@ -490,7 +490,8 @@ def test_a_moving_average_is_taken_where_it_is_named(tmp_path, capsys):
 
 def test_nearest_without_a_classifier(tmp_path, monkeypatch):
   """The arrays that fit tell it, though there is no head to start from."""
-  known = {name: models.BACKBONES[name] for name in ('vgg8', 'resnet8')}
+  names = ('vgg8', 'deit_small_patch16_224', 'resnet8')
+  known = {name: models.BACKBONES[name] for name in names}
   monkeypatch.setattr(models, 'BACKBONES', known)
   for prefix in ('', 'encoder.', 'online.net.'):
     state = {
@@ -500,7 +501,11 @@ def test_nearest_without_a_classifier(tmp_path, monkeypatch):
     }
     torch.save(state, tmp_path / 'net.pth')
     said = failure(
-      'import', checkpoint=tmp_path / 'net.pth', output=tmp_path / 'bundle'
+      'import',
+      checkpoint=tmp_path / 'net.pth',
+      output=tmp_path / 'bundle',
+      # A DeiT cannot have images of that size.
+      **{'mean': '0.5', 'std': '0.5', 'image_size': '40'},
     )
     under = f' under {prefix}*' if prefix else ''
     assert (
