@@ -9,8 +9,9 @@ the help is there at once.
 
 import functools
 import importlib
-import signal
 import sys
+
+from ijckd_jax import streams
 
 COMMANDS = {
   'train': ('main', 'train a teacher, and distil a student from it'),
@@ -62,18 +63,18 @@ def main(argv: list[str], prog: str = 'ijckd') -> int | None:
   if name not in COMMANDS:
     from ijckd_jax import config_utils
 
-    raise config_utils.unknown('command', name, list(COMMANDS))
+    known = [*COMMANDS, *(flag for flag in HELP + VERSION if len(flag) > 2)]
+    raise config_utils.unknown('command', name, known)
   module = importlib.import_module(f'ijckd_jax.{COMMANDS[name][0]}')
   return module.main(rest, prog=f'{prog} {name}')
 
 
 def run(prog: str) -> None:
   """Runs the command that `sys.argv` names, and exits."""
+  streams.prepare()
   argv = sys.argv[1:]
   if not argv or argv[0] in HELP + VERSION:
-    # End quietly where the output is read no more, as by `head`.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    sys.exit(main(argv, prog))
+    sys.exit(streams.guard(lambda: main(argv, prog)))
 
   from ijckd_jax import config_utils  # Takes longer than the help may.
 

@@ -128,6 +128,7 @@ def bind(
     try:
       _trace_terms(distiller, image_shape, num_rows, mixed=True)
     except Exception as error:  # The method may be anyone's.
+      config_utils.raise_outside(error)
       raise config_utils.UserError(
         f'{method} does not take the labels of mixed images '
         f'({config_utils.short(error)}): let it read them by '

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from ijckd_jax import backend
 from ijckd_jax import bundle_spec
 from ijckd_jax import classes
 from ijckd_jax import config_utils
@@ -39,6 +40,7 @@ SPEC_FILE = 'bundle.json'
 CHECKSUM = 'arrays_sha256'  # Its field for that of ARRAYS_FILE.
 ARRAYS_FILE = 'variables.safetensors'
 PROGRAM_SUFFIX = '.bin'
+EXPORTED = ('.onnx', '.stablehlo')  # Of files that ijckd export alone writes.
 FILES = (
   SPEC_FILE,
   ARRAYS_FILE,
@@ -162,7 +164,7 @@ class Bundle:
     text = json.dumps(spec, indent=2) + '\n'
     card = model_card.markdown(self, num_params(self.variables))
     workdirs.write_folder(
-      epath.Path(directory),
+      epath.Path(config_utils.expand(directory)),
       {
         ARRAYS_FILE: arrays,
         **{
@@ -204,6 +206,7 @@ def load(
   try:
     spec = json.loads(_read(directory, SPEC_FILE, MAX_TEXT_BYTES))
   except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'the bundle in {directory} cannot be read: {config_utils.short(error)}'
     ) from error
@@ -219,6 +222,7 @@ def load(
   try:
     wanted = jax.tree.leaves(bundle_spec.shapes(network, pool_backbone, spec))
   except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'the {SPEC_FILE} in {directory} does not fit together: '
       f'{config_utils.short(error)}'
@@ -228,6 +232,7 @@ def load(
     data = _read(directory, ARRAYS_FILE, size + MAX_TEXT_BYTES)
     arrays = safetensors.numpy.load(data)
   except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'the bundle in {directory} cannot be read: {config_utils.short(error)}'
     ) from error
@@ -240,6 +245,7 @@ def load(
     for kind in (*network_lib.COLLECTIONS, 'pool'):
       variables.setdefault(kind, {})
   except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'the arrays in {directory} do not fit its {SPEC_FILE}: '
       f'{config_utils.short(error)}'
@@ -275,6 +281,7 @@ def _read_program(
     if hashlib.sha256(data).hexdigest() != spec['programs'][name]:
       raise ValueError(f'{file} is not the one that was saved')
   except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'the bundle in {directory} cannot be read: {config_utils.short(error)}'
     ) from error
@@ -331,6 +338,7 @@ def build(
     bundle_spec.check(spec)
     outside = bundle_spec.names_outside(spec)
   except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f"{where}: the bundle's description is damaged: "
       f'{config_utils.short(error)}'
@@ -341,12 +349,14 @@ def build(
       f'({config_utils.short(outside[0])}); load it with trust_code=True '
       '(--trust_code) if you trust it'
     )
+  backend.start()
   names = spec.get('programs', {}) if read else {}
   programs = {name: read(name) for name in names}
   try:
     dtype = dtype or getattr(jnp, spec['dtype'])
     return bundle_spec.build(spec, dtype, programs)
   except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'{where}: what its bundle names cannot be built: '
       f'{config_utils.short(error)}'
@@ -359,17 +369,22 @@ def find(directory: epath.PathLike) -> epath.Path:
   Raises:
     config_utils.UserError: neither does.
   """
-  directory = epath.Path(directory)
+  directory = epath.Path(config_utils.expand(directory))
   for candidate in (directory, directory / 'bundle'):
     with contextlib.suppress(OSError):
       if (candidate / SPEC_FILE).exists():
         return candidate
   with contextlib.suppress(OSError):
     if directory.exists() and not directory.is_dir():
+      if directory.suffix in EXPORTED:
+        raise config_utils.UserError(
+          f'{directory} is an exported file and no bundle: ijckd predict reads '
+          'it; elsewhere, give the bundle or run that it was exported from'
+        )
       raise config_utils.UserError(
-        f'{directory} is a file and no bundle; if it holds weights of PyTorch, '
-        'import it first: ijckd weights import '
-        f'--checkpoint {directory} --output DIR'
+        f'{directory} is a file and no bundle; if ijckd export wrote it, ijckd '
+        'predict reads it, and if it holds weights of PyTorch, import it '
+        f'first: ijckd weights import --checkpoint {directory} --output DIR'
       )
   raise config_utils.UserError(
     f'there is no bundle in {directory}: give the folder of a finished run, or '

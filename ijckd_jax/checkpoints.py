@@ -204,6 +204,7 @@ class Checkpoints:
         self._directory / str(step), args=ocp.args.PyTreeRestore(abstract)
       )
     except Exception as error:  # Whatever Orbax raises on damaged files.
+      config_utils.raise_outside(error)
       raise DamagedError(config_utils.short(error)) from error
     for name, array in _arrays(tree).items():
       if _checksum(array) != content['arrays'][name][2]:
@@ -293,6 +294,7 @@ class Checkpoints:
           raise ValueError('its metadata are not what was saved')
         return json.loads(text)
     except Exception as error:  # Whatever Orbax raises on damaged files.
+      config_utils.raise_outside(error)
       raise DamagedError(config_utils.short(error)) from error
     raise config_utils.UserError(
       f'the checkpoint of step {step} in {self._directory} has format '

@@ -8,6 +8,8 @@ import tempfile
 
 import jax
 
+from ijckd_jax import config_utils
+
 DEFAULT = 'default'
 # Beneath it, compiling is as quick as reading.
 MIN_COMPILE_SECONDS = 0.1
@@ -34,7 +36,9 @@ def enable(folder: str, *, max_bytes: int = MAX_BYTES) -> None:
   """
   if not folder or 'JAX_COMPILATION_CACHE_DIR' in os.environ:
     return
-  path = default_folder() if folder == DEFAULT else pathlib.Path(folder)
+  path = default_folder()
+  if folder != DEFAULT:
+    path = pathlib.Path(config_utils.expand(folder))
   try:
     # What is checked is what is used, whoever may change a link on the way.
     path = path.resolve()

@@ -376,7 +376,7 @@ def main(argv: list[str], prog: str = PROG) -> int:
   parser.add_argument('--config', required=True)
   parser.add_argument('--topology', required=True)
   parser.add_argument('--images_per_chip', type=int)
-  parser.add_argument('--json')
+  parser.add_argument('--json', type=config_utils.expand)
   flags, overrides = parser.parse_known_args(argv)
   if flags.json and not os.path.isdir(os.path.dirname(flags.json) or '.'):
     raise config_utils.UserError(
@@ -394,8 +394,13 @@ def main(argv: list[str], prog: str = PROG) -> int:
   found = budget(exp, compile_step(exp), flags.topology)
   print(describe(found))
   if flags.json:
-    with open(flags.json, 'w') as file:
-      json.dump(found.to_json(), file, indent=2)
+    try:
+      with open(flags.json, 'w') as file:
+        json.dump(found.to_json(), file, indent=2)
+    except OSError as error:
+      raise config_utils.UserError(
+        f'cannot write --json {flags.json}: {config_utils.reason(error)}'
+      ) from error
   return 0
 
 

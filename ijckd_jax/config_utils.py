@@ -6,20 +6,28 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import difflib
+import errno
 import importlib
 import json
 import logging
 import math
 import os
 import pathlib
+import re
 import runpy
-import signal
 import sys
 import traceback
 
 from absl import flags
 import ml_collections
 from ml_collections import config_flags
+
+from ijckd_jax import streams
+
+# Words of libraries whose errors are no MemoryError; and JAX's where what it
+# reads is damaged.
+NO_MEMORY = ('RESOURCE_EXHAUSTED', 'allocate')
+INVALID = 'INVALID_ARGUMENT'
 
 
 class UserError(ValueError):
@@ -51,6 +59,14 @@ class LineFormatter(logging.Formatter):
 
   def formatMessage(self, record):
     return printable(super().formatMessage(record))
+
+
+def reason(error: OSError) -> str:
+  """Returns why a file could not be used, without its name.
+
+  That of a file which is written under another one first says nothing to users.
+  """
+  return error.strerror or short(error)
 
 
 def unknown(kind: str, name: str, known: Sequence[str]) -> UserError:
@@ -307,6 +323,17 @@ def _config_file(name: str) -> str:
   return name
 
 
+def _split(reference: str) -> tuple[str, str, str]:
+  """Returns name, colon and argument of `NAME:ARG`; paths may have colons."""
+  if os.path.isfile(expand(reference)):
+    return reference, '', ''
+  for colon in re.finditer(':', reference):
+    name, arg = reference[: colon.start()], reference[colon.end() :]
+    if os.path.isfile(expand(name)):
+      return name, ':', arg
+  return reference.partition(':')
+
+
 def load(reference: str) -> ml_collections.ConfigDict:
   """Returns what `get_config` of a config file gives.
 
@@ -320,8 +347,8 @@ def load(reference: str) -> ml_collections.ConfigDict:
   Raises:
     UserError: there is no such config, or its code fails.
   """
-  name, separator, arg = reference.partition(':')
-  path = _config_file(name)
+  name, separator, arg = _split(reference)
+  path = _config_file(expand(name))
   try:
     get_config = runpy.run_path(path).get('get_config')
     if get_config is None:
@@ -441,22 +468,62 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_command(command: Callable[[list[str]], int | None]) -> None:
   """Runs a command on `sys.argv` and exits.
 
-  A UserError becomes one line on standard error and exit code 2.
+  A UserError becomes one line on standard error and exit code 2; what the
+  machine or the install lacks becomes one line and exit code 1.
   """
+  streams.prepare()
   # The libraries' own warnings; of a damaged checkpoint a page for each array.
   for name in ('absl', 'asyncio', 'root'):
     logging.getLogger(name).setLevel(logging.CRITICAL)
-  try:
-    code = command(sys.argv[1:])
-    sys.stdout.flush()
-  except BrokenPipeError:
-    # Whoever read the output has gone, as `head` does when it has its lines.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    code = 128 + signal.SIGPIPE
-  except UserError as error:
-    print(f'error: {printable(error)}', file=sys.stderr)
-    code = 2
-  except KeyboardInterrupt:
-    print('interrupted', file=sys.stderr)
-    code = 130
-  sys.exit(code or 0)
+
+  def answer():
+    try:
+      return command(sys.argv[1:])
+    except UserError as error:
+      streams.say(f'error: {printable(error)}')
+      return 2
+    except Exception as error:
+      cause = cause_outside(error)
+      if not cause:
+        raise
+      streams.say(f'error: {printable(cause)}')
+      return 1
+
+  sys.exit(streams.guard(answer))
+
+
+def cause_outside(error: Exception) -> str:
+  """Returns what the machine or the install lacks, or '' if that is no cause.
+
+  No file and no request is to blame for such an error: memory or open files
+  ran out, a device failed, or a module is missing.
+  """
+  said = short(error)
+  if isinstance(error, MemoryError) or any(
+    words in str(error) for words in NO_MEMORY
+  ):
+    return (
+      f'the memory does not suffice ({said}): end other programs, or take '
+      'smaller batches'
+    )
+  if isinstance(error, ImportError):
+    return f'a module that is needed cannot be imported ({said}): install it'
+  if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+    return f'too many files are open ({said}): allow more, by ulimit -n'
+  if type(error).__name__ == 'JaxRuntimeError' and INVALID not in str(error):
+    return f'JAX has failed: {" ".join(str(error).split())}'
+  return ''
+
+
+def raise_outside(error: Exception) -> None:
+  """Raises an error again if no data is to blame for it: see `cause_outside`.
+
+  For those who take whatever else is raised for a sign of damaged data.
+  """
+  if cause_outside(error):
+    raise error
+
+
+def expand(path: str | os.PathLike) -> str:
+  """Returns a path that a user gave, with the home folder in place of `~`."""
+  return os.path.expanduser(os.fspath(path))

@@ -12,6 +12,7 @@ import ml_collections
 import optax
 
 from ijckd_jax import augment
+from ijckd_jax import backend
 from ijckd_jax import binding
 from ijckd_jax import config_checks
 from ijckd_jax import config_utils
@@ -235,11 +236,13 @@ class Experiment:
     self, num_examples: int
   ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Returns the optimizer, and its learning rate by step."""
+    unit, value = config_utils.duration(self.config, 'total')
     schedule = optim.make_schedule(
       self.config.optimizer,
       num_examples=num_examples,
       batch_size=self.config.batch_size,
       total_steps=self.total_steps(num_examples),
+      total=f'total_{unit}={value}',
     )
     return optim.make_optimizer(self.config.optimizer, schedule), schedule
 
@@ -324,6 +327,7 @@ def build(
   Raises:
     config_utils.UserError: something in the config is wrong.
   """
+  backend.start()
   if config.dtype not in DTYPES:
     raise config_utils.unknown('dtype', config.dtype, list(DTYPES))
   dtype = DTYPES[config.dtype]

@@ -165,7 +165,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   evaluate.add_data_flags(parser)
   parser.add_argument('--format', required=True, choices=ENCODERS)
   parser.add_argument(
-    '--output', required=True, help='the file to write; for web, the folder'
+    '--output',
+    type=config_utils.expand,
+    required=True,
+    help='the file to write; for web, the folder',
   )
   parser.add_argument(
     '--teacher', help='bundle or run that the page of web shows beside it'
@@ -280,7 +283,9 @@ def _save(output: pathlib.Path, save: Callable[[], None]) -> None:
   try:
     save()
   except OSError as error:
-    raise config_utils.UserError(f'cannot write {output}: {error}') from error
+    raise config_utils.UserError(
+      f'cannot write {output}: {config_utils.reason(error)}'
+    ) from error
 
 
 if __name__ == '__main__':

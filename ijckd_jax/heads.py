@@ -181,6 +181,7 @@ def load(path: epath.Path) -> logistic.Fitted:
       arrays['kernel'], arrays['bias'], json.loads(metadata['report'])
     )
   except Exception as error:  # Whatever a damaged file may raise.
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'{path} is damaged ({config_utils.short(error)}): remove it, and it is '
       'fitted again'

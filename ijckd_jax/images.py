@@ -11,6 +11,8 @@ import math
 
 import numpy as np
 
+from ijckd_jax import config_utils
+
 MAX_RESIZED = 2**24  # Pixels that are resized at once, in `centre`.
 MAX_SMOOTHED = 2  # In `resize`; what shrinks by more, by areas.
 CROP_ATTEMPTS = 10  # As torchvision's RandomResizedCrop.
@@ -200,6 +202,7 @@ def decode(encoded: bytes) -> np.ndarray:
       pixels = np.asarray(PIL.Image.open(io.BytesIO(encoded)).convert('RGB'))
     return pixels
   except Exception as error:  # PIL's decoders raise whatever they like.
+    config_utils.raise_outside(error)
     raise BadImage(f'{type(error).__name__}: {error}') from error
 
 

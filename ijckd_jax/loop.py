@@ -31,9 +31,10 @@ from ijckd_jax import train_state
 # How far the host may run ahead of the devices: each step holds its batch.
 MAX_STEPS_AHEAD = 8
 STOPPED = (
-  'training stops; checkpoints saved before are kept. Lower the learning rate, '
-  'or clip the gradient (optimizer.clip_norm)'
+  'training stops. Lower the learning rate, or clip the gradient '
+  '(optimizer.clip_norm)'
 )
+SAVED = 'it is saved, and the same command continues from there'
 
 logger = logging.getLogger('ijckd_jax')
 
@@ -42,11 +43,13 @@ class Interrupted(KeyboardInterrupt):
   """The run was asked to stop; it has saved, and continues when run again.
 
   Attributes:
+    where: what stopped, and after which step.
     number: of the signal.
   """
 
-  def __init__(self, message: str, number: int):
-    super().__init__(message)
+  def __init__(self, where: str, number: int, kept: str = SAVED):
+    super().__init__(f'{where}; {kept}')
+    self.where = where
     self.number = number
 
 
@@ -58,8 +61,9 @@ class Diverged(RuntimeError):
     what: was not.
   """
 
-  def __init__(self, step: int, what: list[str], more: str = ''):
-    super().__init__(f'step {step}: {", ".join(what)}; {STOPPED}{more}')
+  def __init__(self, step: int, what: list[str], kept: str = ''):
+    kept = kept and f'; {kept}'
+    super().__init__(f'step {step}: {", ".join(what)}; {STOPPED}{kept}')
     self.step = step
     self.what = what
 
@@ -270,8 +274,7 @@ class Loop:
           if stop.seconds is not None:
             took = f', {stop.seconds:.1f} s after the signal'
           raise Interrupted(
-            f'{self.name} stopped after step {step} of {total_steps}{took}; it '
-            'is saved, and the same command continues from there',
+            f'{self.name} stopped after step {step} of {total_steps}{took}',
             stop.number,
           )
         if refit and step < total_steps:

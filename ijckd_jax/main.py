@@ -66,6 +66,7 @@ def main(argv: list[str], prog: str = PROG) -> int:
   if config.num_cpu_devices != 1:
     jax.config.update('jax_num_cpu_devices', config.num_cpu_devices)
 
+  from ijckd_jax import backend
   from ijckd_jax import hosts
 
   hosts.initialize(
@@ -74,6 +75,7 @@ def main(argv: list[str], prog: str = PROG) -> int:
     process_id=flags.process_id,
     heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
   )
+  backend.start()
   if hosts.is_primary():  # The others would only say the same.
     logging.getLogger('ijckd_jax').setLevel(logging.INFO)
   if jax.default_backend() == 'cpu':

@@ -41,6 +41,7 @@ def make_schedule(
   num_examples: int,
   batch_size: int,
   total_steps: int,
+  total: str = 'the run',
 ) -> optax.Schedule:
   """Returns the learning rate as a function of the updates made before.
 
@@ -51,6 +52,7 @@ def make_schedule(
     num_examples: examples in an epoch.
     batch_size: examples in a step.
     total_steps: steps of the whole run.
+    total: what says so, for the message.
 
   Raises:
     config_utils.UserError: the schedule is unknown, or a number cannot be.
@@ -62,8 +64,10 @@ def make_schedule(
     config, 'warmup', num_examples=num_examples, batch_size=batch_size
   )
   if warmup >= total_steps:
+    unit, value = config_utils.duration(config, 'warmup')
     raise config_utils.UserError(
-      f'a warm-up of {warmup} steps does not fit into {total_steps} steps'
+      f'optimizer.warmup_{unit}={value}, a warm-up of {warmup} steps, does not '
+      f'fit into {total}, {total_steps} steps: shorten it, or train longer'
     )
   if config.schedule == 'step':
     boundaries = collections.Counter(

@@ -175,6 +175,7 @@ def load(data: bytes, what: str) -> Program:
     text = exported.mlir_module()
     program.takes, program.gives  # noqa: B018 (they raise where it is none)
   except Exception as error:  # Whatever a parser may raise.
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'{what} cannot be read by jax {jax.__version__} '
       f'({config_utils.short(error)}): {CONVERT}, under the JAX that is to run '

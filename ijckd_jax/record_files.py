@@ -221,6 +221,7 @@ def _naming_damage(path: epath.Path):
   try:
     yield
   except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'{path} is damaged ({config_utils.short(error)}): put a sound copy in '
       'its place, or remove the folder and fill it again with --overwrite'

@@ -297,7 +297,8 @@ def _store(exp, folder, arrays) -> teacher_store.Store:
     'seed': exp.config.seed,
   }
   return teacher_store.Store(
-    settings.directory or folder / workdirs.TEACHER_OUTPUTS,
+    config_utils.expand(settings.directory)
+    or folder / workdirs.TEACHER_OUTPUTS,
     layout,
     identity,
     owner=str(folder.resolve()),

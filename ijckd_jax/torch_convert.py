@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ijckd_jax import augment
+from ijckd_jax import backend
 from ijckd_jax import bundles
 from ijckd_jax import config_utils
 from ijckd_jax import converted
@@ -63,6 +64,7 @@ def convert(
   Raises:
     config_utils.UserError: its head is not linear, or it cannot be traced.
   """
+  backend.start()
   model = model.eval().requires_grad_(False)
   image_shape = (*preprocessing.size, len(preprocessing.mean))
   parts = torch_split.split(model, image_shape)

@@ -113,6 +113,7 @@ def read(path: epath.PathLike, *, part: str = '') -> StateDict:
   except config_utils.UserError:
     raise
   except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'{path} cannot be read: {config_utils.short(error)}'
     ) from error
@@ -401,6 +402,7 @@ def _load_torch(path, size, torch):
         stream, map_location='cpu', weights_only=True, mmap=False
       )
     except Exception as error:
+      config_utils.raise_outside(error)
       raise _refusal(path, size, stream, error, torch) from error
 
 
@@ -521,6 +523,7 @@ def _convert(path, where, tensors, convert, dtypes):
     except config_utils.UserError as error:
       raise config_utils.UserError(f'{label} {error}') from error
     except Exception as error:
+      config_utils.raise_outside(error)
       raise config_utils.UserError(
         f'{label} cannot be read: {config_utils.short(error)}'
       ) from error

@@ -52,7 +52,9 @@ def write(save: Callable[[], None], path: epath.Path) -> None:
   try:
     save()
   except OSError as error:
-    raise config_utils.UserError(f'cannot write {path}: {error}') from error
+    raise config_utils.UserError(
+      f'cannot write {path}: {config_utils.reason(error)}'
+    ) from error
 
 
 def preprocessing(flags: argparse.Namespace):
@@ -115,7 +117,7 @@ def class_names(flags: argparse.Namespace) -> tuple[str, ...]:
   if path is None:
     return ()
   try:
-    data = epath.Path(path).read_bytes()
+    data = epath.Path(config_utils.expand(path)).read_bytes()
     # Windows puts a mark before a text, and may write UTF-16.
     marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     encoding = 'utf-16' if data.startswith(marks) else 'utf-8-sig'

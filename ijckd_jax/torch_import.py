@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ijckd_jax import augment
+from ijckd_jax import backend
 from ijckd_jax import binding
 from ijckd_jax import bundle_spec
 from ijckd_jax import bundles
@@ -74,6 +75,7 @@ def read(
   Raises:
     config_utils.UserError: the file is not right, or does not fit the request.
   """
+  backend.start()
   # Data from strangers can be wrong in more ways than a list could name.
   try:
     if str(path).startswith(hub.PREFIX):
@@ -88,6 +90,7 @@ def read(
       raise
     raise config_utils.UserError(f'{path}: {error}') from error
   except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'{path} cannot be imported: {config_utils.short(error)}'
     ) from error

@@ -79,10 +79,16 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   )
   parser.add_argument(
     '--checkpoint',
+    type=config_utils.expand,
     help='a file with its weights, or hf:OWNER/NAME@COMMIT; a module:attribute '
     'may bring its own',
   )
-  parser.add_argument('--output', required=True, help='folder of the bundle')
+  parser.add_argument(
+    '--output',
+    type=config_utils.expand,
+    required=True,
+    help='folder of the bundle',
+  )
   parser.add_argument(
     '--name', default='', help='what the bundle is called; default: the model'
   )
@@ -160,6 +166,7 @@ def _call(factory, name, arguments):
   try:
     return factory(**arguments)
   except Exception as error:  # The code may be anyone's.
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'{name} cannot be made with {arguments}: {config_utils.short(error)}'
     ) from error

@@ -100,6 +100,7 @@ def affine(head, z):
     kernel = apply(torch.eye(z.shape[1])) - bias
     is_linear = close(z @ kernel + bias, apply(z))
   except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'its last layer, a {type(head).__name__}, does not take its pooled '
       f'features: {config_utils.short(error)}'

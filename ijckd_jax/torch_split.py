@@ -36,6 +36,7 @@ def split(model, image_shape: tuple[int, int, int]) -> torch_parts.Parts:
     try:
       logits = model(probes)
     except Exception as error:  # The model may be anyone's.
+      config_utils.raise_outside(error)
       raise config_utils.UserError(
         f'it does not run on images of {height}x{width} with {channels} '
         f'channels: {config_utils.short(error)}'

@@ -178,6 +178,7 @@ def _refusing(model):
   try:
     yield
   except Exception as error:  # Of torch, of torchax, of JAX, of the model.
+    config_utils.raise_outside(error)
     raise _untraceable(error, running) from error
   finally:
     for hook in hooks:

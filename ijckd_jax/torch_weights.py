@@ -42,9 +42,17 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   )
   reader = commands.add_parser('import', help='PyTorch to a bundle')
   reader.add_argument(
-    '--checkpoint', required=True, help='a file, or hf:OWNER/NAME@COMMIT'
+    '--checkpoint',
+    type=config_utils.expand,
+    required=True,
+    help='a file, or hf:OWNER/NAME@COMMIT',
   )
-  reader.add_argument('--output', required=True, help='folder of the bundle')
+  reader.add_argument(
+    '--output',
+    type=config_utils.expand,
+    required=True,
+    help='folder of the bundle',
+  )
   reader.add_argument(
     '--backbone', default='', help='default: told by the names in the file'
   )
@@ -67,7 +75,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     '--bundle', required=True, help='folder of a bundle, or of a finished run'
   )
   writer.add_argument(
-    '--output', required=True, help='FILE.safetensors or FILE.pth'
+    '--output',
+    type=config_utils.expand,
+    required=True,
+    help='FILE.safetensors or FILE.pth',
   )
   for command in (reader, writer):
     command.add_argument(

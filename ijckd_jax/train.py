@@ -17,6 +17,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from ijckd_jax import backend
 from ijckd_jax import checkpoints
 from ijckd_jax import config_utils
 from ijckd_jax import datasets
@@ -49,6 +50,7 @@ HOST_FIELDS = (
   'teacher.others',
   'teacher.store.directory',
 )
+NOT_KEPT = 'nothing is kept, because no workdir was given'
 ONE_STEP = (
   'The same command with --config.checkpoint_epochs=0 '
   '--config.checkpoint_examples=0 --config.checkpoint_steps=1 saves the state '
@@ -98,6 +100,7 @@ def distill(
     config_utils.UserError: something asked for is unknown or does not fit.
     loop.Diverged: a metric is not finite.
   """
+  backend.start()
   if workdir is None and jax.process_count() > 1:
     raise config_utils.UserError(
       f'no workdir, but {jax.process_count()} processes: give a folder that '
@@ -125,14 +128,23 @@ def distill(
     config.teacher.others = tuple(map(str, others))
   config_utils.override(config, settings or {})
   with tempfile.TemporaryDirectory() as scratch:
-    return train_and_evaluate(
-      config,
-      scratch if workdir is None else workdir,
-      dataset=None if named else data,
-      teacher=teacher,
-      writers=writers,
-      overwrite=overwrite,
-    )
+    try:
+      return train_and_evaluate(
+        config,
+        scratch if workdir is None else workdir,
+        dataset=None if named else data,
+        teacher=teacher,
+        writers=writers,
+        overwrite=overwrite,
+      )
+    except loop.Interrupted as error:
+      if workdir is None:
+        raise loop.Interrupted(error.where, error.number, NOT_KEPT) from None
+      raise
+    except loop.Diverged as error:
+      if workdir is None:
+        raise loop.Diverged(error.step, error.what, NOT_KEPT) from None
+      raise
 
 
 def _check_given(data: Any, teacher: Any) -> None:
@@ -189,7 +201,7 @@ def train_and_evaluate(
   """
   if not str(workdir):
     raise config_utils.UserError('no workdir is given')
-  workdir = epath.Path(workdir)
+  workdir = epath.Path(config_utils.expand(workdir))
   exp = experiment.build(config, dataset=dataset, teacher=teacher)
   runs = [(exp, workdir)]
   if exp.distiller.teacher and not (teacher or config.teacher.checkpoint):
@@ -226,7 +238,15 @@ def train_and_evaluate(
     config_utils.resolve('writer', name, {}) for name in config.writers
   ]
   for run, folder in runs:
-    run.optimizer(len(splits['train']))  # Raises where durations do not fit.
+    try:
+      run.optimizer(len(splits['train']))  # Raises where durations do not fit.
+    except config_utils.UserError as error:
+      if folder == workdir:
+        raise
+      raise config_utils.UserError(
+        f'of the teacher, which is trained first (see teacher.total_epochs): '
+        f'{error}'
+      ) from error
     teacher_outputs.check(run, folder, splits['train'], overwrite=overwrite)
   with contextlib.ExitStack() as stack:
     hosts.share(lambda: _take(stack, folders, record, overwrite, stale))
@@ -278,7 +298,7 @@ def _take(stack, folders: workdirs.Runs, record, overwrite: bool, stale):
       stack.enter_context(locks.Lock(folder))
     except OSError as error:
       raise config_utils.UserError(
-        f'the folder {folder} cannot be written: {error}'
+        f'the folder {folder} cannot be written: {config_utils.reason(error)}'
       ) from error
   workdirs.claim(folders, overwrite=overwrite, stale=stale)
   for folder, _ in folders:
@@ -423,7 +443,10 @@ def _run(exp, workdir, splits, writers, stop) -> results.Result:
       place = workdir / workdirs.DIVERGED
       described = _describe(error, exp, len(splits['train']))
       hosts.share(lambda: workdirs.write_text(place, described))
-      more = f'. {place} holds its batch, and how to make that one step again'
+      more = (
+        f'checkpoints saved before are kept, and {place} holds its batch, and '
+        'how to make that one step again'
+      )
       raise loop.Diverged(error.step, error.what, more) from error
     raise
   history = metric_writer.read_rows(metrics_file)

@@ -168,7 +168,8 @@ def claim(
         write_text(folder / CONFIG, text + '\n')
   except OSError as error:
     raise config_utils.UserError(
-      f'the folder {runs[-1][0]} cannot be written: {error}'
+      f'the folder {runs[-1][0]} cannot be written: '
+      f'{config_utils.reason(error)}'
     ) from error
 
 
@@ -180,7 +181,7 @@ def is_remote(path: epath.PathLike) -> bool:
 def is_finished(folder: epath.Path) -> bool:
   """Returns whether the run in the folder has come to its end."""
   try:
-    summary = json.loads((folder / SUMMARY).read_text())
+    summary = json.loads((folder / SUMMARY).read_bytes())
   except (OSError, ValueError):
     return False
   return isinstance(summary, dict) and (folder / BUNDLE).exists()
@@ -188,7 +189,7 @@ def is_finished(folder: epath.Path) -> bool:
 
 def read_json(path: epath.Path) -> Any:
   """Returns what a JSON file holds."""
-  return json.loads(path.read_text())
+  return json.loads(path.read_bytes())
 
 
 def sync(path: epath.PathLike) -> None:

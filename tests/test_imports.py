@@ -87,6 +87,7 @@ LAYERS = {
   'adapters': (
     'parallel',
     'programs',
+    'backend',
     'checkpoints',
     'compilation_cache',
     'cpu_memory',
@@ -107,6 +108,7 @@ LAYERS = {
     'classes',
     'bounds/',
     'config_utils',
+    'streams',
     'logistic',
     'outputs',
     'roofline',

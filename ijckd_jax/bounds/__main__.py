@@ -65,7 +65,9 @@ def _flags(argv: list[str], prog: str) -> argparse.Namespace:
   )
   parser.add_argument('--seed', type=int, default=0, help='of these images')
   parser.add_argument(
-    '--output', help='folder for report.md, bounds.json and the plots'
+    '--output',
+    type=config_utils.expand,
+    help='folder for report.md, bounds.json and the plots',
   )
   parser.add_argument('--json', action='store_true', help='print JSON')
   flags = parser.parse_args(argv)
@@ -127,7 +129,7 @@ def main(argv: list[str], prog: str = PROG) -> None:
     try:
       output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-      raise config_utils.UserError(f'--output: {error}') from error
+      raise _unwritable(flags, error) from error
   splits = {'test': dataset.load(flags.split)}
   if not len(splits['test']):
     raise config_utils.UserError(f'the split {flags.split!r} is empty')
@@ -177,11 +179,20 @@ def main(argv: list[str], prog: str = PROG) -> None:
       seed=flags.seed,
     )
   if output is not None:
-    report.write_bounds(output, found, measured, student.class_names)
+    try:
+      report.write_bounds(output, found, measured, student.class_names)
+    except OSError as error:
+      raise _unwritable(flags, error) from error
   if flags.json:
     print(json.dumps(found))
   else:
     print(bound_wording.tell(found))
+
+
+def _unwritable(flags: argparse.Namespace, error: OSError):
+  return config_utils.UserError(
+    f'--output {flags.output} cannot be written: {config_utils.reason(error)}'
+  )
 
 
 def _same_head(ours, theirs) -> bool:

@@ -98,6 +98,7 @@ def _as_numpy(what: str, values: object) -> np.ndarray:
   try:
     return np.asarray(values)
   except Exception as error:  # Tensors raise whatever they like.
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'{what} are of type {type(values).__name__}, which NumPy cannot read '
       f'({config_utils.short(error)}): give NumPy arrays; of a tensor of '
@@ -354,6 +355,7 @@ def find(name: str, data_dir: str):
   except config_utils.UserError:
     raise
   except Exception as error:  # Its files may be wrong in many ways.
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'{name} in {data_root(data_dir)} cannot be read: '
       f'{config_utils.short(error)}'

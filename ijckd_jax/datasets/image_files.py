@@ -119,6 +119,7 @@ def _opened(data: bytes) -> Iterator:
   except Unreadable:
     raise
   except Exception as error:  # Damaged files raise whatever they like.
+    config_utils.raise_outside(error)
     raise Unreadable(config_utils.short(error)) from error
 
 
@@ -143,7 +144,8 @@ def _change(image, data) -> str:
 def _is_turned(image) -> bool:
   try:
     return image.getexif().get(ORIENTATION, 1) in range(2, 9)
-  except Exception:  # Damaged EXIF, which viewers ignore as well.
+  except Exception as error:  # Damaged EXIF, which viewers ignore as well.
+    config_utils.raise_outside(error)
     return False
 
 

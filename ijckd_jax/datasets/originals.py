@@ -287,6 +287,7 @@ def read_cifar(name: str, source: pathlib.Path):
     except config_utils.UserError as error:
       raise config_utils.UserError(f'{source}: {file}: {error}') from error
     except Exception as error:  # Damaged pickles raise whatever they like.
+      config_utils.raise_outside(error)
       raise config_utils.UserError(
         f'{source}: {file} is damaged, truncated or no file of {name}: {error}'
       ) from error
@@ -301,6 +302,7 @@ def read_cifar(name: str, source: pathlib.Path):
     if [len(names[key]) for key in features] != list(features.values()):
       raise ValueError(f'they should be {features}')
   except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'{source}: no class names in {", ".join(version.names)}: {error}'
     ) from error

@@ -208,6 +208,7 @@ class Session:
         data, options, providers=['CPUExecutionProvider']
       )
     except Exception as error:  # Of a class that onnxruntime keeps private.
+      config_utils.raise_outside(error)
       raise config_utils.UserError(
         f'{what} cannot be read by onnxruntime: {config_utils.short(error)}'
       ) from error
@@ -238,6 +239,7 @@ def _check_self_contained(data: bytes, what: str) -> None:
   try:
     model = onnx.load_from_string(data)
   except Exception as error:  # Of a class that protobuf keeps private.
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'{what} cannot be read as ONNX: {config_utils.short(error)}'
     ) from error

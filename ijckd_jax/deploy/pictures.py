@@ -41,7 +41,7 @@ def find(patterns: Sequence[str]) -> list[pathlib.Path]:
     config_utils.UserError: one of them names none, or cannot be searched.
   """
   found = {}
-  for pattern in patterns:
+  for pattern in map(config_utils.expand, patterns):
     is_folder = os.path.isdir(pattern)
     try:
       if is_folder:

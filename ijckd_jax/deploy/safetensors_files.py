@@ -80,6 +80,7 @@ def decode(
     spec, unread = (json.loads(metadata[key]) for key in (NETWORK, UNREAD))
     takes = metadata['takes']
   except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'{what} is no file that ijckd export wrote: {config_utils.short(error)}'
     ) from error
@@ -118,6 +119,7 @@ class Session:
     try:
       jax.eval_shape(found, found.arrays, found.shape(1))
     except Exception as error:
+      config_utils.raise_outside(error)
       raise config_utils.UserError(
         f'the arrays in {what} do not fit together: {config_utils.short(error)}'
       ) from error

@@ -55,7 +55,7 @@ def load(path: str, *, trust_code: bool = False) -> Any:
     config_utils.UserError: there is none, or it is damaged, not trusted, or
       another file than the one that FILE.json beside it describes.
   """
-  file = pathlib.Path(path)
+  file = pathlib.Path(config_utils.expand(path))
   if file.suffix not in SUFFIXES or file.is_dir():
     bundle = bundles.load(path, dtype=jnp.float32, trust_code=trust_code)
     return _BundleSession(bundle)
@@ -88,7 +88,7 @@ def _beside(file: pathlib.Path, data: bytes) -> dict[str, str] | None:
   """
   beside = file.with_name(f'{file.name}.json')
   try:
-    about = json.loads(beside.read_text())
+    about = json.loads(beside.read_bytes())
     metadata, sha256 = dict(about['metadata']), about['sha256']
   except FileNotFoundError:
     return None

@@ -9,6 +9,7 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 
+from ijckd_jax import backend
 from ijckd_jax import config_utils
 from ijckd_jax import programs
 from ijckd_jax.deploy import deployed as deployed_lib
@@ -65,10 +66,12 @@ class Session:
     Raises:
       config_utils.UserError: it is no program, or not one of `encode`.
     """
+    backend.start()
     try:
       exported = export.deserialize(bytearray(data))
       (images,) = exported.in_avals
     except Exception as error:  # Whatever a parser may raise.
+      config_utils.raise_outside(error)
       raise config_utils.UserError(
         f'{what} cannot be read by jax {jax.__version__}: '
         f'{config_utils.short(error)}'

@@ -1,0 +1,83 @@
+"""The standard streams of a command, and Ctrl-C while it starts.
+
+Imports nothing slow, because it must be at work before anything that is.
+"""
+
+from collections.abc import Callable
+import contextlib
+import os
+import signal
+import sys
+
+STREAMS = (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w'))
+
+
+def prepare() -> None:
+  """Makes the standard streams usable, and Ctrl-C quiet."""
+  for number, (name, mode) in enumerate(STREAMS):
+    if getattr(sys, name) is None:  # Closed, as by `2>&-`.
+      # Otherwise the next file that is opened would get its number, and with it
+      # whatever libraries print there.
+      null = os.open(os.devnull, os.O_RDWR)
+      if null != number:
+        os.dup2(null, number)
+        os.close(null)
+      setattr(sys, name, open(number, mode, closefd=False))
+  for stream in (sys.stdout, sys.stderr):
+    # In the locale C, names of files are printed as the bytes that they are,
+    # and names of classes as UTF-8.
+    if stream.encoding == 'ascii':
+      stream.reconfigure(encoding='utf-8', errors='surrogateescape')
+  signal.signal(signal.SIGINT, _interrupt)
+
+
+def say(line: str) -> None:
+  """Prints a line on standard error, if it can be written to."""
+  with contextlib.suppress(OSError):
+    print(line, file=sys.stderr)
+
+
+def guard(action: Callable[[], int | None]) -> int:
+  """Calls an action that prints, and returns its exit code.
+
+  Args:
+    action: what it raises because of files, of its output or of Ctrl-C becomes
+      at most one line on standard error.
+  """
+  try:
+    code, failure = action() or 0, None
+  except KeyboardInterrupt:
+    say('interrupted')
+    code, failure = 128 + signal.SIGINT, None
+  except OSError as error:
+    code, failure = 1, error
+  try:
+    sys.stdout.flush()
+  except OSError as error:
+    # Python would try to write the rest once more at its end.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+    if isinstance(error, BrokenPipeError):
+      # Whoever read the output has gone, as `head` does when it has its lines.
+      return 128 + signal.SIGPIPE
+    say(f'error: the output cannot be written: {error.strerror}')
+    return 1
+  if failure is not None:
+    say(f'error: {failure}')
+  return code
+
+
+def _interrupt(number, frame):
+  """Raises KeyboardInterrupt, but ends the process during an import.
+
+  Nothing is to be cleaned up there, and libraries may catch the exception or
+  print where they were.
+  """
+  inside = frame
+  while inside is not None:
+    if inside.f_code.co_filename.startswith('<frozen importlib'):
+      os.write(2, b'interrupted\n')
+      os._exit(128 + number)
+    inside = inside.f_back
+  signal.default_int_handler(number, frame)
