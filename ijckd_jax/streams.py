@@ -58,11 +58,13 @@ def guard(action: Callable[[], int | None]) -> int:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)
-    if isinstance(error, BrokenPipeError):
-      # Whoever read the output has gone, as `head` does when it has its lines.
-      return 128 + signal.SIGPIPE
-    say(f'error: the output cannot be written: {error.strerror}')
-    return 1
+    if not isinstance(error, BrokenPipeError):
+      say(f'error: the output cannot be written: {error.strerror}')
+      return 1
+    failure = error
+  if isinstance(failure, BrokenPipeError):
+    # Whoever read the output has gone, as `head` does when it has its lines.
+    return 128 + signal.SIGPIPE
   if failure is not None:
     say(f'error: {failure}')
   return code

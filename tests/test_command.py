@@ -165,6 +165,7 @@ def test_help_loads_nothing_slow():
   assert {name for name in loaded if name.startswith('ijckd_jax')} == {
     'ijckd_jax',
     'ijckd_jax.__main__',
+    'ijckd_jax.streams',
   }
   assert not loaded & {'absl', 'argparse', 'jax', 'ml_collections', 'numpy'}
 
@@ -200,7 +201,7 @@ def test_version(ijckd):
   [
     (
       ['trian'],
-      "unknown command 'trian'; did you mean 'train'? known: bounds,",
+      "unknown command 'trian'; did you mean 'train'? known: --help,",
     ),
     (['--verbose'], "unknown command '--verbose'"),
     (['train'], '(see ijckd train --help)'),
