@@ -475,6 +475,9 @@ def run_command(command: Callable[[list[str]], int | None]) -> None:
   # The libraries' own warnings; of a damaged checkpoint a page for each array.
   for name in ('absl', 'asyncio', 'root'):
     logging.getLogger(name).setLevel(logging.CRITICAL)
+  # Python's process that frees what a killed worker had in shared memory takes
+  # these options, and would warn that it had to.
+  sys.warnoptions.append('ignore:resource_tracker')
 
   def answer():
     try:

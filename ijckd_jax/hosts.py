@@ -6,11 +6,14 @@ which all of them see; what it finds there, or what goes wrong, it shares.
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import pickle
+import signal
+import threading
 from typing import Any
 from typing import TypeVar
 import uuid
@@ -21,12 +24,23 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from ijckd_jax import config_utils
+from ijckd_jax import streams
 
 # JAX's words where there is no cluster, and where JAX is in use already.
 NO_CLUSTER = 'coordinator_address should be defined'
 IN_USE = 'must be called before any JAX calls'
-# How many tasks Slurm and Open MPI have started.
-TASKS = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
+# Where Slurm and Open MPI say how many processes there are, and which one this
+# is; and by what else JAX knows them.
+CLUSTERS = {
+  ('SLURM_NTASKS', 'SLURM_PROCID'): (
+    *('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_LOCALID'),
+  ),
+  ('OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_RANK'): ('OMPI_MCA_orte_hnp_uri',),
+}
+# How long processes wait for each other at the start.
+WAIT_SECONDS = 300
+# As if another process had died later: batch systems start all of them again.
+NOT_JOINED = 128 + signal.SIGABRT
 
 T = TypeVar('T')
 
@@ -70,17 +84,20 @@ def initialize(
         f'--process_id {process_id}: it must be from 0 to '
         f'{num_processes - 1}, one less than --num_processes'
       )
-  if coordinator is None and '1' in map(os.environ.get, TASKS):
+  counts = [os.environ.get(count) for count, _ in CLUSTERS]
+  if coordinator is None and '1' in counts:
     return  # Of a cluster's GPUs JAX would give a lone task the first only.
   try:
-    jax.distributed.initialize(
-      coordinator,
-      num_processes,
-      process_id,
-      cluster_detection_method=None if coordinator is None else 'deactivate',
-      heartbeat_timeout_seconds=heartbeat_timeout_seconds,
-      shutdown_timeout_seconds=heartbeat_timeout_seconds,
-    )
+    with _waiting(*_joining(*given)):
+      jax.distributed.initialize(
+        coordinator,
+        num_processes,
+        process_id,
+        cluster_detection_method=None if coordinator is None else 'deactivate',
+        initialization_timeout=2 * WAIT_SECONDS,
+        heartbeat_timeout_seconds=heartbeat_timeout_seconds,
+        shutdown_timeout_seconds=heartbeat_timeout_seconds,
+      )
   except (RuntimeError, ValueError) as error:
     known = NO_CLUSTER in str(error) or IN_USE in str(error)
     if not known or coordinator is not None:
@@ -91,6 +108,59 @@ def initialize(
     # CPUs would work on two evaluation steps at once, and hosts exchange their
     # sums in another order each.
     jax.config.update('jax_cpu_enable_async_dispatch', False)
+
+
+def _joining(coordinator, num_processes, process_id) -> tuple[str, str, str]:
+  """Returns this process's number, what says so, and how to run it alone.
+
+  By the flags, or by the variables of a cluster that JAX knows; empty where it
+  may know another one.
+  """
+  if coordinator is not None:
+    said = f'--num_processes {num_processes} --process_id {process_id}'
+    return f'{process_id}', said, 'leave these flags out'
+  for (count, process), others in CLUSTERS.items():
+    if all(name in os.environ for name in (count, process, *others)):
+      number = os.environ[process]
+      said = f'{count}={os.environ[count]} {process}={number}'
+      return number, said, f'{count}=1 ijckd train ...'
+  return '', '', ''
+
+
+@contextlib.contextmanager
+def _waiting(number: str, said: str, alone: str):
+  """Says that this process waits for others, and ends it after WAIT_SECONDS.
+
+  JAX would abort it, with a page of C++, and does not listen to Ctrl-C.
+
+  Args:
+    number: see `_joining`, like the others.
+    said: what says how many processes there are.
+    alone: how to run without them.
+  """
+  where = f' ({said})' if said else ''
+  if number == '0':
+    streams.say(
+      f'waiting up to {WAIT_SECONDS} s for the other processes{where}; to run '
+      f'alone: {alone}'
+    )
+
+  def give_up():
+    streams.say(
+      f'error: the other processes did not come in {WAIT_SECONDS} s{where}: '
+      'start all of them' + (f'; to run alone: {alone}' if alone else '')
+    )
+    os._exit(NOT_JOINED)
+
+  timer = threading.Timer(WAIT_SECONDS, give_up)
+  timer.daemon = True
+  before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+    signal.signal(signal.SIGINT, before)
 
 
 def is_primary() -> bool:

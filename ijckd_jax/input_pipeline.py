@@ -3,17 +3,24 @@
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
+import errno
 import functools
 import itertools
 import multiprocessing
 from multiprocessing import connection
 import os
+import re
 import signal
 import threading
 
 from absl import flags
 import grain
 import numpy as np
+
+from ijckd_jax import workers
+
+# Grain's words.
+WORKER_ENDED = r'Worker process was terminated .* exit code (-?\d+)'
 
 Batch = dict[str, np.ndarray]
 
@@ -162,6 +169,8 @@ def _read(batches: grain.MapDataset, num_workers: int) -> Iterator[Batch]:
     )
   )
   if num_workers:
+    workers.check_script()
+    workers.check_start()
     # Grain has some, which its workers look at.
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()
@@ -178,6 +187,14 @@ def _read(batches: grain.MapDataset, num_workers: int) -> Iterator[Batch]:
       first = list(itertools.islice(iterator, 1))
     yield from first
     yield from iterator
+  except OSError as error:
+    if num_workers and error.errno == errno.ENOSPC:  # They write nowhere else.
+      raise OSError(workers.SHARED_MEMORY) from error
+    raise
+  except RuntimeError as error:
+    if found := re.search(WORKER_ENDED, str(error)):
+      raise workers.ended(int(found[1])) from error
+    raise
   finally:
     iterator.close()  # The workers, and memory shared with them.
 

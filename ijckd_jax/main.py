@@ -41,8 +41,8 @@ Shipped configs:
 {configs}
 
 Exit codes: 0 finished; 1 failed; 2 a wrong request; 130 and 143 stopped by
-SIGINT or SIGTERM, 134 by the death of another host: run the same command again,
-and it continues."""
+SIGINT or SIGTERM, 134 because another host died or did not come: run the same
+command again, and it continues."""
 
 
 def main(argv: list[str], prog: str = PROG) -> int:

@@ -28,7 +28,9 @@ def prepare() -> None:
     # and names of classes as UTF-8.
     if stream.encoding == 'ascii':
       stream.reconfigure(encoding='utf-8', errors='surrogateescape')
-  signal.signal(signal.SIGINT, _interrupt)
+  # A shell lets a command that it starts in the background ignore Ctrl-C.
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _interrupt)
 
 
 def say(line: str) -> None:

@@ -36,6 +36,7 @@ from ijckd_jax import teacher_outputs
 from ijckd_jax import teachers
 from ijckd_jax import train_state
 from ijckd_jax import workdirs
+from ijckd_jax import workers
 
 # What may be left, at the end, of the running statistics' start. A MobileNetV3
 # of 188 steps tested at 10% with 15% left; once more images had brought that to
@@ -100,6 +101,7 @@ def distill(
     config_utils.UserError: something asked for is unknown or does not fit.
     loop.Diverged: a metric is not finite.
   """
+  workers.check_script()
   backend.start()
   if workdir is None and jax.process_count() > 1:
     raise config_utils.UserError(
@@ -199,6 +201,7 @@ def train_and_evaluate(
     loop.Interrupted: SIGINT or SIGTERM came; everything is saved.
     OSError: something could not be written, over many tries.
   """
+  workers.check_script()
   if not str(workdir):
     raise config_utils.UserError('no workdir is given')
   workdir = epath.Path(config_utils.expand(workdir))

@@ -15,6 +15,7 @@ import pytest
 
 from ijckd_jax import checkpoints
 from ijckd_jax import config_utils
+from ijckd_jax import hosts
 from ijckd_jax import metric_writer
 from ijckd_jax import workdirs
 from tests import test_train
@@ -307,3 +308,77 @@ def test_mistakes_in_the_flags(flags, said):
   config = ['--config', f'{ROOT}/configs/digits.py', '--workdir', '/nowhere/x']
   with pytest.raises(config_utils.UserError, match=said):
     main.main([*config, *flags])
+
+
+SLURM = {
+  'SLURM_JOB_ID': '77',
+  'SLURM_STEP_NODELIST': 'localhost',
+  'SLURM_NTASKS': '4',
+  'SLURM_PROCID': '0',
+  'SLURM_LOCALID': '0',
+}
+OPEN_MPI = {
+  'OMPI_MCA_orte_hnp_uri': '1531576320.0;tcp://127.0.0.1:34911',
+  'OMPI_COMM_WORLD_SIZE': '2',
+  'OMPI_COMM_WORLD_RANK': '1',
+}
+
+
+def test_variables_that_others_are_to_come_are_told_at_once():
+  """And JAX does not abort: by hand, in a shell of Slurm."""
+  script = (
+    'import sys\n'
+    'from ijckd_jax import config_utils, hosts, main\n'
+    'hosts.WAIT_SECONDS = 1\n'
+    'config_utils.run_command(main.main)'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', script, '--config', 'digits', '--workdir', '/no/x'],
+    cwd=ROOT,
+    env={**os.environ, **SLURM},
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert done.returncode == 134
+  first, second = done.stderr.splitlines()
+  assert first == (
+    'waiting up to 1 s for the other processes (SLURM_NTASKS=4 '
+    'SLURM_PROCID=0); to run alone: SLURM_NTASKS=1 ijckd train ...'
+  )
+  assert second.startswith('error: the other processes did not come in 1 s')
+  assert second.endswith(first.partition('; ')[2])
+
+
+@pytest.mark.parametrize(
+  'variables, wanted',
+  [
+    (
+      OPEN_MPI,
+      (
+        '1',
+        'OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_RANK=1',
+        'OMPI_COMM_WORLD_SIZE=1 ijckd train ...',
+      ),
+    ),
+    # What JAX does not take for a cluster: sbatch's own shell has no step.
+    ({**SLURM, 'SLURM_STEP_NODELIST': None}, ('', '', '')),
+    ({}, ('', '', '')),
+  ],
+)
+def test_what_makes_a_process_one_of_several(variables, wanted, monkeypatch):
+  for name in (*SLURM, *OPEN_MPI):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in variables.items():
+    if value is not None:
+      monkeypatch.setenv(name, value)
+  assert hosts._joining(None, None, None) == wanted
+
+
+def test_only_process_0_says_that_it_waits(capsys):
+  for number in '01':
+    with hosts._waiting(number, 'flags', 'leave them out'):
+      # Ctrl-C ends it at once, where JAX waits in C++.
+      assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+  assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
+  assert capsys.readouterr().err.count('waiting up to 300 s') == 1

@@ -1110,7 +1110,7 @@ def test_all_that_cuts_the_command_off(tmp_path):
   assert re.fullmatch(f'error: .*{CONTINUES}\n', said)
   code, said = run_command('a worker is killed')
   assert code == 1
-  assert 'a worker ended with exit code -9' in said
+  assert 'a worker process ended with exit code -9' in said
   assert re.fullmatch(f'error: .*{CONTINUES}\n', said)
   assert run_command('Ctrl-C') == (130, f'interrupted: {CONTINUES}\n')
   assert run_command('the command is killed') == (-9, '')

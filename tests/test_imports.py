@@ -98,6 +98,7 @@ LAYERS = {
     'run_record',
     'teacher_store',
     'workdirs',
+    'workers',
     'torch_files',
     'torch_unwrap',
     'hub',

@@ -16,6 +16,7 @@ import shutil
 from ijckd_jax import config_utils
 from ijckd_jax import datasets
 from ijckd_jax import workdirs
+from ijckd_jax import workers
 from ijckd_jax.datasets import image_layout
 from ijckd_jax.datasets import image_report
 from ijckd_jax.datasets import image_shards
@@ -54,6 +55,7 @@ def prepare(
     UserError: the request cannot be met; there is no new data set.
     OSError: reading or writing failed; the same call continues.
   """
+  workers.check_script()
   folder = pathlib.Path(source).expanduser()
   root = datasets.data_root(data_dir)
   _check_name(name)

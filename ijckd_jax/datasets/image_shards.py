@@ -22,7 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from ijckd_jax import config_utils
 from ijckd_jax import workdirs
+from ijckd_jax import workers
 from ijckd_jax.datasets import image_files
 from ijckd_jax.datasets import image_layout
 
@@ -205,6 +207,7 @@ def write(
 
 def _share(writer, shards, num_workers, report):
   """Lets processes write the shards, each a part of them."""
+  workers.check_start()
   context = multiprocessing.get_context('spawn')
   processes = {}
   try:
@@ -218,6 +221,7 @@ def _share(writer, shards, num_workers, report):
         process = context.Process(
           target=_work,
           args=(writer, shards[index::num_workers], sender),
+          name=f'ijckd shards {index}',
           daemon=True,
         )
         process.start()
@@ -231,6 +235,8 @@ def _share(writer, shards, num_workers, report):
         try:
           message = reader.recv()
         except EOFError:
+          message = None
+        if message is None:
           _check_end(running.pop(reader))
           continue
         if isinstance(message, OSError):
@@ -245,10 +251,7 @@ def _share(writer, shards, num_workers, report):
 def _check_end(process):
   process.join()
   if process.exitcode:
-    raise OSError(
-      f'a worker ended with exit code {process.exitcode} (-9: it was killed, '
-      'often for want of memory; fewer --num_workers take less)'
-    )
+    raise workers.ended(process.exitcode)
 
 
 def _work(writer, shards, sender):
@@ -260,3 +263,8 @@ def _work(writer, shards, sender):
         writer.write(shard, examples, sender.send)
     except OSError as error:
       sender.send(error)
+    except Exception as error:
+      if cause := config_utils.cause_outside(error):
+        sender.send(OSError(cause))
+      else:
+        raise
