@@ -29,6 +29,7 @@ def bind(
   others: Sequence[teachers.Teacher] = (),
   weights: Sequence[float] = (1.0,),
   seed: int = 0,
+  num_rows: int = 2,
 ) -> distiller_lib.Distiller:
   """Returns the Distiller of a pair, with the connector that the method wants.
 
@@ -45,6 +46,7 @@ def bind(
     others: further teachers.
     weights: see Distiller.
     seed: of the head, where it is random and not trained.
+    num_rows: images in a batch that is traced; 1 where a device gets no more.
 
   Raises:
     config_utils.UserError: the pair does not fit; nothing has been compiled.
@@ -118,13 +120,13 @@ def bind(
     random_head,
     auxiliary,
   )
-  if not _trace_terms(distiller, image_shape):
+  if not _trace_terms(distiller, image_shape, num_rows):
     raise config_utils.UserError(
       f'there is nothing to learn: every weight of {method} is zero'
     )
   if mixed:
     try:
-      _trace_terms(distiller, image_shape, mixed=True)
+      _trace_terms(distiller, image_shape, num_rows, mixed=True)
     except Exception as error:  # The method may be anyone's.
       config_utils.raise_outside(error)
       raise config_utils.UserError(
@@ -179,7 +181,7 @@ def _connect(
   )
 
 
-def _trace_terms(distiller, image_shape, *, mixed=False):
+def _trace_terms(distiller, image_shape, num_rows, *, mixed=False):
   """Traces a loss and returns its terms' shapes.
 
   What does not fit is said now, not after its teacher has been trained.
@@ -193,7 +195,7 @@ def _trace_terms(distiller, image_shape, *, mixed=False):
       batch['label'] = losses.MixedLabels(labels, labels, weights)
     return distiller.objective(variables, frozen, taught, batch)[1][0]
 
-  images = jax.ShapeDtypeStruct((2, *image_shape), jnp.uint8)
+  images = jax.ShapeDtypeStruct((num_rows, *image_shape), jnp.uint8)
   frozen, taught = distiller.frozen, None
   if distiller.teacher is not None:
     taught = jax.eval_shape(distiller.teach, frozen, images)

@@ -11,6 +11,7 @@ from flax import core
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ijckd_jax import augment
 from ijckd_jax import config_utils
@@ -324,7 +325,12 @@ def check_whole(spec, network, variables):
 
 
 def check_arrays(arrays, network, pool_backbone, spec):
-  """Raises unless a network has these arrays, no more and no fewer."""
+  """Raises unless a network has these arrays, and they are what they can be.
+
+  Raises:
+    ValueError: one is missing, not known, of another shape, not finite, or a
+      negative variance.
+  """
   expected = shapes(network, pool_backbone, spec)
   expected = traverse_util.flatten_dict(expected, sep='/')
   for name in sorted(expected.keys() | arrays.keys()):
@@ -334,3 +340,13 @@ def check_arrays(arrays, network, pool_backbone, spec):
     ]
     if described[0] != described[1]:
       raise ValueError(f'{name} is {described[0]}, not {described[1]}')
+    array = arrays[name]
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+      continue
+    # A buffer of a converted network may be infinite, such as a mask.
+    is_converted = isinstance(network, converted.Converted)
+    if (np.isnan if is_converted else lambda x: ~np.isfinite(x))(array).any():
+      raise ValueError(f'{name} holds numbers that are not finite')
+    if name.startswith('batch_stats/') and name.endswith('/var'):
+      if not is_converted and array.size and array.min() < 0:
+        raise ValueError(f'{name} holds a negative variance')

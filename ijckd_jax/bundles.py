@@ -6,15 +6,14 @@ Nothing else is needed to evaluate, export or distil from the network inside.
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import pathlib
-import re
 from typing import Any
-import uuid
 
 from etils import epath
 from flax import traverse_util
@@ -25,6 +24,7 @@ import safetensors.numpy
 
 from ijckd_jax import backend
 from ijckd_jax import bundle_spec
+from ijckd_jax import classes
 from ijckd_jax import config_utils
 from ijckd_jax import connectors
 from ijckd_jax import converted
@@ -98,6 +98,17 @@ class Bundle:
       pooled_signed=net.pooled_signed,
       num_params=num_params(self.variables),
       origin=self.info.get('origin'),
+      class_names=tuple(self.class_names),
+    )
+
+  def in_order(self, order, class_names: Sequence[str]) -> 'Bundle':
+    """Returns it with its classes in another order, see classes.reorder."""
+    params = self.variables['params']
+    params = {**params, 'head': classes.reorder(params['head'], order)}
+    return dataclasses.replace(
+      self,
+      variables={**self.variables, 'params': params},
+      class_names=tuple(class_names),
     )
 
   def spec(self) -> dict[str, Any]:
@@ -145,10 +156,6 @@ class Bundle:
 
   def save(self, directory: epath.PathLike) -> None:
     """Writes it; the folder appears whole or not at all."""
-    directory = epath.Path(config_utils.expand(directory))
-    partial, old = (
-      directory.parent / f'.{directory.name}.{uuid.uuid4().hex}' for _ in '12'
-    )
     flat = traverse_util.flatten_dict(self.variables, sep='/')
     arrays = safetensors.numpy.save(
       {key: np.ascontiguousarray(value) for key, value in flat.items()}
@@ -156,35 +163,18 @@ class Bundle:
     spec = {**self.spec(), CHECKSUM: hashlib.sha256(arrays).hexdigest()}
     text = json.dumps(spec, indent=2) + '\n'
     card = model_card.markdown(self, num_params(self.variables))
-    try:
-      directory.parent.mkdir(parents=True, exist_ok=True)
-      _remove_partial(directory)
-      partial.mkdir()
-      (partial / ARRAYS_FILE).write_bytes(arrays)
-      for name, program in self.network.programs.items():
-        (partial / f'{name}{PROGRAM_SUFFIX}').write_bytes(program.data)
-      (partial / model_card.FILE).write_bytes(card.encode())
-      (partial / SPEC_FILE).write_bytes(text.encode())
-      if directory.exists():
-        # Set aside first: an interrupt loses neither the old nor the new one.
-        directory.rename(old)
-      partial.rename(directory)
-      if old.exists():
-        old.rmtree()
-    except BaseException:
-      if old.exists() and not directory.exists():
-        old.rename(directory)
-      if partial.exists():
-        partial.rmtree()
-      raise
-
-
-def _remove_partial(directory):
-  """Removes what saves of this bundle left beside it when they were killed."""
-  pattern = re.compile(rf'\.{re.escape(directory.name)}\.[0-9a-f]{{32}}')
-  for path in directory.parent.iterdir():
-    if pattern.fullmatch(path.name):
-      path.rmtree()
+    workdirs.write_folder(
+      epath.Path(config_utils.expand(directory)),
+      {
+        ARRAYS_FILE: arrays,
+        **{
+          f'{name}{PROGRAM_SUFFIX}': program.data
+          for name, program in self.network.programs.items()
+        },
+        model_card.FILE: card.encode(),
+        SPEC_FILE: text.encode(),
+      },
+    )
 
 
 def load(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent import futures
 import json
 import logging
+import pathlib
 import re
 from typing import Any
 import zlib
@@ -103,10 +104,7 @@ class Checkpoints:
     if step in self._scores:
       return
     self._scores[step] = score
-    kept = {*sorted(self._scores)[-self._keep :], self.best_step}
-    old = self._scores.keys() - kept
-    for other in old:
-      del self._scores[other]
+    old = self._drop_old()
     if not hosts.is_primary():
       return
     tree = serialization.to_state_dict(state)
@@ -142,13 +140,32 @@ class Checkpoints:
         )
       except ValueError as error:  # TensorStore's, for full disks.
         raise OSError(config_utils.short(error)) from error
+      self._sync(step)
 
     workdirs.retry(write, f'the checkpoint of step {step}')
-    for other in old:
+    self._remove_all(old)
+
+  def _drop_old(self) -> set[int]:
+    """Forgets the checkpoints that are not to be kept; returns their steps."""
+    kept = {*sorted(self._scores)[-self._keep :], self.best_step}
+    old = self._scores.keys() - kept
+    for step in old:
+      del self._scores[step]
+    return old
+
+  def _remove_all(self, steps: set[int]) -> None:
+    for other in steps:
       workdirs.retry(
         lambda other=other: self._remove(other),
         f'the removal of the checkpoint of step {other}',
       )
+
+  def _sync(self, step: int) -> None:
+    """Waits until a checkpoint is on the disk; Orbax waits for its arrays."""
+    path = self._directory / str(step)
+    if not workdirs.is_remote(path):
+      for part in (*pathlib.Path(path).rglob('*'), path, self._directory):
+        workdirs.sync(part)
 
   def _remove(self, step: int) -> None:
     """Removes a checkpoint; a part of one is never taken for one."""
@@ -197,7 +214,8 @@ class Checkpoints:
   def restore_newest(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
     """Returns the newest sound checkpoint's state and memo; None if none is.
 
-    Those newer than it are set aside.
+    Those newer than it are set aside; old ones, which a process that was killed
+    had not removed yet, go.
 
     Args:
       like: see `restore`.
@@ -206,7 +224,10 @@ class Checkpoints:
       config_utils.UserError: there is one, but it does not fit; or there were
         some, and none can be used.
     """
-    return self._restore_first(lambda step: step, like)
+    found = self._restore_first(lambda step: step, like)
+    old = self._drop_old()
+    hosts.share(lambda: self._remove_all(old))
+    return found
 
   def restore_best(self, like: Any) -> tuple[Any, dict[str, Any]]:
     """Returns the best sound checkpoint's, as `restore_newest` does."""

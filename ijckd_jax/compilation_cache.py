@@ -3,6 +3,7 @@
 import logging
 import os
 import pathlib
+import stat
 import tempfile
 
 import jax
@@ -22,8 +23,9 @@ def enable(folder: str, *, max_bytes: int = MAX_BYTES) -> None:
   """Keeps what this process compiles, and takes what is there already.
 
   JAX's key of a program covers its versions, the devices and the CPU's
-  features, so that machines may share a folder. Where it cannot be used, that
-  is said, and everything is compiled.
+  features, so that machines may share a folder. Where it cannot be used, or
+  others could put programs into it, a line says so and everything is compiled.
+  Also for a folder that was named: a run does not need it.
 
   Args:
     folder: DEFAULT for one in the user's cache directory; '' for none. Where
@@ -38,14 +40,19 @@ def enable(folder: str, *, max_bytes: int = MAX_BYTES) -> None:
   if folder != DEFAULT:
     path = pathlib.Path(config_utils.expand(folder))
   try:
-    # Whoever writes to it has code run by those who read it.
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # What is checked is what is used, whoever may change a link on the way.
+    path = path.resolve()
+    _make(path)
+    danger = _danger(path)
+    if danger:
+      logger.warning('programs are compiled at every start: %s', danger)
+      return
     tempfile.TemporaryFile(dir=path).close()
     _prune(path, max_bytes)
-  except OSError as error:
+  except (OSError, RuntimeError) as error:  # The latter: links in a circle.
     logger.warning('programs are compiled at every start: %s', error)
     return
-  jax.config.update('jax_compilation_cache_dir', str(path.absolute()))
+  jax.config.update('jax_compilation_cache_dir', str(path))
   jax.config.update(
     'jax_persistent_cache_min_compile_time_secs', MIN_COMPILE_SECONDS
   )
@@ -62,12 +69,45 @@ def default_folder() -> pathlib.Path:
   return user_folder() / 'compiled'
 
 
+def _make(path: pathlib.Path) -> None:
+  """Makes a folder, and those above it, for the user alone."""
+  if not path.is_dir():
+    # With parents=True, those above would get what the umask leaves.
+    _make(path.parent)
+    path.mkdir(mode=0o700, exist_ok=True)
+
+
+def _danger(folder: pathlib.Path) -> str:
+  """Returns why others could put programs into a folder; '' if they cannot.
+
+  Whoever can do that has code run by those who take programs from there: who
+  owns the folder or a program in it, may write to it, or may rename a folder
+  above it and put another in its place.
+  """
+  trusted = (0, os.geteuid())
+  for path in (folder, *folder.parents):
+    found = path.stat()
+    if found.st_uid not in trusted:
+      return f'{path} belongs to another user: name another folder'
+    # In a sticky folder, only what is one's own can be renamed.
+    renamed_by_owner = path != folder and found.st_mode & stat.S_ISVTX
+    if found.st_mode & 0o022 and not renamed_by_owner:
+      return (
+        f'other users can write to {path}, and so run code here: chmod go-w '
+        'it, or name another folder'
+      )
+  for path in folder.glob('*-cache'):
+    if path.lstat().st_uid not in trusted:
+      return f'{path} belongs to another user: remove it'
+  return ''
+
+
 def _prune(folder: pathlib.Path, max_bytes: int) -> None:
   """Removes the oldest programs; JAX's own limit needs one package more."""
   files = [(path, path.stat()) for path in folder.glob('*-cache')]
-  size = sum(stat.st_size for _, stat in files)
-  for path, stat in sorted(files, key=lambda file: file[1].st_mtime_ns):
+  size = sum(found.st_size for _, found in files)
+  for path, found in sorted(files, key=lambda file: file[1].st_mtime_ns):
     if size <= max_bytes:
       break
     path.unlink(missing_ok=True)
-    size -= stat.st_size
+    size -= found.st_size

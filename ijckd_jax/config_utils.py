@@ -34,13 +34,31 @@ class UserError(ValueError):
   """A request that cannot be met; the message says what is allowed."""
 
 
+def printable(value: object) -> str:
+  """Returns what a value says in one line, which a terminal shows as text.
+
+  Names and paths come from anybody: no line break, no escape sequence and no
+  mark of the writing direction is left in them.
+  """
+  return ''.join(
+    char if char.isprintable() else ' ' if char.isspace() else '?'
+    for char in str(value)
+  )
+
+
 def short(value: object) -> str:
-  """Returns the start of what a value or an error says, in one line."""
-  line = ' '.join(str(value).split())
+  """Returns the start of what a value or an error says, as `printable` does."""
+  line = ' '.join(printable(value).split())
   if not line and isinstance(value, BaseException):
     line = type(value).__name__
-  line = ''.join(char if char.isprintable() else '?' for char in line)
   return line if len(line) <= 120 else f'{line[:117]}...'
+
+
+class LineFormatter(logging.Formatter):
+  """Formats a log message as one line that a terminal shows as text."""
+
+  def formatMessage(self, record):
+    return printable(super().formatMessage(record))
 
 
 def reason(error: OSError) -> str:
@@ -466,13 +484,13 @@ def run_command(command: Callable[[list[str]], int | None]) -> None:
     try:
       return command(sys.argv[1:])
     except UserError as error:
-      streams.say(f'error: {error}')
+      streams.say(f'error: {printable(error)}')
       return 2
     except Exception as error:
       cause = cause_outside(error)
       if not cause:
         raise
-      streams.say(f'error: {cause}')
+      streams.say(f'error: {printable(cause)}')
       return 1
 
   sys.exit(streams.guard(answer))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import json
+import sys
 
 import numpy as np
 
@@ -194,6 +195,11 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument('--data_dir', help='where the data sets lie')
   parser.add_argument(
+    '--classes_by_number',
+    action='store_true',
+    help="class i is the data set's class i, whatever their names are",
+  )
+  parser.add_argument(
     '--trust_code',
     action='store_true',
     help='the bundle may name code outside the package, which is imported, or '
@@ -224,10 +230,12 @@ def main(argv: list[str], prog: str = PROG) -> None:
   batch_size = batch_size_of(bundle, flags)
   dataset = dataset_of(bundle, flags)
   check_fits('bundle', bundle, dataset)
+  bundle = in_class_order('the bundle', bundle, dataset, flags)
   teacher, connected = None, None
   if flags.teacher:
     judge = bundles.load(flags.teacher, trust_code=flags.trust_code)
     check_fits('teacher', judge, dataset)
+    judge = in_class_order('the teacher', judge, dataset, flags)
     teacher = judge.teacher()
     if pairs.sees(bundle.network, bundle.variables, teacher):
       connected = bundle.network
@@ -293,6 +301,39 @@ def check_fits(what: str, bundle, dataset, *, has_head: bool = True) -> None:
       f'the {what} reads images of {bundle.image_shape[-1]} channels, but the '
       f"data set's have {dataset.image_shape[-1]}"
     )
+
+
+def in_class_order(what: str, bundle, dataset, flags: argparse.Namespace):
+  """Returns a bundle whose class i is the data set's; says what is to be known.
+
+  Args:
+    what: how messages call the bundle.
+    bundle: bundles.Bundle that `check_fits` has passed.
+    dataset: see datasets.
+    flags: of `add_data_flags`.
+
+  Raises:
+    config_utils.UserError: its classes are others.
+  """
+  order = class_order(what, bundle, dataset, flags)
+  return (
+    bundle if order is None else bundle.in_order(order, dataset.class_names)
+  )
+
+
+def class_order(what: str, bundle, dataset, flags: argparse.Namespace):
+  """Returns what classes.match does; see `in_class_order`."""
+  from ijckd_jax import classes
+
+  order, note = classes.match(
+    bundle.class_names,
+    dataset.class_names,
+    what=what,
+    by_number=flags.classes_by_number,
+  )
+  if note:
+    print(f'note: {note}', file=sys.stderr)
+  return order
 
 
 def dataset_of(bundle, flags: argparse.Namespace):

@@ -72,6 +72,8 @@ def default_config(
     'refit_epochs': (),
     'others': (),  # Further teachers, as `checkpoint` names the first.
     'weights': (),  # Of the teachers' losses; none given: all alike.
+    # Class i of a teacher is class i of the data set, whatever their names are.
+    'classes_by_number': False,
     'joint': 0,  # Whose head is the joint classifier; 0: that of `checkpoint`.
     'fingerprint': 0,  # Of its arrays; a run fills it in.
     # A bundle whose backbone it starts from, where a run trains it.
@@ -169,6 +171,7 @@ class Experiment:
     start: where the student's backbone starts; None: at random.
     mixing: of the augmented images; None where they are not mixed.
     fitted: of each teacher's head that was fitted, what it is worth (JSON).
+    notes: on the teachers' classes, in sentences.
   """
 
   config: ml_collections.ConfigDict
@@ -182,6 +185,7 @@ class Experiment:
   start: pretrained.Start | None
   mixing: mixing_lib.Mixing | None
   fitted: tuple[dict[str, Any], ...] = ()
+  notes: tuple[str, ...] = ()
 
   @property
   def teacher_arrays(self) -> dict[str, Any] | None:
@@ -296,6 +300,12 @@ class Experiment:
     )
 
 
+def _num_normalised(config) -> int:
+  """Returns how many images a batch norm sees in a training step."""
+  images = config.batch_size // config.accumulation
+  return images if config.sync_batch_norm else images // jax.device_count()
+
+
 def build(
   config: ml_collections.ConfigDict,
   *,
@@ -329,7 +339,8 @@ def build(
   config_checks.check_numbers(config, teacher_given=teacher is not None)
   mixing = mixing_lib.build(config.augment)
   axis_name = parallel.AXIS if config.sync_batch_norm else None
-  height, width, _ = dataset.image_shape
+  height, width, num_channels = dataset.image_shape
+  datasets.check_statistics(dataset.mean, dataset.std, num_channels)
   preprocessing = augment.Preprocessing(
     tuple(dataset.mean), tuple(dataset.std), (height, width)
   )
@@ -368,6 +379,11 @@ def build(
     given = tuple(map(teachers.Teacher.with_head, given, heads))
   for teacher in given:
     run_teachers.check(teacher, dataset)
+  notes = ()
+  if config.teacher.head != 'fit':
+    given, notes = run_teachers.in_class_order(
+      given, dataset, by_number=config.teacher.classes_by_number
+    )
   config_checks.check_refit(config, method)
   distiller = binding.bind(
     backbone=backbone,
@@ -382,6 +398,7 @@ def build(
     dtype=dtype,
     mixed=mixing is not None,
     seed=config.seed,
+    num_rows=min(2, _num_normalised(config)),
   )
   if start is not None:
     start.fill(
@@ -405,4 +422,5 @@ def build(
     stored=stored,
     start=start,
     mixing=mixing,
+    notes=notes,
   )

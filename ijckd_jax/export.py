@@ -91,10 +91,11 @@ def _export(bundle, dataset, flags) -> tuple[bytes, dict[str, Any]]:
 
   deployed = deployed_lib.deploy(bundle, takes=flags.input)
   data, open_session = ENCODERS[flags.format](bundle, deployed, dataset, flags)
+  order = evaluate.class_order('the bundle', bundle, dataset, flags)
   result = checks.compare(
     bundle,
     open_session(data),
-    checks.images(dataset, flags.split, flags.check_images),
+    checks.images(dataset, flags.split, flags.check_images, order),
   )
   checks.judge(result, flags.weights, flags.max_drop)
   return data, {

@@ -1,12 +1,15 @@
 """Networks on the Hugging Face hub, pinned to a commit.
 
-Only safetensors and JSON are fetched, which hold no code. What is in the cache
-of huggingface_hub is taken from there, without a network.
+Only safetensors and JSON are fetched, which hold no code, and they must be what
+the hub says of them: of that commit, with those hashes. What is in the cache of
+huggingface_hub is taken from there, without a network.
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import json
+import os
 import pathlib
 import re
 from typing import Any
@@ -24,6 +27,12 @@ WANTED = (
 )
 CARD = 'README.md'
 _TIMEOUT_SECONDS = 10
+_COMMIT = re.compile('[0-9a-f]{40}')
+# SHA-256 of what lies in LFS, SHA-1 of what lies in Git. A mirror may have
+# tags of other kinds; then nothing is said of the content.
+_HASH = re.compile('[0-9a-f]{40}|[0-9a-f]{64}')
+# The library makes it the name of a file, after taking off W/ and the quotes.
+_TAG = re.compile(r'(?:W/)?"?([A-Za-z0-9][A-Za-z0-9+=:._-]{0,199})"?')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +79,8 @@ def download(reference: str) -> Download:
 
   Raises:
     config_utils.UserError: it names no commit, there is no such repository or
-      commit, it has no weights as safetensors, or it cannot be reached.
+      commit, it has no weights as safetensors, it cannot be reached, or it
+      sends something else than was asked for.
   """
   repo, revision = parse(reference)
   try:
@@ -83,7 +93,7 @@ def download(reference: str) -> Download:
       "pip install 'ijckd_jax[hub]'"
     ) from error
   with _quiet(huggingface_hub):
-    if not re.fullmatch('[0-9a-f]{40}', revision):
+    if not _COMMIT.fullmatch(revision):
       raise _unpinned(huggingface_hub, repo, revision)
     try:
       paths = _fetch(huggingface_hub, repo, revision)
@@ -130,8 +140,90 @@ def _unpinned(huggingface_hub, repo, revision):
   return config_utils.UserError(f'{message}{config_utils.short(now.sha)}')
 
 
+@contextlib.contextmanager
+def _checked_answers(huggingface_hub, what, revision):
+  """Checks what the hub says of files, before the library believes it.
+
+  Commit and tag become names of folders and files in the cache.
+
+  Args:
+    huggingface_hub: the library.
+    what: reference, for messages.
+    revision: the commit that was asked for.
+
+  Yields:
+    A list; the tags of the answers are added to it.
+  """
+  tags = []
+
+  def check(response):
+    headers = response.headers
+    commit = headers.get('X-Repo-Commit', revision)
+    if commit != revision:
+      raise config_utils.UserError(
+        f'{what}: the hub sent another commit, {config_utils.short(commit)}; '
+        'nothing of it is taken'
+      )
+    tag = headers.get('X-Linked-ETag') or headers.get('ETag')
+    if response.request.method != 'HEAD' or tag is None:
+      return
+    found = _TAG.fullmatch(tag)
+    if not found:
+      raise config_utils.UserError(
+        f'{what}: the hub sent the ETag {config_utils.short(tag)}, which '
+        'cannot be the name of a file; nothing of it is taken'
+      )
+    tags.append(found[1])
+
+  hooks = huggingface_hub.utils.get_session().event_hooks['response']
+  hooks.append(check)
+  try:
+    yield tags
+  finally:
+    hooks.remove(check)
+
+
+def _check_content(what, path, wanted):
+  """Raises unless a file just fetched has the hashes that the hub names.
+
+  Args:
+    what: reference and file, for the message.
+    path: in the cache; it is removed from there if it is another file.
+    wanted: hashes, each a SHA-256, or a SHA-1 as Git has it or of the content.
+  """
+  size = path.stat().st_size
+  digests = (
+    hashlib.sha256(),
+    hashlib.sha1(usedforsecurity=False),
+    hashlib.sha1(b'blob %d\0' % size, usedforsecurity=False),
+  )
+  with path.open('rb') as stream:
+    while chunk := stream.read(2**20):
+      for digest in digests:
+        digest.update(chunk)
+  there = {digest.hexdigest() for digest in digests}
+  if set(wanted) <= there:
+    return
+  # Otherwise it would be taken from the cache the next time, unseen.
+  if path.is_symlink():
+    (path.parent / os.readlink(path)).unlink(missing_ok=True)
+  path.unlink()
+  raise config_utils.UserError(
+    f'{what} is not the file that the hub describes: its hash differs; try '
+    'again'
+  )
+
+
 def _fetch(huggingface_hub, repo, revision):
   """Returns where the wanted files of a commit lie, by name."""
+  reference = f'{PREFIX}{repo}@{revision}'
+  with _checked_answers(huggingface_hub, reference, revision) as tags:
+    return _fetch_checked(huggingface_hub, repo, revision, tags)
+
+
+def _fetch_checked(huggingface_hub, repo, revision, tags):
+  """Does what `_fetch` does, and checks each file against the last tag."""
+  reference, hashes = f'{PREFIX}{repo}@{revision}', {}
   paths = {
     name: huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
     for name in (CARD, *WANTED)
@@ -139,17 +231,33 @@ def _fetch(huggingface_hub, repo, revision):
   if None in paths.values():
     # Asked first, as it says at once what is wrong, and without retries.
     info = huggingface_hub.HfApi().model_info(
-      repo, revision=revision, timeout=_TIMEOUT_SECONDS
+      repo, revision=revision, timeout=_TIMEOUT_SECONDS, files_metadata=True
     )
-    names = [sibling.rfilename for sibling in info.siblings or ()]
-    _check(repo, revision, names)
+    if info.sha != revision:
+      raise config_utils.UserError(
+        f'{reference}: the hub sent another commit, '
+        f'{config_utils.short(info.sha)}; nothing of it is taken'
+      )
+    siblings = info.siblings or ()
+    _check(repo, revision, [sibling.rfilename for sibling in siblings])
+    # Of what lies in LFS, Git's own hash is that of a pointer to it.
+    hashes = {
+      sibling.rfilename: sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
+      for sibling in siblings
+    }
   for name, path in paths.items():
     if path is None:
       # Also asked for what is not there: the cache then remembers that, which
       # is how this works without a network the next time.
+      tags.clear()
       with contextlib.suppress(huggingface_hub.errors.RemoteEntryNotFoundError):
         paths[name] = huggingface_hub.hf_hub_download(
           repo, name, revision=revision
+        )
+        _check_content(
+          f'{reference}: {name}',
+          pathlib.Path(paths[name]),
+          filter(_HASH.fullmatch, filter(None, [hashes.get(name), *tags[-1:]])),
         )
   # What the cache knows not to be there is a marker.
   found = {

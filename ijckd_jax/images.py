@@ -13,6 +13,7 @@ import numpy as np
 
 from ijckd_jax import config_utils
 
+MAX_RESIZED = 2**24  # Pixels that are resized at once, in `centre`.
 MAX_SMOOTHED = 2  # In `resize`; what shrinks by more, by areas.
 CROP_ATTEMPTS = 10  # As torchvision's RandomResizedCrop.
 # Markers of ITU-T T.81, B.1.1.3: the end, and frames of every kind.
@@ -78,12 +79,11 @@ class Views:
       self.resize if side == short else int(self.resize * side / short)
       for side in (height, width)
     )
-    image = PIL.Image.fromarray(image).resize(
-      (width, height), PIL.Image.Resampling.BILINEAR
+    return np.asarray(
+      centre(
+        PIL.Image.fromarray(image), (width, height), (self.size, self.size)
+      )
     )
-    top, left = (round((side - self.size) / 2) for side in (height, width))
-    image = image.crop((left, top, left + self.size, top + self.size))
-    return np.asarray(image)
 
   def crop_box(
     self, height: int, width: int, random: np.random.RandomState
@@ -109,6 +109,34 @@ class Views:
     crop_height = min(height, round(width / self.aspect[0]))
     top, left = (height - crop_height) // 2, (width - crop_width) // 2
     return top, left, crop_height, crop_width
+
+
+def centre(image, resized: tuple[int, int], size: tuple[int, int]):
+  """Returns the centre of a resized image of PIL.
+
+  Of an image that is hundreds of times longer than wide, nothing else is
+  resized, which would fill the memory; its pixels are as good, but not the
+  same, as PIL has the centre's place in single precision.
+
+  Args:
+    image: PIL's.
+    resized: (width, height) to which it is resized.
+    size: (width, height) of its centre.
+  """
+  import PIL.Image
+
+  bilinear = PIL.Image.Resampling.BILINEAR
+  left, top = (
+    round((whole - part) / 2) for whole, part in zip(resized, size, strict=True)
+  )
+  box = (left, top, left + size[0], top + size[1])
+  if math.prod(resized) <= MAX_RESIZED:
+    return image.resize(resized, bilinear).crop(box)
+  scales = [
+    side / whole for side, whole in zip(image.size, resized, strict=True)
+  ]
+  source = [edge * scale for edge, scale in zip(box, 2 * scales, strict=True)]
+  return image.resize(size, bilinear, box=source)
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:

@@ -131,12 +131,14 @@ class Progress:
     seconds: spent in training steps, without those that compile (the first one
       of a process, the first one with stored outputs), evaluations and saves.
     damaged: indices of training images that could not be decoded.
+    rows: of metrics, written so far.
   """
 
   sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)
   examples: int = 0
   seconds: float = 0.0
   damaged: list[int] = dataclasses.field(default_factory=list)
+  rows: int = 0
 
   @property
   def images_per_second(self) -> float | None:
@@ -253,6 +255,7 @@ class Loop:
               progress.examples - before['examples']
             ) / (progress.seconds - before['seconds'])
           self.writer.write(step, row)
+          progress.rows += 1
           line.show(step, row)
           progress.sums = {}
         score = None
@@ -261,6 +264,7 @@ class Loop:
           score = result['top1']
           row = {f'{split}/{name}': value for name, value in result.items()}
           self.writer.write(step, {'epoch': epoch, **row})
+          progress.rows += 1
           line.show(step, row)
         if evaluation or save or stopping:
           self._save(step, jax.device_get(state), score, progress)

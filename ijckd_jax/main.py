@@ -52,7 +52,9 @@ def main(argv: list[str], prog: str = PROG) -> int:
     print(USAGE.format(prog=prog, configs=textwrap.fill(names, 80)))
     return 0
   config, flags = _parse(argv, prog)
-  logging.basicConfig(format='%(message)s')
+  handler = logging.StreamHandler()
+  handler.setFormatter(config_utils.LineFormatter())
+  logging.basicConfig(handlers=[handler])
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
   import jax
@@ -79,6 +81,8 @@ def main(argv: list[str], prog: str = PROG) -> int:
   if jax.default_backend() == 'cpu':
     cpu_memory.keep_freed()
 
+  from etils import epath
+
   from ijckd_jax import compilation_cache
   from ijckd_jax import loop
   from ijckd_jax import report
@@ -90,22 +94,25 @@ def main(argv: list[str], prog: str = PROG) -> int:
       config, flags.workdir, overwrite=flags.overwrite
     )
   except loop.Interrupted as error:
-    print(error, file=sys.stderr)
+    print(config_utils.printable(error), file=sys.stderr)
     return 128 + error.number  # As shells have it, and batch systems know.
   except loop.Diverged as error:
-    print(f'error: {error}', file=sys.stderr)
+    print(f'error: {config_utils.printable(error)}', file=sys.stderr)
     return 1
   except OSError as error:
-    print(
+    said = (
       f'error: {error}; once that is mended, the same command continues from '
-      f'the last checkpoint in {flags.workdir}',
-      file=sys.stderr,
+      f'the last checkpoint in {flags.workdir}'
     )
+    print(config_utils.printable(said), file=sys.stderr)
     return 1
   if hosts.is_primary():
     print(report.table(result.summary))
     where = flags.workdir
-    print(f'\n{where}/report.md shows more; the student is in {where}/bundle')
+    more = f'{where}/report.md shows more; '
+    if not (epath.Path(where) / 'report.md').exists():
+      more = ''
+    print(f'\n{more}the student is in {where}/bundle')
   return 0
 
 

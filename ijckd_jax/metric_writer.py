@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import json
+import logging
 import os
 import tempfile
 import time
@@ -11,6 +12,8 @@ from etils import epath
 
 from ijckd_jax import config_utils
 from ijckd_jax import workdirs
+
+logger = logging.getLogger('ijckd_jax')
 
 
 class MetricWriter(Protocol):
@@ -26,15 +29,32 @@ class MetricWriter(Protocol):
 class JsonLinesWriter:
   """One JSON object per line: {"step": 100, "train/loss": 0.5, ...}."""
 
-  def __init__(self, path: epath.PathLike, *, resume_step: int):
+  def __init__(
+    self,
+    path: epath.PathLike,
+    *,
+    resume_step: int,
+    num_rows: int = 0,
+  ):
     """Opens the file and drops what was written past the restored step.
 
     Args:
       path: of the file, made if it is not there.
       resume_step: rows of later steps are dropped: they will be written again.
+      num_rows: as many were written up to that step; it is logged where some of
+        them are missing.
     """
     self._path = epath.Path(path)
     kept = [row for row in read_rows(path) if row['step'] <= resume_step]
+    if len(kept) < num_rows:
+      logger.warning(
+        '%s: %d of the %d rows up to step %d are missing; the run goes on '
+        'without them',
+        path,
+        num_rows - len(kept),
+        num_rows,
+        resume_step,
+      )
     self._old = ''.join(json.dumps(row) + '\n' for row in kept)
     self._new = ''
     workdirs.write_text(self._path, self._old)

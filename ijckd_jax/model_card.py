@@ -35,7 +35,11 @@ def markdown(bundle, num_params: dict[str, int]) -> str:
     bundle: bundles.Bundle.
     num_params: of 'backbone', 'connector' and 'head'.
   """
-  parts = [_header(bundle), f'# {describe(bundle)}', _table(bundle, num_params)]
+  parts = [
+    _header(bundle),
+    f'# {wording.escape(describe(bundle))}',
+    _table(bundle, num_params),
+  ]
   if accuracy := _accuracy(bundle):
     parts += ['## Accuracy', accuracy]
   parts += ['## Use', _use(bundle), '## Limits', _limits(bundle)]
@@ -60,7 +64,7 @@ def _table(bundle, num_params) -> str:
   rows = {
     'classes': f'{len(bundle.class_names)}: {_some(bundle.class_names)}',
     'images': f'{height}x{width}, {colours}, uint8; their preprocessing stands '
-    'in `bundle.json`, and whatever loads it applies it',
+    'in bundle.json, and whatever loads it applies it',
     'parameters': f'{sum(num_params.values()):,} ({counts})',
     'connector': connector
     and f'{connector}, between the backbone and the head; see method',
@@ -89,8 +93,9 @@ def _accuracy(bundle) -> str:
   count, which = run.get('test_examples', 0), bundle.info.get('which')
   said = [
     wording.metrics(rows),
-    f'On {count:,} test images, of one run with seed {run.get("seed")}. The '
-    f'{which} step is the one in this bundle.',
+    f'On {count:,} test images, of one run with seed '
+    f'{_cell(run.get("seed"))}. The {_cell(which)} step is the one in this '
+    'bundle.',
   ]
   top1 = _get(run, 'test', which, 'top1')
   if count and top1 is not None:
@@ -102,15 +107,17 @@ def _accuracy(bundle) -> str:
 
 
 def _use(bundle) -> str:
+  name = config_utils.printable(bundle.backbone_name)
   return '\n'.join(
     [
       '    ijckd evaluate --bundle DIR',
       '    ijckd predict --bundle DIR PICTURE...',
       '    ijckd export --bundle DIR --format onnx --output FILE',
       '',
-      '`ijckd_jax.load_bundle(DIR)` in Python. As a teacher: '
-      f'`--config.teacher.checkpoint=DIR --config.teacher.backbone='
-      f'{bundle.backbone_name}`.',
+      '`ijckd_jax.load_bundle(DIR)` in Python. As a teacher:',
+      '',
+      '    ijckd train --config NAME --workdir RUN '
+      f'--config.teacher.checkpoint=DIR --config.teacher.backbone={name}',
     ]
   )
 
@@ -133,7 +140,8 @@ def _limits(bundle) -> str:
   teacher = _taught_by(bundle.info)
   if teacher:
     lines.append(
-      f'It was taught by {teacher}, whose mistakes and leanings it may have.'
+      f'It was taught by {_cell(teacher)}, whose mistakes and leanings it may '
+      'have.'
     )
   return '\n'.join(f'- {line}' for line in lines)
 
@@ -185,12 +193,12 @@ def _fields(fields: Any) -> str:
 
 def _some(names, most=10) -> str:
   more = f', and {len(names) - most:,} more' if len(names) > most else ''
-  return ', '.join(map(str, names[:most])) + more
+  return ', '.join(map(config_utils.short, names[:most])) + more
 
 
 def _cell(text) -> str:
   """Returns a text that fits into a table's cell."""
-  return ' '.join(str(text).split()).replace('|', '\\|')
+  return wording.escape(' '.join(str(text).split()))
 
 
 def _section(info, name: str) -> dict[str, Any]:

@@ -7,9 +7,11 @@ import itertools
 import math
 from typing import Any
 from typing import NamedTuple
+import warnings
 
 import numpy as np
 
+from ijckd_jax import config_utils
 from ijckd_jax import wording
 
 NOT_LOSSES = ('accuracy', 'gradient_norm', 'images_per_second', 'learning_rate')
@@ -92,7 +94,10 @@ def render(figure, *formats: str) -> dict[str, bytes]:
     stream = io.BytesIO()
     # Without a date, the same figure is the same file.
     undated = {'Date': None} if form == 'svg' else {}
-    figure.savefig(stream, format=form, metadata=undated)
+    with warnings.catch_warnings():
+      # Of characters that no font has; a box is drawn in the place of each.
+      warnings.filterwarnings('ignore', 'Glyph .* missing from')
+      figure.savefig(stream, format=form, metadata=undated)
     pictures[form] = stream.getvalue()
   return pictures
 
@@ -330,7 +335,7 @@ def _frequent(panels, class_names):
   cells = [['true → predicted', *panels, 'images of the class']]
   for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True):
     if wrong[i, j]:
-      pair = f'{class_names[i]} → {class_names[j]}'.replace('|', '\\|')
+      pair = ' → '.join(wording.escape(shorten(class_names[k])) for k in (i, j))
       numbers = (*(count[i, j] for count in counts), counts[0][i].sum())
       cells.append([pair, *(f'{number:,}' for number in numbers)])
   if len(cells) == 1:
@@ -347,7 +352,9 @@ def _write_cells(ax, rates, dark):
     ax.text(j, i, f'{percent[i, j]:.0f}', color=color, **look)
 
 
-def shorten(name, width):
+def shorten(name: str, width: int = 60) -> str:
+  """Returns the start of a name from outside, as text that can be drawn."""
+  name = config_utils.short(name)
   return name if len(name) <= width else f'{name[: width - 1]}…'
 
 

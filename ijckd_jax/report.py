@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import dataclasses
 import json
 import math
+import re
 from typing import Any
 
 from etils import epath
@@ -52,7 +53,8 @@ def _counts(summary):
     listed = ', '.join(f'{part} {count:,}' for part, count in parts.items())
     name = wording.learner(summary) if who == 'student' else who
     backbone = summary['config']['student']['backbone']
-    name += f' {backbone if who == "student" else summary["teacher_name"]}'
+    found = backbone if who == 'student' else summary['teacher_name']
+    name += f' {wording.escape(found)}'
     yield f'{name}: {totals[who]:,} parameters ({listed})'
   if len(totals) == 2:
     share = totals['student'] / totals['teacher']
@@ -80,6 +82,8 @@ def write(
 ) -> None:
   """Writes `report.md`, the plots that it shows, and `report.html`.
 
+  Nothing is written before all of it is made.
+
   Args:
     workdir: the run's folder.
     summary: as in `summary.json`.
@@ -91,8 +95,6 @@ def write(
     measured: measure.Measured of the pair; None without a teacher.
   """
   workdir = epath.Path(workdir)
-  folder = workdir / workdirs.PLOTS
-  folder.mkdir(parents=True, exist_ok=True)
   sections = plots.draw(summary, history, evaluation, arrays, class_names)
   if measured is not None:
     sections += bound_plots.draw(
@@ -105,7 +107,7 @@ def write(
       'by their last step, or hold out a validation split '
       '(`--config.dataset.validation_fraction=0.1`).'
     )
-  parts += _write_sections(folder, sections)
+  parts += _tell(sections)
   parts.append(_circumstances(workdir, summary))
   fields = config_utils.flatten(summary['config']).items()
   config = '\n'.join(f'{name} = {value!r}' for name, value in fields)
@@ -128,36 +130,41 @@ def write_bounds(
   """
   measured = dataclasses.replace(measured, report=found)
   sections = bound_plots.draw(measured, class_names)
-  plots_folder = folder / workdirs.PLOTS
-  plots_folder.mkdir(exist_ok=True)
-  parts = _write_sections(plots_folder, sections)
   workdirs.write_text(folder / 'bounds.json', json.dumps(found, indent=2))
-  _write_pages(folder, parts, sections, {})
+  _write_pages(folder, _tell(sections), sections, {})
 
 
-def _write_sections(folder: epath.Path, sections) -> list[str]:
-  """Writes the pictures of sections, and returns them in Markdown.
+def is_complete(workdir: epath.Path) -> bool:
+  """Returns whether a run's report is there, with the plots that it shows."""
+  try:
+    # The last one of its files.
+    if not (workdir / workdirs.WEB_REPORT).read_bytes().endswith(b'</html>\n'):
+      return False
+    text = (workdir / workdirs.REPORT).read_bytes().decode()
+    shown = re.findall(rf'^!\[.*\]\(({workdirs.PLOTS}/.*)\)$', text, re.M)
+    return bool(text) and all(
+      (workdir / picture).stat().length for picture in shown
+    )
+  except (OSError, ValueError):
+    return False
 
-  Args:
-    folder: of the pictures, beside the page.
-    sections: plots.Section each.
-  """
+
+def _tell(sections) -> list[str]:
+  """Returns sections (plots.Section each) in Markdown."""
   parts = []
   for title, stem, pictures, text in sections:
     parts.append(f'## {title}')
-    for form, picture in pictures.items():
-      (folder / f'{stem}.{form}').write_bytes(picture)
     if pictures:
-      parts.append(f'![{title}]({folder.name}/{stem}.png)')
+      parts.append(f'![{title}]({workdirs.PLOTS}/{stem}.png)')
     parts.append(text)
   return parts
 
 
 def _write_pages(folder: epath.Path, parts, sections, details) -> None:
-  """Writes a page as `report.md`, and whole as `report.html`.
+  """Writes a page as `report.md`, and whole as `report.html`, and its pictures.
 
   Args:
-    folder: holds the pictures' folder.
+    folder: where; the pictures go to a folder in it.
     parts: of the page, in Markdown.
     sections: plots.Section each, whose pictures it shows.
     details: plain texts at its end, folded away, by title.
@@ -179,9 +186,21 @@ def _write_pages(folder: epath.Path, parts, sections, details) -> None:
     frozenset({f'{workdirs.PLOTS}/{plots.IMAGES}.png'}),
     details,
   )
-  workdirs.write_text(folder / workdirs.WEB_REPORT, page)
-  workdirs.write_text(
-    folder / workdirs.REPORT, '\n\n'.join([text, *folded]) + '\n'
+  plots_folder = folder / workdirs.PLOTS
+  plots_folder.mkdir(parents=True, exist_ok=True)
+  for partial in plots_folder.glob('.*.partial'):  # Left by a process killed.
+    partial.unlink()
+  whole = '\n\n'.join([text, *folded]) + '\n'
+  workdirs.write_files(
+    {
+      **{
+        plots_folder / f'{stem}.{form}': picture
+        for _, stem, pictures, _ in sections
+        for form, picture in pictures.items()
+      },
+      folder / workdirs.REPORT: whole.encode(),
+      folder / workdirs.WEB_REPORT: page.encode(),
+    }
   )
 
 
@@ -189,9 +208,15 @@ def _headline(summary, evaluation):
   """Returns a title, what was done, and what that was worth."""
   config, judge = summary['config'], evaluation.teacher
   method = methods.build(config['method'])
-  by, on = config['method']['name'], config['dataset']['name']
-  name = config['student']['backbone']
-  teacher = summary['teacher_name']
+  by, on, name, teacher = map(
+    wording.escape,
+    (
+      config['method']['name'],
+      config['dataset']['name'],
+      config['student']['backbone'],
+      summary['teacher_name'],
+    ),
+  )
   if judge is None:
     done = f'trained without a teacher by **{by}** on **{on}**'
   elif getattr(method, 'needs_teacher', True):
@@ -232,14 +257,15 @@ def _circumstances(workdir, summary):
     '## Circumstances',
     '',
     f'- seed {summary["seed"]}, {summary["steps"]:,} steps',
-    '- devices: ' + ', '.join(f'{count} x {kind}' for kind, count in devices),
+    '- devices: '
+    + ', '.join(f'{count} x {wording.escape(kind)}' for kind, count in devices),
     '- versions: ' + ', '.join(f'{name} {number}' for name, number in versions),
   ]
   if origin := summary['teacher_origin']:
     said = ', '.join(
       f'{key} {value or "(none)"}' for key, value in origin.items()
     )
-    lines.append(f"- the teacher's weights: {said}")
+    lines.append(f"- the teacher's weights: {wording.escape(said)}")
   page = f'teacher/{workdirs.REPORT}'
   given = summary['config']['teacher']['checkpoint']
   if summary['teacher'] and not given and (workdir / page).exists():

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
-import platform
 from typing import Any
 
 import jax
@@ -17,8 +16,10 @@ from ijckd_jax import experiment
 from ijckd_jax import hosts
 from ijckd_jax import measure
 from ijckd_jax import metric_writer
+from ijckd_jax import model_card
 from ijckd_jax import pairs
 from ijckd_jax import report
+from ijckd_jax import run_record
 from ijckd_jax import train_state
 from ijckd_jax import workdirs
 
@@ -40,7 +41,6 @@ MORE = (
   'sync_batch_norm',
   'unbiased_variance',
 )
-PACKAGES = ('ijckd_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
 
 logger = logging.getLogger('ijckd_jax')
 
@@ -62,16 +62,81 @@ class Result:
   summary: dict[str, Any]
 
 
-def found(exp, workdir) -> Result:
-  """Returns what a finished run has left."""
+def found(exp, workdir) -> Result | None:
+  """Returns what a finished run has left; None where it is not finished.
+
+  Nor is one of which something is damaged or missing: that is logged, and the
+  run, when it is continued, makes it again from its checkpoints.
+
+  Raises:
+    config_utils.UserError: something is, and there is no checkpoint to make it
+      from; or the metrics are damaged, which nothing can be made from.
+  """
+  if not hosts.share(lambda: _is_whole(exp, workdir)):
+    return None
   logger.info('%s: already finished', workdir)
-  return Result(
-    state=None,
-    history=metric_writer.read_rows(workdir / workdirs.METRICS),
-    # The config of this run names whatever code the bundle does.
-    bundle=bundles.load(workdir, dtype=exp.dtype, trust_code=True),
-    summary=workdirs.read_json(workdir / workdirs.SUMMARY),
-  )
+  history = metric_writer.read_rows(workdir / workdirs.METRICS)
+  summary = workdirs.read_json(workdir / workdirs.SUMMARY)
+  if summary['steps'] not in [row['step'] for row in history]:
+    logger.warning(
+      '%s: the last rows of %s are missing', workdir, workdirs.METRICS
+    )
+  bundle = _load(exp, workdir / workdirs.BUNDLE)
+  return Result(state=None, history=history, bundle=bundle, summary=summary)
+
+
+def _is_whole(exp, workdir) -> bool:
+  """Returns whether a run has come to its end and all of it is there."""
+  there = (workdirs.SUMMARY, workdirs.BUNDLE, workdirs.CONNECTED)
+  if not any((workdir / name).exists() for name in there):
+    return False
+  checkpoints = workdir / workdirs.CHECKPOINTS
+  can_continue = checkpoints.exists() and any(checkpoints.iterdir())
+  damage = _damage(exp, workdir)
+  if damage and not can_continue:
+    raise config_utils.UserError(
+      f'{workdir}: {damage}, and there is no checkpoint to make it from: put '
+      'back a sound copy, or remove the folder'
+    )
+  if not (damage or report.is_complete(workdir)):
+    damage = f'{workdirs.REPORT} and what it shows are not all there'
+    if not can_continue:
+      logger.warning(
+        '%s: %s, and no checkpoint to make them from', workdir, damage
+      )
+      return True
+  if damage:
+    logger.warning(
+      '%s: %s; it is made again from the checkpoints', workdir, damage
+    )
+  return not damage
+
+
+def _damage(exp, workdir) -> str:
+  """Returns what of a finished run's numbers and networks cannot be read."""
+  try:
+    summary = workdirs.read_json(workdir / workdirs.SUMMARY)
+    report.table(summary), summary['steps']
+  except Exception as error:  # As many as there are kinds of damage.
+    what = f'{type(error).__name__}: {config_utils.short(error)}'
+    return f'{workdirs.SUMMARY} cannot be read ({what})'
+  names = [workdirs.BUNDLE]
+  distiller = exp.distiller
+  if distiller.connected_network is not None and not distiller.reuses_head:
+    names.append(workdirs.CONNECTED)
+  try:
+    for name in names:
+      _load(exp, workdir / name)
+      if not (workdir / name / model_card.FILE).stat().length:
+        return f'{name}/{model_card.FILE} is empty'
+  except (OSError, config_utils.UserError) as error:
+    return str(error)
+  return ''
+
+
+def _load(exp, folder) -> bundles.Bundle:
+  # The config of this run names whatever code the bundle does.
+  return bundles.load(folder, dtype=exp.dtype, trust_code=True)
 
 
 def finish(training, workdir, state, progress, history):
@@ -131,7 +196,11 @@ def finish(training, workdir, state, progress, history):
 
   # First: whatever is said of it, the student is kept.
   hosts.share(lambda: workdirs.retry(write_bundles, 'the bundle'))
-  measured = _measure(training, workdir, *arrays)
+  measured = failure = None
+  try:
+    measured = _measure(training, workdir, *arrays)
+  except Exception as error:  # Whatever it is, it must not cost the run.
+    failure = error
   summary = {
     'student': student,
     **facts,
@@ -143,7 +212,14 @@ def finish(training, workdir, state, progress, history):
     **_circumstances(training.experiment, bundle, judged),
   }
 
-  def write():
+  def write_summary():
+    # By its report a run is known to be whole: an old one is not of this end.
+    (workdir / workdirs.WEB_REPORT).unlink(missing_ok=True)
+    workdirs.write_text(
+      workdir / workdirs.SUMMARY, json.dumps(summary, indent=2) + '\n'
+    )
+
+  def write_report():
     report.write(
       workdir,
       summary=summary,
@@ -153,11 +229,25 @@ def finish(training, workdir, state, progress, history):
       class_names=bundle.class_names,
       measured=measured,
     )
-    workdirs.write_text(
-      workdir / workdirs.SUMMARY, json.dumps(summary, indent=2) + '\n'
-    )
 
-  hosts.share(lambda: workdirs.retry(write, 'what the run leaves'))
+  def try_report():
+    try:
+      if failure is not None:
+        raise failure
+      workdirs.retry(write_report, 'the report')
+    except Exception as error:  # As above.
+      logger.debug('the report failed', exc_info=True)
+      logger.warning(
+        '%s: the report could not be made (%s: %s); the student and %s are '
+        'there, and the same command tries again',
+        workdir,
+        type(error).__name__,
+        config_utils.short(error),
+        workdirs.SUMMARY,
+      )
+
+  hosts.share(lambda: workdirs.retry(write_summary, 'the summary'))
+  hosts.share(try_report)
   return bundle, summary
 
 
@@ -256,7 +346,7 @@ def _circumstances(exp, bundle, judged) -> dict[str, Any]:
     'multiply_adds': _multiply_adds(bundle, judge),
     'seed': exp.config.seed,
     'config': exp.config.to_dict(),
-    'versions': versions(),
+    'versions': run_record.versions(),
     'devices': [device.device_kind for device in jax.devices()],
   }
 
@@ -275,12 +365,4 @@ def _multiply_adds(bundle, judge) -> dict[str, int | None]:
     and cost.multiply_adds(
       lambda frozen, x: judge(frozen, x).logits, judge.frozen, image
     ),
-  }
-
-
-def versions() -> dict[str, str]:
-  """Returns the versions that a run's numbers may depend on."""
-  return {
-    'python': platform.python_version(),
-    **{name: importlib.metadata.version(name) for name in PACKAGES},
   }

@@ -8,6 +8,7 @@ import ml_collections
 
 from ijckd_jax import augment
 from ijckd_jax import bundles
+from ijckd_jax import classes
 from ijckd_jax import config_utils
 from ijckd_jax import hub
 from ijckd_jax import models
@@ -123,6 +124,35 @@ def abstract(
     class_names=tuple(dataset.class_names),
     info={},
   ).teacher()
+
+
+def in_class_order(
+  given: Sequence[teachers.Teacher], dataset, *, by_number: bool
+) -> tuple[tuple[teachers.Teacher, ...], tuple[str, ...]]:
+  """Returns teachers whose class i is the data set's, and what is to be said.
+
+  Args:
+    given: checked.
+    dataset: see datasets.
+    by_number: `config.teacher.classes_by_number`.
+
+  Raises:
+    config_utils.UserError: a teacher's classes are others.
+  """
+  ordered, notes = [], []
+  for teacher in given:
+    order, note = classes.match(
+      teacher.class_names or ('',) * teacher.num_classes,
+      dataset.class_names,
+      what=f'teacher {teacher.name}',
+      by_number=by_number,
+      flag='--config.teacher.classes_by_number=True',
+    )
+    if order is not None:
+      teacher = teacher.in_order(order, dataset.class_names)
+    ordered.append(teacher)
+    notes += [note] * bool(note)
+  return tuple(ordered), tuple(notes)
 
 
 def check(teacher: teachers.Teacher, dataset) -> None:

@@ -1,6 +1,7 @@
 """Teachers: frozen classifiers with a linear head, whoever wrote them."""
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import math
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ijckd_jax import augment
+from ijckd_jax import classes
 from ijckd_jax import config_utils
 from ijckd_jax import losses
 from ijckd_jax import network
@@ -49,6 +51,7 @@ class Teacher:
       counted as the backbone's.
     origin: where its weights come from (file or repository, hash, licence),
       JSON; None where they were trained here.
+    class_names: K names; () where they are not known.
   """
 
   apply: Callable[[Any, jax.Array], outputs.Outputs]
@@ -64,6 +67,7 @@ class Teacher:
   pooled_signed: bool | None = None
   num_params: dict[str, int] | None = None
   origin: dict[str, str] | None = None
+  class_names: tuple[str, ...] = ()
 
   def __post_init__(self):
     if self.pool is not average_pool and self.pool_name == 'average':
@@ -93,6 +97,14 @@ class Teacher:
     """Returns it with another head on the same features."""
     counts = {**self.num_params, 'head': count(head)}
     return dataclasses.replace(self, head=head, num_params=counts)
+
+  def in_order(self, order, class_names: Sequence[str]) -> 'Teacher':
+    """Returns it with its classes in another order, see classes.reorder."""
+    return dataclasses.replace(
+      self,
+      head=classes.reorder(self.head, order),
+      class_names=tuple(class_names),
+    )
 
   @property
   def frozen(self) -> dict[str, Any]:

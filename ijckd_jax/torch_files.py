@@ -25,6 +25,33 @@ from ijckd_jax import torch_unwrap
 
 SUFFIXES = ('.safetensors', '.pth', '.pt')
 
+_OF_TORCH = 'only weights of PyTorch are read'
+# What else is downloaded in place of a checkpoint, by where it says so.
+_MAGIC = (
+  (0, b'\x89PNG', 'a PNG image'),
+  (0, b'\xff\xd8\xff', 'a JPEG image'),
+  (0, b'\x1f\x8b', 'compressed by gzip; unpack it first'),
+  (0, b'BZh', 'compressed by bzip2; unpack it first'),
+  (0, b'\xfd7zXZ', 'compressed by xz; unpack it first'),
+  (0, b'\x28\xb5\x2f\xfd', 'compressed by zstd; unpack it first'),
+  (0, b'7z\xbc\xaf', 'a 7z archive; unpack it first'),
+  (0, b'Rar!', 'a RAR archive; unpack it first'),
+  (0, b'\x89HDF', f'an HDF5 file, such as Keras writes; {_OF_TORCH}'),
+  (0, b'\x93NUMPY', 'an array of NumPy, without names'),
+  (0, b'GGUF', f'a GGUF file; {_OF_TORCH}'),
+  (0, b'%PDF', 'a PDF'),
+  (4, b'TFL3', f'a model of TensorFlow Lite; {_OF_TORCH}'),
+)
+# In files of NumPy 1 and 2.
+_NUMPY_NAMES = (
+  'numpy.dtype',
+  'numpy.ndarray',
+  *(
+    f'numpy.{core}.multiarray.{name}'
+    for core in ('core', '_core')
+    for name in ('scalar', '_reconstruct')
+  ),
+)
 _PRECISIONS = {
   'float16': 'half precision',
   'bfloat16': 'half precision',
@@ -35,6 +62,8 @@ _SAFETENSORS_TYPES = {
   **{f'I{8 * size}': f'i{size}' for size in (1, 2, 4, 8)},
   **{f'U{8 * size}': f'u{size}' for size in (1, 2, 4, 8)},
 }
+# Eight bits become float32, with room for a few views.
+_MAX_GROWTH = 8
 _MAX_SAFETENSORS_HEADER = 100_000_000
 # Older unpicklers can be made to run code in spite of weights_only:
 # CVE-2025-32434 up to 2.5, CVE-2026-24747 up to 2.9.
@@ -47,7 +76,8 @@ class StateDict:
 
   Attributes:
     arrays: by name; floats as float32, integers and booleans as they are.
-    other: further state dicts of the file by their key, such as SimKD's 'proj'.
+    other: further state dicts of the file by their key, such as SimKD's 'proj';
+      without moving averages.
     metadata: of a safetensors file, or the strings beside the state dict.
     notes: what was taken and changed on the way, a short sentence each.
     sha256: of the file, in hexadecimal.
@@ -66,8 +96,10 @@ def read(path: epath.PathLike, *, part: str = '') -> StateDict:
   Args:
     path: a `.safetensors` file, or one that torch.save wrote, in its format of
       today or of PyTorch 0.4. Only the latter two need PyTorch.
-    part: 'student' or 'teacher' of a file that holds a distiller; '' takes the
-      student where there are both.
+    part: key of the state dict to take, where a file has several, or what
+      stands before the names of the tensors to take, such as 'student' and
+      'teacher' in a distiller's file; '' takes what is usual: the weights
+      rather than their moving average, and the student.
 
   Raises:
     config_utils.UserError: there is no such file or part, it is damaged or no
@@ -189,12 +221,24 @@ def _read(path, part):
   elif head.startswith((b'PK', b'\x80')):
     torch = _import_torch(f'to read {path}')
     content = _load_torch(path, size, torch)
-    tensors, others, metadata = torch_unwrap.unwrap(
-      path, content, torch.is_tensor, notes
+    tensors, others, metadata, part = torch_unwrap.unwrap(
+      path, content, part, torch.is_tensor, notes
     )
 
+    copied = 0
+
     def convert(tensor):
-      return _from_torch(tensor, size, torch)
+      nonlocal copied
+      array, dtype = _from_torch(tensor, size, torch)
+      if array.ctypes.data != tensor.data_ptr():
+        copied += array.nbytes
+      # Many views of few numbers can fill the memory as well.
+      if copied > _MAX_GROWTH * max(size, 2**20):
+        raise config_utils.UserError(
+          f'and those before it fill {copied:,} bytes, and the file has '
+          f'{size:,}: they are views of the same numbers, which is not read'
+        )
+      return array, dtype
   else:
     raise config_utils.UserError(
       f'{path} is not a checkpoint: {_describe(head)}'
@@ -250,22 +294,32 @@ def _is_text(head):
   return all(char.isprintable() or char in '\t\r\n' for char in text)
 
 
+def _is_page(head):
+  """Returns whether the first bytes are those of a web page, or of an error."""
+  text = head.decode('utf-8-sig', 'ignore').lstrip().lower()
+  return text.startswith(('<!doctype html', '<html', '<head', '<body')) or (
+    text.startswith('<') and ('<html' in text or text.startswith('<?xml'))
+  )
+
+
 def _describe(head):
   """Returns what a file is whose first bytes are no checkpoint's."""
   if len(head) < 9:
     return f'it has only {len(head)} bytes'
   if head.startswith(b'version https://git-lfs'):
-    return 'it only points at one; git lfs pull fetches the file itself'
-  if head.lstrip().lower().startswith((b'<!doctype html', b'<html')):
+    return (
+      'it is a Git LFS pointer, which only names one; git lfs pull fetches the '
+      'file itself'
+    )
+  if _is_page(head):
     return 'it is a web page; the address led to a page, not to the file'
-  for magic, name in (
-    (b'\x89PNG', 'a PNG image'),
-    (b'\xff\xd8\xff', 'a JPEG image'),
-    (b'\x1f\x8b', 'compressed by gzip; unpack it first'),
-    (b'\x89HDF', 'an HDF5 file'),
-  ):
-    if head.startswith(magic):
+  for start, magic, name in _MAGIC:
+    if head[start:].startswith(magic):
       return f'it is {name}'
+  if head[0] == 8 and 3 <= head[1] < 32 and head[2] in b'\x12\x1a\x22\x2a\x3a':
+    return 'it is an ONNX model; give the PyTorch file that it was made of'
+  if head.startswith(b'\x08\x01\x12'):
+    return f'it is a SavedModel of TensorFlow; {_OF_TORCH}'
   if head[257:262] == b'ustar':
     return 'it is a tar archive; unpack it first'
   if _is_text(head):
@@ -325,17 +379,22 @@ def _load_torch(path, size, torch):
       "safely: pip install --upgrade 'torch >= 2.10', or give a .safetensors "
       'file'
     )
+  # Others put NumPy's scalars and arrays beside the weights, such as the best
+  # accuracy. None of them is read, so a stand-in takes their place, and none of
+  # NumPy's code is reached.
   # RepDistiller and torchdistill save their flags along, an argparse.Namespace.
   # Allowing it gives a file no power. The unpickler makes one without arguments
   # and fills its __dict__. Of all attributes it would call only __setstate__,
   # which a file could indeed put there, but only as something that it was
   # allowed to call in the first place: globals are looked up in torch's list
   # alone, and attributes never. Here no attribute of it is read.
-  allowed = torch.serialization.safe_globals([argparse.Namespace])
+  allowed = torch.serialization.safe_globals(
+    [argparse.Namespace, *((_OfNumpy, name) for name in _NUMPY_NAMES)]
+  )
   with path.open('rb') as stream, warnings.catch_warnings(), allowed:
     warnings.simplefilter('ignore')
     if stream.read(2) == b'PK':
-      _check_zip(path, stream)
+      _check_zip(path, size, stream)
     stream.seek(0)
     try:
       return torch.load(
@@ -346,16 +405,41 @@ def _load_torch(path, size, torch):
       raise _refusal(path, size, stream, error, torch) from error
 
 
-def _check_zip(path, stream):
+def _describe_members(members):
+  """Returns what a zip archive is that holds no checkpoint as its content."""
+  inside = [name for name in members if name.endswith(SUFFIXES)]
+  if inside:
+    return f'unpack it first, it holds {torch_unwrap.word(inside[0])}'
+  if 'model.weights.h5' in members:
+    return f'it is a model of Keras; {_OF_TORCH}'
+  if members and all(name.endswith('.npy') for name in members):
+    return 'it is an .npz file of NumPy'
+  some = ', '.join(torch_unwrap.word(name) for name in members[:3])
+  return f'it holds {some or "nothing"}' + (', ...' if members[3:] else '')
+
+
+class _OfNumpy:
+  """Stands for a scalar, an array or a dtype of NumPy, and holds nothing."""
+
+  __slots__ = ()
+
+  def __new__(cls, *_):
+    return super().__new__(cls)
+
+  def __setstate__(self, _):
+    pass
+
+
+def _check_zip(path, size, stream):
   """Raises unless a zip archive is whole and a checkpoint."""
   try:
     archive = zipfile.ZipFile(stream)
-    names = archive.namelist()
+    members = archive.namelist()
   except zipfile.BadZipFile as error:
     raise config_utils.UserError(
       f'{path} is cut off or damaged: its end is missing; fetch it again'
     ) from error
-  names = {name.rpartition('/')[2] for name in names}
+  names = {name.rpartition('/')[2] for name in members}
   if 'constants.pkl' in names:
     raise config_utils.UserError(
       f'{path} is a program (TorchScript), not weights; if you trust it: '
@@ -363,7 +447,16 @@ def _check_zip(path, stream):
     )
   if 'data.pkl' not in names:
     raise config_utils.UserError(
-      f'{path} is a zip archive, but not one that torch.save wrote'
+      f'{path} is a zip archive, but not one that torch.save wrote: '
+      f'{_describe_members(members)}'
+    )
+  # torch.save compresses nothing, nor does it store anything twice.
+  unpacked = sum(member.file_size for member in archive.infolist())
+  if unpacked > size:
+    raise config_utils.UserError(
+      f'{path} would become {unpacked:,} bytes from {size:,}: it is '
+      'compressed, which torch.save never does, so it is not unpacked; if you '
+      'trust it, load it once with PyTorch and save it again'
     )
   # torch.load does not look at the checksums.
   if damaged := archive.testzip():

@@ -1,6 +1,7 @@
 """Flags of the commands that read PyTorch: of images, classes and output."""
 
 import argparse
+import codecs
 from collections.abc import Callable
 import math
 import re
@@ -8,6 +9,7 @@ import re
 from etils import epath
 
 from ijckd_jax import config_utils
+from ijckd_jax import datasets
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
@@ -73,8 +75,10 @@ def preprocessing(flags: argparse.Namespace):
     _numbers(name, text)
     for name, text in (('mean', flags.mean), ('std', flags.std))
   )
-  if not min(std) > 0:
-    raise config_utils.UserError(f'--std {flags.std}: it must be positive')
+  try:
+    datasets.check_statistics(mean, std, len(mean))
+  except config_utils.UserError as error:
+    raise config_utils.UserError(f'--mean and --std: {error}') from error
   interpolation = flags.interpolation or 'bilinear'
   if interpolation not in augment.INTERPOLATIONS:
     raise config_utils.unknown(
@@ -113,8 +117,11 @@ def class_names(flags: argparse.Namespace) -> tuple[str, ...]:
   if path is None:
     return ()
   try:
-    lines = epath.Path(config_utils.expand(path)).read_bytes().decode()
-    lines = lines.splitlines()
+    data = epath.Path(config_utils.expand(path)).read_bytes()
+    # Windows puts a mark before a text, and may write UTF-16.
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding = 'utf-16' if data.startswith(marks) else 'utf-8-sig'
+    lines = data.decode(encoding).splitlines()
   except (OSError, UnicodeDecodeError) as error:
     raise config_utils.UserError(
       f'--class_names {path} cannot be read: {error}'

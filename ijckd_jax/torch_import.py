@@ -3,6 +3,7 @@
 Every entry that a network has is taken, and there must be no other.
 """
 
+import collections
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
@@ -29,6 +30,7 @@ from ijckd_jax import torch_files
 from ijckd_jax import torch_identify
 from ijckd_jax import torch_names
 from ijckd_jax import torch_sources
+from ijckd_jax import torch_unwrap
 
 SIMKD_CONNECTOR = 'proj'
 
@@ -193,6 +195,7 @@ def from_state(
   found = torch_identify.identify(arrays, request.backbone, size)
   name, arrays, names = found.name, found.arrays, found.names
   notes = [] if request.backbone else [f'backbone {name}, told by the names']
+  notes += _describe_prefix(found)
   if SIMKD_CONNECTOR in state.other:
     proj = state.other[SIMKD_CONNECTOR]
     bundle, more = _from_simkd(found, proj, request, origin)
@@ -223,6 +226,24 @@ def from_state(
     f'{num_classes} classes'
   )
   return bundle, [*notes, _describe(key, preprocessing, request)]
+
+
+def _describe_prefix(found) -> list[str]:
+  """Returns what was taken off the names, and what was left out for that."""
+  if not found.prefix:
+    return []
+  notes = [f'took {found.prefix} off the names']
+  if found.left_out:
+    groups = collections.Counter(
+      name.partition('.')[0] for name in found.left_out
+    )
+    some = [
+      f'{torch_unwrap.word(name)} ({count} arrays)'
+      for name, count in groups.most_common(5)
+    ]
+    more = ', ...' if groups.keys() - dict(groups.most_common(5)).keys() else ''
+    notes.append(f'left out, beside {found.prefix}*: {", ".join(some)}{more}')
+  return notes
 
 
 def _variables(arrays, names: torch_names.Names):

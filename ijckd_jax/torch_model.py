@@ -50,7 +50,8 @@ def main(argv: Sequence[str], prog: str = PROG) -> None:
     raise config_utils.UserError(f'{flags.model}: {error}') from error
   bundle = result.bundle
   torch_flags.write(lambda: bundle.save(output), output)
-  print('\n'.join([flags.model, *(f'- {note}' for note in _notes(result))]))
+  said = [flags.model, *(f'- {note}' for note in _notes(result))]
+  print('\n'.join(map(config_utils.printable, said)))
   counts = bundles.num_params(bundle.variables)
   print(
     f'written to {output} ({sum(counts.values()):,} parameters); a run takes '

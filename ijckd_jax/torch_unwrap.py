@@ -2,25 +2,32 @@
 
 import collections
 from collections.abc import Mapping
+import shlex
 
 from ijckd_jax import config_utils
 
 # Where training code puts the state dict in its files, the likeliest first.
 WRAPPERS = ('model', 'state_dict', 'model_state_dict', 'net')
-AVERAGES = ('state_dict_ema', 'model_ema')
+AVERAGES = ('state_dict_ema', 'model_ema', 'ema')
 # What DataParallel and torch.compile put before every name.
 PREFIXES = ('module.', '_orig_mod.')
 PARTS = ('student', 'teacher')
 
 
-def unwrap(path, content, is_tensor, notes):
+def unwrap(path, content, part, is_tensor, notes):
   """Returns the tensors of a file, its other state dicts and its strings.
 
   Args:
     path: of the file, for messages.
     content: what the file holds.
+    part: key of the state dict to take; one that the file does not have may
+      still be a part of what is taken, see `choose`.
     is_tensor: whether a value is a tensor.
     notes: is added to: what was taken and what was left.
+
+  Returns:
+    The tensors, the other state dicts by key, the strings by key, and the part
+    that is still to be chosen: '' or `part`.
 
   Raises:
     config_utils.UserError: there is no state dict in it.
@@ -29,35 +36,65 @@ def unwrap(path, content, is_tensor, notes):
     raise config_utils.UserError(
       f'{path} holds no state dict, but a {type(content).__name__}'
     )
-  found = {
-    key: value
+  found = _state_dicts(content, is_tensor)
+  # Such as {'ema': {'module': ..., 'updates': 7}}.
+  deeper = {
+    f'{key}.{inner}': state
     for key, value in content.items()
-    if isinstance(key, str) and _is_state_dict(value, is_tensor)
+    if isinstance(key, str) and isinstance(value, Mapping) and key not in found
+    for inner, state in _state_dicts(value, is_tensor).items()
   }
-  taken = next((key for key in (*WRAPPERS, *AVERAGES) if key in found), None)
+  networks = {**found, **deeper}
+  alone = ''
+  beneath = [key for key in deeper if key.startswith(f'{part}.')]
+  if part in networks:
+    taken, part = part, ''
+  elif part and len(beneath) == 1:
+    taken, part = beneath[0], ''
+  else:
+    taken = next((key for key in (*WRAPPERS, *AVERAGES) if key in found), None)
+    alone = ', as there is nothing else'
   if taken is not None:
-    state = found.pop(taken)
-    left = [key for key in content if key != taken]
-    average = ', a moving average, as there is nothing else'
-    notes.append(f'took {taken!r}{average if taken in AVERAGES else ""}')
+    state = networks.pop(taken)
+    left = [
+      key for key in content if key not in (taken, taken.partition('.')[0])
+    ]
+    average = f', a moving average{alone}' if _is_average(taken) else ''
+    notes.append(f'took {taken!r}{average}')
   elif _is_state_dict(content, is_tensor):
     state = content
     left = [key for key, value in content.items() if not is_tensor(value)]
   else:
-    dicts = ', '.join(word(key) for key in list(found)[:8])
-    keys = ', '.join(word(key) for key in list(content)[:8])
+    keys = ', '.join(word(key) for key in list(networks or content)[:8])
     raise config_utils.UserError(
       f'{path} holds no state dict, bare or under {", ".join(WRAPPERS)}; it '
-      f'has {f"state dicts under {dicts}" if dicts else keys or "nothing"}'
+      + (
+        f'has state dicts under {keys}: {_choice(next(iter(networks)))} takes '
+        'that one'
+        if networks
+        else f'has {keys or "nothing"}'
+      )
     )
-  if found:
-    notes.append(f'beside it: {", ".join(word(key) for key in found)}')
+  for key in networks:
+    if _is_average(key):
+      notes.append(
+        f'left out {word(key)}, a moving average: {_choice(key)} takes it'
+      )
+  others = {
+    key: value
+    for key, value in networks.items()
+    if key in found and key not in (*WRAPPERS, *AVERAGES)
+  }
+  beside = [word(key) for key in networks if not _is_average(key)]
+  if beside:
+    notes.append(f'beside it: {", ".join(beside)}')
   metadata = {
     key: content[key]
     for key in left
     if isinstance(key, str) and isinstance(content[key], str)
   }
-  left = [key for key in left if key not in found and key not in metadata]
+  told = {*metadata, *(key.partition('.')[0] for key in networks)}
+  left = [key for key in left if key not in told]
   if state is not content:
     left += [key for key, value in state.items() if not is_tensor(value)]
   if left:
@@ -66,8 +103,26 @@ def unwrap(path, content, is_tensor, notes):
   def tensors(mapping):
     return {key: value for key, value in mapping.items() if is_tensor(value)}
 
-  others = {key: tensors(value) for key, value in found.items()}
-  return tensors(state), others, metadata
+  others = {key: tensors(value) for key, value in others.items()}
+  return tensors(state), others, metadata, part
+
+
+def _state_dicts(content, is_tensor):
+  """Returns those values that are state dicts, by key."""
+  return {
+    key: value
+    for key, value in content.items()
+    if isinstance(key, str) and _is_state_dict(value, is_tensor)
+  }
+
+
+def _is_average(key) -> bool:
+  return key.partition('.')[0] in AVERAGES
+
+
+def _choice(key) -> str:
+  """Returns the flag that takes a part of a file."""
+  return f'--part {shlex.quote(word(key))}'
 
 
 def _is_state_dict(value, is_tensor):

@@ -62,8 +62,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   reader.add_argument(
     '--part',
     default='',
-    choices=('student', 'teacher'),
-    help='of a file that holds both',
+    metavar='KEY',
+    help='of a file that holds several networks, or the moving average of one: '
+    'its key in the file, such as student, teacher or state_dict_ema',
   )
   torch_flags.add_images(reader)
   reader.add_argument(
@@ -111,7 +112,8 @@ def _import(flags: argparse.Namespace) -> None:
   )
   bundle, notes = torch_import.read(flags.checkpoint, request, part=flags.part)
   torch_flags.write(lambda: bundle.save(output), output)
-  print('\n'.join([str(flags.checkpoint), *(f'- {note}' for note in notes)]))
+  said = [flags.checkpoint, *(f'- {note}' for note in notes)]
+  print('\n'.join(map(config_utils.printable, said)))
   print(
     f'written to {output}; a run takes it by --config.teacher.checkpoint='
     f'{output} --config.teacher.backbone={bundle.backbone_name}'

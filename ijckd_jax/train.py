@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import tempfile
 from typing import Any
 import zlib
@@ -29,6 +30,7 @@ from ijckd_jax import loop
 from ijckd_jax import metric_writer
 from ijckd_jax import models
 from ijckd_jax import results
+from ijckd_jax import run_record
 from ijckd_jax import steps
 from ijckd_jax import teacher_outputs
 from ijckd_jax import teachers
@@ -106,6 +108,7 @@ def distill(
       f'no workdir, but {jax.process_count()} processes: give a folder that '
       'all of them see'
     )
+  _check_given(data, teacher)
   named = isinstance(data, str)
   config = experiment.default_config(
     dataset=data if named else None,
@@ -114,7 +117,8 @@ def distill(
     method=method,
   )
   if not named:
-    config.dataset.fingerprint = data.fingerprint()
+    if hasattr(data, 'fingerprint'):
+      config.dataset.fingerprint = data.fingerprint()
   several = isinstance(teacher, list | tuple)
   first, *others = teacher if several else (teacher,)
   if isinstance(first, teachers.Teacher):
@@ -143,6 +147,28 @@ def distill(
       if workdir is None:
         raise loop.Diverged(error.step, error.what, NOT_KEPT) from None
       raise
+
+
+def _check_given(data: Any, teacher: Any) -> None:
+  """Raises UserError where data or teacher are of another type than can be."""
+  needed = ('load', 'image_shape', 'class_names', 'mean', 'std')
+  if not isinstance(data, str) and not all(hasattr(data, x) for x in needed):
+    raise config_utils.UserError(
+      f'data is of type {type(data).__name__}: give the name of a data set, or '
+      'ijckd_jax.ArrayDataset(train=ijckd_jax.Arrays(images, labels), '
+      'test=..., class_names=..., mean=..., std=...)'
+    )
+  several = isinstance(teacher, list | tuple)
+  for one in teacher if several else (teacher,):
+    if not isinstance(one, str | os.PathLike | teachers.Teacher):
+      raise config_utils.UserError(
+        f'a teacher is of type {type(one).__name__}: give the folder of a '
+        'bundle or a run, the name of a backbone, or an ijckd_jax.Teacher; a '
+        'module of PyTorch becomes one by '
+        'ijckd_jax.torch_convert.convert(...).bundle.teacher()'
+      )
+  if several and not teacher:
+    raise config_utils.UserError('no teacher is given')
 
 
 def train_and_evaluate(
@@ -194,15 +220,26 @@ def train_and_evaluate(
   folders = [(folder, run.config) for run, folder in runs]
   _check_hosts_agree(config)
   hosts.share(lambda: workdirs.check(folders, overwrite=overwrite))
-  if not overwrite and hosts.share(lambda: workdirs.is_finished(workdir)):
-    return results.found(*runs[-1])
+  finished = None if overwrite else results.found(*runs[-1])
+  try:
+    splits = {split: exp.dataset.load(split) for split in datasets.SPLITS}
+  except config_utils.UserError as error:
+    if finished is None:
+      raise
+    logger.warning(
+      '%s: finished, but its data could not be compared: %s', workdir, error
+    )
+    return finished
+  record = run_record.make(exp.dataset, splits, config)
+  hosts.check_agree({'data': record['data']})
+  stale = hosts.share(
+    lambda: _check_records(folders, record, overwrite=overwrite)
+  )
+  if finished is not None:
+    return finished
   factories = [
     config_utils.resolve('writer', name, {}) for name in config.writers
   ]
-  splits = {split: exp.dataset.load(split) for split in datasets.SPLITS}
-  if jax.process_count() > 1:
-    digests = {split: arrays.digest() for split, arrays in splits.items()}
-    hosts.check_agree({'data': digests})
   for run, folder in runs:
     try:
       run.optimizer(len(splits['train']))  # Raises where durations do not fit.
@@ -215,14 +252,14 @@ def train_and_evaluate(
       ) from error
     teacher_outputs.check(run, folder, splits['train'], overwrite=overwrite)
   with contextlib.ExitStack() as stack:
-    hosts.share(lambda: _take(stack, folders, overwrite))
+    hosts.share(lambda: _take(stack, folders, record, overwrite, stale))
     hosts.check_seen(workdir)
     if hosts.is_primary():
       made = [factory(config.to_dict(), str(workdir)) for factory in factories]
       writers = (*writers, *made)
     stop = stack.enter_context(loop.StopSignals())
     if len(runs) == 2:
-      trained = _run(*runs[0], splits, (), stop)
+      trained = results.found(*runs[0]) or _run(*runs[0], splits, (), stop)
       exp = experiment.build(
         config, dataset=exp.dataset, teacher=trained.bundle.teacher()
       )
@@ -242,17 +279,41 @@ def train_and_evaluate(
     return _run(exp, workdir, splits, writers, stop)
 
 
-def _take(stack, folders: workdirs.Runs, overwrite: bool) -> None:
+def _check_records(folders: workdirs.Runs, record, *, overwrite: bool):
+  """Compares the records in the folders; returns the folders of other data.
+
+  Raises:
+    config_utils.UserError: one holds a run on other data, which is to stay.
+  """
+  for folder, _ in reversed(folders):
+    if not overwrite:
+      run_record.check_data(folder, record)
+  return [
+    folder for folder, _ in folders if run_record.data_changes(folder, record)
+  ]
+
+
+def _take(stack, folders: workdirs.Runs, record, overwrite: bool, stale):
   """Makes the folders ready for their runs, and locks them until the end."""
-  workdir, _ = folders[-1]
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(locks.Lock(workdir))
-  except OSError as error:
-    raise config_utils.UserError(
-      f'the folder {workdir} cannot be written: {config_utils.reason(error)}'
-    ) from error
-  workdirs.claim(folders, overwrite=overwrite)
+  for folder, _ in reversed(folders):
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      stack.enter_context(locks.Lock(folder))
+    except OSError as error:
+      raise config_utils.UserError(
+        f'the folder {folder} cannot be written: {config_utils.reason(error)}'
+      ) from error
+  workdirs.claim(folders, overwrite=overwrite, stale=stale)
+  for folder, _ in folders:
+    if workdirs.is_finished(folder):
+      continue
+    for change in run_record.code_changes(folder, record):
+      logger.warning(
+        '%s: goes on with other code or versions than it began with: %s',
+        folder,
+        change,
+      )
+    run_record.write(folder, record)
 
 
 def _check_hosts_agree(config: ml_collections.ConfigDict) -> None:
@@ -264,7 +325,7 @@ def _check_hosts_agree(config: ml_collections.ConfigDict) -> None:
     {
       'config': {k: v for k, v in fields.items() if k not in HOST_FIELDS},
       'code': hosts.digest_of_code(),
-      'versions': results.versions(),
+      'versions': run_record.versions(),
     }
   )
 
@@ -303,9 +364,7 @@ def _warn_of_unsettled_statistics(exp, workdir, num_examples):
 
 
 def _run(exp, workdir, splits, writers, stop) -> results.Result:
-  """Trains one network on loaded data, or returns it where it is finished."""
-  if hosts.share(lambda: workdirs.is_finished(workdir)):
-    return results.found(exp, workdir)
+  """Trains one network on loaded data, from where it was stopped."""
   metrics_file = workdir / workdirs.METRICS
   config, mapper = exp.config, exp.mapper
   logger.info(
@@ -318,6 +377,8 @@ def _run(exp, workdir, splits, writers, stop) -> results.Result:
   if exp.judge is not None and exp.judge.origin:
     said = (f'{name} {value}' for name, value in exp.judge.origin.items())
     logger.info('%s: the teacher is of %s', workdir, ', '.join(said))
+  for note in exp.notes:
+    logger.warning('%s: %s', workdir, note)
   if exp.start is not None:
     logger.info(
       '%s: the backbone starts with the weights of %s, the rest afresh',
@@ -347,7 +408,11 @@ def _run(exp, workdir, splits, writers, stop) -> results.Result:
   own = []
 
   def open_own():
-    own.append(metric_writer.JsonLinesWriter(metrics_file, resume_step=start))
+    own.append(
+      metric_writer.JsonLinesWriter(
+        metrics_file, resume_step=start, num_rows=progress.rows
+      )
+    )
     own.append(
       metric_writer.TensorBoardWriter(
         workdir / workdirs.TENSORBOARD, resume_step=start

@@ -3,7 +3,7 @@
 import base64
 from collections.abc import Mapping
 import html
-import re
+import itertools
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --paper: #ffffff;
@@ -57,11 +57,12 @@ def page(
   def image(renderer, tokens, index, options, env):
     token = tokens[index]
     path = str(token.attrs['src'])
+    alt = renderer.renderInlineAsText(token.children, options, env)
+    if path not in pictures:  # Nothing is fetched from elsewhere.
+      return html.escape(alt)
     data = base64.b64encode(pictures[path]).decode()
     token.attrs['src'] = f'data:image/png;base64,{data}'
-    token.attrs['alt'] = renderer.renderInlineAsText(
-      token.children, options, env
-    )
+    token.attrs['alt'] = alt
     if path not in photos:
       token.attrs['class'] = 'plot'
     drawn = renderer.renderToken(tokens, index, options, env)
@@ -70,16 +71,24 @@ def page(
   parser.add_render_rule('image', image)
   parser.add_render_rule('table_open', lambda *_: '<div class="wide"><table>\n')
   parser.add_render_rule('table_close', lambda *_: '</table></div>\n')
-  body = parser.render(text)
-  for title, words in details.items():
+  env = {}
+  tokens = parser.parse(text, env)
+  title = next(
+    (
+      parser.renderer.renderInlineAsText(heading.children, parser.options, env)
+      for mark, heading in itertools.pairwise(tokens)
+      if mark.type == 'heading_open'
+    ),
+    'Report',
+  )
+  body = parser.renderer.render(tokens, parser.options, env)
+  for name, words in details.items():
     body += (
-      f'<details><summary>{html.escape(title)}</summary>'
+      f'<details><summary>{html.escape(name)}</summary>'
       f'<pre>{html.escape(words)}</pre></details>\n'
     )
-  heading = re.search(r'^# +(.+)$', text, re.MULTILINE)
-  title = html.escape(heading[1] if heading else 'Report')
   return (
     '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    f'<title>{title}</title>\n<style>{STYLE}</style>\n{body}</html>\n'
+    f'<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n{body}</html>\n'
   )

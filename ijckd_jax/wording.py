@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import re
 from typing import Any
+
+from ijckd_jax import config_utils
 
 # Of each metric: its column's title, what it is multiplied by, its format.
 METRICS = {
@@ -13,6 +16,19 @@ METRICS = {
   'agreement': ('agreement %', 100, '.2f'),
   'kl': ('KL to teacher', 1, '.4f'),
 }
+
+
+# What Markdown takes for more than text. A `_` inside a word is none of it.
+MARKUP = re.compile(r'[\\`*\[<>|~$#]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])')
+
+
+def escape(value: object) -> str:
+  """Returns what a value says as one line of Markdown that shows just that.
+
+  For whatever comes from outside: names of classes, files and networks, values
+  of configs, and what bundles say of themselves. It may stand in a table.
+  """
+  return MARKUP.sub(r'\\\g<0>', config_utils.printable(value))
 
 
 def metrics(rows: Mapping[str, Mapping[str, float]]) -> str:

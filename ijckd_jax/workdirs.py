@@ -1,13 +1,16 @@
 """A run's folder: whose it is, what lies in it, and when it is finished."""
 
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
+import errno
 import importlib.metadata
 import json
 import logging
 import os
+import re
 import time
 from typing import Any
 import uuid
@@ -18,6 +21,7 @@ import ml_collections
 from ijckd_jax import config_utils
 
 CONFIG = 'config.json'
+RECORD = 'run.json'
 CHECKPOINTS = 'checkpoints'
 DIVERGED = 'diverged.json'
 METRICS = 'metrics.jsonl'
@@ -43,6 +47,7 @@ CONTENTS = (
   CONNECTED,
   HEADS,
   TEACHER_OUTPUTS,
+  RECORD,
   CONFIG,
 )
 # By this field of the config's file a folder is known to be a run's.
@@ -78,6 +83,7 @@ ADDED_FIELDS = {
   'augment.randaugment_layers': 0,
   'augment.randaugment_magnitude': 9,
   'student.init_from': '',
+  'teacher.classes_by_number': False,
   'teacher.head': '',
   'teacher.head_views': 0,
   'teacher.init_from': '',
@@ -132,13 +138,16 @@ def check(runs: Runs, *, overwrite: bool) -> None:
       )
 
 
-def claim(runs: Runs, *, overwrite: bool) -> None:
+def claim(
+  runs: Runs, *, overwrite: bool, stale: Collection[epath.Path] = ()
+) -> None:
   """Makes folders that `check` has passed ready for their runs.
 
   Args:
     runs: as `check` takes them.
     overwrite: remove what the last run left, and what the others left under
       another config.
+    stale: folders whose runs are to be removed as well, if `overwrite` is set.
 
   Raises:
     config_utils.UserError: a folder cannot be written.
@@ -146,7 +155,7 @@ def claim(runs: Runs, *, overwrite: bool) -> None:
   try:
     for folder, config in runs:
       last = folder == runs[-1][0]
-      if overwrite and (last or _changes(folder, config)):
+      if overwrite and (last or folder in stale or _changes(folder, config)):
         _clear(folder)
       folder.mkdir(parents=True, exist_ok=True)
       for partial in folder.glob('.*.partial'):  # Left by a process killed.
@@ -172,7 +181,7 @@ def is_remote(path: epath.PathLike) -> bool:
 def is_finished(folder: epath.Path) -> bool:
   """Returns whether the run in the folder has come to its end."""
   try:
-    summary = json.loads((folder / SUMMARY).read_bytes())  # Written last.
+    summary = json.loads((folder / SUMMARY).read_bytes())
   except (OSError, ValueError):
     return False
   return isinstance(summary, dict) and (folder / BUNDLE).exists()
@@ -183,32 +192,103 @@ def read_json(path: epath.Path) -> Any:
   return json.loads(path.read_bytes())
 
 
+def sync(path: epath.PathLike) -> None:
+  """Waits until a file, or which names a folder holds, is on the disk.
+
+  A rename alone may be on the disk before what was written to the file, so that
+  a power cut leaves an empty one. Objects in a bucket are there once written.
+  """
+  if is_remote(path):
+    return
+  file = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(file)
+  except OSError as error:  # Some file systems cannot, of folders.
+    if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+      raise
+  finally:
+    os.close(file)
+
+
 def write_text(path: epath.Path, text: str) -> None:
-  """Writes a file that is never seen half written."""
+  """Writes a file as `write_files` does."""
   write_bytes(path, text.encode())
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
-  """Writes a file that is never seen half written."""
+  """Writes a file as `write_files` does."""
   write_files({path: data})
 
 
 def write_files(contents: Mapping[epath.Path, bytes]) -> None:
-  """Writes files of which none is seen before all of them could be written."""
+  """Writes files of which none is seen before all of them could be written.
+
+  None is ever seen half written, and all of them outlive a power cut.
+  """
   partials = {
     path: path.with_name(f'.{path.name}.{uuid.uuid4().hex}.partial')
     for path in contents
   }
   try:
     for path, data in contents.items():
-      partials[path].write_bytes(data)
+      _write(partials[path], data)
     for path, partial in partials.items():
       partial.replace(path)
+    for folder in {path.parent for path in contents}:
+      sync(folder)
   except BaseException:
     for partial in partials.values():
       with contextlib.suppress(OSError):
         partial.unlink(missing_ok=True)
     raise
+
+
+def write_folder(folder: epath.Path, contents: Mapping[str, bytes]) -> None:
+  """Writes a folder of files; it appears whole or not at all.
+
+  It takes the place of one that is there, and outlives a power cut.
+
+  Args:
+    folder: where; its parents are made.
+    contents: of the files by their names.
+  """
+  partial, old = (
+    folder.parent / f'.{folder.name}.{uuid.uuid4().hex}' for _ in '12'
+  )
+  try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_partial(folder)
+    partial.mkdir()
+    for name, data in contents.items():
+      _write(partial / name, data)
+    sync(partial)
+    if folder.exists():
+      # Set aside first: an interrupt loses neither the old nor the new one.
+      folder.rename(old)
+    partial.rename(folder)
+    sync(folder.parent)
+    if old.exists():
+      old.rmtree()
+  except BaseException:
+    if old.exists() and not folder.exists():
+      old.rename(folder)
+    if partial.exists():
+      partial.rmtree()
+    raise
+
+
+def _remove_partial(folder) -> None:
+  """Removes what writers of this folder left beside it when killed."""
+  pattern = re.compile(rf'\.{re.escape(folder.name)}\.[0-9a-f]{{32}}')
+  for path in folder.parent.iterdir():
+    if pattern.fullmatch(path.name):
+      path.rmtree()
+
+
+def _write(path: epath.Path, data: bytes) -> None:
+  """Writes a file, and waits until it is on the disk."""
+  path.write_bytes(data)
+  sync(path)
 
 
 def retry(action: Callable[[], None], what: str) -> None:
@@ -245,6 +325,12 @@ def _check_owner(folder) -> None:
   """Raises where a folder holds what a run would take for its own."""
   there = [name for name in CONTENTS if (folder / name).exists()]
   content = _old_config(folder)
+  if content is None and not _recorded(folder):
+    raise config_utils.UserError(
+      f'the {CONFIG} in {folder} is damaged, and there is no {RECORD}, so that '
+      'it cannot be told what a run may remove there: take another --workdir, '
+      'or remove the folder by hand'
+    )
   if there and content is not None and MARK not in content:
     raise config_utils.UserError(
       f'{folder} holds what is not of a run ({", ".join(there)}): take another '
@@ -279,9 +365,20 @@ def _changes(folder, config) -> list[str]:
   ]
 
 
+def _recorded(folder) -> list[str]:
+  """Returns what a folder's record lists of CONTENTS; nothing without one."""
+  try:
+    listed = read_json(folder / RECORD)['files']
+    return [name for name in CONTENTS if name in listed]
+  except (OSError, ValueError, TypeError, KeyError):
+    return []
+
+
 def _clear(folder) -> None:
   """Removes what a run left, and nothing else."""
-  for name in CONTENTS:  # The config last: until then it is still a run's.
+  # Runs of older versions have no record. The config is the last: until it is
+  # removed, the folder is still a run's.
+  for name in _recorded(folder) or CONTENTS:
     path = folder / name
     if path.is_dir():
       path.rmtree()

@@ -155,6 +155,30 @@ def test_what_is_loaded_computes_the_same(tmp_path, fields):
   assert [path.name for path in tmp_path.iterdir()] == ['bundle']
 
 
+@pytest.mark.parametrize(
+  'name, value, said',
+  [
+    ('params/head/bias', np.nan, 'not finite'),
+    ('params/backbone/block1_0_conv1/kernel', -np.inf, 'not finite'),
+    ('batch_stats/backbone/block1_0_bn1/mean', np.inf, 'not finite'),
+    ('batch_stats/backbone/block1_0_bn1/var', -1e-6, 'a negative variance'),
+    ('batch_stats/backbone/block1_0_bn1/var', np.nan, 'not finite'),
+    ('batch_stats/connector/BatchNorm_0/var', -1.0, 'a negative variance'),
+  ],
+)
+def test_arrays_that_no_training_leaves(tmp_path, name, value, said):
+  bundle = make_bundle()
+  flat = traverse_util.flatten_dict(bundle.variables, sep='/')
+  flat[name] = np.array(flat[name])
+  flat[name].flat[0] = value
+  variables = traverse_util.unflatten_dict(flat, sep='/')
+  for kind in bundle.variables:
+    variables.setdefault(kind, {})
+  dataclasses.replace(bundle, variables=variables).save(tmp_path / 'bundle')
+  with pytest.raises(config_utils.UserError, match=f'{name} holds .*{said}'):
+    bundles.load(tmp_path / 'bundle')
+
+
 def test_as_teacher_its_head_reads_its_pooled_features():
   bundle = make_bundle()
   teacher = bundle.teacher()
@@ -484,7 +508,7 @@ def edit_arrays(folder, change):
   safetensors.numpy.save_file(arrays, path)
 
 
-KERNEL = 'params/backbone/conv1/kernel'
+KERNEL = 'params/backbone/block1_0_conv1/kernel'
 MEAN = 'batch_stats/connector/BatchNorm_0/mean'
 
 

@@ -73,6 +73,76 @@ def test_folder_that_cannot_be_written_is_told_in_a_line(
   assert '\n' not in line
 
 
+def refused(enabled, caplog, folder):
+  """Returns the line that says why a folder is not used."""
+  caplog.clear()
+  assert enabled(folder) is None
+  (line,) = [r.getMessage() for r in caplog.records if r.name == 'ijckd_jax']
+  assert line.startswith('programs are compiled at every start: ')
+  assert '\n' not in line
+  return line
+
+
+@pytest.mark.parametrize('mode', [0o777, 0o770, 0o702, 0o1777])
+def test_folder_that_others_can_write(enabled, caplog, tmp_path, mode):
+  """Also a sticky one: to add a program is enough."""
+  folder = tmp_path / 'cache'
+  folder.mkdir()
+  folder.chmod(mode)
+  assert f'can write to {folder}' in refused(enabled, caplog, folder)
+  assert list(folder.iterdir()) == []
+  # Nor one beneath it, which others could put another folder in place of.
+  beneath = folder / 'mine' / 'own'
+  if mode & 0o1000:
+    assert enabled(beneath) == str(beneath)
+  else:
+    assert f'can write to {folder}' in refused(enabled, caplog, beneath)
+  folder.chmod(0o755)
+  assert enabled(beneath) == str(beneath)
+
+
+def test_link_into_a_folder_that_others_can_write(enabled, caplog, tmp_path):
+  folder, link = tmp_path / 'cache', tmp_path / 'link'
+  folder.mkdir()
+  link.symlink_to(folder)
+  # JAX gets the folder itself: the link may change meanwhile.
+  assert enabled(link) == str(folder)
+  folder.chmod(0o777)
+  assert f'can write to {folder}' in refused(enabled, caplog, link)
+
+
+@pytest.mark.parametrize('kind', ['folder', 'above', 'program'])
+def test_what_belongs_to_another_user(
+  enabled, caplog, monkeypatch, tmp_path, kind
+):
+  above, folder = tmp_path / 'above', tmp_path / 'above' / 'cache'
+  program = folder / 'a-cache'
+  folder.mkdir(parents=True)
+  program.touch()
+  assert enabled(folder) == str(folder)
+  theirs = {'folder': folder, 'above': above, 'program': program}[kind]
+  found = os.stat(theirs)
+  if os.geteuid() == 0:
+    os.chown(theirs, 12345, -1)
+  else:
+    # Only root can give a file away; whoever runs this becomes another user.
+    monkeypatch.setattr(os, 'geteuid', lambda: found.st_uid + 1)
+    theirs = folder
+  line = refused(enabled, caplog, folder)
+  assert f'{theirs} belongs to another user' in line
+
+
+def test_new_folders_are_the_users_alone(enabled, tmp_path):
+  umask = os.umask(0)
+  try:
+    folder = tmp_path / 'a' / 'b' / 'c'
+    assert enabled(folder) == str(folder)
+  finally:
+    os.umask(umask)
+  for path in (folder, *list(folder.parents)[:2]):
+    assert path.stat().st_mode & 0o777 == 0o700
+
+
 def test_the_oldest_go_first(enabled, tmp_path):
   for age, name in enumerate('abcd'):
     path = tmp_path / f'{name}-cache'

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import logging
+import sys
 
 import ml_collections
 import pytest
@@ -407,3 +409,28 @@ def test_argument_parser_raises_one_line():
   parser.add_argument('--size', type=int)
   with pytest.raises(config_utils.UserError, match=r'\(see prog --help\)$'):
     parser.parse_args(['--size', 'x'])
+
+
+HOSTILE = 'a\x1b[31mb\x00c\nd\u202ee\x9bf\udcffg\x07h\u2028i  j\U0001f600'
+
+
+def test_what_a_terminal_takes_for_more_than_text_is_not_printed():
+  shown = 'a?[31mb?c d?e?f?g?h i  j\U0001f600'
+  assert config_utils.printable(HOSTILE) == shown
+  # Shorter by the two spaces that become one.
+  assert config_utils.short(HOSTILE) == shown.replace('  ', ' ')
+
+
+def test_logged_lines_and_errors_are_text(capsys, monkeypatch):
+  record = logging.makeLogRecord({'msg': '%s: read', 'args': (HOSTILE,)})
+  line = config_utils.LineFormatter().format(record)
+  assert line == f'{config_utils.printable(HOSTILE)}: read'
+
+  def fail(argv):
+    raise config_utils.UserError(f'class {HOSTILE} is empty')
+
+  monkeypatch.setattr(sys, 'argv', ['command'])
+  with pytest.raises(SystemExit):
+    config_utils.run_command(fail)
+  said = f'error: class {config_utils.printable(HOSTILE)} is empty\n'
+  assert capsys.readouterr().err == said

@@ -23,6 +23,7 @@ from ijckd_jax.datasets import cifar
 from ijckd_jax.datasets import digits
 from ijckd_jax.datasets import fashion_mnist
 from ijckd_jax.datasets import fashion_pairs
+from ijckd_jax.datasets import originals
 from ijckd_jax.datasets import photos
 from ijckd_jax.datasets import prepare
 
@@ -84,7 +85,7 @@ def python2_pickle(value):
 COARSE_NAMES = [f'coarse_{i}' for i in range(20)]
 
 
-def cifar_files(name, version):
+def cifar_files(name, version, pickle_fn):
   """Returns the files of a small CIFAR and its (N, 3072) pixels and labels."""
   is_python, k = version == 'python', 10 if name == 'cifar10' else 100
   names = getattr(cifar, name.capitalize()).class_names
@@ -111,12 +112,12 @@ def cifar_files(name, version):
     batches[file] = pixels, fine
     if is_python:
       content = dict(zip(keys, (part.tolist() for part in labels), strict=True))
-      files[file] = python2_pickle({'data': pixels, **content})
+      files[file] = pickle_fn({'data': pixels, **content})
     else:
       rows = np.concatenate([np.stack(labels, 1).astype(np.uint8), pixels], 1)
       files[file + '.bin'] = rows.tobytes()
   if is_python:
-    files[meta] = python2_pickle(name_lists)
+    files[meta] = pickle_fn(name_lists)
   else:
     for file, lines in zip(text_files, name_lists.values(), strict=True):
       files[file] = ('\n'.join(lines) + '\n').encode()
@@ -138,9 +139,11 @@ FOLDERS = {
 }
 
 
-def write_cifar(parent, name, version, archived=False):
+def write_cifar(
+  parent, name, version, archived=False, pickle_fn=python2_pickle
+):
   """Writes a small CIFAR under `parent` and returns its pixels and labels."""
-  files, expected = cifar_files(name, version)
+  files, expected = cifar_files(name, version, pickle_fn)
   folder = parent / FOLDERS[name, version]
   folder.mkdir(parents=True)
   for file, content in files.items():
@@ -398,6 +401,67 @@ def test_cifar_from_files(name, version, archived, tmp_path):
     arrays = dataset.load(split)
     channels_first = arrays.images.transpose(0, 3, 1, 2)
     assert by_pixels(channels_first, arrays.labels) == by_pixels(pixels, labels)
+
+
+def with_bytes(content):
+  """Returns a dictionary with bytes for text, as `encoding='bytes'` loads."""
+  return {
+    key.encode(): [name.encode() for name in value] if 'names' in key else value
+    for key, value in content.items()
+  }
+
+
+def with_arrays(content):
+  """Returns a dictionary with arrays for lists, one of them by columns."""
+  return {
+    key: np.asfortranarray(value) if 'names' not in key else value
+    for key, value in content.items()
+  }
+
+
+def with_scalars(content):
+  """Returns a dictionary with lists of numpy's integers."""
+  return {
+    key: list(np.array(value)) if 'labels' in key else value
+    for key, value in content.items()
+  }
+
+
+@pytest.mark.parametrize(
+  ('protocol', 'change'),
+  [
+    *[(protocol, dict) for protocol in range(6)],
+    *[(protocol, with_bytes) for protocol in (2, 4)],
+    *[(protocol, with_arrays) for protocol in (2, 5)],
+    (4, with_scalars),
+  ],
+)
+def test_cifar_pickled_by_python_3(protocol, change, tmp_path):
+  expected = write_cifar(
+    tmp_path,
+    'cifar100',
+    'python',
+    pickle_fn=lambda content: pickle.dumps(change(content), protocol=protocol),
+  )
+  splits, names = originals.READERS['cifar100'](tmp_path)
+  for split, (pixels, labels) in expected.items():
+    images = splits[split]['image'].transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(images.reshape(-1, 3072), pixels)
+    np.testing.assert_array_equal(splits[split]['label'], labels)
+    np.testing.assert_array_equal(splits[split]['coarse_label'], labels // 5)
+  assert names['coarse_label'] == COARSE_NAMES
+  assert tuple(names['label']) == cifar.Cifar100.class_names
+
+
+def test_names_with_a_byte_order_mark(tmp_path):
+  """As editors of Windows save text: the mark is no part of the first name."""
+  write_cifar(tmp_path, 'cifar100', 'binary')
+  for name in ('coarse_label_names.txt', 'fine_label_names.txt'):
+    path = tmp_path / 'cifar-100-binary' / name
+    path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes())
+  _, names = originals.READERS['cifar100'](tmp_path)
+  assert names['coarse_label'] == COARSE_NAMES
+  assert tuple(names['label']) == cifar.Cifar100.class_names
 
 
 def test_tfds_itself_reads_what_was_written(data_dir):
@@ -745,6 +809,10 @@ def test_fingerprint_tells_where_the_splits_are_cut():
     ('train', np.zeros((6, 4, 5, 3)), np.zeros(6, int), 'float64'),
     ('train', np.zeros((6, 4, 5), np.uint8), np.zeros(6, int), 'N, H, W, C'),
     ('train', random_images(0, 0, 4, 5, 3), np.zeros(0, int), 'at least 1'),
+    *[
+      ('train', random_images(0, *shape), np.zeros(6, int), 'at least 1')
+      for shape in ((6, 0, 5, 3), (6, 4, 0, 3), (6, 4, 5, 0))
+    ],
     ('test', random_images(0, 6, 8, 8, 3), np.zeros(6, int), 'those of train'),
     ('test', random_images(0, 6, 4, 5, 3), np.zeros(5, int), 'one for each'),
     ('test', random_images(0, 6, 4, 5, 3), np.zeros(6), 'integers'),
@@ -759,9 +827,83 @@ def test_wrong_arrays(split, images, labels, reason):
     array_dataset(**{split: datasets.Arrays(images, labels)})
 
 
-def test_array_dataset_needs_a_mean_for_each_channel():
-  with pytest.raises(config_utils.UserError, match='1 means and 3 stds'):
-    array_dataset(mean=(0.5,))
+@pytest.mark.parametrize(
+  'fields, said',
+  [
+    ({'mean': (0.5,)}, 'give 3 numbers'),
+    ({'std': 0.5}, 'give 3 numbers'),
+    ({'mean': (125.3, 123.0, 113.9)}, 'divide those of pixels from 0 to 255'),
+    ({'std': (63.0, 62.1, 66.7)}, 'divide those of pixels from 0 to 255'),
+    ({'mean': (-0.1, 0.5, 0.5)}, 'none is negative'),
+    ({'mean': (0.5, float('nan'), 0.5)}, 'must be finite'),
+    ({'std': (0.2, float('inf'), 0.2)}, 'must be finite'),
+    ({'std': (0.2, 0.0, 0.2)}, 'must be positive'),
+    ({'std': (0.2, -0.2, 0.2)}, 'must be positive'),
+  ],
+)
+def test_images_cannot_be_normalised_by_all_numbers(fields, said):
+  with pytest.raises(config_utils.UserError, match=said):
+    array_dataset(**fields)
+
+
+def test_numbers_at_the_ends_are_taken():
+  """Of images that are not normalised, and of constant channels."""
+  array_dataset(mean=(0.0, 0.0, 1.0), std=(1.0, 1.0, 1.0))
+
+
+class Tensor:
+  """Refuses to become an array, as PyTorch's tensors on a GPU do."""
+
+  def __array__(self, *args, **kwargs):
+    raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+
+class Series:
+  """A shuffled column of pandas: `column[i]` is by its index, not by place."""
+
+  def __init__(self, values, index):
+    self.values = dict(zip(index, values, strict=True))
+
+  def __array__(self, *args, **kwargs):
+    return np.array(list(self.values.values()))
+
+  def __getitem__(self, index):
+    return self.values[index]
+
+  def __len__(self):
+    return len(self.values)
+
+
+def test_arrays_of_other_libraries_are_converted_at_once():
+  labels = np.array([0, 1, 2, 1, 0, 2])
+  column = Series(labels, index=[5, 4, 3, 2, 1, 0])
+  images = random_images(0, 6, 4, 5, 3)
+  arrays = datasets.Arrays(images.tolist(), column)
+  assert type(arrays.images) is type(arrays.labels) is np.ndarray
+  chosen = arrays.take(np.array([0, 5]))
+  np.testing.assert_array_equal(chosen.labels, [0, 2])
+  data = array_dataset(train=datasets.Arrays(images, column))
+  np.testing.assert_array_equal(data.load('train').labels, labels)
+  with pytest.raises(config_utils.UserError, match='images are of type Tensor'):
+    datasets.Arrays(Tensor(), labels)
+  with pytest.raises(config_utils.UserError, match='labels are of type list'):
+    datasets.Arrays(images, [[0], [1, 2]])
+
+
+def test_class_names_become_text():
+  numbers = np.unique([3, 1, 2])
+  assert array_dataset(class_names=numbers).class_names == ('1', '2', '3')
+
+
+def test_what_is_no_arrays_is_told():
+  pair = random_images(0, 6, 4, 5, 3), np.zeros(6, np.int32)
+  with pytest.raises(config_utils.UserError, match='give ijckd_jax.Arrays'):
+    array_dataset(train=pair)
+  with pytest.raises(config_utils.UserError, match='looks like .N, C, H, W.'):
+    array_dataset(
+      train=datasets.Arrays(random_images(0, 6, 3, 8, 8), pair[1]),
+      test=datasets.Arrays(random_images(0, 6, 3, 8, 8), pair[1]),
+    )
 
 
 @pytest.mark.slow

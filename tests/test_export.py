@@ -1,6 +1,7 @@
 """Exported students: the same model in every format, or no file at all."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -582,9 +583,156 @@ def test_damaged_files(suffix, tmp_path):
   with pytest.raises(config_utils.UserError, match='cannot be read'):
     sessions.load(str(path), trust_code=True)
   path.write_bytes(b'nothing that anybody wrote')
-  (tmp_path / f'student{suffix}.json').write_text('{"metadata": {}}')
+  describe(path)
   with pytest.raises(config_utils.UserError, match=f'student{suffix}'):
     sessions.load(str(path), trust_code=True)
+  beside = tmp_path / f'student{suffix}.json'
+  for text in ('', '[]', '{"metadata": {}}', '[' * 100_000):
+    beside.write_text(text)
+    with pytest.raises(config_utils.UserError, match=f'{beside}.*cannot be'):
+      sessions.load(str(path), trust_code=True)
+
+
+def describe(path):
+  """Writes what export would write beside a file, of its content."""
+  about = {
+    'metadata': {'class_names': '[]'},
+    'sha256': hashlib.sha256(path.read_bytes()).hexdigest(),
+  }
+  path.with_name(f'{path.name}.json').write_text(json.dumps(about))
+
+
+def test_another_file_than_the_one_that_is_described(finished_run, tmp_path):
+  """Whole, and of the right kind: nothing else would tell it."""
+  deployed = deployed_lib.deploy(bundles.load(finished_run[0]))
+  changed = dataclasses.replace(
+    deployed, arrays={name: x + 0 for name, x in deployed.arrays.items()}
+  )
+  head = next(x for name, x in changed.arrays.items() if 'head' in name)
+  head[...] += 1
+  bundle = bundles.load(finished_run[0])
+  for suffix, encode in (
+    ('.onnx', onnx_files.encode),
+    ('.safetensors', lambda x: safetensors_files.encode(bundle, x)),
+    ('.stablehlo', stablehlo_files.encode),
+  ):
+    path = tmp_path / f'student{suffix}'
+    path.write_bytes(encode(deployed))
+    describe(path)
+    sessions.load(str(path), trust_code=True)
+    path.write_bytes(encode(changed))
+    with pytest.raises(config_utils.UserError, match='its SHA-256 differs'):
+      sessions.load(str(path), trust_code=True)
+    path.with_name(f'{path.name}.json').unlink()
+    if suffix == '.stablehlo':
+      with pytest.raises(config_utils.UserError, match='json is missing'):
+        sessions.load(str(path), trust_code=True)
+    else:
+      sessions.load(str(path), trust_code=True)
+
+
+def elsewhere(path):
+  """Returns a tensor (3, 3) whose numbers lie in another file."""
+  tensor = onnx.TensorProto(name='there', dims=[3, 3], data_type=1)
+  tensor.data_location = onnx.TensorProto.EXTERNAL
+  tensor.external_data.add(key='location', value=str(path))
+  return tensor
+
+
+def reading(path, kind):
+  """Returns a model that adds what lies in another file to its images."""
+  make = onnx.helper.make_node
+  here = onnx.numpy_helper.from_array(np.zeros((3, 3), np.float32), 'here')
+  tensor, constants, nodes, functions = elsewhere(path), [], [], []
+  if kind == 'initializer':
+    constants = [tensor]
+  elif kind == 'constant':
+    nodes = [make('Constant', [], ['there'], value=tensor)]
+  elif kind == 'branch':
+    yes = onnx.numpy_helper.from_array(np.array(True), 'yes')
+    out = onnx.helper.make_tensor_value_info('out', 1, [3, 3])
+    branch = onnx.helper.make_graph(
+      [make('Identity', ['there'], ['out'])], 'branch', [], [out], [tensor]
+    )
+    constants = [yes]
+    nodes = [
+      make('If', ['yes'], ['there'], then_branch=branch, else_branch=branch)
+    ]
+  elif kind == 'function':
+    functions = [
+      onnx.helper.make_function(
+        *('here', 'Read', [], ['out']),
+        [make('Constant', [], ['out'], value=tensor)],
+        [onnx.helper.make_opsetid('', 21)],
+      )
+    ]
+    nodes = [make('Read', [], ['there'], domain='here')]
+  else:
+    tensor.name = 'here'
+    # Both, so that it can be taken for a tensor that is whole.
+    tensor.raw_data = here.raw_data
+    tensor.data_location = onnx.TensorProto.DEFAULT
+    constants = [tensor]
+    nodes = [make('Identity', ['here'], ['there'])]
+  return onnx.helper.make_model(
+    onnx.helper.make_graph(
+      [
+        *nodes,
+        make('Add', ['images', 'there'], ['logits']),
+        make('Softmax', ['logits'], ['probabilities']),
+      ],
+      'graph',
+      [onnx.helper.make_tensor_value_info('images', 1, ['B', 3])],
+      [
+        onnx.helper.make_tensor_value_info(name, 1, ['B', 3])
+        for name in ('logits', 'probabilities')
+      ],
+      constants,
+    ),
+    opset_imports=[
+      onnx.helper.make_opsetid('', 21),
+      onnx.helper.make_opsetid('here', 1),
+    ],
+    functions=functions,
+    ir_version=10,
+  )
+
+
+@pytest.mark.parametrize('absolute', [False, True])
+@pytest.mark.parametrize(
+  'kind', ['initializer', 'constant', 'branch', 'function', 'both']
+)
+def test_no_other_file_is_read(kind, absolute, monkeypatch, tmp_path):
+  secret = np.arange(9, dtype=np.float32)
+  secret.tofile(tmp_path / 'secret.bin')
+  monkeypatch.chdir(tmp_path)
+  path = tmp_path / 'secret.bin' if absolute else 'secret.bin'
+  data = reading(path, kind).SerializeToString()
+  with pytest.raises(config_utils.UserError, match='lies in .*secret.bin'):
+    onnx_files.Session(data, 'it')
+
+
+def test_a_path_of_many_lines_is_told_in_one():
+  data = reading('a\nb' * 1000, 'initializer').SerializeToString()
+  with pytest.raises(config_utils.UserError) as caught:
+    onnx_files.Session(data, 'it')
+  assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+def test_onnxruntimes_own_format_is_not_read(finished_run, tmp_path):
+  """It is told by four bytes, and has files beside it as well."""
+  path, own = tmp_path / 'a.onnx', tmp_path / 'a.ort'
+  path.write_bytes(
+    onnx_files.encode(deployed_lib.deploy(bundles.load(finished_run[0])))
+  )
+  options = onnxruntime.SessionOptions()
+  options.optimized_model_filepath = str(own)
+  options.add_session_config_entry('session.save_model_format', 'ORT')
+  options.log_severity_level = 3
+  onnxruntime.InferenceSession(path, options)
+  assert own.read_bytes()[4:8] == b'ORTM'
+  with pytest.raises(config_utils.UserError, match='cannot be read'):
+    onnx_files.Session(own.read_bytes(), 'it')
 
 
 def test_foreign_onnx():

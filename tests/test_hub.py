@@ -80,9 +80,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     if revision not in ('main', COMMIT):
       self.answer(404, X_Error_Code='RevisionNotFound')
       return
+    lies = server.lies.get(repo, {})
+    commit = lies.get('commit', COMMIT)
     if info:
-      siblings = [{'rfilename': name} for name in files]
-      content = {'id': repo, 'sha': COMMIT, 'siblings': siblings}
+      siblings = [
+        {'rfilename': name, **lies.get('siblings', {})} for name in files
+      ]
+      sha = lies.get('sha', COMMIT)
+      content = {'id': repo, 'sha': sha, 'siblings': siblings}
       self.answer(
         200,
         json.dumps(content).encode(),
@@ -94,10 +99,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     if repo in server.closed:
       self.answer(403, X_Repo_Commit=COMMIT, **server.closed[repo])
     elif name not in files:
-      self.answer(404, X_Error_Code='EntryNotFound', X_Repo_Commit=COMMIT)
+      self.answer(404, X_Error_Code='EntryNotFound', X_Repo_Commit=commit)
     else:
       body = files[name]
-      etag = hashlib.sha256(body).hexdigest()
+      etag = lies.get('etag', f'"{hashlib.sha256(body).hexdigest()}"')
+      body = lies.get('body', body)
       size = len(body)
       if name in server.short:
         body = body[:100]
@@ -105,8 +111,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         200,
         body,
         promised=size,
-        ETag=f'"{etag}"',
-        X_Repo_Commit=COMMIT,
+        ETag=etag,
+        X_Repo_Commit=commit,
         X_HF_Warning='unauthenticated; please set a HF_TOKEN',
       )
 
@@ -120,6 +126,7 @@ def server():
   server.daemon_threads = True
   server.repos, server.closed, server.short = {}, {}, set()
   server.failing, server.requests = {}, []
+  server.lies = {}  # By repository: what is sent in place of the truth.
   thread = threading.Thread(target=server.serve_forever, args=(0.01,))
   thread.start()
   yield server
@@ -343,6 +350,91 @@ def test_a_file_that_ends_early(server, fetch):
   (result,) = fetch(reference)
   weights = pathlib.Path(result['files']['model.safetensors'])
   assert weights.read_bytes() == WEIGHTS
+
+
+def lying(server, lies):
+  """Gives a server a repository of weights for each lie: the references."""
+  server.lies = {f'us/net{i}': lie for i, lie in enumerate(lies)}
+  server.repos = {repo: {'model.safetensors': WEIGHTS} for repo in server.lies}
+  return [f'hf:{repo}@{COMMIT}' for repo in server.lies]
+
+
+def test_tags_that_name_another_place(server, fetch, tmp_path):
+  (tmp_path / 'cache').mkdir()
+  tags = (
+    *('"../../../../../x"', f'W/"/{tmp_path}/x"', f'"{tmp_path}/x"', '".."'),
+    *('"."', '"a/b"', '""', f'"{"a" * 300}"'),
+  )
+  for result in fetch(*lying(server, [{'etag': tag} for tag in tags])):
+    assert 'the hub sent the ETag' in result
+  assert [path.name for path in tmp_path.iterdir()] == ['cache']
+  # It notes of the other files that they are not there, each empty.
+  assert not [path for path in tmp_path.rglob('*') if path.is_symlink()]
+  files = [path for path in tmp_path.rglob('*') if path.is_file()]
+  assert {path.parent.parent.name for path in files} == {'.no_exist'}
+
+
+def test_tags_of_mirrors(server, fetch):
+  """They say nothing of the content, and are names all the same."""
+  tags = ('"d41d8cd98f00b204e9800998ecf8427e"', '"a-12"', 'W/"abc"', 'abc')
+  for result in fetch(*lying(server, [{'etag': tag} for tag in tags])):
+    weights = pathlib.Path(result['files']['model.safetensors'])
+    assert weights.read_bytes() == WEIGHTS
+
+
+def test_another_commit(server, fetch, tmp_path):
+  lies = [
+    {where: commit}
+    for where in ('commit', 'sha')
+    for commit in (OTHER, '../../../x', 'main')
+  ]
+  results = fetch(*lying(server, lies))
+  for lie, result in zip(lies, results, strict=True):
+    (commit,) = lie.values()
+    assert f'the hub sent another commit, {commit}' in result
+  assert not [path for path in tmp_path.rglob('*') if path.is_file()]
+
+
+def git_hash(content):
+  """Returns the name that Git gives a file's content."""
+  result = subprocess.run(
+    ['git', 'hash-object', '--stdin'],
+    input=content,
+    capture_output=True,
+    check=True,
+  )
+  return result.stdout.decode().strip()
+
+
+def test_content_that_is_not_what_the_hub_names(server, fetch):
+  """Also of the same length, and neither now nor from the cache."""
+  lfs = {
+    'sha256': hashlib.sha256(WEIGHTS).hexdigest(),
+    'size': len(WEIGHTS),
+    'pointerSize': 130,
+  }
+  other = '"of-a-mirror"'
+  truths = [
+    {},
+    {'etag': f'"{git_hash(WEIGHTS)}"'},
+    {
+      'etag': f'"{hashlib.sha1(WEIGHTS).hexdigest()}"'
+    },  # As Artifactory has it.
+    {'etag': other, 'siblings': {'blobId': git_hash(WEIGHTS)}},
+    {'etag': other, 'siblings': {'blobId': git_hash(b'pointer'), 'lfs': lfs}},
+  ]
+  lies = [{**truth, 'body': WEIGHTS[::-1]} for truth in truths]
+  references = lying(server, lies)
+  for _ in range(2):
+    for reference, result in zip(references, fetch(*references), strict=True):
+      assert result == (
+        f'{reference}: model.safetensors is not the file that the hub '
+        'describes: its hash differs; try again'
+      )
+  lying(server, truths)
+  for result in fetch(*references):
+    weights = pathlib.Path(result['files']['model.safetensors'])
+    assert weights.read_bytes() == WEIGHTS
 
 
 def test_a_hub_that_is_down(server, fetch):

@@ -11,6 +11,7 @@ import sys
 import unicodedata
 import zlib
 
+import cv2
 import numpy as np
 from PIL import Image
 from PIL import PngImagePlugin
@@ -20,6 +21,7 @@ from ijckd_jax import config_utils
 from ijckd_jax import datasets
 from ijckd_jax.datasets import image_files
 from ijckd_jax.datasets import image_folder
+from ijckd_jax.datasets import image_layout
 from ijckd_jax.datasets import image_shards
 from ijckd_jax.datasets import prepare
 
@@ -331,6 +333,12 @@ KINDS = {
     np.repeat((DEEP >> 8)[..., None], 3, -1),
     'TIFF format',
   ),
+  # White is what the header says, which is 12 bits here.
+  '12.pgm': (
+    b'P5 7 5 4095 ' + (DEEP >> 4).astype('>u2').tobytes(),
+    np.repeat((DEEP >> 4)[..., None].astype(int) * 65535 // 4095 >> 8, 3, -1),
+    'PPM format',
+  ),
   'animated.webp': (
     encode(RGB, 'WEBP', save_all=True, append_images=[noise(9)], lossless=True),
     np.asarray(RGB),
@@ -416,6 +424,79 @@ def test_what_all_decoders_agree_on_stays_as_it_is(name):
     assert stored.size == picture.size
 
 
+def deep(bits, channels=1):
+  """Returns pixels of 16 bits that hold the values of fewer, all of them."""
+  pixels = np.random.RandomState(bits).randint(0, 2**bits, (6, 8, channels))
+  pixels[0, 0], pixels[0, 1] = 0, 2**bits - 1
+  return pixels.astype(np.uint16)
+
+
+def darkness(top):
+  return (
+    f'no value above {top} of 65535, which makes it dark: {top >> 8} of 255'
+  )
+
+
+def opencv(pixels, kind):
+  return cv2.imencode(kind, pixels)[1].tobytes()
+
+
+@pytest.mark.parametrize(
+  ('data', 'top'),
+  [
+    *[(opencv(deep(bits), '.png'), 2**bits - 1) for bits in (10, 12, 14)],
+    *[(opencv(deep(bits, 3), '.png'), 2**bits - 1) for bits in (10, 12, 14)],
+    (opencv(deep(12, 4) | np.uint16([0, 0, 0, 65535]), '.png'), 4095),
+    (opencv(deep(12), '.tiff'), 4095),
+    (opencv(deep(12, 3), '.tiff'), 4095),
+    (b'P5 7 5 65535 ' + (DEEP >> 4).astype('>u2').tobytes(), DEEP.max() >> 4),
+    (opencv(deep(16), '.png'), None),
+    (opencv(deep(15, 3), '.png'), None),
+    (opencv(deep(16, 3), '.tiff'), None),
+    (KINDS['12.pgm'][0], None),
+    (encode(Image.new('RGB', (8, 8), (3, 2, 1))), None),
+    (encode(Image.new('L', (8, 8), 3), 'TIFF'), None),
+  ],
+  ids=lambda value: 'data' if isinstance(value, bytes) else None,
+)
+def test_fewer_bits_than_the_file_has(data, top):
+  """The pixels stay those of the upper eight bits, and are said to be dark."""
+  picture = image_files.read(data)
+  assert picture.warning == ('' if top is None else darkness(top))
+  image, warning = image_files.decode(data)
+  assert warning == picture.warning
+  if top is not None:
+    assert np.asarray(image).max() == top >> 8
+
+
+def test_dark_pictures_are_named(tmp_path, capsys):
+  source = fill(
+    tmp_path / 'source',
+    {
+      **TRAIN_AND_VAL,
+      'train/cat/dark.png': opencv(deep(12), '.png'),
+      'val/dog/dark.tif': opencv(deep(10, 3), '.tiff'),
+      'val/dog/bright.png': opencv(deep(16), '.png'),
+    },
+  )
+  run(source, tmp_path / 'data')
+  dark = {
+    'train/cat/dark.png': darkness(4095),
+    'val/dog/dark.tif': darkness(1023),
+  }
+  assert report_of(tmp_path / 'data')['dark'] == dark
+  page = (tmp_path / 'data/pets/1.0.0/report.md').read_text()
+  assert '## 16 bits that hold fewer: 2' in page
+  for text in (capsys.readouterr().out, page):
+    assert 'WARNING: 16 bits that hold fewer' in text
+    assert f': 2 (train/cat/dark.png: {dark["train/cat/dark.png"]};' in text
+  found = contents(tmp_path / 'data')
+  np.testing.assert_array_equal(
+    found['train']['train/cat/dark.png'][0],
+    np.repeat(deep(12) >> 8, 3, axis=-1),
+  )
+
+
 def flip(data, position):
   return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
 
@@ -444,6 +525,15 @@ def test_broken_pictures(kind):
   with pytest.raises(image_files.Unreadable, match=reason) as error:
     image_files.read(data)
   assert '0x' not in str(error.value)  # Some object's address.
+
+
+def test_files_too_large_to_be_meant(tmp_path):
+  with (tmp_path / 'a.png').open('wb') as file:
+    file.truncate(2**30 + 1)  # Takes no room.
+  with pytest.raises(image_files.Unreadable, match='1,073,741,825 bytes'):
+    image_files.load(tmp_path / 'a.png')
+  with pytest.raises(image_files.Unreadable, match='not a regular file'):
+    image_files.load(tmp_path)
 
 
 def test_pictures_too_large_to_be_meant(monkeypatch):
@@ -559,8 +649,20 @@ def refused(source, data_dir, *flags, name='pets'):
       'classes of val/ are not those of train/: it lacks owl$',
     ),
     ({**TRAIN_AND_VAL, 'val/owl': 1}, [], 'it adds owl$'),
-    ({'train/cat': 2, 'train/dog': 2, 'val': 1}, [], 'it lacks cat, dog$'),
-    ({'train/cat': 2, 'train/dog': 2, 'val': 0}, [], 'it lacks cat, dog$'),
+    *[
+      (
+        {'train/cat': 2, 'train/dog': 2, **held},
+        [],
+        rf': val/ holds {holds}, and not the classes of train/ \(cat, dog\): '
+        r'sort its pictures into val/CLASS/, or move it out of .*source \(',
+      )
+      for held, holds in (
+        ({'val': 1}, 'no class folders'),
+        ({'val': 0}, 'no class folders'),
+        ({'val/unknown': 1}, 'only unknown'),
+        ({'val/val/cat': 1, 'val/val/dog': 1}, 'only val'),
+      )
+    ],
     (
       {'train/cat': 2, 'val/cat': 1, 'valid/cat': 1},
       [],
@@ -578,7 +680,22 @@ def refused(source, data_dir, *flags, name='pets'):
     ({'cat ': 2, 'dog': 2}, [], "'cat ' cannot be a class name"),
     ({'a\nb': 2, 'dog': 2}, [], 'cannot be a class name'),
     ({os.fsdecode(b'caf\xe9'): 2, 'dog': 2}, [], 'cannot be a class name'),
-    ({'pets/cat': 2, 'pets/dog': 2}, [], r'one class folder only \(pets\)'),
+    (
+      {'pets/cat': 2, 'pets/dog': 2},
+      [],
+      r'one class folder only \(pets\).*\(cat, dog\).* --source .*source/pets$',
+    ),
+    (
+      {'archive/pets/train/cat': 2, 'archive/pets/val/cat': 2},
+      [],
+      r'\(archive\).*\(train, val\).* --source .*/source/archive/pets$',
+    ),
+    ({'all/pets/cat': 2}, [], r'one class folder only \(all\).*--unlabelled'),
+    (
+      {f'{split}/{split}/{x}': 1 for split in ('train', 'val') for x in 'ab'},
+      [],
+      r'one class.*\(train\): if train/train/ .*\(a, b\), move these to train/',
+    ),
     ({'train': 2, 'test': 2}, [], 'test, train, but no train/'),
     ({'val/cat': 2, 'test/cat': 2}, [], 'test, val, but no train/'),
     ({'train': 2, 'test': 2, 'masks': 2}, [], 'test, train, but no train/'),
@@ -606,6 +723,109 @@ def test_folders_that_cannot_be(files, flags, reason, tmp_path):
   assert re.search(
     reason, refused(tmp_path / 'source', tmp_path / 'data', *flags)
   )
+
+
+def under(folders, classes=('cat', 'dog')):
+  """Returns files for `fill`: two pictures of each class in each folder."""
+  return {f'{folder}/{name}': 2 for folder in folders for name in classes}
+
+
+@pytest.mark.parametrize(
+  ('files', 'reason'),
+  [
+    # Splits by other names: the first is to be given, and the others named.
+    *[
+      (
+        under([train, test]),
+        f': {train}/ seems to be the split train, {test}/ seems to be the '
+        'split test; rename or link them, so that one folder holds train/CLASS/'
+        f' and test/CLASS/, .* or give --source .*source/{train}, a part',
+      )
+      for train, test in (
+        ('training_set/training_set', 'test_set/test_set'),
+        ('seg_train/seg_train', 'seg_test/seg_test'),
+        ('TrainData', 'TestData'),
+        ('train_images', 'Test'),
+        ('x-train2017', 'x-test2019'),
+      )
+    ],
+    (
+      {**under(['seg_train', 'seg_test']), 'seg_pred/seg_pred': 2},
+      'seg_train/ seems to be the split train, seg_test/ seems',
+    ),
+    (
+      under(['train_x', 'valid_x']),
+      'valid_x/ seems to be the split validation',
+    ),
+    (
+      {
+        **under(['alphabet_train/alphabet_train']),
+        'alphabet_test/alphabet_test': 2,
+      },
+      'alphabet_train/alphabet_train/ .*alphabet_test/alphabet_test/ seems',
+    ),
+    (
+      {'trainA': 2, 'trainB': 2, 'testA': 2, 'testB': 2},
+      'trainA/ .*testB/ seems .* hold no class folders: .*--unlabelled$',
+    ),
+    ({'train': 2, 'test1': 2}, 'test1/ .*hold no class folders'),
+    (
+      {**under(['training_set']), 'single_prediction': 2},
+      'training_set/ seems to be the split train; rename',
+    ),
+    # The same classes in each folder, the same folders in each class.
+    (
+      under(['photo', 'art/art', 'sketch']),
+      r': art, photo, sketch hold the same folders \(cat, dog\): .* give one .*'
+      r'\(.*source/art/art\), .*all are pictures of the outer ones, move',
+    ),
+    (
+      under(['cat', 'dog'], ['images', 'masks']),
+      r'cat, dog hold the same folders \(images, masks\)',
+    ),
+    (under(['cat', 'dog'], ['train', 'val']), 'hold train, val, .* outside'),
+    # What lies beside train/ would be left out.
+    (
+      under(['train', 'test_set']),
+      'beside train/, test_set/ seems to be the split test: rename it test/',
+    ),
+    (
+      {'train/steam': 2, 'train/diesel': 2, 'car': 2},
+      r'beside other folders with pictures \(car\): .*source/train; if',
+    ),
+  ],
+)
+def test_splits_are_no_classes(files, reason, tmp_path):
+  source = fill(tmp_path / 'source', files)
+  assert re.search(reason, refused(source, tmp_path / 'data'))
+
+
+@pytest.mark.parametrize(
+  ('files', 'names'),
+  [
+    ({'train': 2, 'car': 2, 'bus': 2}, ['bus', 'car', 'train']),
+    ({'steam_train': 2, 'toy_train': 2}, ['steam_train', 'toy_train']),
+    ({'test_tube': 2, 'train_station': 2, 'car': 2}, None),
+    ({'valid': 2, 'invalid': 2}, ['invalid', 'valid']),
+    (under(['cat', 'dog'], ['images']), ['cat', 'dog']),
+    ({**under(['cat', 'dog'], 'ab'), 'cat': 1, 'dog': 1}, ['cat', 'dog']),
+    ({'cat/a': 2, 'cat/b': 2, 'dog/b': 2, 'dog/c': 2}, ['cat', 'dog']),
+  ],
+)
+def test_classes_that_sound_like_splits(files, names, tmp_path):
+  source = fill(tmp_path / 'source', files)
+  assert image_layout.read(source).class_names == (names or sorted(files))
+
+
+def test_what_a_folder_called_train_holds_are_classes(tmp_path):
+  """The way out of each refusal: a link says what the folders are."""
+  files = {**under(['train_a', 'test_a']), 'train/steam': 2, 'train/diesel': 2}
+  fill(tmp_path / 'all', files)
+  (tmp_path / 'source').mkdir()
+  (tmp_path / 'source/train').symlink_to(tmp_path / 'all')
+  layout = image_layout.read(tmp_path / 'source')
+  assert layout.class_names == ['test_a', 'train', 'train_a']
+  assert len(layout.examples) == 12
 
 
 @pytest.mark.parametrize(

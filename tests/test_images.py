@@ -166,3 +166,31 @@ def test_opencv_keeps_to_one_thread():
   path = pathlib.Path(sklearn.datasets.__file__).parent / 'images/china.jpg'
   images.decode(path.read_bytes())
   assert cv2.getNumThreads() == 1
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_the_centre_alone_is_that_of_the_whole(seed, monkeypatch):
+  """Where nothing else is resized: PIL's own pixels, to two grey levels."""
+  random = np.random.RandomState(seed)
+  width, height = random.randint(1, 300, 2)
+  pixels = random.randint(0, 256, (height, width, 3)).astype(np.uint8)
+  image = PIL.Image.fromarray(pixels)
+  size = (32, 24) if seed % 2 else (24, 24)
+  scale = max(size[0] / width, size[1] / height) * 1.15
+  resized = int(width * scale), int(height * scale)
+  whole = images.centre(image, resized, size)
+  assert whole.size == size
+  monkeypatch.setattr(images, 'MAX_RESIZED', 0)
+  found = images.centre(image, resized, size)
+  np.testing.assert_allclose(
+    np.asarray(found, int), np.asarray(whole, int), atol=2
+  )
+
+
+def test_long_images_take_no_memory():
+  """Resized as a whole, this one would have more rows than PIL can count."""
+  image = PIL.Image.new('RGB', (1, 10_000_000), (10, 20, 30))
+  found = images.centre(image, (256, 2_560_000_000), (224, 224))
+  np.testing.assert_array_equal(
+    np.asarray(found), np.broadcast_to([10, 20, 30], (224, 224, 3))
+  )

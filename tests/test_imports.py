@@ -95,6 +95,7 @@ LAYERS = {
     'locks',
     'metric_writer',
     'record_files',
+    'run_record',
     'teacher_store',
     'workdirs',
     'workers',
@@ -105,6 +106,7 @@ LAYERS = {
   'ground': (
     'losses',
     'metrics',
+    'classes',
     'bounds/',
     'config_utils',
     'streams',

@@ -1,8 +1,10 @@
 """Model cards: in each bundle, and of the numbers that the run found."""
 
 import dataclasses
+import itertools
 import json
 
+import markdown_it
 import pytest
 
 from ijckd_jax import bundles
@@ -111,6 +113,38 @@ def test_a_bundle_whose_accuracy_is_not_stated(finished_run):
   )
   assert 'imported' not in card
   assert 'How often it is right is not known of this bundle.' in card
+
+
+def test_names_are_text(finished_run):
+  """Read by another Markdown: cells are as names, fields and origins are."""
+  bundle = bundles.load(finished_run[0])
+  info = {
+    'method': {'name': '<b>', 'note': '![a](b)'},
+    'dataset': {'name': '# d\x1b[2J'},
+    'teacher': '`t`\n\n# t',
+    'origin': {'file': '[f](x)|\udcff', 'licence': '*l*'},
+  }
+  names = ('![c0](x)', '<script>', 'a|b', '\x00', 'x\ny', 'n' * 5000)
+  changed = dataclasses.replace(bundle, info=info, class_names=names)
+  card = model_card.markdown(changed, {'backbone': 1})
+  assert card.encode().isascii() and '\x1b' not in card
+  parser = markdown_it.MarkdownIt('commonmark', {'html': True}).enable('table')
+  tokens = parser.parse(card.split('---', 2)[2])
+  inner = [x for token in tokens for x in token.children or ()]
+  # Our own code, and nothing of theirs.
+  assert {x.type for x in inner} == {'text', 'code_inline'}
+  (code,) = (x.content for x in inner if x.type == 'code_inline')
+  assert code == 'ijckd_jax.load_bundle(DIR)'
+  said = [''.join(x.content for x in t.children) for t in tokens if t.children]
+  cells = dict(itertools.pairwise(said))
+  short = f'{"n" * 117}...'
+  assert cells['classes'] == f'6: ![c0](x), <script>, a|b, ?, x y, {short}'
+  assert cells['method'] == '<b> (note=![a](b))'
+  assert cells['data'] == '# d?[2J'
+  assert cells['teacher'] == '`t` # t'
+  assert cells['weights from'] == 'file=[f](x)|?; licence: *l*'
+  assert said[0] == 'resnet8, distilled from `t` # t by <b> on # d?[2J'
+  assert sum(token.type == 'heading_open' for token in tokens) == 3
 
 
 def test_whatever_a_stranger_says(finished_run):

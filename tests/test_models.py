@@ -753,11 +753,25 @@ def test_unbiased_running_variance(synchronised):
   assert not np.allclose(unbiased['var'], biased['var'], rtol=1e-3)
 
 
-def test_unbiased_variance_of_a_single_value_is_the_biased_one():
-  norm = layers.BatchNorm(unbiased=True, use_running_average=False)
-  variables = norm.init(jax.random.key(0), jnp.ones((1, 3)))
-  _, changed = norm.apply(variables, jnp.ones((1, 3)), mutable=['batch_stats'])
-  np.testing.assert_allclose(changed['batch_stats']['var'], 0.9)
+@pytest.mark.parametrize('shape', [(1, 3), (1, 1, 1, 3)])
+def test_a_single_value_has_no_variance(shape):
+  """In training, of one device; of two or in inference it is normalised."""
+  x, values = jnp.ones(shape), jnp.ones((2, *shape))
+  norm = layers.BatchNorm(use_running_average=False, axis_name='a')
+  variables = layers.BatchNorm(use_running_average=True).init(
+    jax.random.key(0), x
+  )
+
+  def apply(norm):
+    return jax.vmap(
+      lambda x: norm.apply(variables, x, mutable=['batch_stats'])[0],
+      axis_name='a',
+    )(values)
+
+  assert not np.any(apply(norm))
+  with pytest.raises(config_utils.UserError, match='a single value in each'):
+    apply(norm.clone(axis_name=None))
+  assert np.all(apply(norm.clone(axis_name=None, use_running_average=True)))
 
 
 def test_channel_shuffle():

@@ -271,6 +271,15 @@ def test_validation_is_held_out_of_training(data_dir):
   assert {again.name_of(i) for i in range(10)} == names['validation']
 
 
+@pytest.mark.parametrize('fraction', [0.001, 0.999])
+@pytest.mark.parametrize('split', ['train', 'validation'])
+def test_a_part_that_leaves_nothing_is_refused(data_dir, fraction, split):
+  """Of 40 images: round(0.04) and round(39.96)."""
+  data = dataset(data_dir, validation_fraction=fraction)
+  with pytest.raises(config_utils.UserError, match=f'{fraction} of 40 train'):
+    data.load(split)
+
+
 def test_a_damaged_training_image_is_replaced_by_the_next(damaged_dir):
   arrays = dataset(damaged_dir).load('train')
   by_number = {file_number(arrays, i): i for i in range(len(arrays))}
@@ -326,10 +335,18 @@ def test_a_digest_tells_data_and_views_apart(data_dir, damaged_dir):
   [
     dict(size=40, resize=36),
     dict(size=0),
+    dict(size=-1),
+    dict(size=63.5),
+    dict(size=float('nan')),
+    dict(resize=256.5),
+    dict(resize=float('nan')),
     dict(min_area=0.0),
     dict(min_area=1.5),
+    dict(min_area=float('nan')),
     dict(validation_fraction=1.0),
+    dict(validation_fraction=float('nan')),
     dict(max_bad_fraction=-0.1),
+    dict(max_bad_fraction=float('nan')),
   ],
 )
 def test_wrong_fields_are_refused(fields):

@@ -1,5 +1,6 @@
 """The report says what was measured, and shows what it says."""
 
+import html.parser
 import io
 import re
 
@@ -101,7 +102,7 @@ def write(folder, **case):
   folder = epath.Path(folder)
   report.write(folder, **case)
   text = (folder / 'report.md').read_text()
-  links = re.findall(r'\]\(([^)]*)\)', text)
+  links = re.findall(r'(?<!\\)\[[^\]]*\]\(([^)]*)\)', text)
   assert links
   for link in links:
     assert (folder / link).exists()
@@ -362,10 +363,107 @@ def test_curves_of_one_row_without_labels_and_of_losses_below_zero(tmp_path):
   assert 'logarithmic' not in text
 
 
-def test_names_are_text(tmp_path):
-  case = make_case(100)
-  case['class_names'] = ['$\\frac$', 'a|b', *case['class_names'][2:]]
-  assert '| $\\frac$ → a\\|b ' in write(tmp_path, **case)
+# Names that are more than text to Markdown, HTML, a terminal or a font, each
+# beside what a reader is to see.
+NAMES = {
+  '![c0](x)': '![c0](x)',
+  '<script>alert(1)</script>': '<script>alert(1)</script>',
+  'a|b': 'a|b',
+  '`x`': '`x`',
+  '*b* _i_ __main__ ~s~ a_b': '*b* _i_ __main__ ~s~ a_b',
+  '[y](https://example.org)': '[y](https://example.org)',
+  '&amp; A & B': '&amp; A & B',
+  '\\|': '\\|',
+  '$\\frac{': '$\\frac{',
+  '# h': '# h',
+  '\x1b[31mred': '?[31mred',
+  '\x9b31mred': '?31mred',
+  '\x00': '?',
+  'new\nline': 'new line',
+  '\u202egnp.exe': '?gnp.exe',
+  '\udcff': '?',
+  '\U0001f600': '\U0001f600',
+  'n' * 5000: 'n' * 59 + '…',
+  '': '',
+  'dup': 'dup',
+  '../../etc/passwd': '../../etc/passwd',
+}
+
+
+class Shown(html.parser.HTMLParser):
+  """What a browser shows of a page: its tags, and the text of its cells."""
+
+  def __init__(self, page):
+    super().__init__()
+    self.tags, self.cells, self._open = set(), [], False
+    self.feed(page)
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.add(tag)
+    self._open = tag in ('td', 'th')
+    if self._open:
+      self.cells.append('')
+
+  def handle_endtag(self, tag):
+    self._open = False
+
+  def handle_data(self, data):
+    if self._open:
+      self.cells[-1] += data
+
+
+@pytest.fixture(scope='module')
+def confused():
+  """Arguments of `write`: a class of each of NAMES is taken for 'other'."""
+  names = [*NAMES, 'dup', 'other']
+  labels = np.arange(len(names), dtype=np.int32)
+  teacher = make_evaluation(labels, labels, len(names))
+  last = np.full_like(labels, len(names) - 1)
+  return make_case(
+    evaluation=make_evaluation(labels, last, len(names), teacher),
+    arrays=datasets.Arrays(np.zeros((len(names), 8, 8, 3), np.uint8), labels),
+    class_names=names,
+  )
+
+
+def test_names_are_text(tmp_path, confused, monkeypatch):
+  monkeypatch.setattr(plots_lib, 'MAX_CONFUSIONS', len(NAMES) + 1)
+  text = write(tmp_path, **confused)
+  assert not [c for c in text if not (c.isprintable() or c == '\n')]
+  page = Shown((tmp_path / 'report.html').read_text())
+  shown = [cell.strip() for cell in page.cells if '→' in cell]
+  expected = [f'{seen} → other'.strip() for seen in [*NAMES.values(), 'dup']]
+  assert shown == ['true → predicted', *expected]
+  assert not page.tags & {'script', 'em', 's', 'a'}
+
+
+def test_names_are_drawn_as_text(tmp_path, confused, monkeypatch, recwarn):
+  monkeypatch.setattr(plots_lib, 'MAX_NAMED', len(NAMES) + 2)
+  write(tmp_path, **confused)
+  assert not recwarn.list  # No font has all of their characters.
+
+
+def test_fields_and_origins_are_text(tmp_path):
+  summary = make_summary(teacher_name='[t](x)', devices=['<b>'])
+  summary['teacher_origin'] = {'file': '![a](b).pth\x1b[2J', 'by': None}
+  summary['config']['student']['backbone'] = '`m:N`'
+  summary['config']['dataset']['data_dir'] = '</pre>\n```\n<i>\x1b'
+  write(tmp_path, **make_case(summary=summary))
+  page = (tmp_path / 'report.html').read_text()
+  for said in (
+    '<title>`m:N` by ijckd on digits</title>',
+    '<h1>`m:N` by ijckd on digits</h1>',
+    'file ![a](b).pth?[2J, by (none)',
+    '1 x &lt;b&gt;',
+    "dataset.data_dir = '&lt;/pre&gt;\\n```\\n&lt;i&gt;\\x1b'".replace(
+      "'", '&#x27;'
+    ),
+    'teacher [t](x): 20,000 parameters',
+  ):
+    assert said in page
+  assert '\x1b' not in page + (tmp_path / 'report.md').read_text()
+  printed = report.table(summary)
+  assert '- student \\`m:N\\`: 7,500 parameters' in printed
 
 
 def test_links_to_the_report_of_a_teacher_that_was_trained(tmp_path):

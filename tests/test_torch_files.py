@@ -2,15 +2,19 @@
 
 import argparse
 import collections
+import fractions
 import hashlib
+import io
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import zipfile
 
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 import safetensors.numpy
 
@@ -233,7 +237,64 @@ def test_an_average_is_taken_only_alone(torch, save, key):
   weights = {'weight': torch.ones(1)}
   got = torch_files.read(save({key: average, 'state_dict': weights}))
   assert list(got.arrays) == ['weight']
-  check_equal(got.other[key], ARRAYS)
+  assert got.other == {}
+
+
+def test_an_average_is_taken_where_it_is_named(torch, save):
+  average = {key: np.array(value + 1) for key, value in ARRAYS.items()}
+  for key in torch_unwrap.AVERAGES:
+    path = save(
+      {'state_dict': tensors(torch), key: tensors(torch, '', average)}
+    )
+    got = torch_files.read(path)
+    check_equal(got.arrays, ARRAYS)
+    assert got.notes == (
+      "took 'state_dict'",
+      f'left out {key}, a moving average: --part {key} takes it',
+    )
+    got = torch_files.read(path, part=key)
+    check_equal(got.arrays, average)
+    assert got.notes == (
+      f"took '{key}', a moving average",
+      'beside it: state_dict',
+    )
+
+
+@pytest.mark.parametrize('part', ['ema', 'ema.module'])
+def test_an_average_with_numbers_of_its_own(torch, save, part):
+  """As an averaging class saves itself: one level further down."""
+  average = {key: np.array(value + 1) for key, value in ARRAYS.items()}
+  content = {
+    'model': tensors(torch),
+    'ema': {'module': tensors(torch, 'module.', average), 'updates': 7},
+  }
+  path = save(content)
+  got = torch_files.read(path)
+  check_equal(got.arrays, ARRAYS)
+  assert (
+    'left out ema.module, a moving average: --part ema.module takes it'
+    in (got.notes)
+  )
+  got = torch_files.read(path, part=part)
+  check_equal(got.arrays, average)
+  assert got.notes[0] == "took 'ema.module', a moving average"
+
+
+def test_an_average_that_is_not_finite_does_not_matter(torch, save):
+  average = {key: np.array(value * np.nan) for key, value in ARRAYS.items()}
+  path = save({'model': tensors(torch), 'ema': tensors(torch, '', average)})
+  check_equal(torch_files.read(path).arrays, ARRAYS)
+
+
+@pytest.mark.parametrize(
+  'key, quoted', [('net_g', 'net_g'), ('my net', "'my net'"), ('$x', "'$x'")]
+)
+def test_a_key_is_named_in_the_flag_that_takes_it(torch, save, key, quoted):
+  path = save({key: tensors(torch), 'net_d': {'w': torch.ones(1)}, 'epoch': 1})
+  assert f'under {key}, net_d: --part {quoted} takes that one' in failure(path)
+  got = torch_files.read(path, part=key)
+  check_equal(got.arrays, ARRAYS)
+  assert got.notes == (f"took '{key}'", 'beside it: net_d', 'left out: epoch')
 
 
 def distiller(torch, *parts):
@@ -476,6 +537,135 @@ def test_types_of_safetensors_that_are_no_arrays(tmp_path):
   assert 'holds no tensors' in failure(path)
 
 
+def repacked(source, target, compression=zipfile.ZIP_STORED, edit=bytes):
+  """Packs the members of a zip archive again, each after an edit."""
+  with (
+    zipfile.ZipFile(source) as old,
+    zipfile.ZipFile(target, 'w', compression) as new,
+  ):
+    for name in old.namelist():
+      new.writestr(name, edit(old.read(name)), compress_type=compression)
+  return target
+
+
+def test_a_file_that_would_grow(torch, save, tmp_path, monkeypatch):
+  """It is refused before anything of it is unpacked."""
+  path = save({'w': torch.zeros(10**6)})
+  small = repacked(path, tmp_path / 'small.pth', zipfile.ZIP_DEFLATED)
+  assert small.stat().st_size < 10_000
+  torch.load(small)  # It is no dud.
+  monkeypatch.setattr(torch, 'load', None)
+  monkeypatch.setattr(zipfile.ZipFile, 'testzip', None)
+  assert 'would become 4,000,' in failure(small)
+
+
+def test_members_that_overlap(torch, save, tmp_path):
+  """A hundred names of one stored member, as a zip bomb has them."""
+  data = save({'w': torch.zeros(10**5)}).read_bytes()
+  end = data.rindex(b'PK\5\6')
+  size, start = struct.unpack('<II', data[end + 12 : end + 20])
+  directory = data[start : start + size]
+  count = 100 * struct.unpack('<H', data[end + 10 : end + 12])[0]
+  path = tmp_path / 'overlap.pth'
+  path.write_bytes(
+    data[:start]
+    + 100 * directory
+    + struct.pack(
+      '<4s4HIIH', b'PK\5\6', 0, 0, count, count, 100 * size, start, 0
+    )
+  )
+  assert 'would become 40,' in failure(path)
+
+
+def test_a_file_packed_again_without_compression(torch, save, tmp_path):
+  path = save(tensors(torch))
+  stored = repacked(path, tmp_path / 'stored.pth', zipfile.ZIP_STORED)
+  check_equal(torch_files.read(stored).arrays, ARRAYS)
+
+
+@pytest.mark.parametrize(
+  'view',
+  [
+    lambda base: base[:1].expand(2**18),
+    lambda base: base.reshape(512, 512).t(),
+    lambda base: base.reshape(4, -1)[:, ::2],
+    lambda base: base.view(2, -1).mT,
+  ],
+)
+def test_many_views_of_few_numbers(torch, save, view):
+  base = torch.zeros(2**18)
+  state = {f'w{i}': view(base) for i in range(100)}
+  message = failure(save(state))
+  assert 'they are views of the same numbers' in message
+  few = dict(list(state.items())[:3])
+  assert len(torch_files.read(save(few)).arrays) == 3
+
+
+def test_names_of_the_same_tensor(torch, save):
+  """They take no memory of their own, however many they are."""
+  shared = torch.arange(2.0**18)
+  got = torch_files.read(save({f'w{i}': shared for i in range(100)}))
+  assert all(array.sum() == shared.sum() for array in got.arrays.values())
+
+
+BESIDE = {
+  'epoch': np.float64(3.5),
+  'best_acc': np.int64(7),
+  'lr': np.float32(0.1),
+  'done': np.bool_(True),
+  'when': np.datetime64('2020-01-01'),
+  'who': np.str_('me'),
+  'curve': np.arange(6).reshape(2, 3)[:, ::2],
+  'names': np.array(['a', 'bc']),
+  'dtype': np.dtype([('a', 'f4'), ('b', 'i2', (2,))]),
+  'nested': {'list': [np.float64(1), (np.int32(2), np.zeros(()))]},
+}
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+@pytest.mark.parametrize('core', ['core', '_core'])
+def test_numbers_of_numpy_beside_the_weights(
+  torch, save, tmp_path, legacy, core
+):
+  path = save({'state_dict': tensors(torch), **BESIDE}, legacy=legacy)
+  # NumPy 1 has it in numpy.core, NumPy 2 in numpy._core.
+  here = np.float64(1).__reduce__()[0].__module__
+
+  def edit(data):
+    return data.replace(here.encode(), f'numpy.{core}.multiarray'.encode())
+
+  if legacy:
+    path.write_bytes(edit(path.read_bytes()))
+  else:
+    path = repacked(path, tmp_path / 'edited.pth', edit=edit)
+  got = torch_files.read(path)
+  check_equal(got.arrays, ARRAYS)
+  assert got.notes == (
+    "took 'state_dict'",
+    f'left out: {", ".join(BESIDE)}',
+  )
+
+
+def test_a_number_of_numpy_is_no_way_to_code(forge):
+  """Neither by its arguments nor by its state; objects are looked up first."""
+  for opcodes in (
+    # scalar(dtype, os.system) and ndarray with a state of os.system.
+    b'cnumpy._core.multiarray\nscalar\n(cposix\nsystem\ntR.',
+    b'cnumpy.dtype\n(cposix\nsystem\ntR.',
+    b'cnumpy\ndtype\n)\x81cposix\nsystem\nb.',
+    # Other functions of NumPy stay out.
+    b'cnumpy\nload\n(X\x01\0\0\0xtR.',
+    b'cnumpy\nfromfile\n(X\x01\0\0\0xtR.',
+  ):
+    message = failure(forge(opcodes))
+    assert 'needs more than weights' in message or 'damaged' in message
+
+
+def test_weights_of_numpy_are_no_weights(torch, save):
+  """They are not read, so a file of them alone has none."""
+  assert 'holds no state dict' in failure(save({'model': {'w': np.ones(2)}}))
+
+
 def run_me(path):
   """Stands for whatever a pickle could call."""
   open(path, 'w').close()
@@ -535,9 +725,9 @@ def test_a_pickle_of_others(torch, tmp_path):
 
 
 def test_all_that_a_file_wants_is_named(torch, save):
-  content = {f'{i}': value for i, value in enumerate([os.getcwd, np.ones(2)])}
+  content = {'a': os.getcwd, 'b': fractions.Fraction(1, 2)}
   message = failure(save(content))
-  assert 'posix.getcwd' in message and 'numpy.dtype' in message
+  assert 'posix.getcwd' in message and 'fractions.Fraction' in message
   model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
   message = failure(save(model))
   assert 'torch.nn.modules.linear.Linear' in message
@@ -689,6 +879,21 @@ def test_bytes_that_changed(request, tmp_path, kind):
   assert 20 < refused < 150
 
 
+def zipped(*names):
+  """Returns a zip archive with empty files of these names."""
+  stream = io.BytesIO()
+  with zipfile.ZipFile(stream, 'w') as archive:
+    for name in names:
+      archive.writestr(name, b'')
+  return stream.getvalue()
+
+
+def onnx_model(**fields):
+  """Returns a model that computes nothing."""
+  graph = onnx.helper.make_graph([], 'graph', [], [])
+  return onnx.helper.make_model(graph, **fields).SerializeToString()
+
+
 def test_what_is_no_checkpoint(torch, tmp_path):
   path = tmp_path / 'model.pth'
   np.savez(tmp_path / 'arrays.npz', w=np.ones(2))
@@ -703,9 +908,27 @@ def test_what_is_no_checkpoint(torch, tmp_path):
     (b'\x89PNG\r\n\x1a\n' + b'\0' * 50, 'it is a PNG image'),
     (b'\x1f\x8b\x08' + b'\0' * 50, 'compressed by gzip'),
     (b'x.pth' + b'\0' * 252 + b'ustar' + b'\0' * 99, 'it is a tar archive'),
-    (b'\x93NUMPY' + b'\xff' * 50, 'no known format'),
+    (b'\x93NUMPY' + b'\xff' * 50, 'an array of NumPy'),
+    (b'\xef\xbb\xbf<!DOCTYPE html><html>', 'it is a web page'),
+    (b'<!-- a comment -->\n<html lang="en">', 'it is a web page'),
+    (b'<?xml version="1.0"?><Error><Code>AccessDenied', 'it is a web page'),
+    (b'<head><title>Sign in</title>', 'it is a web page'),
+    (b'version https://git-lfs.github.com/spec/v1\n', 'a Git LFS pointer'),
+    (b'\x89HDF\r\n\x1a\n' + b'\0' * 50, 'such as Keras writes'),
+    (b'\x1c\0\0\0TFL3' + b'\0' * 50, 'a model of TensorFlow Lite'),
+    (onnx_model(), 'it is an ONNX model'),
+    (onnx_model(producer_name='pytorch'), 'it is an ONNX model'),
+    # saved_model_schema_version: 1, meta_graphs: {...}
+    (b'\x08\x01\x12\xa0\x0b\n' + b'\0' * 50, 'a SavedModel of TensorFlow'),
+    (zipped('model.weights.h5', 'config.json'), 'it is a model of Keras'),
+    (
+      zipped('a/net.pth', 'a/readme.txt'),
+      'unpack it first, it holds a/net.pth',
+    ),
+    (zipped('word/document.xml'), 'it holds word/document.xml'),
+    (zipped(), 'it holds nothing'),
     (bytes(range(200)), 'no known format'),
-    ((tmp_path / 'arrays.npz').read_bytes(), 'is a zip archive, but not'),
+    ((tmp_path / 'arrays.npz').read_bytes(), 'it is an .npz file of NumPy'),
   ):
     path.write_bytes(content)
     assert said in failure(path)

@@ -388,6 +388,132 @@ def test_formats(wrapped, part, tmp_path, capsys):
       np.testing.assert_array_equal(state[key], tensor.numpy())
 
 
+def prefixed(prefix, *, beside=(), times=1):
+  """Returns small's state dict under a prefix, and further arrays beside it."""
+  state = {
+    f'{prefix}{key}': tensor * times
+    for key, tensor in small().state_dict().items()
+  }
+  return state | {name: torch.ones(3, 2) for name in beside}
+
+
+def imported_as(state, tmp_path, capsys, **options):
+  """Imports a state dict: what is printed, and what is then exported."""
+  file, output = tmp_path / 'net.pth', tmp_path / 'bundle'
+  torch.save(state, file)
+  run('import', '--overwrite', checkpoint=file, output=output, **options)
+  return capsys.readouterr().out, torch_names.state_dict(bundles.load(output))
+
+
+def check_small(state, times=1):
+  for key, tensor in small().state_dict().items():
+    if not key.endswith('num_batches_tracked'):
+      np.testing.assert_array_equal(state[key], times * tensor.numpy())
+
+
+@pytest.mark.parametrize('backbone', ['', 'resnet8'])
+@pytest.mark.parametrize(
+  'prefix',
+  ['model.', 'net.', 'model._orig_mod.', 'features.module.', 'a.b-c.d.e.'],
+)
+def test_names_under_a_prefix(prefix, backbone, tmp_path, capsys):
+  options = {'backbone': backbone} if backbone else {}
+  printed, state = imported_as(prefixed(prefix), tmp_path, capsys, **options)
+  assert f'- took {prefix} off the names\n' in printed
+  assert 'left out' not in printed
+  check_small(state)
+
+
+@pytest.mark.parametrize('backbone', ['', 'resnet8'])
+def test_arrays_beside_those_under_a_prefix(backbone, tmp_path, capsys):
+  beside = ('head.0.weight', 'head.2.weight', 'temperature')
+  options = {'backbone': backbone} if backbone else {}
+  printed, state = imported_as(
+    prefixed('encoder.', beside=beside), tmp_path, capsys, **options
+  )
+  assert '- took encoder. off the names\n' in printed
+  assert (
+    '- left out, beside encoder.*: head (2 arrays), temperature (1 arrays)\n'
+  ) in printed
+  check_small(state)
+
+
+@pytest.mark.parametrize(
+  'beside', ['extra.weight', 'layer1.0.se.fc.weight', 'fc.extra']
+)
+def test_without_a_prefix_nothing_is_left_out(beside, tmp_path, monkeypatch):
+  """A network with more arrays is another network: it computes otherwise."""
+  known = {name: models.BACKBONES[name] for name in ('resnet14', 'resnet8')}
+  monkeypatch.setattr(models, 'BACKBONES', known)
+  file = tmp_path / 'net.pth'
+  torch.save(prefixed('', beside=(beside,)), file)
+  said = failure('import', checkpoint=file, output=tmp_path / 'bundle')
+  assert 'nearest is resnet8, 47 of its 47 arrays fit, but 1 arrays are' in said
+  assert beside in said
+  torch.save(prefixed('model.', beside=(f'model.{beside}',)), file)
+  said = failure('import', checkpoint=file, output=tmp_path / 'bundle')
+  assert '47 of its 47 arrays fit under model.*, but 1 arrays' in said
+
+
+def test_several_networks_under_prefixes(tmp_path, capsys):
+  """As in momentum contrast: which one is meant must be said."""
+  both = prefixed('encoder_q.') | prefixed('encoder_k.', times=2)
+  file = tmp_path / 'net.pth'
+  torch.save(both, file)
+  said = failure('import', checkpoint=file, output=tmp_path / 'bundle')
+  assert (
+    'it holds several of resnet8, encoder_q.*, encoder_k.*: --part encoder_q '
+    'takes the first'
+  ) in said
+  for part, times in (('encoder_q', 1), ('encoder_k', 2)):
+    printed, state = imported_as(both, tmp_path, capsys, part=part)
+    assert f'took {part}.*' in printed
+    check_small(state, times)
+
+
+def test_a_moving_average_is_taken_where_it_is_named(tmp_path, capsys):
+  content = {
+    'state_dict': prefixed('module.'),
+    'state_dict_ema': prefixed('module.', times=2),
+    'epoch': np.float64(3),
+    'best_acc': np.int64(70),
+  }
+  printed, state = imported_as(content, tmp_path, capsys)
+  assert "- took 'state_dict'\n" in printed
+  assert '--part state_dict_ema takes it' in printed
+  assert '- left out: epoch, best_acc\n' in printed
+  check_small(state)
+  printed, state = imported_as(content, tmp_path, capsys, part='state_dict_ema')
+  assert "- took 'state_dict_ema', a moving average\n" in printed
+  check_small(state, 2)
+
+
+def test_nearest_without_a_classifier(tmp_path, monkeypatch):
+  """The arrays that fit tell it, though there is no head to start from."""
+  names = ('vgg8', 'deit_small_patch16_224', 'resnet8')
+  known = {name: models.BACKBONES[name] for name in names}
+  monkeypatch.setattr(models, 'BACKBONES', known)
+  for prefix in ('', 'encoder.', 'online.net.'):
+    state = {
+      key: tensor
+      for key, tensor in prefixed(prefix).items()
+      if not key.startswith(f'{prefix}fc.')
+    }
+    torch.save(state, tmp_path / 'net.pth')
+    said = failure(
+      'import',
+      checkpoint=tmp_path / 'net.pth',
+      output=tmp_path / 'bundle',
+      # A DeiT cannot have images of that size.
+      **{'mean': '0.5', 'std': '0.5', 'image_size': '40'},
+    )
+    under = f' under {prefix}*' if prefix else ''
+    assert (
+      f'nearest is resnet8, 45 of its 47 arrays fit{under}, but 2 of its '
+      'arrays are missing (fc.weight, fc.bias)'
+    ) in said
+
+
 def test_half_precision_and_timm(tmp_path, capsys):
   """A safetensors file in half precision, of another size and resizing."""
   net = published('resnet18').half()
@@ -528,7 +654,7 @@ def test_hashes_are_torchvisions():
     ),
     (
       {'mean': '1,1,1', 'std': '1,0,1', 'image_size': '32'},
-      '--std 1,0,1: it must be positive',
+      '--mean and --std: std=(1.0, 0.0, 1.0): it must be positive',
     ),
     (
       {'mean': '1,1,1', 'std': '1,1,1', 'image_size': '-1'},
@@ -581,6 +707,13 @@ def test_class_names_of_a_file(tmp_path):
   names.write_text('\n'.join(f'class {i}' for i in range(100)))
   run('import', **options)
   assert bundles.load(tmp_path / 'bundle').class_names[7] == 'class 7'
+  # As Windows writes them; the first name has no mark in it.
+  for encoding in ('utf-8-sig', 'utf-16'):
+    text = '\r\n'.join(f'Größe {i}' for i in range(100))
+    names.write_bytes(text.encode(encoding))
+    run('import', '--overwrite', **options)
+    found = bundles.load(tmp_path / 'bundle').class_names
+    assert (found[0], found[99]) == ('Größe 0', 'Größe 99')
 
 
 def test_how_images_were_prepared_must_be_known(tmp_path):

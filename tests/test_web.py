@@ -189,14 +189,14 @@ def test_pictures_of_any_size(exported, finished_run):
     for path in paths:
       shutil.copy(path, folder / path.name)
       for shape, resize in (((8, 8, 1), None), ((12, 12, 3), 14)):
-        wanted = pictures.read(path, shape, resize)
+        wanted, _ = pictures.read(path, shape, resize)
         found = page.evaluate(levels, [path.name, [*shape, resize]])
         found = np.array(found).reshape(shape)
         assert np.abs(found - wanted.astype(int)).max() <= 1
     drop(page, paths)
     found = shown(page, 'student')
     for path in paths:
-      image = pictures.read(path, session.image_shape, None)
+      image, _ = pictures.read(path, session.image_shape, None)
       _, wanted = session(image[None])
       assert found[path.name][0][0] == wanted.argmax()
 

@@ -97,14 +97,20 @@ def main(argv: list[str], prog: str = PROG) -> None:
   student = bundles.load(flags.bundle, trust_code=flags.trust_code)
   connected = _connected(student, flags)
   judge = bundles.load(flags.teacher, trust_code=flags.trust_code)
+  dataset = evaluate.dataset_of(student, flags)
+  batch_size = evaluate.batch_size_of(student, flags)
+  _check_fits(student, judge, connected, dataset)
+  order = evaluate.class_order('the bundle', student, dataset, flags)
+  if order is not None:
+    student = student.in_order(order, dataset.class_names)
+    connected = connected and connected.in_order(order, dataset.class_names)
+  if connected is None:
+    judge = evaluate.in_class_order('the teacher', judge, dataset, flags)
   teacher = judge.teacher()
   if connected is not None:
     # Of a teacher whose head was fitted for the student, its bundle has another
     # one, or none.
     teacher = teacher.with_head(connected.variables['params']['head'])
-  dataset = evaluate.dataset_of(student, flags)
-  batch_size = evaluate.batch_size_of(student, flags)
-  _check_fits(student, judge, connected, dataset)
   other = None
   if flags.unlabelled:
     about = copy.copy(flags)

@@ -49,12 +49,24 @@ SPLITS = ('train', 'validation', 'test')
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-  """Images in memory: uint8 (N, H, W, C), and labels: int32 (N,)."""
+  """Images in memory: uint8 (N, H, W, C), and labels: int32 (N,).
+
+  Lists, tensors and columns of a table become NumPy arrays.
+
+  Raises:
+    UserError: NumPy cannot read them.
+  """
 
   images: np.ndarray
   labels: np.ndarray
 
   in_memory = True
+
+  def __post_init__(self):
+    for name in ('images', 'labels'):
+      values = getattr(self, name)
+      if type(values) is not np.ndarray:
+        object.__setattr__(self, name, _as_numpy(name, values))
 
   def __len__(self):
     return len(self.labels)
@@ -80,6 +92,18 @@ class Arrays:
       digest.update(f'{array.shape}{array.dtype}'.encode())
       digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()[:16]
+
+
+def _as_numpy(what: str, values: object) -> np.ndarray:
+  try:
+    return np.asarray(values)
+  except Exception as error:  # Tensors raise whatever they like.
+    config_utils.raise_outside(error)
+    raise config_utils.UserError(
+      f'{what} are of type {type(values).__name__}, which NumPy cannot read '
+      f'({config_utils.short(error)}): give NumPy arrays; of a tensor of '
+      'PyTorch, tensor.detach().cpu().numpy()'
+    ) from error
 
 
 def get(name: str) -> type:
@@ -132,7 +156,17 @@ class TfdsDataset:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class ArrayDataset:
-  """A data set from arrays. Labels of -1, in `train` only, mean unlabelled."""
+  """A data set from arrays. Labels of -1, in `train` only, mean unlabelled.
+
+  Attributes:
+    train, test, validation: images and labels of each split.
+    class_names: K names; what is no text becomes one.
+    mean, std: C numbers each, of pixels scaled to [0, 1].
+    crop_padding, flip: see the module's docstring.
+
+  Raises:
+    UserError: they do not fit together.
+  """
 
   train: Arrays
   test: Arrays
@@ -145,15 +179,22 @@ class ArrayDataset:
 
   def __post_init__(self):
     check_crop_padding(self.crop_padding)
+    names = tuple(str(name) for name in self.class_names)
+    object.__setattr__(self, 'class_names', names)
     for split in SPLITS:
       arrays = getattr(self, split)
       if arrays is None and split == 'validation':
         continue
-      images, labels = np.asarray(arrays.images), np.asarray(arrays.labels)
-      if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+      if not isinstance(arrays, Arrays):
+        raise config_utils.UserError(
+          f'{split} is of type {type(arrays).__name__}: give '
+          'ijckd_jax.Arrays(images, labels)'
+        )
+      images, labels = arrays.images, arrays.labels
+      if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
         raise config_utils.UserError(
           f'{split} images are {images.dtype} {images.shape}; they must be '
-          'uint8 (N, H, W, C), N at least 1'
+          'uint8 (N, H, W, C), each at least 1'
         )
       if images.shape[1:] != self.image_shape:
         raise config_utils.UserError(
@@ -165,6 +206,11 @@ class ArrayDataset:
           f'{split} labels are {labels.dtype} {labels.shape}; they must be '
           f'integers ({len(images)},), one for each image'
         )
+      if images.shape[1] in (1, 3) and images.shape[3] > 4:
+        raise config_utils.UserError(
+          f'{split} images are {images.shape}, which looks like (N, C, H, W): '
+          'give images.transpose(0, 2, 3, 1)'
+        )
       lowest = -1 if split == 'train' else 0
       if labels.min() < lowest or labels.max() >= len(self.class_names):
         raise config_utils.UserError(
@@ -172,12 +218,7 @@ class ArrayDataset:
           f'{len(self.class_names)} class_names they must lie in '
           f'[{lowest}, {len(self.class_names) - 1}]'
         )
-    channels = self.image_shape[-1]
-    if len(self.mean) != channels or len(self.std) != channels:
-      raise config_utils.UserError(
-        f'{len(self.mean)} means and {len(self.std)} stds for {channels} '
-        'channels; give one each per channel'
-      )
+    check_statistics(self.mean, self.std, self.image_shape[-1])
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -206,7 +247,7 @@ class ArrayDataset:
     """Returns the images and labels of a split."""
     check_split(split)
     arrays = getattr(self, split) or self.train.take(slice(0))
-    return Arrays(np.asarray(arrays.images), arrays.labels.astype(np.int32))
+    return Arrays(arrays.images, arrays.labels.astype(np.int32))
 
 
 def check_split(split: str) -> None:
@@ -220,6 +261,35 @@ def check_crop_padding(crop_padding: int) -> None:
   if type(crop_padding) is not int or crop_padding < 0:
     raise config_utils.UserError(
       f'crop_padding={crop_padding!r}: give whole pixels, at least 0'
+    )
+
+
+def check_statistics(
+  mean: Sequence[float], std: Sequence[float], num_channels: int
+) -> None:
+  """Raises UserError where images cannot be normalised by a mean and a std.
+
+  Args:
+    mean: a number per channel, of pixels scaled to [0, 1].
+    std: likewise.
+    num_channels: C of the images.
+  """
+  values = {'mean': mean, 'std': std}
+  for name, numbers in values.items():
+    shape = np.shape(numbers)
+    if shape != (num_channels,):
+      raise config_utils.UserError(
+        f'{name}={numbers} for images of {num_channels} channels: give '
+        f'{num_channels} numbers'
+      )
+    if not np.all(np.isfinite(np.asarray(numbers, float))):
+      raise config_utils.UserError(f'{name}={numbers}: it must be finite')
+  if min(std) <= 0:
+    raise config_utils.UserError(f'std={std}: it must be positive')
+  if max(*mean, *std) > 1 or min(mean) < 0:
+    raise config_utils.UserError(
+      f'mean={mean}, std={std}: they are of pixels scaled to [0, 1], so that '
+      'none is negative or above 1; divide those of pixels from 0 to 255 by 255'
     )
 
 
@@ -257,22 +327,39 @@ def find(name: str, data_dir: str):
   """Returns tfds's builder of a prepared data set, or None.
 
   Raises:
-    UserError: it is there, but stored so that only TensorFlow can read it; or
-      it would have to be read from a bucket.
+    UserError: it is there, but stored so that only TensorFlow can read it, or
+      damaged, or names code or files that are not its own; or it would have to
+      be read from a bucket.
   """
   import tensorflow_datasets as tfds
+
+  from ijckd_jax.datasets import tfds_folder
 
   if data_dir.startswith('gs://'):
     raise config_utils.UserError(
       f'{data_dir}: ArrayRecord files are read from a file system; mount the '
       'bucket (gcsfuse) or copy the folder, and give that path as data_dir'
     )
+  reader = tfds.core.read_only_builder
+  # What tfds's builder_from_files does; between its two halves is the one
+  # moment at which the folder is known and nothing of it has been imported.
   try:
-    builder = tfds.core.read_only_builder.builder_from_files(
-      name, data_dir=os.path.expanduser(data_dir) or None
-    )
-  except tfds.core.registered.DatasetNotFoundError:
-    return None
+    with tfds.core.utils.error_utils.record_error_context():
+      folder = reader._find_builder_dir(
+        name, data_dir=os.path.expanduser(data_dir) or None
+      )
+    if folder is None:
+      return None
+    tfds_folder.check(pathlib.Path(folder))
+    builder = reader.builder_from_directory(folder)
+  except config_utils.UserError:
+    raise
+  except Exception as error:  # Its files may be wrong in many ways.
+    config_utils.raise_outside(error)
+    raise config_utils.UserError(
+      f'{name} in {data_root(data_dir)} cannot be read: '
+      f'{config_utils.short(error)}'
+    ) from error
   formats = [format.value for format in builder.info.available_file_formats()]
   if 'array_record' not in formats:
     raise config_utils.UserError(
@@ -321,11 +408,14 @@ def from_tfds(
   Raises:
     UserError: it is not prepared, or is not what is expected.
   """
+  from ijckd_jax.datasets import tfds_folder
+
   builder = prepared(
     name,
     data_dir,
     ' (or, with the original files in a folder DIR, the same by --source DIR)',
   )
+  tfds_folder.check_shards(builder, split)
   source = builder.as_data_source(split)
   # One call for all of them: record by record, reading takes four times longer.
   examples = source.__getitems__(range(len(source)))

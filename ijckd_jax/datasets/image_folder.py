@@ -21,6 +21,7 @@ from ijckd_jax.datasets import image_layout
 from ijckd_jax.datasets import image_report
 from ijckd_jax.datasets import image_shards
 from ijckd_jax.datasets import own_images
+from ijckd_jax.datasets import photos
 
 VERSION = '1.0.0'
 FORMAT = 1  # Of what is written; what has another one is written anew.
@@ -179,7 +180,23 @@ def _fill(folder, name, source, layout, splits, num_workers):
       f'{error}; {folder / "report.json"} lists all'
     ) from error
   workdirs.write_text(folder / 'report.md', image_report.markdown(name, report))
+  _write_json(folder / photos.DIGESTS, _digests(splits))
   _write_metadata(folder, name, layout, splits)
+
+
+def _digests(splits):
+  """Returns a hash of each split: of all pictures, their paths and labels."""
+  digests = {}
+  for split, shards in splits.items():
+    content = sorted(
+      [example.path, example.label, outcome.get('sha256')]
+      for shard, examples in shards.items()
+      for example, outcome in zip(
+        examples, image_shards.notes(shard)['outcomes'], strict=True
+      )
+    )
+    digests[split] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+  return digests
 
 
 def _write_shards(name, source, layout, shards, num_workers):

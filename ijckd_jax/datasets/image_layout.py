@@ -4,8 +4,10 @@ import collections
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import itertools
 import os
 import pathlib
+import re
 from typing import NamedTuple
 import unicodedata
 
@@ -23,6 +25,13 @@ SPLIT_OF = {
   'test': 'test',
   'testing': 'test',
 }
+SHORT = {'train': 'train', 'validation': 'val', 'test': 'test'}
+# A word of a name, in any of trainSet, TrainSet, TRAIN_SET and train-set.
+WORD = re.compile('[A-Z]+(?![a-z])|[A-Z]?[a-z]+')
+AS_CLASSES = (
+  'move all of them into a new folder train/, and give the folder that holds it'
+)
+MACOS = '__MACOSX'  # Where its archives keep what is no picture.
 HELD_OUT = 0.1  # The part of every class that becomes 'test', unless given.
 
 
@@ -73,7 +82,7 @@ def read(
   if not source.is_dir():
     what = 'is not a folder' if source.exists() else 'does not exist'
     raise config_utils.UserError(f'--source {source} {what}')
-  images, folders, ignored = _walk(source)
+  images, folders, ignored = walk(source)
   if not images:
     kinds = collections.Counter(ignored.values()).most_common(5)
     found = ', '.join(f'{count} {kind}' for kind, count in kinds)
@@ -81,7 +90,8 @@ def read(
       f'{source} holds no pictures ({" ".join(sorted(image_files.EXTENSIONS))})'
       f'; found: {found or "nothing"}'
     )
-  prefixes = {} if unlabelled else _prefixes(source, images, folders)
+  content = _content(images)
+  prefixes = {} if unlabelled else _prefixes(source, images, content, folders)
   if len(prefixes) != 1 and validation_fraction is not None:
     why = ', '.join(sorted(prefixes.values())) or 'unlabelled pictures'
     raise config_utils.UserError(
@@ -95,7 +105,7 @@ def read(
       split: _classes(source, images, folders, prefix)
       for split, prefix in prefixes.items()
     }
-    _check_classes(source, members, prefixes)
+    _check_classes(source, members, prefixes, content)
     if len(members) == 1:
       fraction = validation_fraction
       members = _hold_out(
@@ -114,8 +124,21 @@ def read(
   return Layout(class_names, sorted(examples), dict(sorted(ignored.items())))
 
 
-def _walk(source):
-  """Returns files {path: (bytes, mtime)}, folders, and the rest {path: why}."""
+def walk(
+  source: pathlib.Path,
+) -> tuple[dict[str, tuple[int, int]], set[str], dict[str, str]]:
+  """Searches a folder and all below it; links are followed.
+
+  Args:
+    source: the folder; all paths that are returned are relative to it.
+
+  Returns:
+    The pictures, with their bytes and time of change in nanoseconds; the
+    folders; and all else, with the reason why it is no picture.
+
+  Raises:
+    OSError: a folder cannot be read.
+  """
   images, folders, ignored = {}, set(), {}
   pending = [('', frozenset())]
   while pending:
@@ -130,7 +153,7 @@ def _walk(source):
       for entry in entries:
         path = f'{folder}/{entry.name}' if folder else entry.name
         suffix = pathlib.PurePath(entry.name).suffix.lower()
-        if entry.name.startswith('.') or entry.name == '__MACOSX':
+        if entry.name.startswith('.') or entry.name == MACOS:
           ignored[path] = 'hidden'
         elif entry.is_dir():
           pending.append((path, above | {inode}))
@@ -144,7 +167,50 @@ def _walk(source):
   return images, folders, ignored
 
 
-def _prefixes(source, images, folders):
+def _content(images):
+  """Returns what each folder holds: its folders with pictures.
+
+  '' stands for pictures that lie in the folder itself.
+  """
+  content = collections.defaultdict(set)
+  for path in images:
+    folder = path.rpartition('/')[0]
+    content[folder].add('')
+    while folder:
+      folder, _, name = folder.rpartition('/')
+      content[folder].add(name)
+  return dict(content)
+
+
+def _unwrap(content, folder):
+  """Returns the folder below which more than one folder, or pictures, lie."""
+  while len(content[folder]) == 1 and '' not in content[folder]:
+    (name,) = content[folder]
+    folder = f'{folder}/{name}' if folder else name
+  return folder
+
+
+def _folders(content, folder):
+  """Returns the folders that lie in one with no picture beside them."""
+  found = content[_unwrap(content, folder)]
+  return set() if '' in found else found
+
+
+def _named_split(name):
+  """Returns the split that a part of a name stands for, and the other letters.
+
+  ('train', 'asl alphabet') of 'asl_alphabet_train2'; (None, '...') if there is
+  none.
+  """
+  words = [word.casefold() for word in WORD.findall(name)]
+  for place, word in enumerate(words):
+    split = SPLIT_OF.get(re.sub('(set|data|images?)$', '', word))
+    if split:
+      return split, ' '.join(words[:place] + words[place + 1 :])
+  return None, ' '.join(words)
+
+
+def _prefixes(source, images, content, folders):
   """Returns where the classes of each split lie: {'train': 'train/', ...}.
 
   {'train': ''} where they lie in the source itself, {} where there are none.
@@ -153,10 +219,8 @@ def _prefixes(source, images, folders):
   for folder in sorted(folders):
     if folder.casefold() in SPLIT_OF:
       named[SPLIT_OF[folder.casefold()]].append(f'{folder}/')
-  if any(
-    path.startswith(tuple(named['train'])) and path.count('/') > 1
-    for path in images
-  ):
+  filled = content[''] - {''}
+  if any(content.get(place[:-1], set()) - {''} for place in named['train']):
     for same in named.values():
       if len(same) > 1:
         raise config_utils.UserError(
@@ -164,11 +228,12 @@ def _prefixes(source, images, folders):
           'split: keep one'
         )
     splits = {split: same[0] for split, same in named.items() if same}
+    if len(splits) == 1:
+      _check_alone(source, splits['train'][:-1], filled)
     if len(splits) == 2:
       # A run needs a test split; what else there is serves as one.
       return {'train': splits.pop('train'), 'test': splits.popitem()[1]}
     return splits
-  filled = {path.partition('/')[0] for path in images if '/' in path}
   if not filled:
     return {}
   as_splits = {name for name in filled if name.casefold() in SPLIT_OF}
@@ -185,7 +250,106 @@ def _prefixes(source, images, folders):
       f'({_some(filled)}): move them into the folder of their class, or add '
       '--unlabelled if the folders are no classes'
     )
+  _check_no_splits(source, content)
+  _check_no_subsets(source, content)
   return {'train': ''}
+
+
+def _check_alone(source, train, filled):
+  """Raises where other folders lie beside a train/ that holds folders."""
+  others = filled - {train}
+  splits = {name: _named_split(name)[0] for name in sorted(others)}
+  seeming = [
+    f'{config_utils.short(name)}/ seems to be the split {split}: rename it '
+    f'{SHORT[split]}/'
+    for name, split in splits.items()
+    if split
+  ]
+  if seeming:
+    raise config_utils.UserError(
+      f'{source}: beside {train}/, {"; ".join(seeming)}; or give --source '
+      f'{source / train}, a part of which is held out'
+    )
+  if others:
+    raise config_utils.UserError(
+      f'{source} holds {train}/, which has folders of its own, beside other '
+      f'folders with pictures ({_some(others)}): if the classes lie in '
+      f'{train}/, give --source {source / train}; if {train} is a class as '
+      f'well, {AS_CLASSES}'
+    )
+
+
+def _check_no_splits(source, content):
+  """Raises where names of class folders sound like splits.
+
+  One can be a class: a train beside a car. They are taken for splits where two
+  names differ in the split alone (seg_train and seg_test), where every name
+  sounds so, and where there are several folders in one.
+  """
+  splits, alike = {}, collections.defaultdict(set)
+  for name in sorted(content['']):
+    split, rest = _named_split(name)
+    if split:
+      splits[name] = split
+      alike[rest].add(split)
+  if splits.keys() != content[''] or len(set(splits.values())) < 2:
+    splits = {
+      name: split
+      for name, split in splits.items()
+      if len(alike[_named_split(name)[1]]) > 1 or _folders(content, name)
+    }
+  if not splits:
+    return
+  places = {_unwrap(content, name): split for name, split in splits.items()}
+  places = dict(
+    sorted(places.items(), key=lambda item: list(SHORT).index(item[1]))
+  )
+  said = ', '.join(
+    f'{config_utils.short(place)}/ seems to be the split {split}'
+    for place, split in places.items()
+  )
+  best = next(iter(places))
+  if content[best] == {''}:
+    todo = (
+      'they hold no class folders: sort the pictures into train/CLASS/ and '
+      'test/CLASS/; of pictures without classes, give one folder as --source, '
+      'or all of them with --unlabelled'
+    )
+  else:
+    todo = (
+      'rename or link them, so that one folder holds train/CLASS/ and '
+      f'test/CLASS/, and give it as --source; or give --source {source / best}'
+      f', a part of which is held out; if they are classes, {AS_CLASSES}'
+    )
+  raise config_utils.UserError(f'{source}: {said}; {todo}')
+
+
+def _check_no_subsets(source, content):
+  """Raises where class folders hold pictures in the same two folders or more.
+
+  Either those are the classes, or they are splits, or images and their masks.
+  """
+  inner = {}
+  for name in sorted(content['']):
+    folders = _folders(content, name)
+    if folders:
+      inner[name] = folders
+  for one, other in itertools.combinations(inner, 2):
+    both = inner[one] & inner[other]
+    if len(both) < 2:
+      continue
+    outer = _some(name for name in inner if both <= inner[name])
+    if len({_named_split(name)[0] for name in both} - {None}) > 1:
+      raise config_utils.UserError(
+        f'{source}: {outer} hold {_some(both)}, which seem to be splits: put '
+        'these outside, so that one folder holds train/CLASS/ and test/CLASS/'
+      )
+    raise config_utils.UserError(
+      f'{source}: {outer} hold the same folders ({_some(both)}): if the inner '
+      'ones are the classes, give one of the outer ones as --source '
+      f'({source / _unwrap(content, one)}), or rename two of them train/ and '
+      f'test/; if all are pictures of the outer ones, {AS_CLASSES}'
+    )
 
 
 def _classes(source, images, folders, prefix):
@@ -225,27 +389,49 @@ def _classes(source, images, folders, prefix):
   return classes
 
 
-def _check_classes(source, members, prefixes):
+def _check_classes(source, members, prefixes, content):
   """Raises unless there are classes, and the same ones in every split."""
   train = members['train']
+  if len(train) < 2:
+    place = source / prefixes['train']
+    (only,) = train
+    inner = _unwrap(content, prefixes['train'][:-1])
+    if content[inner] == {''}:
+      todo = 'a classifier needs two; add --unlabelled if there are no classes'
+    elif len(members) == 1:
+      todo = (
+        f'if what it holds ({_some(content[inner])}) are the classes or '
+        f'splits, give --source {source / inner}'
+      )
+    else:
+      todo = (
+        f'if {inner}/ holds the classes ({_some(content[inner])}), move these '
+        f'to {prefixes["train"]}, and likewise in the other splits'
+      )
+    raise config_utils.UserError(
+      f'{place} holds one class folder only ({config_utils.short(only)}): '
+      f'{todo}'
+    )
   for split, classes in members.items():
+    prefix = prefixes[split]
     wrong = {
       'lacks': sorted(train.keys() - classes.keys()),
       'adds': sorted(classes.keys() - train.keys()),
     }
     said = [f'{verb} {_some(names)}' for verb, names in wrong.items() if names]
+    if not train.keys() & classes.keys():
+      holds = f'only {_some(classes)}' if classes else 'no class folders'
+      raise config_utils.UserError(
+        f'{source}: {prefix} holds {holds}, and not the classes of '
+        f'{prefixes["train"]} ({_some(train)}): sort its pictures into '
+        f'{prefix}CLASS/, or move it out of {source} (without another split, a '
+        f'part of {prefixes["train"]} is held out)'
+      )
     if said:
       raise config_utils.UserError(
-        f'{source}: the classes of {prefixes[split]} are not those of '
+        f'{source}: the classes of {prefix} are not those of '
         f'{prefixes["train"]}: it {" and ".join(said)}'
       )
-  if len(train) < 2:
-    place = source / prefixes['train']
-    raise config_utils.UserError(
-      f'{place} holds one class folder only ({_some(train)}): give the folder '
-      'in which the folders of the classes lie as --source, or add '
-      '--unlabelled if there are no classes'
-    )
 
 
 def _hold_out(classes, fraction):

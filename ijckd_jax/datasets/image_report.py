@@ -3,7 +3,6 @@
 import collections
 from collections.abc import Iterable
 from collections.abc import Mapping
-from collections.abc import Sequence
 import statistics
 from typing import Any
 
@@ -27,14 +26,14 @@ def summarise(
   Args:
     layout: what was to be written.
     outcomes: for each of its examples `{'skipped': reason}`, or the picture's
-      `sha256`, `format`, `size` and `change`.
+      `sha256`, `format`, `size`, `change` and, perhaps, `warning`.
   """
   splits = list(dict.fromkeys(example.split for example in layout.examples))
   splits.sort(key=('train', 'validation', 'test').index)
   counts = {split: [0] * (len(layout.class_names) or 1) for split in splits}
   contents = {split: [] for split in splits}
   formats, changes = collections.Counter(), collections.Counter()
-  widths, heights, skipped, converted = [], [], {}, {}
+  widths, heights, skipped, converted, dark = [], [], {}, {}, {}
   for example, outcome in outcomes:
     if 'skipped' in outcome:
       skipped[example.path] = outcome['skipped']
@@ -47,6 +46,8 @@ def summarise(
     if outcome['change']:
       changes[outcome['change']] += 1
       converted[example.path] = outcome['change']
+    if outcome.get('warning'):
+      dark[example.path] = outcome['warning']
   return {
     'num_examples': {split: sum(counts[split]) for split in splits},
     'classes': {
@@ -60,6 +61,7 @@ def summarise(
     'in_several_splits': _leaks(contents),
     'skipped': dict(sorted(skipped.items())),
     'converted': dict(sorted(converted.items())),
+    'dark': dict(sorted(dark.items())),
     'ignored': dict(layout.ignored),
   }
 
@@ -136,6 +138,14 @@ def lines(report: Report) -> list[str]:
     found.append(
       f'ignored: {ignored.total()} ({_counted(dict(ignored.most_common()))})'
     )
+  dark = report.get('dark', {})  # Earlier reports have none.
+  if dark:
+    shown = '; '.join(_pairs(dark, 3))
+    found.append(
+      f'WARNING: 16 bits that hold fewer, as 12-bit cameras write them: '
+      f'{len(dark)} ({shown}); if they look too dark, scale such pictures to '
+      'all of the 16 bits and prepare them anew'
+    )
   leaks = report['in_several_splits']
   if leaks:
     shown = '; '.join(_pairs(leaks, 3, ' is '))
@@ -148,7 +158,8 @@ def lines(report: Report) -> list[str]:
 
 def markdown(name: str, report: Report) -> str:
   """Returns the report as a page."""
-  parts = [f'# {name}', '\n'.join(f'- {line}' for line in lines(report))]
+  listed = '\n'.join(f'- {wording.escape(line)}' for line in lines(report))
+  parts = [f'# {wording.escape(name)}', listed]
   splits = list(report['num_examples'])
   rows = [['class', *splits]]
   for class_name, counts in report['classes'].items():
@@ -159,9 +170,10 @@ def markdown(name: str, report: Report) -> str:
     ('skipped', 'Skipped'),
     ('in_several_splits', 'In two splits'),
     ('converted', 'Converted'),
+    ('dark', '16 bits that hold fewer'),
     ('ignored', 'Ignored'),
   ):
-    if report[key]:
+    if report.get(key):
       rows = [[_cell(path), _cell(why)] for path, why in _first(report[key])]
       parts.append(f'## {title}: {len(report[key])}')
       parts.append(wording.grid([['file', ''], *rows]))
@@ -187,5 +199,5 @@ def _counted(counts: Mapping[str, int], most: int = SHOWN) -> str:
   return ', '.join(_pairs(counts, most, ' '))
 
 
-def _cell(text: Sequence[str]) -> str:
-  return config_utils.short(text).replace('|', '\\|')
+def _cell(text: str) -> str:
+  return wording.escape(config_utils.short(text))

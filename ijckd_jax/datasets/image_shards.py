@@ -157,13 +157,14 @@ class Writer:
 
   def _read(self, example):
     """Returns what to store of a picture, and what to note of it."""
-    data = (self.source / example.path).read_bytes()
+    data = image_files.load(self.source / example.path)
     picture = image_files.read(data)
     return picture.data, {
       'sha256': hashlib.sha256(data).hexdigest(),
       'format': picture.format,
       'size': picture.size,
       'change': picture.change,
+      'warning': picture.warning,
     }
 
 

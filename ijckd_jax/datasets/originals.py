@@ -99,15 +99,35 @@ def _check_labels(place, labels, num_classes):
     )
 
 
+def _latin1(text, encoding):
+  """Returns the bytes that Python 3 wrote as text, where pickles have none."""
+  if encoding != 'latin1':
+    raise ValueError(f'bytes written as {encoding}')
+  return text.encode('latin1')
+
+
+def _scalar(dtype, raw):
+  """Returns a number of numpy's."""
+  return np.frombuffer(raw, dtype)[0]
+
+
 class _Unpickler(pickle.Unpickler):
   """Loads numpy arrays and plain values; a pickle can run any code it names."""
 
-  # numpy's own function, under the module names of numpy 1 and 2.
+  # By their names in Python 2 and 3, and in numpy 1 and 2.
   allowed = {
+    ('_codecs', 'encode'): _latin1,
     ('numpy', 'dtype'): np.dtype,
     ('numpy', 'ndarray'): np.ndarray,
-    ('numpy.core.multiarray', '_reconstruct'): np.empty(0).__reduce__()[0],
-    ('numpy._core.multiarray', '_reconstruct'): np.empty(0).__reduce__()[0],
+    **{
+      (f'numpy.{core}.{module}', name): value
+      for core in ('core', '_core')
+      for module, name, value in (
+        ('multiarray', '_reconstruct', np.empty(0).__reduce__()[0]),
+        ('multiarray', 'scalar', _scalar),
+        ('numeric', '_frombuffer', np.empty(0).__reduce_ex__(5)[0]),
+      )
+    },
   }
 
   def find_class(self, module, name):
@@ -119,8 +139,14 @@ class _Unpickler(pickle.Unpickler):
     return self.allowed[module, name]
 
 
+def _text(value):
+  return value.decode() if isinstance(value, bytes) else value
+
+
 def _unpickle(raw):
-  return _Unpickler(io.BytesIO(raw), encoding='latin1').load()
+  """Returns a dictionary by text, as which bytes are read as well."""
+  content = _Unpickler(io.BytesIO(raw), encoding='latin1').load()
+  return {_text(key): value for key, value in content.items()}
 
 
 def _python_batch(raw, keys):
@@ -131,7 +157,7 @@ def _python_batch(raw, keys):
 def _python_names(files, keys):
   (raw,) = files.values()
   names = _unpickle(raw)
-  return [names[key] for key in keys]
+  return [[_text(name) for name in names[key]] for key in keys]
 
 
 def _binary_batch(raw, keys):
@@ -141,7 +167,7 @@ def _binary_batch(raw, keys):
 
 def _binary_names(files, keys):
   del keys  # One file for each kind of label.
-  return [raw.decode().split() for raw in files.values()]
+  return [raw.decode('utf-8-sig').split() for raw in files.values()]
 
 
 @dataclasses.dataclass(frozen=True)

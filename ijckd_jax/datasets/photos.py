@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ import numpy as np
 from ijckd_jax import config_utils
 from ijckd_jax import datasets
 from ijckd_jax import images
+from ijckd_jax.datasets import tfds_folder
 
 # Entropy of the streams, beside the run's seed; the order of the examples has
 # none.
 VIEWS_STREAM = 1
 REPLACEMENT_ATTEMPTS = 100
+DIGESTS = 'digests.json'  # Beside a data set: a hash of each split.
+NUM_HASHED = 256  # Examples of a data set that has none.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +49,7 @@ class Source:
       UserError: it is not prepared, or without such a split.
     """
     builder = datasets.prepared(self.name, self.data_dir)
-    if self.split not in builder.info.splits:
-      raise config_utils.UserError(
-        f'{builder.data_dir} has no split {self.split!r}, but '
-        f'{", ".join(builder.info.splits)}'
-      )
+    tfds_folder.check_shards(builder, self.split)
     return builder
 
   @functools.cached_property
@@ -75,10 +75,25 @@ class Source:
     """Returns what tells it from other data, without reading it all."""
     info = self.builder.info
     split = info.splits[self.split]
+    names = info.features['label'].names if 'label' in info.features else []
     return [
       *(info.name, str(info.version), self.split),
       *(split.num_bytes, list(split.shard_lengths)),
+      *(list(names), self._content()),
     ]
+
+  def _content(self) -> str:
+    """Returns the hash that `prepare` wrote, or one of a sample of examples."""
+    path = pathlib.Path(self.builder.data_dir) / DIGESTS
+    if path.exists():
+      return json.loads(path.read_text())[self.split]
+    digest = hashlib.sha256()
+    count = min(len(self), NUM_HASHED)
+    for row in np.linspace(0, len(self) - 1, count).astype(int):
+      example = self[int(row)]
+      digest.update(example['image'])
+      digest.update(str(example.get('label')).encode())
+    return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +211,7 @@ class Photos:
     return name or f'example {self.rows[index]} of {self.sources[0].name}'
 
   def digest(self) -> str:
-    """Returns a hash of what they are, of the files' sizes, not of pixels."""
+    """Returns a hash of them and of their views; see Source.describe."""
     described = [source.describe() for source in self.sources]
     digest = hashlib.sha256(json.dumps([described, str(self.views)]).encode())
     digest.update(self.rows)
@@ -233,10 +248,11 @@ class PhotoDataset:
   std = (0.229, 0.224, 0.225)
 
   def __post_init__(self):
-    if not 0 < self.size <= self.resize:
+    whole = type(self.size) is int and type(self.resize) is int
+    if not (whole and 0 < self.size <= self.resize):
       raise config_utils.UserError(
-        f'size={self.size}, resize={self.resize}: give a size of at least 1 '
-        'pixel, and a resize that is no smaller'
+        f'size={self.size}, resize={self.resize}: give whole pixels, a size of '
+        'at least 1, and a resize that is no smaller'
       )
     if not 0 < self.min_area <= 1:
       raise config_utils.UserError(
@@ -269,9 +285,15 @@ class PhotoDataset:
       # By chance, not by class: to know the classes is to read everything. A
       # source of unlabelled images stands behind the first, and is not held
       # out.
-      num_held = round(self.validation_fraction * len(sources[0]))
+      num_images = len(sources[0])
+      num_held = round(self.validation_fraction * num_images)
+      if self.validation_fraction and not 0 < num_held < num_images:
+        raise config_utils.UserError(
+          f'validation_fraction={self.validation_fraction} of {num_images} '
+          'training images leaves none to train on or none to validate on'
+        )
       # RandomState's streams, unlike Generator's, are promised never to change.
-      order = np.random.RandomState(0).permutation(len(sources[0]))
+      order = np.random.RandomState(0).permutation(num_images)
       held = np.zeros(len(rows), bool)
       held[order[:num_held]] = True
       rows = rows[held if split == 'validation' else ~held]

@@ -19,13 +19,17 @@ MIN_AGREEMENT = {'float32': 0.999, 'float16': 0.99}
 BATCH_SIZE = 64
 
 
-def images(dataset, split: str, count: int) -> Iterator[dict[str, np.ndarray]]:
+def images(
+  dataset, split: str, count: int, order: np.ndarray | None = None
+) -> Iterator[dict[str, np.ndarray]]:
   """Yields up to `count` examples of a split, taken evenly from all of it.
 
   Args:
     dataset: see datasets.
     split: its name.
     count: at most so many.
+    order: (K,) of each of the data set's classes, its number in the labels;
+      None: the same.
 
   Yields:
     'image' uint8 and 'label', of up to BATCH_SIZE examples each.
@@ -44,7 +48,10 @@ def images(dataset, split: str, count: int) -> Iterator[dict[str, np.ndarray]]:
     process_index=0,
     num_processes=1,
   ):
-    yield {key: batch[key][batch['mask']] for key in ('image', 'label')}
+    image, label = (batch[key][batch['mask']] for key in ('image', 'label'))
+    if order is not None:
+      label = np.where(label < 0, -1, order[label])
+    yield {'image': image, 'label': label}
 
 
 def as_taken(pixels: np.ndarray, takes: str) -> np.ndarray:

@@ -197,7 +197,11 @@ class Session:
     require()
     import onnxruntime
 
+    _check_self_contained(data, what)
     options = _options()
+    # Its own format, which onnxruntime would tell by the first bytes, may name
+    # files as well.
+    options.add_session_config_entry('session.load_model_format', 'ONNX')
     options.intra_op_num_threads = num_threads
     try:
       self._session = onnxruntime.InferenceSession(
@@ -222,6 +226,43 @@ class Session:
   def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns logits and probabilities, (B, K) float32 each."""
     return tuple(self._session.run(None, {IMAGES: images}))
+
+
+def _check_self_contained(data: bytes, what: str) -> None:
+  """Raises UserError unless all of a model's weights are in its file.
+
+  Where a tensor lies elsewhere, onnxruntime reads whatever path the model
+  names, from the current directory on.
+  """
+  import onnx
+
+  try:
+    model = onnx.load_from_string(data)
+  except Exception as error:  # Of a class that protobuf keeps private.
+    config_utils.raise_outside(error)
+    raise config_utils.UserError(
+      f'{what} cannot be read as ONNX: {config_utils.short(error)}'
+    ) from error
+  for message in _messages(model):
+    if isinstance(message, onnx.TensorProto) and (
+      message.data_location == onnx.TensorProto.EXTERNAL
+      or message.external_data
+    ):
+      where = [x.value for x in message.external_data if x.key == 'location']
+      raise config_utils.UserError(
+        f'{what} is not all of the model: {config_utils.short(message.name)} '
+        f'lies in {config_utils.short(", ".join(where) or "another file")}, '
+        'and no file but this one is read; ijckd export puts all into one'
+      )
+
+
+def _messages(message):
+  """Yields a message of protobuf and all messages in it."""
+  yield message
+  for field, value in message.ListFields():
+    if field.message_type is not None:
+      for item in [value] if hasattr(value, 'DESCRIPTOR') else value:
+        yield from _messages(item)
 
 
 def _options():

@@ -3,36 +3,61 @@
 from collections.abc import Iterator
 from collections.abc import Sequence
 import glob
-import io
+import os
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 
 from ijckd_jax import config_utils
+from ijckd_jax import images
 from ijckd_jax.datasets import image_files
+from ijckd_jax.datasets import image_layout
+
+
+class Read(NamedTuple):
+  """A file that was read.
+
+  Attributes:
+    path: of the file.
+    error: why it cannot be read; '' if it can.
+    warning: what may be wrong with its pixels; '' if nothing is.
+  """
+
+  path: pathlib.Path
+  error: str
+  warning: str
 
 
 def find(patterns: Sequence[str]) -> list[pathlib.Path]:
   """Returns the picture files that paths, folders and globs name.
 
   Args:
-    patterns: files; folders, of which all pictures below are taken; globs.
+    patterns: files, which may be called anything; folders, of which all
+      pictures below are taken that `ijckd prepare` would take; globs, of whose
+      matches the same is true.
 
   Raises:
-    config_utils.UserError: one of them names none.
+    config_utils.UserError: one of them names none, or cannot be searched.
   """
   found = {}
   for pattern in map(config_utils.expand, patterns):
-    path = pathlib.Path(pattern)
-    if path.is_dir():
-      paths = _below(path)
-    elif path.exists() or not glob.has_magic(pattern):
-      paths = [path]
-    else:
-      paths = []
-      for match in sorted(glob.glob(pattern, recursive=True)):
-        match = pathlib.Path(match)
-        paths += _below(match) if match.is_dir() else [match]
+    is_folder = os.path.isdir(pattern)
+    try:
+      if is_folder:
+        paths = _below(pathlib.Path(pattern))
+      elif os.path.lexists(pattern):
+        paths = [pathlib.Path(pattern)]
+      else:
+        paths = _matches(pattern)
+    except OSError as error:
+      raise config_utils.UserError(
+        f'{pattern} cannot be searched: {error}'
+      ) from error
+    if not (paths or is_folder or glob.has_magic(pattern)):
+      raise config_utils.UserError(
+        f'{pattern} cannot be read: there is no such file or folder'
+      )
     if not paths:
       raise config_utils.UserError(
         f'{pattern} names no pictures '
@@ -43,16 +68,27 @@ def find(patterns: Sequence[str]) -> list[pathlib.Path]:
 
 
 def _below(folder: pathlib.Path) -> list[pathlib.Path]:
-  return sorted(
-    path
-    for path in folder.rglob('*')
-    if path.suffix.lower() in image_files.EXTENSIONS and path.is_file()
-  )
+  found, _, _ = image_layout.walk(folder)
+  return [folder / path for path in sorted(found)]
+
+
+def _matches(pattern: str) -> list[pathlib.Path]:
+  """Returns the pictures that a glob names."""
+  paths = []
+  for match in sorted(glob.glob(pattern, recursive=True)):
+    path = pathlib.Path(match)
+    if image_layout.MACOS in path.parts:
+      continue
+    if path.is_dir():
+      paths += _below(path)
+    elif path.suffix.lower() in image_files.EXTENSIONS and path.is_file():
+      paths.append(path)
+  return paths
 
 
 def read(
   path: pathlib.Path, shape: tuple[int, int, int], resize: int | None
-) -> np.ndarray:
+) -> tuple[np.ndarray, str]:
   """Returns a picture as an image of that shape, uint8 (H, W, C).
 
   One of that size is taken as it is. Any other is turned upright, resized
@@ -64,30 +100,22 @@ def read(
     resize: pixels to which what covers the height is resized before it is cut;
       None: the height.
 
-  Raises:
-    config_utils.UserError: it is no picture, or cannot be read.
-  """
-  import PIL.Image
+  Returns:
+    The image, and what may be wrong with its pixels, or ''.
 
+  Raises:
+    image_files.Unreadable: it is no picture, damaged or too large.
+    OSError: it cannot be read.
+  """
   height, width, channels = shape
-  if channels not in (1, 3):
-    raise config_utils.UserError(
-      f'the classifier takes images of {channels} channels, as no picture has'
-    )
-  try:
-    picture = image_files.read(path.read_bytes())
-  except (OSError, image_files.Unreadable) as error:
-    raise config_utils.UserError(f'{path} cannot be read: {error}') from error
-  image = PIL.Image.open(io.BytesIO(picture.data))
+  image, warning = image_files.decode(image_files.load(path))
   image = image.convert('L' if channels == 1 else 'RGB')
   if image.size != (width, height):
     scale = max(height / image.height, width / image.width)
     scale *= (resize or height) / height
-    size = (int(image.width * scale + 1e-6), int(image.height * scale + 1e-6))
-    image = image.resize(size, PIL.Image.Resampling.BILINEAR)
-    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
-    image = image.crop((left, top, left + width, top + height))
-  return np.asarray(image).reshape(shape)
+    resized = tuple(int(side * scale + 1e-6) for side in image.size)
+    image = images.centre(image, resized, (width, height))
+  return np.asarray(image).reshape(shape), warning
 
 
 def batches(
@@ -95,8 +123,26 @@ def batches(
   shape: tuple[int, int, int],
   resize: int | None,
   batch_size: int,
-) -> Iterator[tuple[list[pathlib.Path], np.ndarray]]:
-  """Yields the files and images (b, H, W, C) of each batch."""
+) -> Iterator[tuple[list[Read], np.ndarray]]:
+  """Yields what was read and the images (b, H, W, C) of each batch.
+
+  A black image stands for a file that cannot be read.
+
+  Raises:
+    config_utils.UserError: no picture has as many channels as the shape.
+  """
+  if shape[2] not in (1, 3):
+    raise config_utils.UserError(
+      f'the classifier takes images of {shape[2]} channels, as no picture has'
+    )
   for start in range(0, len(paths), batch_size):
-    chosen = list(paths[start : start + batch_size])
-    yield chosen, np.stack([read(path, shape, resize) for path in chosen])
+    chosen = []
+    batch = np.zeros((len(paths[start : start + batch_size]), *shape), np.uint8)
+    for path, place in zip(paths[start:], batch, strict=False):
+      error = warning = ''
+      try:
+        place[:], warning = read(path, shape, resize)
+      except (OSError, image_files.Unreadable) as reason:
+        error = getattr(reason, 'strerror', None) or str(reason)
+      chosen.append(Read(path, error, warning))
+    yield chosen, batch

@@ -1,6 +1,7 @@
 """Classifiers by path: bundles, and the files that were made of them."""
 
 from collections.abc import Mapping
+import hashlib
 import json
 import pathlib
 from typing import Any
@@ -51,7 +52,8 @@ def load(path: str, *, trust_code: bool = False) -> Any:
     trust_code: see bundles.load; a StableHLO file is only read if it is set.
 
   Raises:
-    config_utils.UserError: there is none, or it is damaged or not trusted.
+    config_utils.UserError: there is none, or it is damaged, not trusted, or
+      another file than the one that FILE.json beside it describes.
   """
   file = pathlib.Path(config_utils.expand(path))
   if file.suffix not in SUFFIXES or file.is_dir():
@@ -61,24 +63,46 @@ def load(path: str, *, trust_code: bool = False) -> Any:
     data = file.read_bytes()
   except OSError as error:
     raise config_utils.UserError(f'{path} cannot be read: {error}') from error
-  if file.suffix == '.onnx':
-    return onnx_files.Session(data, path)
-  if file.suffix == '.safetensors':
-    return safetensors_files.Session(data, path, trust_code=trust_code)
-  if not trust_code:
+  if file.suffix == '.stablehlo' and not trust_code:
     raise config_utils.UserError(
       f'{path} is a program; XLA reads it, and was not made for files of '
       'strangers: give --trust_code if you trust it'
     )
+  about = _beside(file, data)
+  if file.suffix == '.onnx':
+    return onnx_files.Session(data, path)
+  if file.suffix == '.safetensors':
+    return safetensors_files.Session(data, path, trust_code=trust_code)
+  if about is None:
+    raise config_utils.UserError(
+      f'{file.name}.json is missing, which says what {path} is: copy it, too'
+    )
+  return stablehlo_files.Session(data, path, about)
+
+
+def _beside(file: pathlib.Path, data: bytes) -> dict[str, str] | None:
+  """Returns the metadata that stand beside a file; None if nothing does.
+
+  Raises:
+    config_utils.UserError: what stands there is damaged, or is of other data.
+  """
   beside = file.with_name(f'{file.name}.json')
   try:
-    metadata = dict(json.loads(beside.read_bytes())['metadata'])
-  except (OSError, ValueError, KeyError, TypeError) as error:
+    about = json.loads(beside.read_bytes())
+    metadata, sha256 = dict(about['metadata']), about['sha256']
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
     raise config_utils.UserError(
-      f'{beside}, which says what {path} is, cannot be read: '
+      f'{beside}, which says what {file} is, cannot be read: '
       f'{config_utils.short(error)}'
     ) from error
-  return stablehlo_files.Session(data, path, metadata)
+  if sha256 != hashlib.sha256(data).hexdigest():
+    raise config_utils.UserError(
+      f'{file} is damaged, or another file than the one that {beside} '
+      'describes: its SHA-256 differs; copy both again'
+    )
+  return metadata
 
 
 def class_names(session: Any, what: str) -> list[str]:

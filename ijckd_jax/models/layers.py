@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ijckd_jax import config_utils
 from ijckd_jax import losses
 
 KAIMING_FAN_OUT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
@@ -60,8 +61,18 @@ class BatchNorm(nn.BatchNorm):
     Args:
       x: a map.
       pool: a max-pool that follows, or None.
+
+    Raises:
+      config_utils.UserError: in training, a channel has a single value, which
+        has no variance; PyTorch refuses it as well.
     """
     trains = not (self.use_running_average or self.is_initializing())
+    if trains and self._num_values(x) < 2:
+      raise config_utils.UserError(
+        f'batch norm of {list(x.shape)} has a single value in each channel, '
+        'and so no variance: take a larger batch_size, a smaller accumulation, '
+        'larger images, or sync_batch_norm=True on several devices'
+      )
     old = self.get_variable('batch_stats', 'var')
     if pool is None:
       y = super().__call__(x)
@@ -70,15 +81,19 @@ class BatchNorm(nn.BatchNorm):
     else:
       y = self._pool_first(x, pool)
     if self.unbiased and trains:
-      count = x.size // x.shape[-1]
-      if self.axis_name is not None:
-        count *= jax.lax.axis_size(self.axis_name)
+      count = self._num_values(x)
       kept = self.momentum * old
       added = self.get_variable('batch_stats', 'var') - kept
-      # A single value has no unbiased variance; PyTorch refuses it.
-      added *= count / max(count - 1, 1)
+      added *= count / (count - 1)
       self.put_variable('batch_stats', 'var', kept + added)
     return y
+
+  def _num_values(self, x) -> int:
+    """Returns how many values a channel has in the batch."""
+    count = x.size // x.shape[-1]
+    if self.axis_name is not None:
+      count *= jax.lax.axis_size(self.axis_name)
+    return count
 
   def _pool_first(self, x, pool):
     """Returns `pool(self(x))` in training, normalising what is pooled alone.

@@ -1,0 +1,154 @@
+"""What a run is made of beside its config: its data, its code, the versions.
+
+The record lies in the run's folder. A run goes on, or is shown, on the data
+that it began with only; it may go on with other code, and says so.
+"""
+
+from collections.abc import Mapping
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import pathlib
+import platform
+from typing import Any
+
+from etils import epath
+import jax
+import ml_collections
+
+from ijckd_jax import config_utils
+from ijckd_jax import hosts
+from ijckd_jax import workdirs
+
+PACKAGES = ('ijckd_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
+# JAX's settings that change numbers, with their defaults.
+SETTINGS = {
+  'jax_default_matmul_precision': None,
+  'jax_default_prng_impl': 'threefry2x32',
+  'jax_enable_x64': False,
+  'jax_numpy_dtype_promotion': 'standard',
+  'jax_threefry_partitionable': True,
+}
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions that a run's numbers may depend on.
+
+  Those of packages, and JAX's settings that are not the default.
+  """
+  settings = {name: getattr(jax.config, name) for name in SETTINGS}
+  return {
+    'python': platform.python_version(),
+    **{name: importlib.metadata.version(name) for name in PACKAGES},
+    **{
+      name: str(value)
+      for name, value in settings.items()
+      if value != SETTINGS[name]
+    },
+  }
+
+
+def make(
+  dataset: Any, splits: Mapping[str, Any], config: ml_collections.ConfigDict
+) -> dict[str, Any]:
+  """Returns the record of a run, as JSON.
+
+  Args:
+    dataset: see datasets.
+    splits: its examples by split.
+    config: the run's, which may name modules outside the package.
+  """
+  return {
+    'data': {
+      'splits': {
+        split: {'images': len(arrays), 'digest': arrays.digest()}
+        for split, arrays in splits.items()
+      },
+      'class_names': [str(name) for name in dataset.class_names],
+      'image_shape': list(map(int, dataset.image_shape)),
+      'mean': list(map(float, dataset.mean)),
+      'std': list(map(float, dataset.std)),
+    },
+    'code': {'ijckd_jax': hosts.digest_of_code(), **_modules(config)},
+    'versions': versions(),
+    'files': list(workdirs.CONTENTS),
+  }
+
+
+def _modules(config) -> dict[str, str]:
+  """Returns a hash of each module's file that a config names."""
+  found = {}
+  for value in config_utils.flatten(config.to_dict()).values():
+    for name in value if isinstance(value, list | tuple) else (value,):
+      module, separator, _ = str(name).partition(':')
+      if not separator or not all(map(str.isidentifier, module.split('.'))):
+        continue
+      try:
+        path = importlib.util.find_spec(module).origin
+        data = pathlib.Path(path).read_bytes()
+      except (AttributeError, ImportError, OSError, TypeError, ValueError):
+        continue  # A path with a colon, say.
+      found[module] = hashlib.sha256(data).hexdigest()[:16]
+  return found
+
+
+def data_changes(folder: epath.Path, record: Mapping[str, Any]) -> list[str]:
+  """Returns in what the data of a folder's run differ from a record's."""
+  old, new = _read(folder).get('data'), record['data']
+  if not isinstance(old, dict):
+    return []
+  changes = []
+  for split, now in new['splits'].items():
+    was = old.get('splits', {}).get(split, {})
+    if was.get('images') != now['images']:
+      changes.append(
+        f'{split} had {was.get("images")} images and has {now["images"]}'
+      )
+    elif was.get('digest') != now['digest']:
+      changes.append(f'{split} has other images or labels')
+  for field in ('class_names', 'image_shape', 'mean', 'std'):
+    if old.get(field) != new[field]:
+      was, now = (config_utils.short(x) for x in (old.get(field), new[field]))
+      changes.append(f'{field} was {was} and is {now}')
+  return changes
+
+
+def check_data(folder: epath.Path, record: Mapping[str, Any]) -> None:
+  """Raises UserError where a folder's run has been made on other data."""
+  changes = data_changes(folder, record)
+  if changes:
+    raise config_utils.UserError(
+      f'{folder} holds a run on other data ({"; ".join(changes)}): put its '
+      'data back, take another --workdir, or start anew with --overwrite'
+    )
+
+
+def code_changes(folder: epath.Path, record: Mapping[str, Any]) -> list[str]:
+  """Returns in what code and versions of a folder's run differ: 'old -> new'.
+
+  Empty where the folder has no record.
+  """
+  old = _read(folder)
+  if not old:
+    return []
+  parts = ('code', 'versions')
+  return config_utils.differences(
+    {part: old.get(part) or {} for part in parts},
+    {part: record[part] for part in parts},
+  )
+
+
+def _read(folder) -> dict[str, Any]:
+  """Returns the record in a folder; {} where there is none, or is damaged."""
+  try:
+    found = workdirs.read_json(folder / workdirs.RECORD)
+  except (OSError, ValueError):
+    return {}
+  return found if isinstance(found, dict) else {}
+
+
+def write(folder: epath.Path, record: Mapping[str, Any]) -> None:
+  """Writes the record of a run into its folder."""
+  text = json.dumps(record, indent=2) + '\n'
+  workdirs.write_text(folder / workdirs.RECORD, text)
