@@ -244,7 +244,10 @@ def test_schedule_drives_the_optimizer():
   'fields, message',
   [
     ({'schedule': 'cosin'}, "unknown schedule 'cosin'.*mean 'cosine'"),
-    ({'warmup_steps': 100}, 'warm-up of 100 steps does not fit into 100'),
+    (
+      {'warmup_steps': 100},
+      'optimizer.warmup_steps=100, a warm-up of 100 .* the run, 100 steps',
+    ),
     ({'warmup_steps': 1, 'warmup_epochs': 1.0}, 'give one'),
     ({'warmup_steps': -1}, 'cannot be negative'),
   ],
