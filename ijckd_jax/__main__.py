@@ -71,6 +71,7 @@ def main(argv: list[str], prog: str = 'ijckd') -> int | None:
 
 def run(prog: str) -> None:
   """Runs the command that `sys.argv` names, and exits."""
+  streams.use_utf8()
   streams.prepare()
   argv = sys.argv[1:]
   if not argv or argv[0] in HELP + VERSION:

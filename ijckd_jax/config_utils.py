@@ -62,11 +62,12 @@ class LineFormatter(logging.Formatter):
 
 
 def reason(error: OSError) -> str:
-  """Returns why a file could not be used, without its name.
+  """Returns why a file could not be written, without a name of our own.
 
-  That of a file which is written under another one first says nothing to users.
+  Files are written under a hidden name first, which says nothing to users.
   """
-  return error.strerror or short(error)
+  hidden = os.path.basename(str(error.filename or '')).startswith('.')
+  return error.strerror if hidden else str(error)
 
 
 def unknown(kind: str, name: str, known: Sequence[str]) -> UserError:

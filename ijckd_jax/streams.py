@@ -4,7 +4,6 @@ Imports nothing slow, because it must be at work before anything that is.
 """
 
 from collections.abc import Callable
-import contextlib
 import os
 import signal
 import sys
@@ -23,20 +22,27 @@ def prepare() -> None:
         os.dup2(null, number)
         os.close(null)
       setattr(sys, name, open(number, mode, closefd=False))
-  for stream in (sys.stdout, sys.stderr):
-    # In the locale C, names of files are printed as the bytes that they are,
-    # and names of classes as UTF-8.
-    if stream.encoding == 'ascii':
-      stream.reconfigure(encoding='utf-8', errors='surrogateescape')
   # A shell lets a command that it starts in the background ignore Ctrl-C.
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _interrupt)
 
 
+def use_utf8() -> None:
+  """Starts the program once more, in UTF-8, where the locale is another one.
+
+  Files are written in UTF-8, and libraries in C++ take paths as that.
+  """
+  if sys.getfilesystemencoding() != 'utf-8':
+    python, *argv = sys.orig_argv
+    os.execvp(python, [python, '-X', 'utf8', *argv])
+
+
 def say(line: str) -> None:
   """Prints a line on standard error, if it can be written to."""
-  with contextlib.suppress(OSError):
-    print(line, file=sys.stderr)
+  try:
+    print(line, file=sys.stderr, flush=True)
+  except OSError:
+    _silence(sys.stderr)
 
 
 def guard(action: Callable[[], int | None]) -> int:
@@ -46,30 +52,32 @@ def guard(action: Callable[[], int | None]) -> int:
     action: what it raises because of files, of its output or of Ctrl-C becomes
       at most one line on standard error.
   """
+  failure = None
   try:
-    code, failure = action() or 0, None
+    code = action() or 0
   except KeyboardInterrupt:
     say('interrupted')
-    code, failure = 128 + signal.SIGINT, None
+    code = 128 + signal.SIGINT
   except OSError as error:
     code, failure = 1, error
   try:
     sys.stdout.flush()
   except OSError as error:
-    # Python would try to write the rest once more at its end.
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
-    os.close(null)
-    if not isinstance(error, BrokenPipeError):
-      say(f'error: the output cannot be written: {error.strerror}')
-      return 1
-    failure = error
+    code, failure = 1, error
+    _silence(sys.stdout)
   if isinstance(failure, BrokenPipeError):
     # Whoever read the output has gone, as `head` does when it has its lines.
     return 128 + signal.SIGPIPE
   if failure is not None:
     say(f'error: {failure}')
   return code
+
+
+def _silence(stream) -> None:
+  """Lets a stream's content go, which Python would write again at its end."""
+  null = os.open(os.devnull, os.O_WRONLY)
+  os.dup2(null, stream.fileno())
+  os.close(null)
 
 
 def _interrupt(number, frame):

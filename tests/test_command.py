@@ -111,6 +111,30 @@ def test_the_working_directory_does_not_change_what_a_name_means(
 
 
 @pytest.mark.parametrize(
+  'reference, arg',
+  [
+    ('./we:ird.py', None),
+    ('./we:ird.py:method=kd', 'method=kd'),
+    ('a:b/c.py:', ''),
+    ('~/home:made.py:x=~', 'x=~'),
+    ('./plain.py:./we:ird.py', './we:ird.py'),
+  ],
+)
+def test_a_path_with_colons(reference, arg, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('HOME', str(tmp_path))
+  (tmp_path / 'a:b').mkdir()
+  text = (
+    'import ml_collections\n'
+    'def get_config(arg=None):\n'
+    '  return ml_collections.ConfigDict({"arg": arg}, convert_dict=False)\n'
+  )
+  for name in ('we:ird.py', 'a:b/c.py', 'home:made.py', 'plain.py'):
+    (tmp_path / name).write_text(text)
+  assert config_utils.load(reference).arg == arg
+
+
+@pytest.mark.parametrize(
   'name, said',
   [
     (
@@ -203,6 +227,7 @@ def test_version(ijckd):
       ['trian'],
       "unknown command 'trian'; did you mean 'train'? known: --help,",
     ),
+    (['version'], "did you mean '--version'?"),
     (['--verbose'], "unknown command '--verbose'"),
     (['train'], '(see ijckd train --help)'),
     (['evaluate', '--bundel', 'x'], '(see ijckd evaluate --help)'),

@@ -1,5 +1,8 @@
 """The library from Python: arrays, teachers of one's own, errors."""
 
+import os
+import signal
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ import pytest
 import ijckd_jax
 from ijckd_jax import augment
 from ijckd_jax import config_utils
+from ijckd_jax import loop
 from ijckd_jax import outputs
 
 SETTINGS = {
@@ -93,6 +97,51 @@ def test_nothing_is_kept_without_a_workdir(data, tmp_path, monkeypatch):
   assert result.bundle.variables['params']['connector']
   assert set(result.summary['student']['last']) >= {'top1', 'agreement'}
   assert 'top5' not in result.summary['student']['last']
+
+
+@pytest.mark.parametrize(
+  'workdir, said',
+  [
+    (None, 'nothing is kept, because no workdir was given'),
+    ('run', 'it is saved, and the same command continues from there'),
+  ],
+)
+def test_what_is_said_when_a_run_is_stopped(data, tmp_path, workdir, said):
+  class Stop:
+    def write(self, step, scalars):
+      os.kill(os.getpid(), signal.SIGTERM)
+
+    def close(self):
+      pass
+
+  with pytest.raises(loop.Interrupted) as stopped:
+    ijckd_jax.distill(
+      teacher='resnet8',
+      student='resnet8',
+      data=data,
+      method='ce',
+      settings={**SETTINGS, 'log_epochs': 0.0, 'log_steps': 2},
+      writers=[Stop()],
+      workdir=workdir and tmp_path / workdir,
+    )
+  assert stopped.value.number == signal.SIGTERM
+  assert str(stopped.value).endswith(f' s after the signal; {said}')
+  assert str(stopped.value).startswith('resnet8 stopped after step ')
+
+
+def test_what_is_said_when_a_run_without_a_workdir_diverges(data):
+  settings = {**SETTINGS, 'optimizer.learning_rate': 1e30}
+  with pytest.raises(loop.Diverged) as raised:
+    ijckd_jax.distill(
+      teacher='resnet8',
+      student='resnet8',
+      data=data,
+      method='ce',
+      settings=settings,
+    )
+  said = str(raised.value)
+  assert said.endswith('; nothing is kept, because no workdir was given')
+  assert 'diverged.json' not in said and 'checkpoints' not in said
 
 
 def test_other_arrays_are_another_run(data, tmp_path):

@@ -544,11 +544,24 @@ def test_mistakes(refused, command, digits_flags, tmp_path):
   assert code == 2 and 'is a folder: name a file' in err
 
 
+def test_a_folder_that_cannot_be_written(command, digits_flags, tmp_path):
+  """The name under which it is written first is not told."""
+  flags = ('--format', 'safetensors', *digits_flags)
+  folder = tmp_path / 'folder'
+  folder.mkdir()
+  # The name fits, and is too long with what is put around it.
+  name = 'x' * 250
+  code, _, err = command('--output', folder / name, *flags)
+  assert code == 2
+  assert err == f'error: cannot write {folder}/{name}: File name too long\n'
+
+
 def test_full_disk(command, digits_flags, tmp_path):
   """Neither the file nor a part of it is left, nor what is beside it."""
   flags = ('--format', 'safetensors', *digits_flags)
   code, _, err = command('--output', '/dev/null/student', *flags)
-  assert code == 2 and err.startswith('error: cannot write /dev/null/student')
+  assert code == 2
+  assert err.startswith('error: cannot write /dev/null/student: ')
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   # There is room for what is beside it.
   resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
@@ -556,7 +569,11 @@ def test_full_disk(command, digits_flags, tmp_path):
     code, _, err = command('--output', tmp_path / 'student', *flags)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-  assert code == 2 and 'File too large' in err
+  assert code == 2
+  assert (
+    err
+    == f'error: cannot write {tmp_path}/student: [Errno 27] File too large\n'
+  )
   assert list(tmp_path.iterdir()) == []
 
 

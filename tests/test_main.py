@@ -87,6 +87,11 @@ def test_help(command):
     (['--config.optimizer.name=sdg'], "did you mean 'sgd'"),
     (['--config.optimizer.schedule=cosin'], "did you mean 'cosine'"),
     (['--config.optimizer.warmup_epochs=99'], 'does not fit'),
+    (
+      ['--config.total_epochs=1'],
+      'optimizer.warmup_epochs=1.0, a warm-up of 24 steps, does not fit into '
+      'total_epochs=1.0, 24 steps',
+    ),
     (['--config.teacher.checkpoint=/nowhere'], 'no bundle in /nowhere'),
     (['--config.writers=("no.such:Writer",)'], "no module 'no.such'"),
     (['--overwrit'], "unknown flag '--overwrit'"),
@@ -124,6 +129,22 @@ def test_teacher_must_fit(command, finished_run, tmp_path, data_dir):
   assert code == 2
   assert '10 classes' in err and '100' in err
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  'name, said',
+  [
+    ('student.onnx', 'is an exported file and no bundle: ijckd predict reads'),
+    ('student.stablehlo', 'exported file and no bundle: ijckd predict reads'),
+    ('student.safetensors', 'if ijckd export wrote it, ijckd predict reads it'),
+    ('weights.pth', 'import it first: ijckd weights import --checkpoint'),
+  ],
+)
+def test_a_file_in_place_of_a_bundle(command, tmp_path, name, said):
+  (tmp_path / name).write_bytes(b'content')
+  code, _, err = command('--bundle', tmp_path / name, entry=evaluate.main)
+  assert code == 2
+  assert said in err and err.count('\n') == 1
 
 
 def test_truncated_teacher(command, finished_run, tmp_path, data_dir):

@@ -246,7 +246,12 @@ def test_schedule_drives_the_optimizer():
     ({'schedule': 'cosin'}, "unknown schedule 'cosin'.*mean 'cosine'"),
     (
       {'warmup_steps': 100},
-      'optimizer.warmup_steps=100, a warm-up of 100 .* the run, 100 steps',
+      'optimizer.warmup_steps=100, .* does not fit into the run, 100 st',
+    ),
+    # Of 1000 examples in batches of 10.
+    (
+      {'warmup_epochs': 2.0, 'num_examples': 1000, 'batch_size': 10},
+      'optimizer.warmup_epochs=2.0, a warm-up of 200 steps',
     ),
     ({'warmup_steps': 1, 'warmup_epochs': 1.0}, 'give one'),
     ({'warmup_steps': -1}, 'cannot be negative'),
