@@ -199,7 +199,7 @@ def test_without_labels_by_command(runs, teacher, command, data_dir):
     (('--fit_examples', -1), 'cannot be negative'),
     (('--unlabelled', 'digit'), "unknown dataset 'digit'; did you mean"),
     (('--split', 'train'), 'invalid choice'),
-    (('--output', '/proc/none'), '--output: '),
+    (('--output', '/proc/none'), '--output /proc/none cannot be written'),
     (('--split', 'validation'), "the split 'validation' is empty"),
   ],
 )
