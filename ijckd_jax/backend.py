@@ -1,4 +1,4 @@
-"""JAX's backend: started where a failure to start is told as such."""
+"""Starts JAX's backend, and explains why it does not start."""
 
 import jax
 
@@ -14,7 +14,7 @@ EXTRAS = {
 def start() -> None:
   """Starts JAX on the platforms that JAX_PLATFORMS names.
 
-  To be called before JAX computes within a `try` that blames a file.
+  Call it before a `try` that would blame a file for JAX's errors.
 
   Raises:
     config_utils.UserError: this install lacks one, or finds no such device.

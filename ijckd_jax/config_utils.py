@@ -47,7 +47,7 @@ def printable(value: object) -> str:
 
 
 def short(value: object) -> str:
-  """Returns the start of what a value or an error says, as `printable` does."""
+  """Returns the first 120 characters of `printable(value)`, in one line."""
   line = ' '.join(printable(value).split())
   if not line and isinstance(value, BaseException):
     line = type(value).__name__

@@ -304,7 +304,9 @@ def check_fits(what: str, bundle, dataset, *, has_head: bool = True) -> None:
 
 
 def in_class_order(what: str, bundle, dataset, flags: argparse.Namespace):
-  """Returns a bundle whose class i is the data set's; says what is to be known.
+  """Returns a bundle with its classes in the data set's order.
+
+  A note is printed if the order was changed, or could not be compared.
 
   Args:
     what: how messages call the bundle.

@@ -28,8 +28,8 @@ WANTED = (
 CARD = 'README.md'
 _TIMEOUT_SECONDS = 10
 _COMMIT = re.compile('[0-9a-f]{40}')
-# SHA-256 of what lies in LFS, SHA-1 of what lies in Git. A mirror may have
-# tags of other kinds; then nothing is said of the content.
+# Files in LFS are named by SHA-256, files in Git by SHA-1. A mirror may send
+# other tags, which say nothing about a file's content.
 _HASH = re.compile('[0-9a-f]{40}|[0-9a-f]{64}')
 # The library makes it the name of a file, after taking off W/ and the quotes.
 _TAG = re.compile(r'(?:W/)?"?([A-Za-z0-9][A-Za-z0-9+=:._-]{0,199})"?')

@@ -16,10 +16,7 @@ import numpy as np
 from ijckd_jax import config_utils
 
 PROG = 'python -m ijckd_jax.predict'
-
-
-# Columns of a class's name; a longer one moves what follows.
-MAX_NAME = 24
+MAX_NAME = 24  # Columns for a class's name; a longer name shifts the next ones.
 
 
 def main(argv: list[str], prog: str = PROG) -> int:

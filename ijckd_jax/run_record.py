@@ -94,7 +94,7 @@ def _modules(config) -> dict[str, str]:
 
 
 def data_changes(folder: epath.Path, record: Mapping[str, Any]) -> list[str]:
-  """Returns in what the data of a folder's run differ from a record's."""
+  """Returns a sentence for each difference of a run's data from a record."""
   old, new = _read(folder).get('data'), record['data']
   if not isinstance(old, dict):
     return []
@@ -125,7 +125,7 @@ def check_data(folder: epath.Path, record: Mapping[str, Any]) -> None:
 
 
 def code_changes(folder: epath.Path, record: Mapping[str, Any]) -> list[str]:
-  """Returns in what code and versions of a folder's run differ: 'old -> new'.
+  """Returns `name: old -> new` for each change of a run's code and versions.
 
   Empty where the folder has no record.
   """

@@ -178,7 +178,7 @@ def _to_rgb(image, data):
 
 
 def _is_deep(image, data) -> bool:
-  """Returns whether a file has 16 bits, of which PIL's image has 8."""
+  """Returns whether a file has 16 bits a channel where PIL keeps 8 of them."""
   if image.format == 'TIFF':
     return 16 in image.tag_v2.get(BITS_PER_SAMPLE, ())
   return image.format == 'PNG' and data[24] == 16

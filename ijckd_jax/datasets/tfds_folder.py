@@ -11,8 +11,8 @@ import string
 from ijckd_jax import config_utils
 
 FEATURES, INFO = 'features.json', 'dataset_info.json'
-# Those of images and of what stands beside them. None of them is known to run
-# anything but its own code.
+# tfds's features for images, labels, boxes, texts and numbers. They run no code
+# but their own, as far as is known.
 _MODULES = 'tensorflow_datasets.core.features.'
 ALLOWED = frozenset(
   _MODULES + name

@@ -33,9 +33,8 @@ def find(patterns: Sequence[str]) -> list[pathlib.Path]:
   """Returns the picture files that paths, folders and globs name.
 
   Args:
-    patterns: files, which may be called anything; folders, of which all
-      pictures below are taken that `ijckd prepare` would take; globs, of whose
-      matches the same is true.
+    patterns: files, with any name; folders, which are searched for the pictures
+      that `ijckd prepare` would take; globs, whose matches are filtered alike.
 
   Raises:
     config_utils.UserError: one of them names none, or cannot be searched.
