@@ -167,10 +167,10 @@ def test_no_bundle(refused, tmp_path):
   assert 'there is no bundle' in refused('--bundle', tmp_path)
 
 
-def test_batch_size_is_a_multiple_of_the_devices(finished_run):
+def test_batch_size_is_a_multiple_of_the_devices(published_run):
   result = subprocess.run(
     [sys.executable, '-m', 'ijckd_jax.evaluate', '--batch_size', '45']
-    + ['--bundle', str(finished_run[0])],
+    + ['--bundle', str(published_run[0])],
     env={
       **os.environ,
       'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
@@ -256,7 +256,7 @@ def test_trust_code_reaches_bundle_and_teacher(
 ):
   monkeypatch.syspath_prepend(tmp_path)
   (tmp_path / 'outside_net.py').write_text(
-    "from ijckd_jax import models\nnet = models.BACKBONES['resnet8']\n"
+    "from ijckd_jax import models\nnet = models.BACKBONES['plain']\n"
   )
   workdir, _ = finished_run
   folder = tmp_path / 'bundle'
@@ -319,9 +319,9 @@ def in_channels(bundle, number):
 
 
 def test_a_network_of_colours_sees_grey_images_in_all_channels(
-  command, finished_run, tmp_path
+  command, published_run, tmp_path
 ):
-  workdir, _ = finished_run
+  workdir, _ = published_run
   in_channels(bundles.load(workdir), 3).save(tmp_path / 'colour')
   grey, colour = (
     json.loads(command('--bundle', folder, '--dataset', 'digits', '--json')[1])

@@ -265,6 +265,6 @@ def test_a_head_of_another_width_is_refused(config_of, finished_run, tmp_path):
     teacher, head={'kernel': kernel, 'bias': np.zeros(10, np.float32)}
   )
   with pytest.raises(
-    config_utils.UserError, match=r'its head is \(65, 10\), but its pooled feat'
+    config_utils.UserError, match=r'its head is \(33, 10\), but its pooled feat'
   ):
     train.train_and_evaluate(config_of(), tmp_path / 'run', teacher=wrong)

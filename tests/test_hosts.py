@@ -25,11 +25,11 @@ STEPS = 12
 
 
 @pytest.fixture(scope='module')
-def arguments(finished_run, data_dir):
+def arguments(published_run, data_dir):
   """Returns the arguments that all runs here share."""
   fields = {
     'dataset.data_dir': data_dir,
-    'teacher.checkpoint': finished_run[0] / 'teacher',
+    'teacher.checkpoint': published_run[0] / 'teacher',
     'total_epochs': 0,
     'total_steps': STEPS,
     'log_epochs': 0,
@@ -148,7 +148,7 @@ def alone(arguments, tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_then_one_then_four_processes_are_one_run(
-  alone, arguments, tmp_path, finished_run
+  alone, arguments, tmp_path, published_run
 ):
   """Stopped by a signal to one of them, on other hosts each time."""
   workdir, seen, stopped = tmp_path / 'run', {}, 0
@@ -187,7 +187,7 @@ def test_two_then_one_then_four_processes_are_one_run(
   assert seen.keys() == wanted.keys() == set(range(1, STEPS + 1))
   for step in wanted:
     np.testing.assert_array_equal(seen[step], wanted[step])
-  assert_near(workdir, reference, with_ema(finished_run[1].state))
+  assert_near(workdir, reference, with_ema(published_run[1].state))
   summaries = [
     workdirs.read_json(p / 'summary.json') for p in (workdir, reference)
   ]
@@ -199,7 +199,7 @@ def test_two_then_one_then_four_processes_are_one_run(
 
 @pytest.mark.slow
 def test_eight_devices_then_four_then_two(
-  alone, arguments, tmp_path, finished_run
+  alone, arguments, tmp_path, published_run
 ):
   workdir, seen, stopped = tmp_path / 'run', {}, 0
   for devices, stop_at in ((8, 2), (4, 6), (2, 0)):
@@ -220,13 +220,13 @@ def test_eight_devices_then_four_then_two(
   reference, wanted = alone
   for step in range(1, STEPS + 1):
     np.testing.assert_array_equal(seen[step], wanted[step])
-  assert_near(workdir, reference, with_ema(finished_run[1].state))
+  assert_near(workdir, reference, with_ema(published_run[1].state))
 
 
 # Three starts of two processes, and seconds of silence.
 @pytest.mark.slow
 def test_others_do_not_wait_for_a_host_that_died(
-  alone, arguments, tmp_path, finished_run
+  alone, arguments, tmp_path, published_run
 ):
   """And all together, started again, end as if nothing had been."""
   workdir = tmp_path / 'run'

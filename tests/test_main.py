@@ -120,9 +120,9 @@ def test_teacher_must_fit(command, finished_run, tmp_path, data_dir):
     '--config', DIGITS, f'--config.teacher.checkpoint={workdir}', *common
   )
   assert code == 2
-  assert 'is a resnet8, but the config says teacher.backbone=resnet20' in err
+  assert 'is a plain, but the config says teacher.backbone=resnet20' in err
   code, _, err = command(
-    *('--config', str(ROOT / 'configs' / 'cifar100.py') + ':teacher=resnet8'),
+    *('--config', str(ROOT / 'configs' / 'cifar100.py') + ':teacher=plain'),
     f'--config.teacher.checkpoint={workdir}',
     *common,
   )

@@ -76,8 +76,8 @@ def make_teacher(name, side):
 class Pair:
   """Teacher and student by name, and the side of the images that they read."""
 
-  teacher: str = 'resnet14'
-  student: str = 'resnet8'
+  teacher: str = 'resnet8'
+  student: str = 'plain'
   teacher_side: int = 8
   student_side: int = 8
 

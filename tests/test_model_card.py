@@ -26,7 +26,7 @@ def row_of(card, name):
 def test_of_a_run(card, finished_run):
   workdir, result = finished_run
   summary, config = result.summary, result.summary['config']
-  assert '# resnet8, distilled from resnet8 by ijckd on digits\n' in card
+  assert '# plain, distilled from plain by ijckd on digits\n' in card
   assert row_of(card, 'classes') == '10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9'
   assert row_of(card, 'images').startswith('8x8, grey, uint8')
   for part, count in summary['parameters']['student'].items():
@@ -34,7 +34,7 @@ def test_of_a_run(card, finished_run):
   assert 'connector=bottleneck' in row_of(card, 'method')
   top1 = summary['teacher']['top1']
   assert (
-    row_of(card, 'teacher') == f'resnet8, top-1 {top1:.2%} on the same images'
+    row_of(card, 'teacher') == f'plain, top-1 {top1:.2%} on the same images'
   )
   recipe = row_of(card, 'recipe')
   assert recipe.startswith(f'{summary["steps"]:,} steps; ')
@@ -72,7 +72,7 @@ def test_imported_weights_have_their_licence(finished_run, tmp_path):
   imported.save(tmp_path / 'bundle')
   card = (tmp_path / 'bundle' / model_card.FILE).read_text()
   assert '\nlicense: "apache-2.0"\n' in card.split('---')[1]
-  assert '# resnet8, imported from owner/name\n' in card
+  assert '# plain, imported from owner/name\n' in card
   found = row_of(card, 'weights from')
   assert 'owner/name' in found and found.endswith('licence: apache-2.0')
   assert '## Accuracy' not in card
@@ -100,8 +100,8 @@ def test_a_judge_is_no_teacher(finished_run, small_config, tmp_path):
   config.teacher.checkpoint = str(finished_run[0] / 'teacher')
   bundle = train.train_and_evaluate(config, tmp_path).bundle
   card = (tmp_path / 'bundle' / model_card.FILE).read_text()
-  assert model_card.describe(bundle) == 'resnet8, by ce on digits'
-  assert row_of(card, 'teacher').startswith('resnet8, to compare with only')
+  assert model_card.describe(bundle) == 'plain, by ce on digits'
+  assert row_of(card, 'teacher').startswith('plain, to compare with only')
   assert 'It was taught by' not in card
 
 
@@ -143,7 +143,7 @@ def test_names_are_text(finished_run):
   assert cells['data'] == '# d?[2J'
   assert cells['teacher'] == '`t` # t'
   assert cells['weights from'] == 'file=[f](x)|?; licence: *l*'
-  assert said[0] == 'resnet8, distilled from `t` # t by <b> on # d?[2J'
+  assert said[0] == 'plain, distilled from `t` # t by <b> on # d?[2J'
   assert sum(token.type == 'heading_open' for token in tokens) == 3
 
 

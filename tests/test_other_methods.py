@@ -285,7 +285,7 @@ def test_the_variances_of_vid_start_at_five_and_are_trained():
     for name, rho in variables['params']['auxiliary'].items()
     if name.startswith('scale_')
   }
-  assert len(scales) == 3  # Of each stage but the stem.
+  assert len(scales) == 2  # Of each stage but the stem.
   for rho in scales.values():
     np.testing.assert_allclose(np.log1p(np.exp(rho)) + 1e-5, 5.0, rtol=1e-5)
   _, _, trained, _ = shared.value_and_gradients(
@@ -356,7 +356,7 @@ def test_fitnets_regressor_reaches_the_teachers_size(ours, theirs, expected):
 
 def test_a_stage_that_is_not_there_is_said():
   method = methods.get('fitnet')(stage=4)
-  with pytest.raises(config_utils.UserError, match='stages 0 to 3'):
+  with pytest.raises(config_utils.UserError, match='stages 0 to 2'):
     shared.bind(method)
 
 

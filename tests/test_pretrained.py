@@ -26,7 +26,7 @@ def source(finished_run, tmp_path_factory):
 
 def assert_part_of(some, whole):
   flat = jax.tree_util.tree_leaves_with_path(some)
-  assert len(flat) > 10
+  assert len(flat) > 5
   for path, leaf in flat:
     value = whole
     for key in path:
@@ -80,7 +80,7 @@ def test_a_run_fine_tunes_its_teacher(source, small_config, tmp_path, caplog):
 @pytest.mark.parametrize(
   'settings, message',
   [
-    ({'student.backbone': 'resnet14'}, 'holds a resnet8'),
+    ({'student.backbone': 'resnet14'}, 'holds a plain'),
     ({'teacher.checkpoint': 'x', 'teacher.init_from': 'y'}, 'give one of them'),
     ({'student.init_from': 'nowhere'}, 'nowhere'),
   ],

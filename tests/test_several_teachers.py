@@ -102,11 +102,11 @@ def test_each_has_a_connector_and_one_is_deployed(config_of, folders):
   distiller, variables, batch = bound(config_of())
   assert set(variables['params']) == {'backbone', 'connector', 'connector_1'}
   widths = [teacher.num_features for teacher in distiller.teachers]
-  assert widths == [64, 256]
+  assert widths == [32, 256]
   student, stats, _ = jax.eval_shape(
     functools.partial(run, distiller), variables, distiller.frozen, batch
   )
-  assert student.connected.pooled.shape == (6, 64)
+  assert student.connected.pooled.shape == (6, 32)
   assert student.others[0].pooled.shape == (6, 256)
   assert set(stats) == {'backbone', 'connector', 'connector_1'}
   deployed = distiller.deployed(variables, distiller.frozen)
@@ -141,7 +141,7 @@ def test_another_may_have_the_joint_classifier(config_of, folders):
   distiller, _, _ = bound(
     config_of(**{'teacher.joint': 1, 'teacher.weights': (3.0, 1.0)})
   )
-  assert [t.num_features for t in distiller.teachers] == [256, 64]
+  assert [t.num_features for t in distiller.teachers] == [256, 32]
   assert distiller.weights == (1.0, 3.0)
 
 

@@ -360,7 +360,7 @@ def test_outputs_of_another_teacher_are_not_taken(
   head = bundle.variables['params']['head']
   head['bias'] = np.asarray(head['bias']) + 1e-6
   fields = {'teacher.store.directory': str(full[0] / 'teacher_outputs')}
-  with pytest.raises(config_utils.UserError, match="teacher: 'resnet8 .* -> "):
+  with pytest.raises(config_utils.UserError, match="teacher: 'plain .* -> "):
     train.train_and_evaluate(
       config_of(**fields), tmp_path / 'run', teacher=bundle.teacher()
     )
