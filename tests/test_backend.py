@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.benchmarks import classifiers
 from ijckd_jax import backend
 from ijckd_jax import bundles
 from ijckd_jax import config_utils
@@ -26,14 +27,15 @@ ROOT = pathlib.Path(__file__).parents[1]
     ('cpu,nonsense', 'JAX_PLATFORMS=cpu,nonsense: this install'),
   ],
 )
-def test_a_platform_that_is_not_there(platforms, said, published_run):
+def test_a_platform_that_is_not_there(platforms, said, tmp_path):
   """Of a sound bundle nothing is said."""
+  classifiers.alone('resnet8', (8, 8, 1), num_classes=2).save(tmp_path)
   script = (
     'from ijckd_jax import config_utils, evaluate\n'
     'config_utils.run_command(evaluate.main)'
   )
   done = subprocess.run(
-    [sys.executable, '-c', script, '--bundle', str(published_run[0])],
+    [sys.executable, '-c', script, '--bundle', str(tmp_path)],
     cwd=ROOT,
     env={**os.environ, 'JAX_PLATFORMS': platforms},
     capture_output=True,
@@ -99,7 +101,7 @@ def cause(request):
   return request.param
 
 
-def test_no_bundle_is_blamed(cause, published_run, monkeypatch, capsys):
+def test_no_bundle_is_blamed(cause, finished_run, monkeypatch, capsys):
   """Whatever part of reading it fails; the command's line says the cause."""
   error, said = cause
 
@@ -116,12 +118,12 @@ def test_no_bundle_is_blamed(cause, published_run, monkeypatch, capsys):
     with monkeypatch.context() as patch:
       patch.setattr(module, name, fail)
       with pytest.raises(type(error)) as raised:
-        bundles.load(published_run[0])
+        bundles.load(finished_run[0])
       assert raised.value is error
   with monkeypatch.context() as patch:
     patch.setattr(bundles, '_read', fail)
     with pytest.raises(SystemExit) as stopped:
-      config_utils.run_command(lambda argv: bundles.load(published_run[0]))
+      config_utils.run_command(lambda argv: bundles.load(finished_run[0]))
   assert stopped.value.code == 1
   err = capsys.readouterr().err
   assert err.startswith('error: ') and err.count('\n') == 1 and said in err

@@ -15,6 +15,7 @@ from ijckd_jax import config_utils
 from ijckd_jax import measure
 from ijckd_jax import pairs
 from ijckd_jax import parallel
+from ijckd_jax import plots
 from ijckd_jax import shift
 from ijckd_jax import train
 from ijckd_jax import workdirs
@@ -46,7 +47,8 @@ BY_METHOD = {
   'kd': LOGITS,
 }
 
-
+# It has all of the plots.
+DRAWN = 'ijckd'
 FIT_EXAMPLES = 300
 
 
@@ -57,14 +59,17 @@ def teacher(finished_run):
 
 
 @pytest.fixture(scope='module')
-def runs(teacher, small_config, tmp_path_factory, drawn_plots):
-  """Folders of finished runs by method, of one teacher."""
+def runs(teacher, small_config, tmp_path_factory, blank_plots):
+  """Folders of finished runs by method, of one teacher; plots of one."""
   found = {}
   for method in BY_METHOD:
     config = small_config(method, **{'bounds.fit_examples': FIT_EXAMPLES})
     config.teacher.checkpoint = str(teacher)
     found[method] = tmp_path_factory.mktemp(method)
-    train.train_and_evaluate(config, found[method])
+    with pytest.MonkeyPatch.context() as patch:
+      if method == DRAWN:
+        patch.setattr(plots, 'render', blank_plots)
+      train.train_and_evaluate(config, found[method])
   return found
 
 
@@ -130,9 +135,10 @@ def test_every_run_ends_with_the_bound(runs, method):
     assert fails or 'In no class the trained joint head' in page
   for name in pictures:
     assert f'(plots/{name}.png)' in page
-    assert '<svg' in (folder / 'plots' / f'{name}.svg').read_text()[:1000]
     with Image.open(folder / 'plots' / f'{name}.png') as image:
-      assert image.size[0] > 500
+      assert (image.size[0] > 500) == (method == DRAWN)
+    if method == DRAWN:
+      assert '<svg' in (folder / 'plots' / f'{name}.svg').read_text()[:1000]
   connected = (folder / workdirs.CONNECTED).exists()
   assert connected == (method == 'srrl')
 

@@ -174,6 +174,7 @@ def test_extension_example_runs(tmp_path, data_dir, monkeypatch):
   config.total_epochs = 0.0
   config.total_steps = 12
   config.bounds.fit_examples = 0
+  config.teacher.backbone = 'plain'
   result = train.train_and_evaluate(config, tmp_path)
   assert result.bundle.class_names == tuple('01234')
   rows = [row for row in result.history if 'train/cosine' in row]

@@ -65,7 +65,7 @@ def test_pure_function_as_teacher_and_arrays_as_data(data, tmp_path):
   )
   result = ijckd_jax.distill(
     teacher=teacher,
-    student='resnet8',
+    student='plain',
     data=data,
     workdir=tmp_path / 'run',
     settings={
@@ -91,7 +91,7 @@ def test_pure_function_as_teacher_and_arrays_as_data(data, tmp_path):
 def test_nothing_is_kept_without_a_workdir(data, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   result = ijckd_jax.distill(
-    teacher='resnet8', student='resnet8', data=data, settings=SETTINGS
+    teacher='plain', student='plain', data=data, settings=SETTINGS
   )
   assert list(tmp_path.iterdir()) == []
   assert result.bundle.variables['params']['connector']
@@ -116,8 +116,8 @@ def test_what_is_said_when_a_run_is_stopped(data, tmp_path, workdir, said):
 
   with pytest.raises(loop.Interrupted) as stopped:
     ijckd_jax.distill(
-      teacher='resnet8',
-      student='resnet8',
+      teacher='plain',
+      student='plain',
       data=data,
       method='ce',
       settings={**SETTINGS, 'log_epochs': 0.0, 'log_steps': 2},
@@ -126,15 +126,15 @@ def test_what_is_said_when_a_run_is_stopped(data, tmp_path, workdir, said):
     )
   assert stopped.value.number == signal.SIGTERM
   assert str(stopped.value).endswith(f' s after the signal; {said}')
-  assert str(stopped.value).startswith('resnet8 stopped after step ')
+  assert str(stopped.value).startswith('plain stopped after step ')
 
 
 def test_what_is_said_when_a_run_without_a_workdir_diverges(data):
   settings = {**SETTINGS, 'optimizer.learning_rate': 1e30}
   with pytest.raises(loop.Diverged) as raised:
     ijckd_jax.distill(
-      teacher='resnet8',
-      student='resnet8',
+      teacher='plain',
+      student='plain',
       data=data,
       method='ce',
       settings=settings,
@@ -186,7 +186,7 @@ def test_other_arrays_are_another_run(data, tmp_path):
   ids=str,
 )
 def test_mistakes(data, tmp_path, change, said):
-  request = {'teacher': 'resnet8', 'student': 'resnet8', 'data': data}
+  request = {'teacher': 'plain', 'student': 'plain', 'data': data}
   request |= {'settings': SETTINGS, 'workdir': tmp_path / 'run'}
   with pytest.raises(config_utils.UserError, match=said):
     ijckd_jax.distill(**{**request, **change})

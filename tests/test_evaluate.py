@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.benchmarks import classifiers
 from ijckd_jax import bundles
 from ijckd_jax import config_utils
 from ijckd_jax import datasets
@@ -167,10 +168,11 @@ def test_no_bundle(refused, tmp_path):
   assert 'there is no bundle' in refused('--bundle', tmp_path)
 
 
-def test_batch_size_is_a_multiple_of_the_devices(published_run):
+def test_batch_size_is_a_multiple_of_the_devices(tmp_path):
+  classifiers.alone('resnet8', (8, 8, 1), num_classes=10).save(tmp_path)
   result = subprocess.run(
     [sys.executable, '-m', 'ijckd_jax.evaluate', '--batch_size', '45']
-    + ['--bundle', str(published_run[0])],
+    + ['--bundle', str(tmp_path), '--dataset', 'digits'],
     env={
       **os.environ,
       'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
@@ -303,9 +305,9 @@ def test_teacher_must_fit(refused, finished_run, tmp_path):
 def in_channels(bundle, number):
   """Returns a network of grey images that reads them in several channels."""
   params = bundle.variables['params']
-  kernel = params['backbone']['conv1']['kernel']
-  kernel = np.repeat(kernel / number, number, axis=2)
-  backbone = {**params['backbone'], 'conv1': {'kernel': kernel}}
+  first = params['backbone']['Conv_0']
+  kernel = np.repeat(first['kernel'] / number, number, axis=2)
+  backbone = {**params['backbone'], 'Conv_0': {**first, 'kernel': kernel}}
   own = bundle.network.preprocessing
   preprocessing = dataclasses.replace(
     own, mean=own.mean * number, std=own.std * number
@@ -319,9 +321,9 @@ def in_channels(bundle, number):
 
 
 def test_a_network_of_colours_sees_grey_images_in_all_channels(
-  command, published_run, tmp_path
+  command, finished_run, tmp_path
 ):
-  workdir, _ = published_run
+  workdir, _ = finished_run
   in_channels(bundles.load(workdir), 3).save(tmp_path / 'colour')
   grey, colour = (
     json.loads(command('--bundle', folder, '--dataset', 'digits', '--json')[1])

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 
+from experiments.benchmarks import classifiers
 from ijckd_jax import checkpoints
 from ijckd_jax import config_utils
 from ijckd_jax import hosts
@@ -25,11 +26,10 @@ STEPS = 12
 
 
 @pytest.fixture(scope='module')
-def arguments(published_run, data_dir):
-  """Returns the arguments that all runs here share."""
+def start(data_dir):
+  """Returns the arguments of all runs here, but for their teacher."""
   fields = {
     'dataset.data_dir': data_dir,
-    'teacher.checkpoint': published_run[0] / 'teacher',
     'total_epochs': 0,
     'total_steps': STEPS,
     'log_epochs': 0,
@@ -48,6 +48,20 @@ def arguments(published_run, data_dir):
   config = f'{ROOT}/configs/digits.py:teacher=resnet8'
   flags = [f'--config.{name}={value}' for name, value in fields.items()]
   return ['--config', config, *flags]
+
+
+@pytest.fixture(scope='module')
+def arguments(start, published_run):
+  """Returns the arguments that all runs here share."""
+  return [*start, f'--config.teacher.checkpoint={published_run[0]}/teacher']
+
+
+@pytest.fixture
+def untrained(start, tmp_path):
+  """Returns the same with a teacher for runs that end before a step."""
+  teacher = classifiers.alone('resnet8', (8, 8, 1), num_classes=10)
+  teacher.save(tmp_path / 'teacher')
+  return [*start, f'--config.teacher.checkpoint={tmp_path}/teacher']
 
 
 class Cluster:
@@ -267,9 +281,9 @@ def test_others_do_not_wait_for_a_host_that_died(
     (['--config.dataset.validation_fraction=0.1'], 'validation_fraction'),
   ],
 )
-def test_hosts_that_disagree_are_told_at_start(arguments, tmp_path, own, said):
+def test_hosts_that_disagree_are_told_at_start(untrained, tmp_path, own, said):
   codes, words = Cluster(
-    2, tmp_path / 'run', tmp_path / 'notes', *arguments, own=([], own)
+    2, tmp_path / 'run', tmp_path / 'notes', *untrained, own=([], own)
   ).wait()
   assert codes == [2, 2], words
   for text in words:
@@ -277,10 +291,10 @@ def test_hosts_that_disagree_are_told_at_start(arguments, tmp_path, own, said):
   assert not (tmp_path / 'run').exists()
 
 
-def test_folder_that_only_one_host_has_is_told_at_start(arguments, tmp_path):
+def test_folder_that_only_one_host_has_is_told_at_start(untrained, tmp_path):
   elsewhere = ['--workdir', str(tmp_path / 'elsewhere')]
   codes, words = Cluster(
-    2, tmp_path / 'run', tmp_path / 'notes', *arguments, own=([], elsewhere)
+    2, tmp_path / 'run', tmp_path / 'notes', *untrained, own=([], elsewhere)
   ).wait()
   assert codes == [2, 2], words
   for text in words:

@@ -234,8 +234,13 @@ def test_so_many_views_come_again(data_dir):
     np.testing.assert_array_equal(seen[index, 2], seen[index, 0])
 
 
-@pytest.mark.parametrize('num_workers', [0, 2])
-@pytest.mark.parametrize('num_processes', [1, 2])
+@pytest.mark.parametrize(
+  'num_workers, num_processes',
+  [
+    *((0, 1), (2, 2)),
+    *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((0, 2), (2, 1))),
+  ],
+)
 def test_evaluation_counts_each_once(data_dir, num_workers, num_processes):
   arrays, seen = dataset(data_dir).load('test'), []
   for process in range(num_processes):
