@@ -100,6 +100,7 @@ def download(reference: str) -> Download:
     except config_utils.UserError:
       raise
     except Exception as error:  # Of several libraries, and of the disk.
+      config_utils.raise_outside(error)
       raise config_utils.UserError(f'{reference}: {_reason(error)}') from error
     licence = _licence(huggingface_hub, paths.pop(CARD, None))
   return Download(repo, revision, paths, _config(reference, paths), licence)

@@ -113,6 +113,7 @@ def read(path: epath.PathLike, *, part: str = '') -> StateDict:
   except config_utils.UserError:
     raise
   except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'{path} cannot be read: {config_utils.short(error)}'
     ) from error
