@@ -26,7 +26,8 @@ def match(
 ) -> tuple[np.ndarray | None, str]:
   """Compares the names of K classes with those of another party.
 
-  Names are alike that differ in case, white space, `_` or `-` only.
+  Names are alike that differ in case, white space, `_` or `-` only, unless a
+  party has two such names, as the letters of EMNIST are.
 
   Args:
     names: K names of one party, such as a teacher.
@@ -49,6 +50,8 @@ def match(
       f'{what} has {len(names)} classes, but {of} has {len(wanted)}'
     )
   ours, theirs = (list(map(_plain, values)) for values in (names, wanted))
+  if len(set(ours)) < len(ours) or len(set(theirs)) < len(theirs):
+    ours, theirs = (list(map(str, values)) for values in (names, wanted))
   if ours == theirs or by_number:
     return None, ''
   numbers = list(map(str, range(len(names))))

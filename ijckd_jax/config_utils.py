@@ -380,9 +380,11 @@ def parse_value(text: str, like: object) -> object:
   """
   if not isinstance(like, bool):
     return type(like)(text)
-  if text.lower() not in ('true', 'false'):
+  # As the flags of configs are read.
+  known = {'true': True, '1': True, 'false': False, '0': False}
+  if text.lower() not in known:
     raise ValueError(f'{text!r} is neither true nor false')
-  return text.lower() == 'true'
+  return known[text.lower()]
 
 
 def apply_flags(

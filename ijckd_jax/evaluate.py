@@ -14,12 +14,7 @@ import numpy as np
 
 from ijckd_jax import config_utils
 
-BOOLEANS = {
-  **dict.fromkeys(('true', 'True', '1'), True),
-  **dict.fromkeys(('false', 'False', '0'), False),
-}
 PROG = 'python -m ijckd_jax.evaluate'
-READERS = {bool: BOOLEANS.__getitem__, int: int, float: float, str: str}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,12 +371,12 @@ def _set_fields(fields, arg: str | None) -> None:
   for key, text in config_utils.parse_arg(arg, **unset).items():
     if text is None:
       continue
-    kind = type(fields[key])
     try:
-      fields[key] = READERS[kind](text)
-    except (KeyError, ValueError) as error:
+      fields[key] = config_utils.parse_value(text, like=fields[key])
+    except (TypeError, ValueError) as error:
+      kind = type(fields[key]).__name__
       raise config_utils.UserError(
-        f'{key}={text!r} is not of type {kind.__name__}'
+        f'{key}={text!r} is not of type {kind}'
       ) from error
 
 

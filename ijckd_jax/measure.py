@@ -19,8 +19,8 @@ from ijckd_jax.bounds import certify
 from ijckd_jax.bounds import divergence
 from ijckd_jax.bounds import pointwise
 
-# Of which images the joint head is fitted on; beside the streams of steps and
-# logistic, and as tit seeds NumPy.
+# Draws the images that the joint head is fitted on; no stream of `steps` or
+# `logistic` has this number.
 FIT_STREAM = 4
 DOMAIN_EXAMPLES = 2000  # Of each kind: two classes are soon told apart.
 AVERAGE_TOLERANCE = 1e-4  # Of features, below which a pool is the average.

@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 import jax
-from jax.extend import core
+from jax.interpreters import partial_eval
 import jax.numpy as jnp
 import numpy as np
 
@@ -113,7 +113,7 @@ def plan(distiller, image_shape: tuple[int, int, int], dtype: str) -> Stored:
   images = jax.ShapeDtypeStruct((2, *image_shape), jnp.uint8)
   like = jax.eval_shape(distiller.teach, frozen, images)
   traced = parallel.trace(loss, like, frozen, images)[0].jaxpr
-  read = _inputs_read(traced, [True] * len(traced.outvars))
+  _, read = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
   # The teacher's outputs are the first of the inputs.
   names = tuple(
     name for name, is_read in zip(_leaves(like), read, strict=False) if is_read
@@ -128,29 +128,6 @@ def _nothing_to_store(distiller) -> config_utils.UserError:
     f'{distiller.method} reads no outputs of a teacher, so there is nothing to '
     'store: set teacher.store.views=0'
   )
-
-
-def _inputs_read(jaxpr, wanted) -> list[bool]:
-  """Returns which inputs the wanted outputs of a traced function depend on."""
-  needed = {
-    var
-    for var, is_wanted in zip(jaxpr.outvars, wanted, strict=True)
-    if is_wanted and not isinstance(var, core.Literal)
-  }
-  for equation in reversed(jaxpr.eqns):
-    results = [var in needed for var in equation.outvars]
-    if not any(results):
-      continue
-    reads = [True] * len(equation.invars)
-    if equation.primitive.name in ('jit', 'pjit'):
-      # A method whose loss is jitted need not read all that it is given.
-      reads = _inputs_read(equation.params['jaxpr'].jaxpr, results)
-    needed |= {
-      var
-      for var, is_read in zip(equation.invars, reads, strict=True)
-      if is_read and not isinstance(var, core.Literal)
-    }
-  return [var in needed for var in jaxpr.invars]
 
 
 class Recorder:

@@ -221,13 +221,17 @@ def train_and_evaluate(
   _check_hosts_agree(config)
   hosts.share(lambda: workdirs.check(folders, overwrite=overwrite))
   finished = None if overwrite else results.found(*runs[-1])
+  splits, missing = {}, None
   try:
     splits = {split: exp.dataset.load(split) for split in datasets.SPLITS}
   except config_utils.UserError as error:
+    missing = error
+  hosts.check_agree({'data': 'there' if missing is None else str(missing)})
+  if missing is not None:
     if finished is None:
-      raise
+      raise missing
     logger.warning(
-      '%s: finished, but its data could not be compared: %s', workdir, error
+      '%s: finished, but its data could not be compared: %s', workdir, missing
     )
     return finished
   record = run_record.make(exp.dataset, splits, config)
@@ -252,14 +256,17 @@ def train_and_evaluate(
       ) from error
     teacher_outputs.check(run, folder, splits['train'], overwrite=overwrite)
   with contextlib.ExitStack() as stack:
-    hosts.share(lambda: _take(stack, folders, record, overwrite, stale))
+    hosts.share(lambda: _take(stack, folders, overwrite, stale))
     hosts.check_seen(workdir)
+    trained = results.found(*runs[0]) if len(runs) == 2 else None
+    ahead = folders[1:] if trained else folders
+    hosts.share(lambda: _write_records(ahead, record))
     if hosts.is_primary():
       made = [factory(config.to_dict(), str(workdir)) for factory in factories]
       writers = (*writers, *made)
     stop = stack.enter_context(loop.StopSignals())
     if len(runs) == 2:
-      trained = results.found(*runs[0]) or _run(*runs[0], splits, (), stop)
+      trained = trained or _run(*runs[0], splits, (), stop)
       exp = experiment.build(
         config, dataset=exp.dataset, teacher=trained.bundle.teacher()
       )
@@ -293,7 +300,7 @@ def _check_records(folders: workdirs.Runs, record, *, overwrite: bool):
   ]
 
 
-def _take(stack, folders: workdirs.Runs, record, overwrite: bool, stale):
+def _take(stack, folders: workdirs.Runs, overwrite: bool, stale):
   """Makes the folders ready for their runs, and locks them until the end."""
   for folder, _ in reversed(folders):
     try:
@@ -304,9 +311,11 @@ def _take(stack, folders: workdirs.Runs, record, overwrite: bool, stale):
         f'the folder {folder} cannot be written: {config_utils.reason(error)}'
       ) from error
   workdirs.claim(folders, overwrite=overwrite, stale=stale)
+
+
+def _write_records(folders: workdirs.Runs, record) -> None:
+  """Writes the record of runs that go on; says what of their code changed."""
   for folder, _ in folders:
-    if workdirs.is_finished(folder):
-      continue
     for change in run_record.code_changes(folder, record):
       logger.warning(
         '%s: goes on with other code or versions than it began with: %s',
@@ -453,8 +462,12 @@ def _run(exp, workdir, splits, writers, stop) -> results.Result:
       raise loop.Diverged(error.step, error.what, more) from error
     raise
   history = metric_writer.read_rows(metrics_file)
-  bundle, summary = results.finish(training, workdir, state, progress, history)
-  store.close()
+  try:
+    bundle, summary = results.finish(
+      training, workdir, state, progress, history
+    )
+  finally:
+    store.close()
   return results.Result(state, history, bundle, summary)
 
 

@@ -252,9 +252,8 @@ def write_folder(folder: epath.Path, contents: Mapping[str, bytes]) -> None:
     folder: where; its parents are made.
     contents: of the files by their names.
   """
-  partial, old = (
-    folder.parent / f'.{folder.name}.{uuid.uuid4().hex}' for _ in '12'
-  )
+  name = f'.{folder.name}.{uuid.uuid4().hex}'
+  partial, old = folder.parent / name, folder.parent / f'{name}.old'
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_partial(folder)
@@ -278,10 +277,16 @@ def write_folder(folder: epath.Path, contents: Mapping[str, bytes]) -> None:
 
 
 def _remove_partial(folder) -> None:
-  """Removes what writers of this folder left beside it when killed."""
-  pattern = re.compile(rf'\.{re.escape(folder.name)}\.[0-9a-f]{{32}}')
-  for path in folder.parent.iterdir():
-    if pattern.fullmatch(path.name):
+  """Removes what writers of this folder left beside it when killed.
+
+  A folder that was set aside, and whose place is empty, is put back.
+  """
+  pattern = re.compile(rf'\.{re.escape(folder.name)}\.[0-9a-f]{{32}}(\.old)?')
+  for path in list(folder.parent.iterdir()):
+    found = pattern.fullmatch(path.name)
+    if found and found[1] and not folder.exists():
+      path.rename(folder)
+    elif found:
       path.rmtree()
 
 

@@ -176,6 +176,7 @@ MUTATIONS = [
 def test_a_broken_bound_is_noticed(tmp_path, name, old, new):
   shutil.copytree(ROOT / 'ijckd_jax', tmp_path / 'ijckd_jax')
   shutil.copytree(ROOT / 'tests', tmp_path / 'tests')
+  shutil.copytree(ROOT / 'experiments', tmp_path / 'experiments')
   path = tmp_path / 'ijckd_jax' / name
   text = path.read_text()
   assert text.count(old) >= 1, f'{old!r} is not in {name} any more'

@@ -19,6 +19,7 @@ from ijckd_jax import config_utils
 from ijckd_jax import connectors
 from ijckd_jax import experiment
 from ijckd_jax import outputs
+from ijckd_jax import workdirs
 from ijckd_jax.models import backbone as backbone_lib
 from tests import marks
 
@@ -597,6 +598,26 @@ def test_a_save_that_is_interrupted_keeps_the_old_one(
   monkeypatch.undo()
   assert sorted(path.name for path in tmp_path.rglob('*')) == before
   bundles.load(tmp_path / 'bundle')
+
+
+def test_a_bundle_set_aside_by_a_killed_save_is_not_lost(tmp_path, monkeypatch):
+  """Neither by the next save, if it fails as well."""
+  bundle = make_bundle(method='ce', student='resnet8')
+  bundle.save(tmp_path / 'bundle')
+  before = (tmp_path / 'bundle' / 'variables.safetensors').read_bytes()
+  # What a kill between the two renames leaves.
+  (tmp_path / 'bundle').rename(tmp_path / f'.bundle.{"0" * 32}.old')
+  (tmp_path / f'.bundle.{"0" * 32}').mkdir()
+
+  def full(path, data):
+    raise OSError('full')
+
+  monkeypatch.setattr(workdirs, '_write', full)
+  with pytest.raises(OSError, match='full'):
+    bundle.save(tmp_path / 'bundle')
+  assert [path.name for path in tmp_path.iterdir()] == ['bundle']
+  after = (tmp_path / 'bundle' / 'variables.safetensors').read_bytes()
+  assert after == before
 
 
 def test_weights_of_pytorch_are_to_be_imported_first(tmp_path):

@@ -1,5 +1,6 @@
 """Classes are compared by name wherever a network meets data."""
 
+import argparse
 import dataclasses
 import json
 
@@ -11,6 +12,7 @@ from ijckd_jax import classes
 from ijckd_jax import config_utils
 from ijckd_jax import evaluate
 from ijckd_jax import experiment
+from ijckd_jax.bounds import __main__ as bounds_command
 from ijckd_jax.datasets import digits
 from ijckd_jax.deploy import checks
 
@@ -31,6 +33,14 @@ def test_the_same_names_in_the_same_order_say_nothing(names):
 
 def test_ice_cream_is_written_in_several_ways():
   assert match(('ice_cream', 'a'), ('ice-cream', 'A')) == (None, '')
+
+
+def test_letters_of_both_cases_are_classes_of_their_own():
+  """As EMNIST has them."""
+  order, _ = match(('a', 'A', 'b'), ('A', 'a', 'b'))
+  np.testing.assert_array_equal(order, [1, 0, 2])
+  with pytest.raises(config_utils.UserError, match="class 2 is 'b' and 'B'"):
+    match(('a', 'A', 'b'), ('a', 'A', 'B'))
 
 
 @pytest.mark.parametrize(
@@ -137,6 +147,20 @@ def test_each_of_several_teachers_is_put_in_order(small_config, data_dir):
   first, second = exp.distiller.teachers
   for name in ('kernel', 'bias'):
     np.testing.assert_array_equal(first.head[name], second.head[name])
+
+
+def test_a_teachers_own_head_is_known_in_any_order(data_dir):
+  """By the bounds, for which it must be that of the student."""
+  order = np.array([3, 1, 0, 2, 6, 4, 5])
+  plain = renamed(WORDS)
+  turned = plain.in_order(order, [WORDS[i] for i in order])
+  other = plain.in_order(order, list('abcdefg'))
+  flags = argparse.Namespace(classes_by_number=False)
+  data = Words(data_dir)
+  for bundle, wanted in ((plain, plain), (turned, plain), (other, other)):
+    found = bounds_command._head_in_order(bundle, data, flags)
+    for name, array in wanted.variables['params']['head'].items():
+      np.testing.assert_array_equal(found[name], array)
 
 
 @dataclasses.dataclass(frozen=True)

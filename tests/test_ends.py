@@ -121,6 +121,17 @@ def test_every_file_of_a_finished_run_may_be_damaged(
     assert_whole(run, finished_run[0])
 
 
+def test_what_is_made_again_by_other_code_says_so(run, small_config, caplog):
+  path = run / workdirs.RECORD
+  record = json.loads(path.read_text())
+  record['versions']['jax'] = '0.0.1'
+  path.write_text(json.dumps(record))
+  damage(run / 'bundle/bundle.json', 'half')
+  train.train_and_evaluate(small_config(), run)
+  assert "versions.jax: '0.0.1' -> " in caplog.text
+  assert json.loads(path.read_text())['versions']['jax'] != '0.0.1'
+
+
 def test_whatever_a_summary_lacks_it_is_made_again(run, small_config):
   """But for what nobody prints."""
   exp = experiment.build(small_config())

@@ -252,3 +252,8 @@ def test_a_folder_that_was_prepared_again_is_compared_by_content(tmp_path):
     path.unlink()
   digests = [data.load('train').digest() for data in (one, same, turned)]
   assert digests[0] == digests[1] != digests[2]
+  path.write_text('{"test": "x"}')
+  with pytest.raises(
+    config_utils.UserError, match='prepare the data set again'
+  ):
+    turned.load('train').digest()

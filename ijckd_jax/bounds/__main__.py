@@ -108,8 +108,7 @@ def main(argv: list[str], prog: str = PROG) -> None:
     judge = evaluate.in_class_order('the teacher', judge, dataset, flags)
   teacher = judge.teacher()
   if connected is not None:
-    # Of a teacher whose head was fitted for the student, its bundle has another
-    # one, or none.
+    # The teacher's bundle has another head if one was fitted for this student.
     teacher = teacher.with_head(connected.variables['params']['head'])
   other = None
   if flags.unlabelled:
@@ -167,7 +166,7 @@ def main(argv: list[str], prog: str = PROG) -> None:
     seed=flags.seed,
   )
   found = {'bundle': flags.bundle, 'teacher': flags.teacher, **measured.report}
-  if not _same_head(viewer.head, judge.variables['params']['head']):
+  if not _same_head(viewer.head, _head_in_order(judge, dataset, flags)):
     found['left_out']["the teacher's own head"] = OTHER_HEAD
   if other is not None:
     found['unlabelled'] = shift.bound(
@@ -193,6 +192,23 @@ def _unwritable(flags: argparse.Namespace, error: OSError):
   return config_utils.UserError(
     f'--output {flags.output} cannot be written: {config_utils.reason(error)}'
   )
+
+
+def _head_in_order(judge, dataset, flags: argparse.Namespace):
+  """Returns the teacher's own head, in the data set's order if it has one."""
+  from ijckd_jax import classes
+
+  head = judge.variables['params']['head']
+  try:
+    order, _ = classes.match(
+      judge.class_names,
+      dataset.class_names,
+      what='the teacher',
+      by_number=flags.classes_by_number,
+    )
+  except config_utils.UserError:  # A head for other classes.
+    return head
+  return head if order is None else classes.reorder(head, order)
 
 
 def _same_head(ours, theirs) -> bool:

@@ -86,7 +86,13 @@ class Source:
     """Returns the hash that `prepare` wrote, or one of a sample of examples."""
     path = pathlib.Path(self.builder.data_dir) / DIGESTS
     if path.exists():
-      return json.loads(path.read_text())[self.split]
+      try:
+        return json.loads(path.read_text())[self.split]
+      except (KeyError, OSError, TypeError, ValueError) as error:
+        raise config_utils.UserError(
+          f'{path} is damaged ({config_utils.short(error)}): prepare the data '
+          'set again'
+        ) from error
     digest = hashlib.sha256()
     count = min(len(self), NUM_HASHED)
     for row in np.linspace(0, len(self) - 1, count).astype(int):
