@@ -642,14 +642,14 @@ def test_a_teacher_without_a_head_needs_one(saved, small_config, tmp_path):
 def test_families(family):
   """One architecture of each of timm's families, within 1e-5 of the logits."""
   name = json.loads(families.LIST.read_text())[family]
-  row = families.measure(family, name)
+  row = families.measure(family, name, limit=1e-5)
   jax.clear_caches()
   known = families.REFUSED.get(family)
   if known:
     assert known in row['refused']
-  else:
+  elif row['loaded'] > 1e-5:
     # Where PyTorch itself is so far from float64, so may we be.
-    assert row['loaded'] <= max(1e-5, 3 * row['torch_from_float64'])
+    assert row['loaded'] <= 3 * row['torch_from_float64']
 
 
 def test_randomised_networks_have_no_zeros():
