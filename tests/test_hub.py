@@ -470,9 +470,9 @@ def test_licences(library, tmp_path, card, licence):
 
 
 @pytest.mark.slow
-def test_teacher_of_the_hub(library, server, tmp_path, finished_run, data_dir):
+def test_teacher_of_the_hub(library, server, tmp_path, published_run, data_dir):
   """A run takes it, and says what it took; timm's config.json is believed."""
-  workdir, _ = finished_run
+  workdir, _ = published_run
   teacher = bundles.load(workdir / 'teacher')
   config = {
     'architecture': 'resnet8',

@@ -528,7 +528,11 @@ def test_eight_devices_and_pieces_store_the_same_rows(
   config.mapper, config.num_cpu_devices, config.accumulation = mapper, 8, 2
   file = tmp_path / 'config.py'
   file.write_text(
-    'import json\nimport ml_collections\n\n\ndef get_config():\n'
+    'import json\nimport ml_collections\n'
+    'from experiments.extension_example.backbone import PlainNet\n'
+    'from ijckd_jax import models\n\n'
+    "models.BACKBONES['plain'] = PlainNet\n\n\n"  # See tests/conftest.py.
+    'def get_config():\n'
     f'  text = {json.dumps(config.to_json())}\n'
     '  return ml_collections.ConfigDict(json.loads(text))\n'
   )

@@ -550,6 +550,7 @@ def test_eight_devices_give_what_one_gives(
   fields = {
     'method.connector': 'mlp',
     'method.feature_site': 'pooled',
+    'student.backbone': 'resnet8',
     'total_steps': 4,
     'log_steps': 1,
     'sync_batch_norm': True,
@@ -638,7 +639,10 @@ def test_a_teacher_without_a_head_needs_one(saved, small_config, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('family', json.loads(families.LIST.read_text()))
+@pytest.mark.parametrize(
+  'family',
+  sorted(json.loads(families.LIST.read_text()).keys() - families.TOO_LARGE),
+)
 def test_families(family):
   """One architecture of each of timm's families, within 1e-5 of the logits."""
   name = json.loads(families.LIST.read_text())[family]

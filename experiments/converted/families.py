@@ -34,6 +34,11 @@ REFUSED = {
   # It indexes by a tensor that torchax did not make.
   'vision_transformer_sam': 'cannot be traced in blocks.0.attn (Attention)',
 }
+# For two cores and 24 GiB.
+TOO_LARGE = (
+  *('csatv2', 'deepseek_vit', 'gemma4_vit', 'hieradet_sam2', 'naflexvit'),
+  *('nasnet', 'pnasnet', 'qwen3_vit', 'vgg'),
+)
 LIST = pathlib.Path(__file__).with_name('families.json')
 
 
