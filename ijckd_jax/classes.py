@@ -54,20 +54,19 @@ def match(
     ours, theirs = (list(map(str, values)) for values in (names, wanted))
   if ours == theirs or by_number:
     return None, ''
-  numbers = list(map(str, range(len(names))))
   unnamed = [
     party
-    for party, values in ((what, ours), (of, theirs))
-    if values == numbers or not any(values)
+    for party, values in ((what, names), (of, wanted))
+    if not are_names(values)
   ]
   same = sorted(ours) == sorted(theirs)
-  if unnamed and not same:
+  if unnamed and not (same or all(map(str.isdecimal, ours + theirs))):
     return None, (
       f'the classes of {what} and of {of} could not be compared, because those '
       f'of {unnamed[0]} have no names, only numbers: class i of the one is '
       'taken for class i of the other'
     )
-  if unnamed or (same and len(set(ours)) < len(ours)):
+  if same and (unnamed or len(set(ours)) < len(ours)):
     why = 'are numbers' if unnamed else 'are not all different'
     raise config_utils.UserError(
       f'the classes of {what} and of {of} are in another order, but their '
@@ -91,6 +90,17 @@ def match(
     f'({"; ".join(shown[:MAX_SHOWN])}{more}): give {flag} if class i is class '
     'i in both'
   )
+
+
+def are_names(values: Sequence[str]) -> bool:
+  """Returns whether they tell more than the classes' numbers, or nothing."""
+  texts = [str(value).strip() for value in values]
+  return any(texts) and texts != list(map(str, range(len(texts))))
+
+
+def first_named(*parties: Sequence[str]) -> Sequence[str]:
+  """Returns the first whose classes have names; the first where none has."""
+  return next(filter(are_names, parties), parties[0])
 
 
 def _plain(name: str) -> str:

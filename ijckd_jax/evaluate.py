@@ -230,7 +230,9 @@ def main(argv: list[str], prog: str = PROG) -> None:
   if flags.teacher:
     judge = bundles.load(flags.teacher, trust_code=flags.trust_code)
     check_fits('teacher', judge, dataset)
-    judge = in_class_order('the teacher', judge, dataset, flags)
+    judge = in_class_order(
+      'the teacher', judge, dataset, flags, beside=bundle.class_names
+    )
     teacher = judge.teacher()
     if pairs.sees(bundle.network, bundle.variables, teacher):
       connected = bundle.network
@@ -298,7 +300,9 @@ def check_fits(what: str, bundle, dataset, *, has_head: bool = True) -> None:
     )
 
 
-def in_class_order(what: str, bundle, dataset, flags: argparse.Namespace):
+def in_class_order(
+  what: str, bundle, dataset, flags: argparse.Namespace, *, beside=()
+):
   """Returns a bundle with its classes in the data set's order.
 
   A note is printed if the order was changed, or could not be compared.
@@ -308,24 +312,35 @@ def in_class_order(what: str, bundle, dataset, flags: argparse.Namespace):
     bundle: bundles.Bundle that `check_fits` has passed.
     dataset: see datasets.
     flags: of `add_data_flags`.
+    beside: class names of the bundle that it is compared with, which count
+      where the data set's classes have none.
 
   Raises:
     config_utils.UserError: its classes are others.
   """
-  order = class_order(what, bundle, dataset, flags)
-  return (
-    bundle if order is None else bundle.in_order(order, dataset.class_names)
-  )
+  from ijckd_jax import classes
+
+  order = class_order(what, bundle, dataset, flags, beside=beside)
+  if order is None:
+    return bundle
+  names = classes.first_named(dataset.class_names, beside)
+  return bundle.in_order(order, names)
 
 
-def class_order(what: str, bundle, dataset, flags: argparse.Namespace):
+def class_order(
+  what: str, bundle, dataset, flags: argparse.Namespace, *, beside=()
+):
   """Returns what classes.match does; see `in_class_order`."""
   from ijckd_jax import classes
 
+  of, names = 'the data set', dataset.class_names
+  if beside and not classes.are_names(names):
+    of, names = 'the bundle', beside
   order, note = classes.match(
     bundle.class_names,
-    dataset.class_names,
+    names,
     what=what,
+    of=of,
     by_number=flags.classes_by_number,
   )
   if note:

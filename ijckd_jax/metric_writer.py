@@ -99,7 +99,7 @@ def read_rows(path: epath.PathLike) -> list[dict]:
     try:
       row = json.loads(line)
       row['step'] + 0
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
       if number == len(lines) and not line.endswith(b'\n'):
         break  # The process was killed as it wrote.
       raise config_utils.UserError(

@@ -135,8 +135,11 @@ def _damage(exp, workdir) -> str:
 
 
 def _load(exp, folder) -> bundles.Bundle:
-  # The config of this run names whatever code the bundle does.
-  return bundles.load(folder, dtype=exp.dtype, trust_code=True)
+  # Where the config names code, the bundle may name the same.
+  trust_code = bool(run_record.modules(exp.config))
+  return bundles.load(
+    folder, dtype=exp.dtype, trust_code=trust_code, trust_programs=True
+  )
 
 
 def finish(training, workdir, state, progress, history):

@@ -1,10 +1,13 @@
 """What a run is made of beside its config: its data, its code, the versions.
 
 The record lies in the run's folder. A run goes on, or is shown, on the data
-that it began with only; it may go on with other code, and says so.
+that it began with only, and goes on with the teachers that it began with only;
+it may go on with other code, and says so.
 """
 
 from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -12,10 +15,12 @@ import json
 import pathlib
 import platform
 from typing import Any
+import zlib
 
 from etils import epath
 import jax
 import ml_collections
+import numpy as np
 
 from ijckd_jax import config_utils
 from ijckd_jax import hosts
@@ -69,14 +74,16 @@ def make(
       'image_shape': list(map(int, dataset.image_shape)),
       'mean': list(map(float, dataset.mean)),
       'std': list(map(float, dataset.std)),
+      'crop_padding': getattr(dataset, 'crop_padding', None),
+      'flip': getattr(dataset, 'flip', None),
     },
-    'code': {'ijckd_jax': hosts.digest_of_code(), **_modules(config)},
+    'code': {'ijckd_jax': hosts.digest_of_code(), **modules(config)},
     'versions': versions(),
     'files': list(workdirs.CONTENTS),
   }
 
 
-def _modules(config) -> dict[str, str]:
+def modules(config) -> dict[str, str]:
   """Returns a hash of each module's file that a config names."""
   found = {}
   for value in config_utils.flatten(config.to_dict()).values():
@@ -107,9 +114,11 @@ def data_changes(folder: epath.Path, record: Mapping[str, Any]) -> list[str]:
       )
     elif was.get('digest') != now['digest']:
       changes.append(f'{split} has other images or labels')
-  for field in ('class_names', 'image_shape', 'mean', 'std'):
-    if old.get(field) != new[field]:
-      was, now = (config_utils.short(x) for x in (old.get(field), new[field]))
+  for field in new.keys() - {'splits'}:
+    # Records of older versions lack the last ones.
+    was = old.get(field, new[field])
+    if was != new[field]:
+      was, now = config_utils.short(was), config_utils.short(new[field])
       changes.append(f'{field} was {was} and is {now}')
   return changes
 
@@ -139,13 +148,74 @@ def code_changes(folder: epath.Path, record: Mapping[str, Any]) -> list[str]:
   )
 
 
+def of_teachers(
+  given: Sequence[Any],
+) -> list[dict[str, str | int]]:
+  """Returns what tells a run's teachers from others, as JSON."""
+  return [
+    {
+      'name': str(teacher.name),
+      'arrays': checksum(teacher.variables),
+      'preprocessing': str(dataclasses.astuple(teacher.preprocessing)),
+      'pool': teacher.pool_name,
+    }
+    for teacher in given
+  ]
+
+
+def checksum(tree: Any) -> int:
+  """Returns a checksum of a tree's arrays, those that are shapes left out."""
+  found = 0
+  for leaf in jax.tree.leaves(tree):
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+      found = zlib.crc32(np.ascontiguousarray(leaf), found)
+  return found
+
+
+def check_teachers(folder: epath.Path, record: Mapping[str, Any]) -> None:
+  """Raises UserError where a folder's run began with other teachers."""
+  old = _read(folder).get('teachers')
+  changes = (
+    []
+    if old is None
+    else config_utils.differences(
+      {'teachers': dict(enumerate(old))},
+      {'teachers': dict(enumerate(record['teachers']))},
+    )
+  )
+  if changes:
+    raise config_utils.UserError(
+      f'{folder} holds a run that began with another teacher '
+      f'({"; ".join(changes)}): put it back, take another --workdir, or start '
+      'anew with --overwrite'
+    )
+
+
+def exists(folder: epath.Path) -> bool:
+  """Returns whether a folder has a record: runs of older versions have none."""
+  return (folder / workdirs.RECORD).exists()
+
+
 def _read(folder) -> dict[str, Any]:
-  """Returns the record in a folder; {} where there is none, or is damaged."""
+  """Returns the record in a folder; {} where there is none.
+
+  Raises:
+    config_utils.UserError: it is damaged.
+  """
+  if not exists(folder):
+    return {}
   try:
     found = workdirs.read_json(folder / workdirs.RECORD)
-  except (OSError, ValueError):
-    return {}
-  return found if isinstance(found, dict) else {}
+    for split in found.get('data', {}).get('splits', {}).values():
+      split.keys()
+    list(found.get('teachers') or ())
+  except (AttributeError, OSError, TypeError, ValueError) as error:
+    raise config_utils.UserError(
+      f'the {workdirs.RECORD} in {folder} is damaged, so that it cannot be '
+      'told whether the data are those that the run began with: put back a '
+      'sound copy, or remove it if they are'
+    ) from error
+  return found
 
 
 def write(folder: epath.Path, record: Mapping[str, Any]) -> None:

@@ -139,18 +139,23 @@ def in_class_order(
   Raises:
     config_utils.UserError: a teacher's classes are others.
   """
+  of, wanted = 'the data set', tuple(dataset.class_names)
   ordered, notes = [], []
   for teacher in given:
     order, note = classes.match(
       teacher.class_names or ('',) * teacher.num_classes,
-      dataset.class_names,
+      wanted,
       what=f'teacher {teacher.name}',
+      of=of,
       by_number=by_number,
       flag='--config.teacher.classes_by_number=True',
     )
     if order is not None:
-      teacher = teacher.in_order(order, dataset.class_names)
+      teacher = teacher.in_order(order, wanted)
     ordered.append(teacher)
+    if not classes.are_names(wanted) and classes.are_names(teacher.class_names):
+      # Those after it are compared with it: the data set says nothing.
+      of, wanted = f'teacher {teacher.name}', teacher.class_names
     notes += [note] * bool(note)
   return tuple(ordered), tuple(notes)
 

@@ -10,12 +10,10 @@ import math
 import os
 import tempfile
 from typing import Any
-import zlib
 
 from etils import epath
 import jax
 import ml_collections
-import numpy as np
 
 from ijckd_jax import backend
 from ijckd_jax import checkpoints
@@ -215,15 +213,16 @@ def train_and_evaluate(
   elif exp.judge is not None:
     # By it the run knows a teacher that was changed under the same name.
     config = ml_collections.ConfigDict(config.to_dict())
-    config.teacher.fingerprint = _fingerprint(exp.teacher_arrays)
+    config.teacher.fingerprint = run_record.checksum(exp.teacher_arrays)
     runs = [(dataclasses.replace(exp, config=config), workdir)]
   folders = [(folder, run.config) for run, folder in runs]
   _check_hosts_agree(config)
   hosts.share(lambda: workdirs.check(folders, overwrite=overwrite))
   finished = None if overwrite else results.found(*runs[-1])
-  splits, missing = {}, None
+  splits, record, missing = {}, {}, None
   try:
     splits = {split: exp.dataset.load(split) for split in datasets.SPLITS}
+    record = run_record.make(exp.dataset, splits, config)
   except config_utils.UserError as error:
     missing = error
   hosts.check_agree({'data': 'there' if missing is None else str(missing)})
@@ -234,7 +233,6 @@ def train_and_evaluate(
       '%s: finished, but its data could not be compared: %s', workdir, missing
     )
     return finished
-  record = run_record.make(exp.dataset, splits, config)
   hosts.check_agree({'data': record['data']})
   stale = hosts.share(
     lambda: _check_records(folders, record, overwrite=overwrite)
@@ -259,14 +257,12 @@ def train_and_evaluate(
     hosts.share(lambda: _take(stack, folders, overwrite, stale))
     hosts.check_seen(workdir)
     trained = results.found(*runs[0]) if len(runs) == 2 else None
-    ahead = folders[1:] if trained else folders
-    hosts.share(lambda: _write_records(ahead, record))
     if hosts.is_primary():
       made = [factory(config.to_dict(), str(workdir)) for factory in factories]
       writers = (*writers, *made)
     stop = stack.enter_context(loop.StopSignals())
     if len(runs) == 2:
-      trained = trained or _run(*runs[0], splits, (), stop)
+      trained = trained or _run(*runs[0], splits, (), stop, record)
       exp = experiment.build(
         config, dataset=exp.dataset, teacher=trained.bundle.teacher()
       )
@@ -283,7 +279,7 @@ def train_and_evaluate(
         ),
         fitted=tuple(found.report for found in fitted),
       )
-    return _run(exp, workdir, splits, writers, stop)
+    return _run(exp, workdir, splits, writers, stop, record)
 
 
 def _check_records(folders: workdirs.Runs, record, *, overwrite: bool):
@@ -292,12 +288,15 @@ def _check_records(folders: workdirs.Runs, record, *, overwrite: bool):
   Raises:
     config_utils.UserError: one holds a run on other data, which is to stay.
   """
+  stale = []
   for folder, _ in reversed(folders):
-    if not overwrite:
+    try:
       run_record.check_data(folder, record)
-  return [
-    folder for folder, _ in folders if run_record.data_changes(folder, record)
-  ]
+    except config_utils.UserError:
+      if not overwrite:
+        raise
+      stale.append(folder)
+  return stale
 
 
 def _take(stack, folders: workdirs.Runs, overwrite: bool, stale):
@@ -313,16 +312,30 @@ def _take(stack, folders: workdirs.Runs, overwrite: bool, stale):
   workdirs.claim(folders, overwrite=overwrite, stale=stale)
 
 
-def _write_records(folders: workdirs.Runs, record) -> None:
-  """Writes the record of runs that go on; says what of their code changed."""
-  for folder, _ in folders:
-    for change in run_record.code_changes(folder, record):
+def _record(exp, workdir, record, continues: bool) -> None:
+  """Writes a run's record, and compares it with the one that was there.
+
+  Raises:
+    config_utils.UserError: a run that continues began with another teacher.
+  """
+  given = exp.distiller.teachers or (exp.judge,) * (exp.judge is not None)
+  record = {**record, 'teachers': run_record.of_teachers(given)}
+  if continues and not run_record.exists(workdir):
+    logger.warning(
+      '%s: there is no %s, so that it cannot be told whether the data and the '
+      'code are those that the run began with',
+      workdir,
+      workdirs.RECORD,
+    )
+  if continues:
+    run_record.check_teachers(workdir, record)
+    for change in run_record.code_changes(workdir, record):
       logger.warning(
         '%s: goes on with other code or versions than it began with: %s',
-        folder,
+        workdir,
         change,
       )
-    run_record.write(folder, record)
+  run_record.write(workdir, record)
 
 
 def _check_hosts_agree(config: ml_collections.ConfigDict) -> None:
@@ -337,16 +350,6 @@ def _check_hosts_agree(config: ml_collections.ConfigDict) -> None:
       'versions': run_record.versions(),
     }
   )
-
-
-def _fingerprint(tree) -> int:
-  """Returns a checksum of a tree's arrays; of a head to be fitted, nothing."""
-  checksum = 0
-  for leaf in jax.tree.leaves(tree):
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-      continue
-    checksum = zlib.crc32(np.ascontiguousarray(leaf), checksum)
-  return checksum
 
 
 def _warn_of_unsettled_statistics(exp, workdir, num_examples):
@@ -372,7 +375,7 @@ def _warn_of_unsettled_statistics(exp, workdir, num_examples):
     )
 
 
-def _run(exp, workdir, splits, writers, stop) -> results.Result:
+def _run(exp, workdir, splits, writers, stop, record) -> results.Result:
   """Trains one network on loaded data, from where it was stopped."""
   metrics_file = workdir / workdirs.METRICS
   config, mapper = exp.config, exp.mapper
@@ -412,6 +415,15 @@ def _run(exp, workdir, splits, writers, stop) -> results.Result:
     state, memo = found
     start, progress = int(state.step), loop.Progress(**memo)
     logger.info('%s: continues after step %d', workdir, start)
+  elif hosts.share(lambda: bool(metric_writer.read_rows(metrics_file))):
+    logger.warning(
+      '%s: there is no checkpoint to continue from: the run starts anew, and '
+      'the rows of %s go',
+      workdir,
+      workdirs.METRICS,
+    )
+  continues = found is not None
+  hosts.share(lambda: _record(exp, workdir, record, continues))
   state = mapper.replicate(state)
   recorder = teacher_outputs.start(exp, workdir, splits['train'], start)
   own = []

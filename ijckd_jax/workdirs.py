@@ -158,8 +158,9 @@ def claim(
       if overwrite and (last or folder in stale or _changes(folder, config)):
         _clear(folder)
       folder.mkdir(parents=True, exist_ok=True)
-      for partial in folder.glob('.*.partial'):  # Left by a process killed.
-        partial.unlink()
+      for path in folder.iterdir():  # Left by a process that was killed.
+        if _PARTIAL.fullmatch(path.name):
+          path.unlink()
       if not is_finished(folder):
         (folder / DIVERGED).unlink(missing_ok=True)  # Of an earlier start.
         mark = {MARK: importlib.metadata.version('ijckd_jax')}
@@ -181,15 +182,27 @@ def is_remote(path: epath.PathLike) -> bool:
 def is_finished(folder: epath.Path) -> bool:
   """Returns whether the run in the folder has come to its end."""
   try:
-    summary = json.loads((folder / SUMMARY).read_bytes())
+    summary = read_json(folder / SUMMARY)
   except (OSError, ValueError):
     return False
   return isinstance(summary, dict) and (folder / BUNDLE).exists()
 
 
 def read_json(path: epath.Path) -> Any:
-  """Returns what a JSON file holds."""
-  return json.loads(path.read_bytes())
+  """Returns what a JSON file holds.
+
+  Raises:
+    OSError: it cannot be read.
+    ValueError: it is no JSON, or too deep.
+  """
+  try:
+    return json.loads(path.read_bytes())
+  except RecursionError as error:
+    raise ValueError('nested too deep') from error
+
+
+# A file of `write_files` that is not whole yet.
+_PARTIAL = re.compile(r'\..*\.[0-9a-f]{32}\.partial')
 
 
 def sync(path: epath.PathLike) -> None:

@@ -72,6 +72,7 @@ def test_natural_order_against_sorted_folders():
     (('cat', 'dog'), ABC, 'has 2 classes, but the data set has 3'),
     (('cat', 'cat', 'dog'), ('cat', 'dog', 'cat'), 'not all different'),
     (tuple('0123456789') + ('10',), sorted(map(str, range(11))), 'are numbers'),
+    (('0', '1', '2'), ('1', '2', '3'), "class 0 is '0' and '1'"),
   ],
 )
 def test_other_names_are_refused(names, wanted, said):
@@ -197,6 +198,52 @@ def test_evaluation_counts_by_name(tmp_path, data_dir, capsys):
   flags += ('--classes_by_number',)
   other = run(evaluate.main, capsys, '--bundle', tmp_path / 'other', *flags)
   assert json.loads(other.out) == plain
+
+
+def test_two_bundles_are_compared_where_the_data_have_numbers(
+  tmp_path, data_dir, capsys, small_config
+):
+  words = Digits.class_names
+  bundle = classifiers.alone('resnet8', (8, 8, 1), num_classes=10)
+  bundle = bundle.in_order(np.arange(10), words)
+  order = np.random.RandomState(0).permutation(10)
+  bundle.save(tmp_path / 'plain')
+  turned = bundle.in_order(order, [words[i] for i in order])
+  turned.save(tmp_path / 'turned')
+  found = run(
+    *(evaluate.main, capsys, '--bundle', tmp_path / 'plain'),
+    *('--teacher', tmp_path / 'turned', '--data_dir', data_dir),
+    *('--dataset', 'digits', '--json'),
+  )
+  assert json.loads(found.out)['student']['agreement'] == 1.0
+  assert 'the teacher are in another order than those of the bun' in found.err
+  given = (bundle.teacher(), turned.teacher())
+  exp = experiment.build(small_config('kd'), teacher=given)
+  first, second = exp.distiller.teachers
+  np.testing.assert_array_equal(first.head['kernel'], second.head['kernel'])
+
+
+@pytest.mark.parametrize(
+  'names, wanted, said',
+  [
+    (ABC, [0, 1, 2, -1], ''),
+    (('fox', 'cat', 'dog'), [2, 0, 1, -1], 'in another order'),
+    (('x', 'y', 'z'), [-1, -1, -1, -1], 'its labels are left out'),
+  ],
+)
+def test_labels_of_unlabelled_data_are_those_of_the_classes(
+  names, wanted, said, capsys
+):
+  dataset, other = (argparse.Namespace(class_names=x) for x in (ABC, names))
+  found = bounds_command._labels_in_order(
+    np.array([0, 1, 2, -1]),
+    dataset,
+    other,
+    argparse.Namespace(classes_by_number=False),
+  )
+  np.testing.assert_array_equal(found, wanted)
+  err = capsys.readouterr().err
+  assert said in err and bool(err) == bool(said)
 
 
 def test_labels_of_a_check_are_the_files(data_dir):

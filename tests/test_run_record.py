@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from ijckd_jax import bundles
 from ijckd_jax import config_utils
 from ijckd_jax import datasets
 from ijckd_jax import locks
@@ -31,8 +32,9 @@ class Data:
   change: object = None
   class_names: tuple[str, ...] = tuple('0123456789')
   mean: tuple[float, ...] = (0.3,)
+  flip: bool = False
 
-  image_shape, std, crop_padding, flip = (8, 8, 1), (0.4,), 0, False
+  image_shape, std, crop_padding = (8, 8, 1), (0.4,), 0
 
   def load(self, split):
     arrays = digits.Dataset(data_dir=self.data_dir).load(split)
@@ -83,6 +85,7 @@ CHANGES = {
   'fewer': ({'change': all_but_one}, 'train had 120 images and has 119'),
   'names': ({'class_names': tuple('1023456789')}, "class_names was .*'0', '1'"),
   'mean': ({'mean': (0.31,)}, r'mean was \[0.3\] and is \[0.31\]'),
+  'flip': ({'flip': True}, 'flip was False and is True'),
 }
 
 
@@ -158,6 +161,72 @@ def test_modules_that_a_config_names_are_code(
   assert found[0]['ijckd_jax'] == found[1]['ijckd_jax']
 
 
+def other_teacher(bundle, network):
+  """With the same arrays, its pixels are seen in other units."""
+  mean = (network.preprocessing.mean[0] + 0.5,)
+  preprocessing = dataclasses.replace(network.preprocessing, mean=mean)
+  network = dataclasses.replace(network, preprocessing=preprocessing)
+  return dataclasses.replace(bundle, network=network)
+
+
+def other_arrays(bundle, network):
+  del network
+  turned = jax.tree.map(lambda x: -np.asarray(x), bundle.variables)
+  stats = bundle.variables['batch_stats']
+  return dataclasses.replace(bundle, variables=turned | {'batch_stats': stats})
+
+
+@pytest.mark.parametrize('change', [other_teacher, other_arrays])
+def test_another_teacher_in_the_runs_folder_is_refused(
+  change, stopped, data_dir
+):
+  workdir, config = stopped
+  bundle = bundles.load(workdir / 'teacher')
+  record = (workdir / workdirs.RECORD).read_bytes()
+  change(bundle, bundle.network).save(workdir / 'teacher' / 'bundle')
+  with pytest.raises(config_utils.UserError, match='began with another teach'):
+    train.train_and_evaluate(config, workdir, dataset=Data(data_dir))
+  assert (workdir / workdirs.RECORD).read_bytes() == record
+  bundle.save(workdir / 'teacher' / 'bundle')
+  train.train_and_evaluate(config, workdir, dataset=Data(data_dir))
+
+
+@pytest.mark.parametrize(
+  'text', ['{"half', '[]', '{"data": {"splits": []}}', '[' * 100_000]
+)
+def test_a_damaged_record_is_refused(text, stopped, data_dir):
+  """Or else other data would not be noticed."""
+  workdir, config = stopped
+  (workdir / workdirs.RECORD).write_text(text)
+  with pytest.raises(config_utils.UserError, match='run.json in .* is damaged'):
+    train.train_and_evaluate(config, workdir, dataset=Data(data_dir))
+
+
+def test_a_run_without_checkpoints_says_that_it_starts_anew(
+  stopped, data_dir, caplog
+):
+  workdir, config = stopped
+  shutil.rmtree(workdir / 'checkpoints')
+  shutil.rmtree(workdir / 'bundle')
+  train.train_and_evaluate(config, workdir, dataset=Data(data_dir))
+  assert 'there is no checkpoint to continue from: the run st' in caplog.text
+
+
+def test_code_that_only_a_runs_bundle_names_is_not_imported(
+  finished, tmp_path, data_dir, monkeypatch
+):
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / 'evil.py').write_text('raise SystemExit("imported")')
+  workdir, config = finished
+  workdir = shutil.copytree(workdir, tmp_path / 'run')
+  path = workdir / 'bundle' / 'bundle.json'
+  path.write_text(
+    json.dumps(json.loads(path.read_text()) | {'backbone': 'evil:X'})
+  )
+  train.train_and_evaluate(config, workdir, dataset=Data(data_dir))
+  assert json.loads(path.read_text())['backbone'] == 'plain'
+
+
 def test_settings_of_jax_are_versions():
   plain = run_record.versions()
   assert plain['jax'] == jax.__version__
@@ -166,13 +235,14 @@ def test_settings_of_jax_are_versions():
     assert run_record.versions() == {**plain, 'jax_enable_x64': 'True'}
 
 
-def test_runs_without_a_record_go_on(stopped, data_dir):
+def test_runs_without_a_record_go_on(stopped, data_dir, caplog):
   """As those of older versions do."""
   workdir, config = stopped
   (workdir / workdirs.RECORD).unlink()
   (workdir / 'teacher' / workdirs.RECORD).unlink()
   train.train_and_evaluate(config, workdir, dataset=Data(data_dir))
   assert (workdir / workdirs.RECORD).exists()
+  assert 'there is no run.json, so that it cannot be told' in caplog.text
 
 
 @pytest.mark.parametrize('config_text', ['{"a": 1', '// ours\n{}', ''])
@@ -201,9 +271,14 @@ def test_only_what_the_record_lists_is_removed(stopped):
   record['files'] = ['bundle', 'config.json', '../run', 'notes.txt']
   path.write_text(json.dumps(record))
   (workdir / 'notes.txt').write_text('mine')
+  (workdir / '.film.mp4.partial').write_text('mine')
+  (workdir / f'.summary.json.{"0" * 32}.partial').write_text('of a killed run')
   before = {x.name for x in workdir.iterdir()}
   workdirs.claim([(epath.Path(workdir), config)], overwrite=True)
-  assert before - {x.name for x in workdir.iterdir()} == {'bundle'}
+  assert before - {x.name for x in workdir.iterdir()} == {
+    'bundle',
+    f'.summary.json.{"0" * 32}.partial',
+  }
 
 
 def test_a_teacher_that_another_run_trains_is_left_alone(stopped, data_dir):

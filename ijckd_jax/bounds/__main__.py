@@ -6,6 +6,7 @@ ijckd bounds --bundle STUDENT --teacher TEACHER --dataset NAME
 import argparse
 import copy
 import json
+import sys
 
 import numpy as np
 
@@ -105,7 +106,9 @@ def main(argv: list[str], prog: str = PROG) -> None:
     student = student.in_order(order, dataset.class_names)
     connected = connected and connected.in_order(order, dataset.class_names)
   if connected is None:
-    judge = evaluate.in_class_order('the teacher', judge, dataset, flags)
+    judge = evaluate.in_class_order(
+      'the teacher', judge, dataset, flags, beside=student.class_names
+    )
   teacher = judge.teacher()
   if connected is not None:
     # The teacher's bundle has another head if one was fitted for this student.
@@ -136,6 +139,10 @@ def main(argv: list[str], prog: str = PROG) -> None:
     splits['train'] = dataset.load('train')
   if other is not None:
     splits['unlabelled'] = other.load(flags.unlabelled_split)
+    if not len(splits['unlabelled']):
+      raise config_utils.UserError(
+        f'--unlabelled: the split {flags.unlabelled_split!r} is empty'
+      )
     if splits['unlabelled'].digest() == splits['test'].digest():
       raise config_utils.UserError(
         '--unlabelled: these are the labelled images; give others'
@@ -169,9 +176,11 @@ def main(argv: list[str], prog: str = PROG) -> None:
   if not _same_head(viewer.head, _head_in_order(judge, dataset, flags)):
     found['left_out']["the teacher's own head"] = OTHER_HEAD
   if other is not None:
+    target = viewer(splits['unlabelled'])
+    target['label'] = _labels_in_order(target['label'], dataset, other, flags)
     found['unlabelled'] = shift.bound(
       views['test'],
-      viewer(splits['unlabelled']),
+      target,
       viewer.head,
       viewer.own_head,
       delta=flags.delta,
@@ -192,6 +201,29 @@ def _unwritable(flags: argparse.Namespace, error: OSError):
   return config_utils.UserError(
     f'--output {flags.output} cannot be written: {config_utils.reason(error)}'
   )
+
+
+def _labels_in_order(labels, dataset, other, flags: argparse.Namespace):
+  """Returns labels of --unlabelled as numbers of --dataset's classes.
+
+  All are -1 where the classes are others.
+  """
+  from ijckd_jax import classes
+
+  try:
+    order, note = classes.match(
+      dataset.class_names,
+      other.class_names,
+      what='--dataset',
+      of='--unlabelled',
+      by_number=flags.classes_by_number,
+    )
+  except config_utils.UserError as error:
+    print(f'note: its labels are left out: {error}', file=sys.stderr)
+    return np.full_like(labels, -1)
+  if note:
+    print(f'note: {note}', file=sys.stderr)
+  return labels if order is None else np.where(labels < 0, -1, order[labels])
 
 
 def _head_in_order(judge, dataset, flags: argparse.Namespace):
