@@ -123,7 +123,7 @@ def test_a_teacher_of_other_classes_and_few_labels(config_of, data_dir):
     **fields, settings={**settings, 'teacher.head': 'fit'}
   )
   assert result.summary['heads'][0]['examples'] == 100
-  assert result.summary['teacher']['top1'] > 0.9
+  assert result.summary['teacher']['top1'] > 0.8
   assert len(result.bundle.class_names) == 5
 
 

@@ -214,7 +214,8 @@ def test_damaged_config_of_a_run_can_be_overwritten(
   folder = tmp_path / 'run'
   result.bundle.save(folder / 'bundle')
   (folder / 'config.json').write_text('{"half')
-  argv = ['--config', f'{DIGITS}:teacher=resnet8', '--workdir', folder]
+  (folder / 'run.json').write_bytes((workdir / 'run.json').read_bytes())
+  argv = ['--config', f'{DIGITS}:teacher=plain', '--workdir', folder]
   argv += [f'--config.dataset.data_dir={data_dir}', '--config.total_epochs=0']
   argv += ['--config.total_steps=2', '--config.optimizer.warmup_epochs=0']
   argv += ['--config.bounds.fit_examples=0']

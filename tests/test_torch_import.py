@@ -730,7 +730,8 @@ def test_how_images_were_prepared_must_be_known(tmp_path):
 def test_a_network_that_is_none_of_ours():
   state = torch_files.StateDict({'fc.weight': np.ones((3, 4))}, {}, {}, (), '')
   with pytest.raises(
-    config_utils.UserError, match='of no backbone that is known here; nearest'
+    config_utils.UserError,
+    match='like no backbone that .*its arrays are fc.weight',
   ):
     torch_import.from_state(state, torch_import.Request(), origin={})
   state = torch_files.StateDict({'a': np.ones(3)}, {}, {}, (), '')
