@@ -10,6 +10,7 @@ from ijckd_jax import experiment
 from ijckd_jax import methods
 from ijckd_jax import network
 from ijckd_jax import outputs
+from ijckd_jax import run_record
 from ijckd_jax import steps
 from ijckd_jax import train
 
@@ -67,7 +68,7 @@ def test_a_head_predicts_is_trained_or_not_and_is_deployed(
     assert not same(kept, first['params']['head'])
   # The teacher is the same one, whatever head the student has.
   found = result.summary['config']['teacher']['fingerprint']
-  assert found == train._fingerprint(exp.judge.frozen)
+  assert found == run_record.checksum(exp.judge.frozen)
   # What was evaluated is what predicts in training, and what is deployed.
   has_connector = head != 'own'
   assert ('connector' in result.bundle.variables['params']) == has_connector
