@@ -26,8 +26,8 @@ def match(
 ) -> tuple[np.ndarray | None, str]:
   """Compares the names of K classes with those of another party.
 
-  Names are alike that differ in case, white space, `_` or `-` only, unless a
-  party has two such names, as the letters of EMNIST are.
+  Names are alike that differ in case, white space, `_` or `-` only, unless one
+  party has two classes that differ only so, such as EMNIST's `a` and `A`.
 
   Args:
     names: K names of one party, such as a teacher.
@@ -93,7 +93,7 @@ def match(
 
 
 def are_names(values: Sequence[str]) -> bool:
-  """Returns whether they tell more than the classes' numbers, or nothing."""
+  """Returns whether classes have names: not all '', and not '0', '1', '2'..."""
   texts = [str(value).strip() for value in values]
   return any(texts) and texts != list(map(str, range(len(texts))))
 

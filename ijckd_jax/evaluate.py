@@ -333,9 +333,8 @@ def class_order(
   """Returns what classes.match does; see `in_class_order`."""
   from ijckd_jax import classes
 
-  of, names = 'the data set', dataset.class_names
-  if beside and not classes.are_names(names):
-    of, names = 'the bundle', beside
+  names = classes.first_named(dataset.class_names, beside)
+  of = 'the data set' if names is dataset.class_names else 'the bundle'
   order, note = classes.match(
     bundle.class_names,
     names,

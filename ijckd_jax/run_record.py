@@ -206,6 +206,7 @@ def _read(folder) -> dict[str, Any]:
     return {}
   try:
     found = workdirs.read_json(folder / workdirs.RECORD)
+    # Raises where the parts that are read are no objects, or no list.
     for split in found.get('data', {}).get('splits', {}).values():
       split.keys()
     list(found.get('teachers') or ())

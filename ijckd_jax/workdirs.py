@@ -50,6 +50,8 @@ CONTENTS = (
   RECORD,
   CONFIG,
 )
+# A file of `write_files` that is not whole yet.
+_PARTIAL = re.compile(r'\..*\.[0-9a-f]{32}\.partial')
 # By this field of the config's file a folder is known to be a run's.
 MARK = 'ijckd_jax'
 # What may differ between the parts of one run: where and how it is computed.
@@ -199,10 +201,6 @@ def read_json(path: epath.Path) -> Any:
     return json.loads(path.read_bytes())
   except RecursionError as error:
     raise ValueError('nested too deep') from error
-
-
-# A file of `write_files` that is not whole yet.
-_PARTIAL = re.compile(r'\..*\.[0-9a-f]{32}\.partial')
 
 
 def sync(path: epath.PathLike) -> None:

@@ -242,7 +242,7 @@ def test_contract(name):
 @pytest.mark.parametrize('name', methods.METHODS)
 def test_gradients_reach_all_that_is_trained_and_nothing_else(name):
   method = methods.get(name)()
-  distiller, variables = bind(method, Pair(teacher='resnet8'))
+  distiller, variables = bind(method)
   total, terms, trained, frozen = value_and_gradients(
     distiller, variables, make_batch()
   )
