@@ -26,7 +26,7 @@ from ijckd_jax import streams
 
 # Words of libraries whose errors are no MemoryError; and JAX's where what it
 # reads is damaged.
-NO_MEMORY = ('RESOURCE_EXHAUSTED', 'allocate')
+_NO_MEMORY = ('RESOURCE_EXHAUSTED', 'allocate')
 INVALID = 'INVALID_ARGUMENT'
 
 
@@ -505,9 +505,7 @@ def cause_outside(error: Exception) -> str:
   ran out, a device failed, or a module is missing.
   """
   said = short(error)
-  if isinstance(error, MemoryError) or any(
-    words in str(error) for words in NO_MEMORY
-  ):
+  if is_no_memory(error):
     return (
       f'the memory does not suffice ({said}): end other programs, or take '
       'smaller batches'
@@ -519,6 +517,13 @@ def cause_outside(error: Exception) -> str:
   if type(error).__name__ == 'JaxRuntimeError' and INVALID not in str(error):
     return f'JAX has failed: {" ".join(str(error).split())}'
   return ''
+
+
+def is_no_memory(error: Exception) -> bool:
+  """Returns whether memory ran out, in Python, in JAX or in PyTorch."""
+  return isinstance(error, MemoryError) or any(
+    words in str(error) for words in _NO_MEMORY
+  )
 
 
 def raise_outside(error: Exception) -> None:

@@ -113,6 +113,13 @@ def read(path: epath.PathLike, *, part: str = '') -> StateDict:
   except config_utils.UserError:
     raise
   except Exception as error:
+    # A forged file of some bytes can ask for any amount of memory.
+    if config_utils.is_no_memory(error):
+      raise config_utils.UserError(
+        f'{path} cannot be read, since it needs more memory than there is '
+        f'({config_utils.short(error)}): end other programs if the file is '
+        'sound'
+      ) from error
     config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'{path} cannot be read: {config_utils.short(error)}'
