@@ -7,6 +7,7 @@ Each command is the `main` of a module, which is imported when it runs, so that
 the help is there at once.
 """
 
+from collections.abc import Sequence
 import functools
 import importlib
 import sys
@@ -69,8 +70,13 @@ def main(argv: list[str], prog: str = 'ijckd') -> int | None:
   return module.main(rest, prog=f'{prog} {name}')
 
 
-def run(prog: str) -> None:
-  """Runs the command that `sys.argv` names, and exits."""
+def run(prog: str, user_path: Sequence[str] = ()) -> None:
+  """Runs the command that `sys.argv` names, and exits.
+
+  Args:
+    prog: see `main`.
+    user_path: see config_utils.user_path.
+  """
   streams.use_utf8()
   streams.prepare()
   argv = sys.argv[1:]
@@ -79,16 +85,15 @@ def run(prog: str) -> None:
 
   from ijckd_jax import config_utils  # Takes longer than the help may.
 
+  config_utils.user_path.extend(user_path)
   config_utils.run_command(functools.partial(main, prog=prog))
 
 
 def console() -> None:
   """Runs the program `ijckd`, and exits."""
-  if not sys.flags.safe_path:
-    # Backbones, methods and the like of the user's own are found in the working
-    # directory, as by `python -m`; here they cannot hide an installed package.
-    sys.path.append('')
-  run('ijckd')
+  # Backbones, methods and the like of the user's own are found in the working
+  # directory, as by `python -m`.
+  run('ijckd', user_path=[] if sys.flags.safe_path else [''])
 
 
 if __name__ == '__main__':

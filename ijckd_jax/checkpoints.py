@@ -196,7 +196,8 @@ class Checkpoints:
         raise config_utils.UserError(
           f'the checkpoint of step {step} in {self._directory} does not fit: '
           f'{name} is {saved.get(name)} there, and {wanted.get(name)} in this '
-          'run; take the version of the code that has written it'
+          'run; take the code, and the settings of JAX such as '
+          'JAX_ENABLE_X64, that have written it'
         )
     abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)
     try:

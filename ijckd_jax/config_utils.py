@@ -28,6 +28,10 @@ from ijckd_jax import streams
 # reads is damaged.
 _NO_MEMORY = ('RESOURCE_EXHAUSTED', 'allocate')
 INVALID = 'INVALID_ARGUMENT'
+# Where modules that a user names are found, after all others. The program
+# `ijckd` puts the working directory here rather than on Python's own path, on
+# which JAX and others look for modules that need not be installed.
+user_path: list[str] = []
 
 
 class UserError(ValueError):
@@ -85,6 +89,11 @@ def check_positive(name: str, value: float) -> None:
     raise UserError(f'{name}={value}: it must be positive')
 
 
+def use_user_path() -> None:
+  """Lets what a user names be imported from `user_path`."""
+  sys.path.extend(path for path in user_path if path not in sys.path)
+
+
 def resolve(kind: str, name: str, table: Mapping[str, object]):
   """Returns what `name` stands for.
 
@@ -106,6 +115,8 @@ def resolve(kind: str, name: str, table: Mapping[str, object]):
     raise UserError(
       f'{unknown(kind, name, list(table))}; or package.module:Name'
     )
+  if not target:
+    use_user_path()
   try:
     module = importlib.import_module(module_name)
   except ModuleNotFoundError as error:
@@ -350,6 +361,8 @@ def load(reference: str) -> ml_collections.ConfigDict:
   """
   name, separator, arg = _split(reference)
   path = _config_file(expand(name))
+  if path == expand(name):
+    use_user_path()
   try:
     get_config = runpy.run_path(path).get('get_config')
     if get_config is None:
@@ -481,6 +494,8 @@ def run_command(command: Callable[[list[str]], int | None]) -> None:
   # Python's process that frees what a killed worker had in shared memory takes
   # these options, and would warn that it had to.
   sys.warnoptions.append('ignore:resource_tracker')
+  if sys.unraisablehook is sys.__unraisablehook__:  # And not a test's.
+    sys.unraisablehook = drop_closed_loops
 
   def answer():
     try:
@@ -496,6 +511,16 @@ def run_command(command: Callable[[list[str]], int | None]) -> None:
       return 1
 
   sys.exit(streams.guard(answer))
+
+
+def drop_closed_loops(unraisable, show=sys.__unraisablehook__):
+  """Shows what could not be raised, but for TensorStore's late answers.
+
+  After a checkpoint that could not be written, on a full disk say, TensorStore
+  answers for each further array to an event loop that Orbax has closed.
+  """
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    show(unraisable)
 
 
 def cause_outside(error: Exception) -> str:

@@ -64,7 +64,8 @@ def main(argv: list[str], prog: str = PROG) -> None:
   for role, bundle in loaded.items():
     _check_fits('bundle' if role == 'student' else role, bundle, dataset)
   made = {
-    role: _export(bundle, dataset, flags) for role, bundle in loaded.items()
+    role: _export(role, bundle, dataset, flags)
+    for role, bundle in loaded.items()
   }
   if flags.format == 'web':
     models = [
@@ -84,14 +85,14 @@ def main(argv: list[str], prog: str = PROG) -> None:
     print(checks.describe(about['check']))
 
 
-def _export(bundle, dataset, flags) -> tuple[bytes, dict[str, Any]]:
+def _export(role, bundle, dataset, flags) -> tuple[bytes, dict[str, Any]]:
   """Returns a file's content that was checked, and what is known of it."""
   from ijckd_jax.deploy import checks
   from ijckd_jax.deploy import deployed as deployed_lib
 
   deployed = deployed_lib.deploy(bundle, takes=flags.input)
   data, open_session = ENCODERS[flags.format](bundle, deployed, dataset, flags)
-  order = evaluate.class_order('the bundle', bundle, dataset, flags)
+  order = evaluate.class_order(f'the {role}', bundle, dataset, flags)
   result = checks.compare(
     bundle,
     open_session(data),

@@ -74,7 +74,6 @@ def found(exp, workdir) -> Result | None:
   """
   if not hosts.share(lambda: _is_whole(exp, workdir)):
     return None
-  logger.info('%s: already finished', workdir)
   history = metric_writer.read_rows(workdir / workdirs.METRICS)
   summary = workdirs.read_json(workdir / workdirs.SUMMARY)
   if summary['steps'] not in [row['step'] for row in history]:

@@ -238,6 +238,7 @@ def train_and_evaluate(
     lambda: _check_records(folders, record, overwrite=overwrite)
   )
   if finished is not None:
+    logger.info('%s: already finished', workdir)
     return finished
   factories = [
     config_utils.resolve('writer', name, {}) for name in config.writers
@@ -257,6 +258,8 @@ def train_and_evaluate(
     hosts.share(lambda: _take(stack, folders, overwrite, stale))
     hosts.check_seen(workdir)
     trained = results.found(*runs[0]) if len(runs) == 2 else None
+    if trained is not None:
+      logger.info('%s: already finished', runs[0][1])
     if hosts.is_primary():
       made = [factory(config.to_dict(), str(workdir)) for factory in factories]
       writers = (*writers, *made)

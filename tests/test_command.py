@@ -25,6 +25,7 @@ def ijckd(monkeypatch, capsys):
   def run(*argv, entry=command.console):
     monkeypatch.setattr(sys, 'argv', ['ijckd', *argv])
     monkeypatch.setattr(sys, 'path', list(sys.path))
+    monkeypatch.setattr(config_utils, 'user_path', [])
     monkeypatch.setattr(signal, 'signal', lambda *_: None)  # Of this process.
     with pytest.raises(SystemExit) as stopped:
       entry()
@@ -241,8 +242,20 @@ def test_mistakes_get_one_line(ijckd, argv, said):
   assert said in err
 
 
-def test_modules_of_the_working_directory_are_found_last(ijckd):
-  """As by `python -m`, but none of them hides an installed package."""
-  before = [path for path in sys.path if path]
-  ijckd('--help')
-  assert sys.path[-1] == '' and sys.path[:-1][-len(before) :] == before
+def test_modules_of_the_working_directory_are_found_last(
+  ijckd, monkeypatch, tmp_path
+):
+  """And not before the user names one: JAX itself looks for libtpu and more."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'libtpu.py').write_text('')
+  (tmp_path / 'module_of_a_user.py').write_text('class Method: pass')
+  (tmp_path / 'numpy.py').write_text('raise SystemExit')
+  before = [path for path in sys.path if path not in ('', str(tmp_path))]
+  monkeypatch.setattr(sys, 'path', before)
+  code, _, err = ijckd(
+    'train', '--config', 'digits', '--workdir', 'run', '--x=1'
+  )
+  assert code == 2, err
+  assert '' not in sys.path
+  config_utils.resolve('method', 'module_of_a_user:Method', {})
+  assert sys.path == [*before, '']

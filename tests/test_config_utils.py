@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import sys
+import types
 
 import ml_collections
 import pytest
@@ -434,3 +435,11 @@ def test_logged_lines_and_errors_are_text(capsys, monkeypatch):
     config_utils.run_command(fail)
   said = f'error: class {config_utils.printable(HOSTILE)} is empty\n'
   assert capsys.readouterr().err == said
+
+
+def test_late_answers_of_tensorstore_are_not_shown():
+  shown = []
+  for said in ('Event loop is closed', 'another'):
+    unraisable = types.SimpleNamespace(exc_value=RuntimeError(said))
+    config_utils.drop_closed_loops(unraisable, shown.append)
+  assert [str(x.exc_value) for x in shown] == ['another']

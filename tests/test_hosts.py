@@ -291,6 +291,18 @@ def test_hosts_that_disagree_are_told_at_start(untrained, tmp_path, own, said):
   assert not (tmp_path / 'run').exists()
 
 
+def test_data_that_one_host_lacks_end_both(untrained, tmp_path):
+  """The other one would wait for it."""
+  own = ['--config.dataset.data_dir=/proc/nowhere']
+  codes, words = Cluster(
+    2, tmp_path / 'run', tmp_path / 'notes', *untrained, own=([], own)
+  ).wait()
+  assert codes == [2, 2], words
+  for text in words:
+    assert re.search("process 1 is not like process 0.*data: 'there'", text)
+  assert not (tmp_path / 'run').exists()
+
+
 def test_folder_that_only_one_host_has_is_told_at_start(untrained, tmp_path):
   elsewhere = ['--workdir', str(tmp_path / 'elsewhere')]
   codes, words = Cluster(
