@@ -34,11 +34,16 @@ REFUSED = {
   # It indexes by a tensor that torchax did not make.
   'vision_transformer_sam': 'cannot be traced in blocks.0.attn (Attention)',
 }
-# For two cores and 24 GiB: measured only if they are named.
+# Measured only if they are named: for two cores and 24 GiB these are too large.
 TOO_LARGE = (
   *('csatv2', 'deepseek_vit', 'gemma4_vit', 'hieradet_sam2', 'naflexvit'),
   *('nasnet', 'pnasnet', 'qwen3_vit', 'vgg'),
 )
+# With random weights so sensitive that PyTorch's own float32 is 4.5e-5, 5.5e-3
+# and 1.3e-3 from its float64 (seeds 0 to 2): whether a conversion keeps within
+# its limit of 1e-3 is a matter of the draw.
+UNSTABLE = ('visformer',)
+LEFT_OUT = {*TOO_LARGE, *UNSTABLE}
 LIST = pathlib.Path(__file__).with_name('families.json')
 
 
@@ -174,7 +179,7 @@ def main() -> None:
     print(table(rows))
     return
   done = {row['family'] for row in rows}
-  for family in flags.families or sorted(chosen.keys() - TOO_LARGE):
+  for family in flags.families or sorted(chosen.keys() - LEFT_OUT):
     if family in done:
       continue
     row = measure(family, chosen[family])
