@@ -32,6 +32,7 @@ from experiments.comparison import analyse
 from experiments.comparison import grid
 from ijckd_jax import compilation_cache
 from ijckd_jax import config_utils
+from ijckd_jax import disk
 from ijckd_jax import train
 from ijckd_jax import workdirs
 
@@ -71,7 +72,7 @@ def choose_rates(flags) -> None:
       'images_per_second': result.summary['images_per_second'],
       'chosen': float(max(top1, key=top1.get)),
     }
-    workdirs.write_text(RATES, json.dumps(found, indent=2) + '\n')
+    disk.write_text(RATES, json.dumps(found, indent=2) + '\n')
   print(json.dumps(found, indent=2))
 
 
@@ -162,7 +163,7 @@ def run(flags) -> None:
         f'{teacher_dir(flags.work)} is not the teacher of the runs before: '
         'their students cannot be compared; start with results of your own'
       )
-    workdirs.write_text(folder / ROW, json.dumps(row) + '\n')
+    disk.write_text(folder / ROW, json.dumps(row) + '\n')
     for name in (workdirs.CHECKPOINTS, workdirs.TEACHER_OUTPUTS):
       shutil.rmtree(folder / name, ignore_errors=True)
     _forget()
@@ -215,7 +216,7 @@ def collect(flags) -> None:
     rows.setdefault((_key(row), *row['devices']), row)
   # A stable sort: of repeated runs the first stays so.
   lines = [json.dumps(row) + '\n' for row in sorted(rows.values(), key=_key)]
-  workdirs.write_text(RESULTS, ''.join(lines))
+  disk.write_text(RESULTS, ''.join(lines))
   print(f'{len(lines)} runs')
 
 

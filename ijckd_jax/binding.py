@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ijckd_jax import config_utils
 from ijckd_jax import distiller as distiller_lib
-from ijckd_jax import losses
+from ijckd_jax import mixing
 from ijckd_jax import network as network_lib
 from ijckd_jax import outputs
 from ijckd_jax import parallel
@@ -42,7 +42,7 @@ def bind(
     num_classes: K of the data set.
     axis_name: mapped axis over which batch norm is synchronised, or None.
     dtype: of the connector's computation.
-    mixed: whether its batches hold losses.MixedLabels.
+    mixed: whether its batches hold mixing.MixedLabels.
     others: further teachers.
     weights: see Distiller.
     seed: of the head, where it is random and not trained.
@@ -192,7 +192,7 @@ def _trace_terms(distiller, image_shape, num_rows, *, mixed=False):
     batch = distiller.example_batch(images)
     if mixed:
       labels, weights = batch['label'], jnp.ones(len(images))
-      batch['label'] = losses.MixedLabels(labels, labels, weights)
+      batch['label'] = mixing.MixedLabels(labels, labels, weights)
     return distiller.objective(variables, frozen, taught, batch)[1][0]
 
   images = jax.ShapeDtypeStruct((num_rows, *image_shape), jnp.uint8)

@@ -28,11 +28,11 @@ from ijckd_jax import classes
 from ijckd_jax import config_utils
 from ijckd_jax import connectors
 from ijckd_jax import converted
+from ijckd_jax import disk
 from ijckd_jax import model_card
 from ijckd_jax import network as network_lib
 from ijckd_jax import programs as programs_lib
 from ijckd_jax import teachers
-from ijckd_jax import workdirs
 
 # 2: those that hold programs.
 FORMAT_VERSIONS = (1, 2)
@@ -163,7 +163,7 @@ class Bundle:
     spec = {**self.spec(), CHECKSUM: hashlib.sha256(arrays).hexdigest()}
     text = json.dumps(spec, indent=2) + '\n'
     card = model_card.markdown(self, num_params(self.variables))
-    workdirs.write_folder(
+    disk.write_folder(
       epath.Path(config_utils.expand(directory)),
       {
         ARRAYS_FILE: arrays,
@@ -296,7 +296,7 @@ def _read(directory: epath.Path, name: str, limit: int) -> bytes:
     OSError: it cannot be read.
   """
   path = directory / name
-  if not workdirs.is_remote(path):
+  if not disk.is_remote(path):
     real = pathlib.Path(path).resolve(strict=True)
     if real.parent != pathlib.Path(directory).resolve() or not real.is_file():
       raise ValueError(f'{name} is no file of that folder')

@@ -17,8 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ijckd_jax import config_utils
+from ijckd_jax import disk
 from ijckd_jax import hosts
-from ijckd_jax import workdirs
 
 # 1 went through the examples in another order; 2 kept scores apart, and its
 # memo without a checksum.
@@ -142,7 +142,7 @@ class Checkpoints:
         raise OSError(config_utils.short(error)) from error
       self._sync(step)
 
-    workdirs.retry(write, f'the checkpoint of step {step}')
+    disk.retry(write, f'the checkpoint of step {step}')
     self._remove_all(old)
 
   def _drop_old(self) -> set[int]:
@@ -155,7 +155,7 @@ class Checkpoints:
 
   def _remove_all(self, steps: set[int]) -> None:
     for other in steps:
-      workdirs.retry(
+      disk.retry(
         lambda other=other: self._remove(other),
         f'the removal of the checkpoint of step {other}',
       )
@@ -163,16 +163,16 @@ class Checkpoints:
   def _sync(self, step: int) -> None:
     """Waits until a checkpoint is on the disk; Orbax waits for its arrays."""
     path = self._directory / str(step)
-    if not workdirs.is_remote(path):
+    if not disk.is_remote(path):
       for part in (*pathlib.Path(path).rglob('*'), path, self._directory):
-        workdirs.sync(part)
+        disk.sync(part)
 
   def _remove(self, step: int) -> None:
     """Removes a checkpoint; a part of one is never taken for one."""
     path = self._directory / str(step)
     if not path.exists():
       return
-    if not workdirs.is_remote(path):
+    if not disk.is_remote(path):
       path = path.rename(path.with_name(f'.{step}.removed'))
     path.rmtree()
 

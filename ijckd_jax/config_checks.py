@@ -6,7 +6,7 @@ from ijckd_jax import augment
 from ijckd_jax import config_utils
 from ijckd_jax import mixing as mixing_lib
 from ijckd_jax import parallel
-from ijckd_jax import teacher_outputs
+from ijckd_jax import stored_outputs
 
 
 def check_numbers(config, *, teacher_given: bool = False) -> None:
@@ -43,9 +43,9 @@ def check_numbers(config, *, teacher_given: bool = False) -> None:
       f'teacher.store.views={store.views}: it cannot be negative; 0 stores '
       'nothing'
     )
-  if store.dtype not in teacher_outputs.DTYPES:
+  if store.dtype not in stored_outputs.DTYPES:
     raise config_utils.unknown(
-      'teacher.store.dtype', store.dtype, list(teacher_outputs.DTYPES)
+      'teacher.store.dtype', store.dtype, list(stored_outputs.DTYPES)
     )
   config_utils.check_positive('teacher.store.limit_gib', store.limit_gib)
   if config.teacher.checkpoint and config.teacher.init_from:

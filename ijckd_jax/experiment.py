@@ -27,7 +27,7 @@ from ijckd_jax import parallel
 from ijckd_jax import pretrained
 from ijckd_jax import run_teachers
 from ijckd_jax import steps
-from ijckd_jax import teacher_outputs
+from ijckd_jax import stored_outputs
 from ijckd_jax import teachers
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
@@ -181,7 +181,7 @@ class Experiment:
   augmentation: augment.Augmentation
   mapper: parallel.Mapper
   dtype: Any
-  stored: teacher_outputs.Stored | None
+  stored: stored_outputs.Stored | None
   start: pretrained.Start | None
   mixing: mixing_lib.Mixing | None
   fitted: tuple[dict[str, Any], ...] = ()
@@ -408,7 +408,7 @@ def build(
     )
   stored, views = None, config.teacher.store.views
   if views:
-    stored = teacher_outputs.plan(
+    stored = stored_outputs.plan(
       distiller, tuple(dataset.image_shape), config.teacher.store.dtype
     )
   return Experiment(

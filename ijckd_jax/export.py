@@ -16,8 +16,8 @@ import os
 import pathlib
 from typing import Any
 
+from ijckd_jax import bundle_flags
 from ijckd_jax import config_utils
-from ijckd_jax import evaluate
 
 PROG = 'python -m ijckd_jax.export'
 # What the folder of a page holds.
@@ -60,7 +60,7 @@ def main(argv: list[str], prog: str = PROG) -> None:
     role: bundles.load(path, dtype=jnp.float32, trust_code=flags.trust_code)
     for role, path in roles.items()
   }
-  dataset = evaluate.dataset_of(loaded['student'], flags)
+  dataset = bundle_flags.dataset_of(loaded['student'], flags)
   for role, bundle in loaded.items():
     _check_fits('bundle' if role == 'student' else role, bundle, dataset)
   made = {
@@ -92,7 +92,7 @@ def _export(role, bundle, dataset, flags) -> tuple[bytes, dict[str, Any]]:
 
   deployed = deployed_lib.deploy(bundle, takes=flags.input)
   data, open_session = ENCODERS[flags.format](bundle, deployed, dataset, flags)
-  order = evaluate.class_order(f'the {role}', bundle, dataset, flags)
+  order = bundle_flags.class_order(f'the {role}', bundle, dataset, flags)
   result = checks.compare(
     bundle,
     open_session(data),
@@ -163,7 +163,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  evaluate.add_data_flags(parser)
+  bundle_flags.add_data_flags(parser)
   parser.add_argument('--format', required=True, choices=ENCODERS)
   parser.add_argument(
     '--output',
@@ -256,7 +256,7 @@ def _check_folder(folder: pathlib.Path, overwrite: bool) -> None:
 
 def _check_fits(what: str, bundle, dataset) -> None:
   """Raises where a data set's images are not what the file will take."""
-  evaluate.check_fits(what, bundle, dataset)
+  bundle_flags.check_fits(what, bundle, dataset)
   wanted, found = tuple(bundle.image_shape), tuple(dataset.image_shape)
   if wanted != found:
     wanted, found = ('x'.join(map(str, x)) for x in (wanted, found))
@@ -272,11 +272,11 @@ def _beside(output: pathlib.Path) -> pathlib.Path:
 
 def _write(output: pathlib.Path, data: bytes, about) -> None:
   """Writes a file, and what is known of it beside it."""
-  from ijckd_jax import workdirs
+  from ijckd_jax import disk
 
   output.parent.mkdir(parents=True, exist_ok=True)
   text = json.dumps(about, indent=2) + '\n'
-  workdirs.write_files({_beside(output): text.encode(), output: data})
+  disk.write_files({_beside(output): text.encode(), output: data})
 
 
 def _save(output: pathlib.Path, save: Callable[[], None]) -> None:

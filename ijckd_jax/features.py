@@ -12,6 +12,30 @@ import numpy as np
 from ijckd_jax import input_pipeline
 from ijckd_jax import parallel
 from ijckd_jax import steps
+from ijckd_jax.models import cpu_conv
+
+
+@cpu_conv.fast_convolutions()
+def feature_step(variables, batch, key, *, function, augmentation=None):
+  """Returns what a function makes of this device's rows.
+
+  Args:
+    variables: of the function.
+    batch: this device's rows.
+    key: the run's key; None where nothing is augmented.
+    function: `(variables, images) -> rows`, of images of 0 to 255.
+    augmentation: as steps.filling_step takes it; None: the images as they are.
+
+  Returns:
+    Nothing that is the same everywhere, and rows: 'index' and 'label' (B,), and
+    'rows' as the function returns them.
+  """
+  images = batch['image']
+  if augmentation is not None:
+    stream = jax.random.fold_in(key, steps.AUGMENTATION_STREAM)
+    images = augmentation(stream, images, batch['epoch'], batch['index'])
+  rows = function(variables, images)
+  return {}, {'index': batch['index'], 'label': batch['label'], 'rows': rows}
 
 
 def make_step(
@@ -19,16 +43,16 @@ def make_step(
   mapper: parallel.Mapper,
   augmentation=None,
 ) -> Callable:
-  """Returns steps.feature_step of a function, mapped; it compiles once.
+  """Returns feature_step of a function, mapped; it compiles once.
 
   Args:
     function: `(variables, images) -> rows`, of images of 0 to 255.
     mapper: see parallel.
-    augmentation: as steps.feature_step takes it.
+    augmentation: as feature_step takes it.
   """
   return mapper.map(
     functools.partial(
-      steps.feature_step, function=function, augmentation=augmentation
+      feature_step, function=function, augmentation=augmentation
     ),
     rows_in=(False, True, False),
     rows_out=True,

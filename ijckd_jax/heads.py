@@ -12,6 +12,7 @@ import numpy as np
 import safetensors.numpy
 
 from ijckd_jax import config_utils
+from ijckd_jax import disk
 from ijckd_jax import features as features_lib
 from ijckd_jax import hosts
 from ijckd_jax import input_pipeline
@@ -130,7 +131,7 @@ def fit_teachers(exp, workdir: epath.Path, splits) -> list[logistic.Fitted]:
         fitted = logistic.fit(
           rows, held_out, teacher.num_classes, seed=exp.config.seed
         )
-        workdirs.retry(lambda p=path, f=fitted: save(f, p), 'a fitted head')
+        disk.retry(lambda p=path, f=fitted: save(f, p), 'a fitted head')
         _say(workdir, f'the head of teacher {teacher.name}', fitted)
 
     hosts.share(write)
@@ -163,7 +164,7 @@ def save(fitted: logistic.Fitted, path: epath.Path) -> None:
     metadata={'report': json.dumps(fitted.report)},
   )
   path.parent.mkdir(parents=True, exist_ok=True)
-  workdirs.write_bytes(path, data)
+  disk.write_bytes(path, data)
 
 
 def load(path: epath.Path) -> logistic.Fitted:
@@ -175,11 +176,8 @@ def load(path: epath.Path) -> logistic.Fitted:
   try:
     data = path.read_bytes()
     arrays = safetensors.numpy.load(data)
-    size = int.from_bytes(data[:8], 'little')
-    metadata = json.loads(data[8 : 8 + size])['__metadata__']
-    return logistic.Fitted(
-      arrays['kernel'], arrays['bias'], json.loads(metadata['report'])
-    )
+    report = json.loads(disk.safetensors_metadata(data)['report'])
+    return logistic.Fitted(arrays['kernel'], arrays['bias'], report)
   except Exception as error:  # Whatever a damaged file may raise.
     config_utils.raise_outside(error)
     raise config_utils.UserError(
@@ -267,7 +265,7 @@ class Refits:
       fitted = logistic.fit(
         train, validation, teacher.num_classes, seed=exp.config.seed
       )
-      workdirs.retry(lambda: save(fitted, self._path(step)), 'a fitted head')
+      disk.retry(lambda: save(fitted, self._path(step)), 'a fitted head')
       _say(self._workdir, f'the joint head after step {step}', fitted)
 
     hosts.share(write)

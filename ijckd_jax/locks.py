@@ -18,7 +18,7 @@ import uuid
 from etils import epath
 
 from ijckd_jax import config_utils
-from ijckd_jax import workdirs
+from ijckd_jax import disk
 
 FILE = '.lock'
 BEAT_SECONDS = 5
@@ -51,7 +51,7 @@ class Lock:
       OSError: the folder cannot be written.
     """
     reaches = False
-    if not workdirs.is_remote(self._path):
+    if not disk.is_remote(self._path):
       self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
       try:
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

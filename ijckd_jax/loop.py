@@ -17,7 +17,7 @@ import numpy as np
 
 from ijckd_jax import checkpoints as checkpoints_lib
 from ijckd_jax import config_utils
-from ijckd_jax import evaluate
+from ijckd_jax import evaluator
 from ijckd_jax import experiment as experiment_lib
 from ijckd_jax import heads
 from ijckd_jax import hosts
@@ -282,7 +282,7 @@ class Loop:
         clock = time.perf_counter()
     return state
 
-  def evaluate(self, variables, frozen, split: str) -> evaluate.Evaluation:
+  def evaluate(self, variables, frozen, split: str) -> evaluator.Evaluation:
     """Evaluates a state on a split, beside the teacher if there is one.
 
     Args:
@@ -301,7 +301,7 @@ class Loop:
   @functools.cached_property
   def _evaluator(self):
     exp = self.experiment
-    return evaluate.make_evaluator(
+    return evaluator.make(
       exp.distiller.deployed_network,
       mapper=exp.mapper,
       batch_size=exp.config.eval_batch_size,

@@ -6,13 +6,13 @@ All are computed in float32, or in float64 where that is what comes in.
 from collections.abc import Callable
 from collections.abc import Sequence
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from ijckd_jax import config_utils
+from ijckd_jax import mixing
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
@@ -20,30 +20,15 @@ def at_least_float32(x: jax.Array) -> jax.Array:
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-@struct.dataclass
-class MixedLabels:
-  """Labels of images that were mixed of two.
-
-  Attributes:
-    own: (B,) int32; -1 where there is none.
-    other: (B,) int32, of the other image.
-    weight: (B,) float32, of the own one; the other's is one minus that.
-  """
-
-  own: jax.Array
-  other: jax.Array
-  weight: jax.Array
-
-
-def single_labels(labels: jax.Array | MixedLabels) -> jax.Array:
+def single_labels(labels: jax.Array | mixing.MixedLabels) -> jax.Array:
   """Returns (B,) int32: of a mixed image, the label of its larger part."""
-  if isinstance(labels, MixedLabels):
+  if isinstance(labels, mixing.MixedLabels):
     return jnp.where(labels.weight < 0.5, labels.other, labels.own)
   return labels
 
 
 def cross_entropy(
-  logits: jax.Array, labels: jax.Array | MixedLabels
+  logits: jax.Array, labels: jax.Array | mixing.MixedLabels
 ) -> jax.Array:
   """Returns the cross-entropy of labelled rows, summed, over the batch size.
 
@@ -52,7 +37,7 @@ def cross_entropy(
 
   Args:
     logits: (B, K).
-    labels: (B,) int32; -1 for an unlabelled row. Or MixedLabels.
+    labels: (B,) int32; -1 for an unlabelled row. Or mixing.MixedLabels.
   """
 
   def rows(labels):
@@ -61,7 +46,7 @@ def cross_entropy(
     )
     return jnp.where(labels >= 0, rows, 0.0)
 
-  if not isinstance(labels, MixedLabels):
+  if not isinstance(labels, mixing.MixedLabels):
     return jnp.mean(rows(labels))
   own = labels.weight * rows(labels.own)
   return jnp.mean(own + (1 - labels.weight) * rows(labels.other))

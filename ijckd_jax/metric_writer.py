@@ -11,7 +11,7 @@ from typing import Protocol
 from etils import epath
 
 from ijckd_jax import config_utils
-from ijckd_jax import workdirs
+from ijckd_jax import disk
 
 logger = logging.getLogger('ijckd_jax')
 
@@ -57,7 +57,7 @@ class JsonLinesWriter:
       )
     self._old = ''.join(json.dumps(row) + '\n' for row in kept)
     self._new = ''
-    workdirs.write_text(self._path, self._old)
+    disk.write_text(self._path, self._old)
 
   def write(self, step, scalars):
     self._new += json.dumps({'step': step, **scalars}) + '\n'
@@ -68,7 +68,7 @@ class JsonLinesWriter:
     Raises:
       OSError: it could not be written, and may be tried again.
     """
-    if workdirs.is_remote(self._path):
+    if disk.is_remote(self._path):
       self._path.write_text(self._old + self._new)  # Objects cannot grow.
     else:
       # Opened each time: a file of a folder that has vanished would take all.
@@ -124,7 +124,7 @@ class TensorBoardWriter:
     from tensorboardX.proto import event_pb2
 
     self._remote = self._scratch = None
-    if workdirs.is_remote(directory):
+    if disk.is_remote(directory):
       self._remote = epath.Path(directory)
       self._remote.mkdir(parents=True, exist_ok=True)
       self._scratch = tempfile.TemporaryDirectory()
@@ -178,7 +178,7 @@ class Writers:
     """
     for writer in self._writers:
       if hasattr(writer, 'flush'):
-        workdirs.retry(writer.flush, f'metrics ({type(writer).__name__})')
+        disk.retry(writer.flush, f'metrics ({type(writer).__name__})')
 
   def close(self):
     for writer in self._writers:

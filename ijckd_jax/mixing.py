@@ -2,14 +2,29 @@
 
 import dataclasses
 
+from flax import struct
 import jax
 import jax.numpy as jnp
 import ml_collections
 
 from ijckd_jax import augment
 from ijckd_jax import config_utils
-from ijckd_jax import losses
 from ijckd_jax import transforms
+
+
+@struct.dataclass
+class MixedLabels:
+  """Labels of images that were mixed of two.
+
+  Attributes:
+    own: (B,) int32; -1 where there is none.
+    other: (B,) int32, of the other image.
+    weight: (B,) float32, of the own one; the other's is one minus that.
+  """
+
+  own: jax.Array
+  other: jax.Array
+  weight: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +47,7 @@ class Mixing:
 
   def __call__(
     self, key: jax.Array, images, labels, epochs, indices
-  ) -> tuple[jax.Array, losses.MixedLabels]:
+  ) -> tuple[jax.Array, MixedLabels]:
     """Returns the mixed images (B, H, W, C) float32, 0 to 255, and labels.
 
     A row's share depends on (key, epoch, index), its partner on the order of
@@ -52,7 +67,7 @@ class Mixing:
     weights = jnp.mean(shares, axis=(1, 2))
     shares, images = shares[..., None], images.astype(jnp.float32)
     images = shares * images + (1 - shares) * _partners(images)
-    return images, losses.MixedLabels(labels, _partners(labels), weights)
+    return images, MixedLabels(labels, _partners(labels), weights)
 
   def _share(self, key, epoch, index, size):
     """Returns (H, W): how much of each pixel is the row's own."""

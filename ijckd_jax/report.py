@@ -14,6 +14,7 @@ import numpy as np
 
 from ijckd_jax import bound_plots
 from ijckd_jax import config_utils
+from ijckd_jax import disk
 from ijckd_jax import methods
 from ijckd_jax import plots
 from ijckd_jax import web_page
@@ -88,7 +89,7 @@ def write(
     workdir: the run's folder.
     summary: as in `summary.json`.
     history: rows of `metrics.jsonl`.
-    evaluation: evaluate.Evaluation of the network that is bundled, on the test
+    evaluation: evaluator.Evaluation of the network that is bundled, on the test
       split.
     arrays: datasets.Arrays of the test split.
     class_names: K names.
@@ -130,7 +131,7 @@ def write_bounds(
   """
   measured = dataclasses.replace(measured, report=found)
   sections = bound_plots.draw(measured, class_names)
-  workdirs.write_text(folder / 'bounds.json', json.dumps(found, indent=2))
+  disk.write_text(folder / 'bounds.json', json.dumps(found, indent=2))
   _write_pages(folder, _tell(sections), sections, {})
 
 
@@ -191,7 +192,7 @@ def _write_pages(folder: epath.Path, parts, sections, details) -> None:
   for partial in plots_folder.glob('.*.partial'):  # Left by a process killed.
     partial.unlink()
   whole = '\n\n'.join([text, *folded]) + '\n'
-  workdirs.write_files(
+  disk.write_files(
     {
       **{
         plots_folder / f'{stem}.{form}': picture

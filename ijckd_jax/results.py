@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ijckd_jax import bundles
 from ijckd_jax import config_utils
 from ijckd_jax import cost
+from ijckd_jax import disk
 from ijckd_jax import experiment
 from ijckd_jax import hosts
 from ijckd_jax import measure
@@ -75,7 +76,7 @@ def found(exp, workdir) -> Result | None:
   if not hosts.share(lambda: _is_whole(exp, workdir)):
     return None
   history = metric_writer.read_rows(workdir / workdirs.METRICS)
-  summary = workdirs.read_json(workdir / workdirs.SUMMARY)
+  summary = disk.read_json(workdir / workdirs.SUMMARY)
   if summary['steps'] not in [row['step'] for row in history]:
     logger.warning(
       '%s: the last rows of %s are missing', workdir, workdirs.METRICS
@@ -114,7 +115,7 @@ def _is_whole(exp, workdir) -> bool:
 def _damage(exp, workdir) -> str:
   """Returns what of a finished run's numbers and networks cannot be read."""
   try:
-    summary = workdirs.read_json(workdir / workdirs.SUMMARY)
+    summary = disk.read_json(workdir / workdirs.SUMMARY)
     report.table(summary), summary['steps']
   except Exception as error:  # As many as there are kinds of damage.
     what = f'{type(error).__name__}: {config_utils.short(error)}'
@@ -197,7 +198,7 @@ def finish(training, workdir, state, progress, history):
       connected.save(workdir / workdirs.CONNECTED)
 
   # First: whatever is said of it, the student is kept.
-  hosts.share(lambda: workdirs.retry(write_bundles, 'the bundle'))
+  hosts.share(lambda: disk.retry(write_bundles, 'the bundle'))
   measured = failure = None
   try:
     measured = _measure(training, workdir, *arrays)
@@ -217,7 +218,7 @@ def finish(training, workdir, state, progress, history):
   def write_summary():
     # By its report a run is known to be whole: an old one is not of this end.
     (workdir / workdirs.WEB_REPORT).unlink(missing_ok=True)
-    workdirs.write_text(
+    disk.write_text(
       workdir / workdirs.SUMMARY, json.dumps(summary, indent=2) + '\n'
     )
 
@@ -236,7 +237,7 @@ def finish(training, workdir, state, progress, history):
     try:
       if failure is not None:
         raise failure
-      workdirs.retry(write_report, 'the report')
+      disk.retry(write_report, 'the report')
     except Exception as error:  # As above.
       logger.debug('the report failed', exc_info=True)
       logger.warning(
@@ -248,7 +249,7 @@ def finish(training, workdir, state, progress, history):
         workdirs.SUMMARY,
       )
 
-  hosts.share(lambda: workdirs.retry(write_summary, 'the summary'))
+  hosts.share(lambda: disk.retry(write_summary, 'the summary'))
   hosts.share(try_report)
   return bundle, summary
 

@@ -23,6 +23,7 @@ import ml_collections
 import numpy as np
 
 from ijckd_jax import config_utils
+from ijckd_jax import disk
 from ijckd_jax import hosts
 from ijckd_jax import workdirs
 
@@ -205,7 +206,7 @@ def _read(folder) -> dict[str, Any]:
   if not exists(folder):
     return {}
   try:
-    found = workdirs.read_json(folder / workdirs.RECORD)
+    found = disk.read_json(folder / workdirs.RECORD)
     # Raises where the parts that are read are no objects, or no list.
     for split in found.get('data', {}).get('splits', {}).values():
       split.keys()
@@ -222,4 +223,4 @@ def _read(folder) -> dict[str, Any]:
 def write(folder: epath.Path, record: Mapping[str, Any]) -> None:
   """Writes the record of a run into its folder."""
   text = json.dumps(record, indent=2) + '\n'
-  workdirs.write_text(folder / workdirs.RECORD, text)
+  disk.write_text(folder / workdirs.RECORD, text)

@@ -8,12 +8,9 @@ import optax
 
 from ijckd_jax import distiller as distiller_lib
 from ijckd_jax import losses
-from ijckd_jax import metrics
-from ijckd_jax import network as network_lib
 from ijckd_jax import parallel
-from ijckd_jax import teacher_outputs
+from ijckd_jax import stored_outputs
 from ijckd_jax import train_state as train_state_lib
-from ijckd_jax.bounds import pointwise
 from ijckd_jax.models import cpu_conv
 
 # Streams of the run's key.
@@ -50,7 +47,7 @@ def filling_step(
   augmentation,
   ema_decay: float,
   num_pieces: int,
-  stored: teacher_outputs.Stored | None = None,
+  stored: stored_outputs.Stored | None = None,
   mixing=None,
 ) -> tuple[tuple[train_state_lib.TrainState, dict[str, tuple]], dict[str, Any]]:
   """Makes one update, and returns the teacher's outputs beside it.
@@ -175,71 +172,3 @@ def _sums(means, logits, labels):
     jnp.sum(labelled, dtype=jnp.float32),
   )
   return sums
-
-
-@cpu_conv.fast_convolutions()
-def eval_step(variables, judge, batch, *, network, connected):
-  """Evaluates a network that predicts alone, beside a teacher if there is one.
-
-  Args:
-    variables: 'student' of the network and, where `connected` is another one,
-      'connected' of that.
-    judge: the teacher's 'head', and 'described', the pointwise.Head of
-      `connected`; None without a teacher.
-    batch: this device's rows, with 'mask'; and with 'taught', the teacher's
-      pooled features, where there is one.
-    network: network.Network.
-    connected: the student through the teacher's head, a network.Network; None
-      where it has no connector to the teacher, or there is none.
-
-  Returns:
-    Sums over all devices by 'student', and where there is a teacher 'teacher',
-    'pair' and 'bounds'; and rows: the predicted classes (B,) of each.
-  """
-  images, labels, mask = batch['image'], batch['label'], batch['mask']
-  student = network(variables['student'], network.preprocessing(images))
-  sums = {'student': metrics.prediction_sums(student.logits, labels, mask)}
-  rows = {'student': jnp.argmax(student.logits, axis=-1)}
-  if judge is not None:
-    taught = network_lib.classify(judge['head'], batch['taught'])
-    sums['teacher'] = metrics.prediction_sums(taught, labels, mask)
-    sums['pair'] = metrics.pair_sums(student.logits, taught, mask)
-    rows['teacher'] = jnp.argmax(taught, axis=-1)
-    if connected is None:
-      compared = pointwise.from_logits(taught, student.logits, labels)
-    else:
-      seen, is_apart = student, connected is not network
-      if is_apart:
-        seen = connected(
-          variables['connected'], connected.preprocessing(images)
-        )
-      compared = pointwise.from_features(
-        batch['taught'], seen.pooled, labels, judge['described']
-      )
-      if is_apart:
-        compared = compared.replace(own=rows['student'])
-    sums['bounds'] = pointwise.sums(compared, mask)
-  return jax.lax.psum(sums, parallel.AXIS), rows
-
-
-@cpu_conv.fast_convolutions()
-def feature_step(variables, batch, key, *, function, augmentation=None):
-  """Returns what a function makes of this device's rows.
-
-  Args:
-    variables: of the function.
-    batch: this device's rows.
-    key: the run's key; None where nothing is augmented.
-    function: `(variables, images) -> rows`, of images of 0 to 255.
-    augmentation: as `filling_step` takes it; None: the images as they are.
-
-  Returns:
-    Nothing that is the same everywhere, and rows: 'index' and 'label' (B,), and
-    'rows' as the function returns them.
-  """
-  images = batch['image']
-  if augmentation is not None:
-    stream = jax.random.fold_in(key, AUGMENTATION_STREAM)
-    images = augmentation(stream, images, batch['epoch'], batch['index'])
-  rows = function(variables, images)
-  return {}, {'index': batch['index'], 'label': batch['label'], 'rows': rows}

@@ -17,8 +17,8 @@ from etils import epath
 import numpy as np
 
 from ijckd_jax import config_utils
+from ijckd_jax import disk
 from ijckd_jax import record_files
-from ijckd_jax import workdirs
 
 FORMAT_VERSION = 1
 MANIFEST = 'manifest.json'
@@ -130,7 +130,7 @@ class Store:
     # In a run's own folder it is the run's, also where that was moved.
     if self.directory.resolve().is_relative_to(owner):
       return True
-    return workdirs.read_json(self.directory / MANIFEST)['owner'] == owner
+    return disk.read_json(self.directory / MANIFEST)['owner'] == owner
 
   def check(self, *, ignore: Sequence[str] = ()) -> Layout:
     """Returns what the store holds, or will hold where it is not there yet.
@@ -151,7 +151,7 @@ class Store:
         )
       return self.layout
     try:
-      old = workdirs.read_json(path)
+      old = disk.read_json(path)
       stored = {name: tuple(old['leaves'][name]) for name in old['leaves']}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
       raise config_utils.UserError(
@@ -241,7 +241,7 @@ class Store:
       for file in set(files) - set(kept):
         (self.directory / file.name).unlink()
       text = json.dumps(self._manifest, indent=2)
-      workdirs.write_text(self.directory / MANIFEST, text + '\n')
+      disk.write_text(self.directory / MANIFEST, text + '\n')
     except OSError as error:
       raise config_utils.UserError(
         f'{self.directory} cannot be written: {error}'

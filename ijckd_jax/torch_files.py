@@ -9,9 +9,7 @@ from collections.abc import Mapping
 import dataclasses
 import hashlib
 import io
-import json
 import re
-import uuid
 import warnings
 import zipfile
 
@@ -21,6 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from ijckd_jax import config_utils
+from ijckd_jax import disk
 from ijckd_jax import torch_unwrap
 
 SUFFIXES = ('.safetensors', '.pth', '.pt')
@@ -166,13 +165,7 @@ def write(
     stream = io.BytesIO()
     torch.save({'state_dict': tensors, **metadata} if wrap else tensors, stream)
     data = stream.getvalue()
-  partial = path.parent / f'.{path.name}.{uuid.uuid4().hex}'
-  try:
-    partial.write_bytes(data)
-    partial.replace(path)
-  except BaseException:
-    partial.unlink(missing_ok=True)
-    raise
+  disk.write_bytes(path, data)
 
 
 def load_into(model, state: StateDict, source: str) -> None:
@@ -351,8 +344,7 @@ def _load_safetensors(path, size, head):
     ) from error
   if not tensors:
     raise config_utils.UserError(f'{path} holds no tensors')
-  header = json.loads(data[8 : 8 + header_size])
-  return tensors, dict(header.get('__metadata__') or {})
+  return tensors, disk.safetensors_metadata(data)
 
 
 def _from_safetensors(tensor):

@@ -125,10 +125,10 @@ def _export(flags: argparse.Namespace) -> None:
   output = epath.Path(flags.output)
 
   from ijckd_jax import bundles
+  from ijckd_jax import disk
   from ijckd_jax import programs
   from ijckd_jax import torch_files
   from ijckd_jax import torch_names
-  from ijckd_jax import workdirs
 
   torch_files.check_suffix(output)
   bundle = bundles.load(flags.bundle, trust_code=flags.trust_code)
@@ -164,7 +164,7 @@ def _export(flags: argparse.Namespace) -> None:
   torch_flags.write(write, output)
   print(f'{output}: {len(state)} arrays of a {bundle.backbone_name}')
   if connected:
-    torch_flags.write(lambda: workdirs.write_text(module, text), module)
+    torch_flags.write(lambda: disk.write_text(module, text), module)
     print(f'{module}: the module that runs them, with PyTorch alone')
 
 

@@ -19,6 +19,7 @@ from ijckd_jax import backend
 from ijckd_jax import checkpoints
 from ijckd_jax import config_utils
 from ijckd_jax import datasets
+from ijckd_jax import disk
 from ijckd_jax import experiment
 from ijckd_jax import heads
 from ijckd_jax import hosts
@@ -469,7 +470,7 @@ def _run(exp, workdir, splits, writers, stop, record) -> results.Result:
     if isinstance(error, loop.Diverged):
       place = workdir / workdirs.DIVERGED
       described = _describe(error, exp, len(splits['train']))
-      hosts.share(lambda: workdirs.write_text(place, described))
+      hosts.share(lambda: disk.write_text(place, described))
       more = (
         f'checkpoints saved before are kept, and {place} holds its batch, and '
         'how to make that one step again'

@@ -12,6 +12,7 @@ import ijckd_jax
 from ijckd_jax import bound_wording
 from ijckd_jax import bundles
 from ijckd_jax import config_utils
+from ijckd_jax import disk
 from ijckd_jax import measure
 from ijckd_jax import pairs
 from ijckd_jax import parallel
@@ -91,7 +92,7 @@ def command(monkeypatch, capsys):
 def test_every_run_ends_with_the_bound(runs, method):
   """Its terms balance, its bounds hold, and what is missing is said."""
   folder = runs[method]
-  summary = workdirs.read_json(folder / workdirs.SUMMARY)
+  summary = disk.read_json(folder / workdirs.SUMMARY)
   report, last = summary['bounds'], summary['student']['last']
   assert set(report['bounds']) == BY_METHOD[method]
   terms = {name: term['value'] for name, term in report['terms'].items()}
@@ -165,7 +166,7 @@ def test_the_command_says_what_the_run_said(
   )
   assert (code, err) == (0, '')
   found = json.loads(out)
-  expected = workdirs.read_json(runs[method] / workdirs.SUMMARY)['bounds']
+  expected = disk.read_json(runs[method] / workdirs.SUMMARY)['bounds']
   assert set(found) - {'bundle', 'teacher'} == set(expected)
   for kind in ('terms', 'bounds', 'risks'):
     for name, row in expected[kind].items():

@@ -13,6 +13,7 @@ import pytest
 from ijckd_jax import bundles
 from ijckd_jax import checkpoints
 from ijckd_jax import config_utils
+from ijckd_jax import disk
 from ijckd_jax import experiment
 from ijckd_jax import main
 from ijckd_jax import measure
@@ -140,7 +141,7 @@ def test_whatever_a_summary_lacks_it_is_made_again(run, small_config):
   for key in summary:
     path.write_text(json.dumps({k: summary[k] for k in summary if k != key}))
     if not results._damage(exp, epath.Path(run)):
-      report.table(workdirs.read_json(path))
+      report.table(disk.read_json(path))
   for text in ('', '{', '7', 'null', '"x"', '[]', '{}', '\udcff'):
     path.write_bytes(text.encode(errors='surrogateescape'))
     assert 'summary.json cannot be read' in results._damage(
@@ -256,7 +257,7 @@ def test_what_is_written_outlives_a_power_cut(
 ):
   bundle = bundles.load(finished_run[0])
   disk = Disk(monkeypatch)
-  workdirs.write_text(epath.Path(tmp_path) / 'summary.json', '{}')
+  disk.write_text(epath.Path(tmp_path) / 'summary.json', '{}')
   bundle.save(tmp_path / 'bundle')
   report._write_pages(
     epath.Path(tmp_path),
@@ -303,7 +304,7 @@ def test_file_systems_that_cannot_sync_folders(tmp_path, monkeypatch):
     raise OSError(22, 'Invalid argument')
 
   monkeypatch.setattr(os, 'fsync', refuse)
-  workdirs.write_text(epath.Path(tmp_path) / 'a', 'x')
+  disk.write_text(epath.Path(tmp_path) / 'a', 'x')
   assert (tmp_path / 'a').read_text() == 'x'
 
   def fail(file):
@@ -311,7 +312,7 @@ def test_file_systems_that_cannot_sync_folders(tmp_path, monkeypatch):
 
   monkeypatch.setattr(os, 'fsync', fail)
   with pytest.raises(OSError, match='Input/output'):
-    workdirs.write_text(epath.Path(tmp_path) / 'a', 'y')
+    disk.write_text(epath.Path(tmp_path) / 'a', 'y')
   assert [path.name for path in tmp_path.iterdir()] == ['a']
   assert (tmp_path / 'a').read_text() == 'x'
 

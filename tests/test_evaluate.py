@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import classifiers
+from ijckd_jax import bundle_flags
 from ijckd_jax import bundles
 from ijckd_jax import config_utils
 from ijckd_jax import datasets
 from ijckd_jax import evaluate
+from ijckd_jax import evaluator as evaluator_lib
 from ijckd_jax import parallel
 from ijckd_jax.datasets import digits
 
@@ -66,7 +68,7 @@ def test_confusion_and_top5_against_numpy(finished_run, data_dir):
   labels = test.labels.copy()
   labels[3::7] = -1  # Not the first, whose copies fill up the last batch.
   mapper = parallel.Mapper()
-  evaluator = evaluate.make_evaluator(
+  evaluator = evaluator_lib.make(
     student.network, mapper=mapper, batch_size=100, teacher=teacher.teacher()
   )
   result = evaluator(
@@ -129,7 +131,7 @@ def test_dataset_fields(command, finished_run):
 def test_booleans(text, value):
   fields = config_utils.section(digits.Dataset, 'digits')
   fields.flip = not value
-  evaluate._set_fields(fields, f'flip={text}')
+  bundle_flags._set_fields(fields, f'flip={text}')
   assert fields.flip is value
 
 
@@ -302,7 +304,7 @@ def test_teacher_must_fit(refused, finished_run, tmp_path):
     class_names=bundle.class_names, image_shape=(8, 8, 3)
   )
   with pytest.raises(config_utils.UserError, match='images of 1 channels, but'):
-    evaluate.check_fits('teacher', bundle, colours)
+    bundle_flags.check_fits('teacher', bundle, colours)
 
 
 def in_channels(bundle, number):

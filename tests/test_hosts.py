@@ -16,9 +16,9 @@ import pytest
 from experiments.benchmarks import classifiers
 from ijckd_jax import checkpoints
 from ijckd_jax import config_utils
+from ijckd_jax import disk
 from ijckd_jax import hosts
 from ijckd_jax import metric_writer
-from ijckd_jax import workdirs
 from tests import test_train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -202,9 +202,7 @@ def test_two_then_one_then_four_processes_are_one_run(
   for step in wanted:
     np.testing.assert_array_equal(seen[step], wanted[step])
   assert_near(workdir, reference, with_ema(published_run[1].state))
-  summaries = [
-    workdirs.read_json(p / 'summary.json') for p in (workdir, reference)
-  ]
+  summaries = [disk.read_json(p / 'summary.json') for p in (workdir, reference)]
   assert summaries[0]['test_examples'] == summaries[1]['test_examples'] == 360
   # Counted exactly, every image once: a whole number of them is right.
   right = summaries[0]['student']['last']['top1'] * 360

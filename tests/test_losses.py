@@ -10,6 +10,7 @@ import pytest
 import scipy.special
 
 from ijckd_jax import losses
+from ijckd_jax import mixing
 from ijckd_jax import outputs
 
 # Softmax gives (1/4, 3/4) and (1/2, 1/2).
@@ -67,7 +68,7 @@ def test_cross_entropy_gradient_by_hand_and_none_of_unlabelled_rows():
 def test_cross_entropy_of_mixed_rows_is_that_of_either_label_by_its_weight(
   own, other, expected
 ):
-  labels = losses.MixedLabels(*map(jnp.array, (own, other, [0.75, 0.5])))
+  labels = mixing.MixedLabels(*map(jnp.array, (own, other, [0.75, 0.5])))
   loss = losses.cross_entropy(LOGITS, labels)
   np.testing.assert_allclose(loss, expected / 2, rtol=1e-6)
   gradient = jax.grad(losses.cross_entropy)(LOGITS, labels)
@@ -82,7 +83,7 @@ def test_cross_entropy_of_mixed_rows_is_that_of_either_label_by_its_weight(
 
 
 def test_a_mixed_row_counts_as_its_larger_part():
-  labels = losses.MixedLabels(
+  labels = mixing.MixedLabels(
     jnp.array([1, 2, 3, -1]),
     jnp.array([4, 5, 6, 7]),
     jnp.array([0.75, 0.25, 0.5, 0.9]),

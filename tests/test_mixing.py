@@ -233,7 +233,7 @@ def test_views_are_the_same_on_one_device_two_and_eight(expected, tmp_path):
 
 
 def test_accuracy_of_training_is_by_the_larger_part():
-  labels = losses.MixedLabels(
+  labels = mixing.MixedLabels(
     *map(np.array, ([1, 0, -1], [0, 1, 1], [0.6, 0.3, 0.9]))
   )
   logits = np.array([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]], np.float32)

@@ -11,7 +11,7 @@ from PIL import Image
 import pytest
 
 from ijckd_jax import datasets
-from ijckd_jax import evaluate
+from ijckd_jax import evaluator
 from ijckd_jax import experiment
 from ijckd_jax import plots as plots_lib
 from ijckd_jax import report
@@ -71,7 +71,7 @@ def make_evaluation(labels, predictions, num_classes, teacher=None):
   confusion = np.zeros((num_classes, num_classes), np.int64)
   np.add.at(confusion, (labels, predictions), 1)
   top1 = float(np.mean(labels == predictions))
-  return evaluate.Evaluation(
+  return evaluator.Evaluation(
     {'top1': top1}, confusion, predictions, labels, teacher
   )
 

@@ -15,6 +15,7 @@ import pytest
 from ijckd_jax import bundles
 from ijckd_jax import config_utils
 from ijckd_jax import datasets
+from ijckd_jax import disk
 from ijckd_jax import locks
 from ijckd_jax import run_record
 from ijckd_jax import train
@@ -106,7 +107,7 @@ def test_a_new_start_on_other_data_trains_another_teacher(stopped, data_dir):
   data = Data(data_dir, labels_of)
   train.train_and_evaluate(config, workdir, dataset=data, overwrite=True)
   assert (workdir / 'teacher' / 'bundle' / 'bundle.json').read_bytes() != old
-  record = workdirs.read_json(workdir / workdirs.RECORD)
+  record = disk.read_json(workdir / workdirs.RECORD)
   assert record['data']['splits']['train']['digest'] == (
     data.load('train').digest()
   )
@@ -130,7 +131,7 @@ def test_a_finished_run_whose_data_are_gone_is_shown(
 def test_other_code_and_versions_are_told(stopped, data_dir, caplog):
   workdir, config = stopped
   path = workdir / workdirs.RECORD
-  record = workdirs.read_json(path)
+  record = disk.read_json(path)
   now = record['versions']['jax']
   record['versions']['jax'] = '0.0.1'
   record['code'] = {'ijckd_jax': 'old', 'gone': 'x'}
@@ -141,7 +142,7 @@ def test_other_code_and_versions_are_told(stopped, data_dir, caplog):
   assert "code.ijckd_jax: 'old' -> " in caplog.text
   assert "code.gone: 'x' -> '(none)'" in caplog.text
   # The record is that of the last start.
-  assert workdirs.read_json(path)['versions']['jax'] == now
+  assert disk.read_json(path)['versions']['jax'] == now
 
 
 def test_modules_that_a_config_names_are_code(
@@ -267,7 +268,7 @@ def test_what_no_run_wrote_is_not_removed(
 def test_only_what_the_record_lists_is_removed(stopped):
   workdir, config = stopped
   path = workdir / workdirs.RECORD
-  record = workdirs.read_json(path)
+  record = disk.read_json(path)
   record['files'] = ['bundle', 'config.json', '../run', 'notes.txt']
   path.write_text(json.dumps(record))
   (workdir / 'notes.txt').write_text('mine')

@@ -25,6 +25,7 @@ from ijckd_jax import losses
 from ijckd_jax import outputs
 from ijckd_jax import record_files
 from ijckd_jax import steps
+from ijckd_jax import stored_outputs
 from ijckd_jax import teacher_outputs
 from ijckd_jax import teacher_store
 from ijckd_jax import train
@@ -177,7 +178,7 @@ def test_student_learns_from_the_rounded_values(dtype):
   """In the step that stores them as in those that read them."""
   final = np.random.default_rng(0).normal(size=(4, 2, 2, 8)).astype(np.float32)
   teacher = outputs.Outputs((), final, final[:, 0, 0], final[:, 0, 1])
-  stored = teacher_outputs.Stored(
+  stored = stored_outputs.Stored(
     jax.eval_shape(lambda: teacher), ('final',), jnp.dtype(dtype)
   )
 
@@ -416,7 +417,7 @@ def test_what_the_loss_reads_is_what_is_stored(
   else:
     exp = experiment.build(config_of('kd'), teacher=teacher)
     distiller = dataclasses.replace(exp.distiller, method=method)
-    stored = teacher_outputs.plan(distiller, (8, 8, 1), 'float16')
+    stored = stored_outputs.plan(distiller, (8, 8, 1), 'float16')
     exp = dataclasses.replace(exp, stored=stored)
   assert exp.stored.names == names
   batch = exp.abstract_batch(48, with_teacher=True)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 
 from ijckd_jax import bundles
-from ijckd_jax import evaluate
+from ijckd_jax import evaluator as evaluator_lib
 from ijckd_jax import parallel
 from ijckd_jax.datasets import fashion_mnist
 
@@ -19,7 +19,7 @@ def main(out):
   folder = pathlib.Path(out)
   expected = np.load(folder / 'predictions.npy')
   bundle = bundles.load(folder / 'bundle')
-  evaluator = evaluate.make_evaluator(
+  evaluator = evaluator_lib.make(
     bundle.network, mapper=parallel.Mapper(), batch_size=500
   )
   test = fashion_mnist.Dataset().load('test')

@@ -10,8 +10,8 @@ import sys
 
 import numpy as np
 
+from ijckd_jax import bundle_flags
 from ijckd_jax import config_utils
-from ijckd_jax import evaluate
 
 PROG = 'python -m ijckd_jax.bounds'
 OTHER_HEAD = (
@@ -27,7 +27,7 @@ def _flags(argv: list[str], prog: str) -> argparse.Namespace:
     description='Measures how a student and its teacher are aligned, and what '
     "that bounds the student's error by.",
   )
-  evaluate.add_flags(parser)
+  bundle_flags.add_flags(parser)
   parser.add_argument(
     '--teacher',
     required=True,
@@ -98,15 +98,15 @@ def main(argv: list[str], prog: str = PROG) -> None:
   student = bundles.load(flags.bundle, trust_code=flags.trust_code)
   connected = _connected(student, flags)
   judge = bundles.load(flags.teacher, trust_code=flags.trust_code)
-  dataset = evaluate.dataset_of(student, flags)
-  batch_size = evaluate.batch_size_of(student, flags)
+  dataset = bundle_flags.dataset_of(student, flags)
+  batch_size = bundle_flags.batch_size_of(student, flags)
   _check_fits(student, judge, connected, dataset)
-  order = evaluate.class_order('the bundle', student, dataset, flags)
+  order = bundle_flags.class_order('the bundle', student, dataset, flags)
   if order is not None:
     student = student.in_order(order, dataset.class_names)
     connected = connected and connected.in_order(order, dataset.class_names)
   if connected is None:
-    judge = evaluate.in_class_order(
+    judge = bundle_flags.in_class_order(
       'the teacher', judge, dataset, flags, beside=student.class_names
     )
   teacher = judge.teacher()
@@ -118,7 +118,7 @@ def main(argv: list[str], prog: str = PROG) -> None:
     about = copy.copy(flags)
     about.dataset = flags.unlabelled
     about.dataset_fields = flags.unlabelled_fields
-    other = evaluate.dataset_of(student, about)
+    other = bundle_flags.dataset_of(student, about)
     _check_fits(student, judge, connected, other)
     if tuple(other.image_shape) != tuple(dataset.image_shape):
       raise config_utils.UserError(
@@ -253,8 +253,8 @@ def _check_fits(student, judge, connected, dataset) -> None:
   """Raises where the pair does not belong together, or to a data set."""
   from ijckd_jax import pairs
 
-  evaluate.check_fits('bundle', student, dataset)
-  evaluate.check_fits('teacher', judge, dataset, has_head=connected is None)
+  bundle_flags.check_fits('bundle', student, dataset)
+  bundle_flags.check_fits('teacher', judge, dataset, has_head=connected is None)
   teacher = judge.teacher()
   if connected is not None and not pairs.sees(
     connected.network, connected.variables, teacher

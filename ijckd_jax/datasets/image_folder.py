@@ -15,7 +15,7 @@ import shutil
 
 from ijckd_jax import config_utils
 from ijckd_jax import datasets
-from ijckd_jax import workdirs
+from ijckd_jax import disk
 from ijckd_jax import workers
 from ijckd_jax.datasets import image_layout
 from ijckd_jax.datasets import image_report
@@ -179,7 +179,7 @@ def _fill(folder, name, source, layout, splits, num_workers):
     raise config_utils.UserError(
       f'{error}; {folder / "report.json"} lists all'
     ) from error
-  workdirs.write_text(folder / 'report.md', image_report.markdown(name, report))
+  disk.write_text(folder / 'report.md', image_report.markdown(name, report))
   _write_json(folder / photos.DIGESTS, _digests(splits))
   _write_metadata(folder, name, layout, splits)
 
@@ -271,10 +271,10 @@ def _tell(name, done, folder):
 def _read_json(path):
   """Returns what a JSON file holds, or None where it is not there or whole."""
   try:
-    return workdirs.read_json(path)
+    return disk.read_json(path)
   except (OSError, ValueError):
     return None
 
 
 def _write_json(path, content):
-  workdirs.write_text(path, json.dumps(content, indent=2) + '\n')
+  disk.write_text(path, json.dumps(content, indent=2) + '\n')

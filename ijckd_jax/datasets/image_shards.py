@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ijckd_jax import config_utils
-from ijckd_jax import workdirs
+from ijckd_jax import disk
 from ijckd_jax import workers
 from ijckd_jax.datasets import image_files
 from ijckd_jax.datasets import image_layout
@@ -83,7 +83,7 @@ def divide(
 def notes(shard: pathlib.Path) -> Mapping[str, Any] | None:
   """Returns what is noted of a shard, or None where it is not complete."""
   try:
-    found = workdirs.read_json(_notes_path(shard))
+    found = disk.read_json(_notes_path(shard))
     return found if shard.stat().st_size == found['file_bytes'] else None
   except (OSError, ValueError):
     return None
@@ -153,7 +153,7 @@ class Writer:
       'num_bytes': num_bytes,
       'outcomes': outcomes,
     }
-    workdirs.write_text(_notes_path(shard), json.dumps(content))
+    disk.write_text(_notes_path(shard), json.dumps(content))
 
   def _read(self, example):
     """Returns what to store of a picture, and what to note of it."""

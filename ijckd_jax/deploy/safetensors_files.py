@@ -16,6 +16,7 @@ import safetensors.numpy
 
 from ijckd_jax import bundles
 from ijckd_jax import config_utils
+from ijckd_jax import disk
 from ijckd_jax.deploy import deployed as deployed_lib
 
 NETWORK, UNREAD = 'network', 'unread'
@@ -75,8 +76,7 @@ def decode(
   """
   try:
     arrays = safetensors.numpy.load(data)
-    length = int.from_bytes(data[:8], 'little')
-    metadata = json.loads(data[8 : 8 + length]).get('__metadata__', {})
+    metadata = disk.safetensors_metadata(data)
     spec, unread = (json.loads(metadata[key]) for key in (NETWORK, UNREAD))
     takes = metadata['takes']
   except Exception as error:

@@ -7,7 +7,6 @@ which is kept in the user's cache directory. Any web server can serve it.
 import base64
 from collections.abc import Mapping
 from collections.abc import Sequence
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -18,11 +17,12 @@ import subprocess
 import tarfile
 import tempfile
 from typing import Any
-import uuid
+
+from etils import epath
 
 from ijckd_jax import compilation_cache
 from ijckd_jax import config_utils
-from ijckd_jax import workdirs
+from ijckd_jax import disk
 from ijckd_jax.deploy import sessions
 
 PAGE = pathlib.Path(__file__).parent / 'page'
@@ -102,7 +102,7 @@ def _fetch(archive: pathlib.Path) -> None:
         f'{by_hand}'
       )
     archive.parent.mkdir(parents=True, exist_ok=True)
-    workdirs.write_bytes(archive, packed.read_bytes())
+    disk.write_bytes(archive, packed.read_bytes())
 
 
 def write(
@@ -119,35 +119,16 @@ def write(
     files: of onnxruntime-web by name, see `runtime`.
     export: what is known of the files, JSON.
   """
-  partial, old = (
-    folder.parent / f'.{folder.name}.{uuid.uuid4().hex}' for _ in '12'
-  )
+  contents = {path.name: path.read_bytes() for path in PAGE.iterdir()}
+  contents |= {f'onnxruntime/{name}': data for name, data in files.items()}
+  contents |= {f'{model.role}.onnx': model.data for model in models}
   about = [_describe(model) for model in models]
-  try:
-    partial.mkdir(parents=True)
-    for path in PAGE.iterdir():
-      shutil.copyfile(path, partial / path.name)
-    (partial / 'onnxruntime').mkdir()
-    for name, data in files.items():
-      (partial / 'onnxruntime' / name).write_bytes(data)
-    for model in models:
-      (partial / f'{model.role}.onnx').write_bytes(model.data)
-    for name, content in (
-      ('models.json', {'models': about}),
-      ('export.json', export),
-    ):
-      (partial / name).write_text(json.dumps(content, indent=2) + '\n')
-    if folder.exists():
-      folder.rename(old)
-    partial.rename(folder)
-  except BaseException:
-    if old.exists() and not folder.exists():
-      old.rename(folder)
-    raise
-  finally:
-    for left in (partial, old):
-      with contextlib.suppress(OSError):
-        shutil.rmtree(left)
+  for name, content in (
+    ('models.json', {'models': about}),
+    ('export.json', export),
+  ):
+    contents[name] = f'{json.dumps(content, indent=2)}\n'.encode()
+  disk.write_folder(epath.Path(folder), contents)
 
 
 def _describe(model: Model) -> dict[str, Any]:

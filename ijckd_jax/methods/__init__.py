@@ -11,7 +11,7 @@ are its hyper-parameters. It has
     connectors.py), from their outputs.Shapes, or None.
   loss(student, teacher, batch): the total and the unweighted terms by name,
     from their outputs.Outputs and the batch of one device. Its labels are for
-    losses.cross_entropy: with mixup and cutmix they are losses.MixedLabels.
+    losses.cross_entropy: with mixup and cutmix they are mixing.MixedLabels.
 
 A method that learns without a teacher says `needs_teacher = False`. One that
 trains something beside the student has
