@@ -1,12 +1,16 @@
-"""Connected students as PyTorch modules: the text of a file of forty lines.
+"""Connected students as PyTorch modules: the text of a Python file.
 
-What is written is made for one network, whose numbers stand in it as literals,
-and needs nothing but PyTorch. State dicts have 'backbone.' before the published
-names, and an nn.Sequential's indices after 'connector.' and 'pool.'.
+The file needs nothing but PyTorch. It has the definitions of torch_blocks that
+a network uses, and a class `Student` with the network's numbers as literals.
+State dicts have 'backbone.' before the published names, and an nn.Sequential's
+indices after 'connector.' and 'pool.'.
 """
 
-import re
+import ast
+import pathlib
 import textwrap
+
+import jax
 
 from ijckd_jax import config_utils
 from ijckd_jax import connectors
@@ -15,15 +19,8 @@ from ijckd_jax import network as network_lib
 from ijckd_jax import torch_backbones
 from ijckd_jax.models import mobilenet_v3
 
-MAX_LINES = 40
-# Breaks to give up, one kind after the other, until the text fits.
-SPARE = (
-  (r'\n\n\n', r'\n\n'),
-  (r'\n\n  def', r'\n  def'),
-  (r'"""\n\n', r'"""\n'),
-  (r'(self, x\):)\n +(return .{,57})\n', r'\1 \2\n'),
-  (r'\n\n', r'\n'),
-)
+# Read, never imported: PyTorch need not be installed.
+BLOCKS = pathlib.Path(__file__).with_name('torch_blocks.py')
 MAX_LISTED_CHANNELS = 4
 # That can be written; an orthogonal one's kernel is not among its variables.
 CONNECTORS = tuple(
@@ -32,6 +29,27 @@ CONNECTORS = tuple(
 # How the arrays beside a module are loaded, by the suffix of their file.
 LOAD = 'safetensors.torch.load_file(PATH)'
 LOAD_TORCH = "torch.load(PATH)['state_dict']"
+ABOUT = '''\
+"""{name}, {connector} connector, teacher's head of {num_classes} classes.
+
+  student = Student()
+  student.load_state_dict({load})
+
+Input ({shape}): (pixels / 255 - mean) / std, for pixels from 0 to 255.
+{numbers}"""
+
+'''
+STUDENT = """\
+class Student(nn.Module):
+  def __init__(self):
+    super().__init__()
+{layers}
+
+  def forward(self, images):
+    x = self.backbone(images)
+    x = self.connector(self.resize(x))
+    return self.head(self.pool(x))
+"""
 
 
 def source(
@@ -45,7 +63,7 @@ def source(
 ) -> str:
   """Returns the text of a file that runs and trains a student in PyTorch.
 
-  It defines `Student`, a module that is made without arguments, takes
+  The file defines `Student`, a module that is made without arguments, takes
   normalised images (B, C, H, W) of the network's size and returns logits
   (B, K).
 
@@ -61,60 +79,38 @@ def source(
   Raises:
     config_utils.UserError: the network has a part that cannot be written.
   """
-  connector, size = network.connector, network.preprocessing.size
+  connector = network.connector
   if connector is None:
     raise config_utils.UserError(
       'only a connected student is written as a PyTorch module: this network '
       'has no connector, the published module of its backbone runs it'
     )
-  helpers, lines, channels = torch_backbones.write(
-    network.backbone, size, image_shape[2]
-  )
-  layers = _layers(connector, channels, helpers)
-  if connector.takes == 'pooled':
-    size, hidden = 1, False
-  else:
-    size, hidden = tuple(network.connect_size), bool(pool_name(pool_backbone))
-  resize = f'nn.AdaptiveAvgPool2d({size})'
-  lines = [
-    'super().__init__()',
-    *lines,
-    *torch_backbones.call(
-      f'self.resize, self.connector = {resize}, nn.Sequential', layers
-    ),
-    *_pool_and_head(connector.features, num_classes, hidden),
-  ]
-  student = ['class Student(nn.Sequential):', '  def __init__(self):']
-  student += [f'    {line}' for line in lines]
-  parts = [text.strip() for text in helpers] + ['\n'.join(student)]
-  code = '\n\n\n'.join(parts)
-  imports = [
-    *['from collections import OrderedDict'] * ('OrderedDict' in code),
-    *['import torch'] * ('torch.' in code),
-    'from torch import nn',
-  ]
-  about = _docstring(
-    network, backbone_name, image_shape[2], num_classes, suffix
-  )
-  text = '\n'.join([about, '', *imports, '', '', code, ''])
-  for spaced, tight in SPARE:
-    if text.count('\n') > MAX_LINES:
-      text = re.sub(spaced, tight, text)
-  return text
-
-
-def _pool_and_head(features, num_classes, hidden):
-  """Returns the lines of the average, of a hidden layer, and of the head."""
+  connector_name(connector)  # Refuses a connector from elsewhere.
+  features, is_map = connector.features, connector.takes == 'map'
+  size = tuple(network.connect_size) if is_map else 1
   pool = ['nn.AdaptiveAvgPool2d(1)', 'nn.Flatten()']
-  if not hidden:
-    return [
-      *torch_backbones.call('self.pool = nn.Sequential', pool),
-      f'self.head = nn.Linear({features}, {num_classes})',
-    ]
-  width = mobilenet_v3.POOLED_WIDTH
-  pool += [f'nn.Linear({features}, {width})', 'nn.Hardswish()']
-  end = f'), nn.Linear({width}, {num_classes})'
-  return torch_backbones.call('self.pool, self.head = nn.Sequential', pool, end)
+  if is_map and pool_name(pool_backbone):
+    width = mobilenet_v3.POOLED_WIDTH
+    pool += [f'nn.Linear({features}, {width})', 'nn.Hardswish()']
+    features = width
+  layers = {
+    'backbone': torch_backbones.write(
+      network.backbone, network.preprocessing.size, image_shape[2]
+    ),
+    'resize': f'nn.AdaptiveAvgPool2d({size})',
+    'connector': torch_backbones.sequential(_connector(network, image_shape)),
+    'pool': torch_backbones.sequential(pool),
+    'head': f'nn.Linear({features}, {num_classes})',
+  }
+  lines = '\n'.join(f'self.{name} = {call}' for name, call in layers.items())
+  code = _with_definitions(
+    STUDENT.format(layers=textwrap.indent(lines, '    '))
+  )
+  if type(network.backbone) is models.ResNet and network.backbone.cifar:
+    # Their blocks are torchvision's, but for this name.
+    code = code.replace('downsample', 'shortcut')
+  about = _about(network, backbone_name, image_shape[2], num_classes, suffix)
+  return about + code
 
 
 def connector_name(connector: connectors.Connector) -> dict[str, str]:
@@ -123,12 +119,13 @@ def connector_name(connector: connectors.Connector) -> dict[str, str]:
   Raises:
     config_utils.UserError: the connector is none of this package.
   """
-  names = {}
-  for i in range(len(_convolutions(connector, 1))):
-    names[f'Conv_{i}'] = str(3 * i)
-    if type(connector) is not connectors.Linear:
-      names[f'BatchNorm_{i}'] = str(3 * i + 1)
-  return names
+  if config_utils.reference(connector, connectors.CONNECTORS) not in CONNECTORS:
+    raise config_utils.UserError(
+      f'a {type(connector).__name__} connector cannot be written as a PyTorch '
+      f'module: that is for {", ".join(CONNECTORS)}'
+    )
+  convolutions = {f'Conv_{i}': str(3 * i) for i in range(3)}
+  return convolutions | {f'BatchNorm_{i}': str(3 * i + 1) for i in range(3)}
 
 
 def pool_name(backbone: models.Backbone | None) -> dict[str, str]:
@@ -147,74 +144,56 @@ def pool_name(backbone: models.Backbone | None) -> dict[str, str]:
   )
 
 
-def _docstring(network, name, channels, num_classes, suffix):
-  """Returns what the file says of itself, mostly in three lines."""
+def _connector(network, image_shape):
+  """Returns a connector's layers, which the shapes of its arrays tell."""
+  key, layers, channels = jax.random.key(0), [], None
+  shapes = jax.eval_shape(lambda: network.init(key, image_shape, None))
+  params = shapes['params']['connector']
+  for name in sorted(name for name in params if name.startswith('Conv_')):
+    kernel, _, narrow, width = params[name]['kernel'].shape
+    if 'bias' in params[name]:
+      return [f'nn.Conv2d({narrow}, {width}, {kernel})']
+    channels = channels or narrow
+    numbers = f'{channels}, {width}, {kernel}'
+    if channels > narrow:
+      numbers += f', groups={channels // narrow}'
+    layers += [f'conv({numbers})', f'nn.BatchNorm2d({width})', 'nn.ReLU()']
+    channels = width
+  if network.connector.signed:
+    return layers[:-1]
+  return layers or ['nn.ReLU()']
+
+
+def _about(network, name, channels, num_classes, suffix):
+  """Returns a file's docstring."""
   if name not in models.BACKBONES:  # It could be long, or end the docstring.
     name = type(network.backbone).__name__
-  connector = config_utils.reference(network.connector, connectors.CONNECTORS)
-  preprocessing = network.preprocessing
-  mean, std = 'mean', 'std'
+  preprocessing, numbers = network.preprocessing, ''
   if channels <= MAX_LISTED_CHANNELS:
-    mean, std = (
-      f'({", ".join(f"{value:.6g}" for value in values)})'
-      for values in (preprocessing.mean, preprocessing.std)
-    )
-  load = LOAD if suffix == '.safetensors' else LOAD_TORCH
-  shape = ', '.join(map(str, ('B', channels, *preprocessing.size)))
-  return textwrap.fill(
-    f'"""{name}, {connector} connector, teacher\'s head of {num_classes} '
-    f'classes. Load: Student().load_state_dict({load}). '
-    f'Input ({shape}): (pixels / 255 - {mean}) / {std}."""',
-    torch_backbones.MAX_COLUMNS,
-    break_long_words=False,
-    break_on_hyphens=False,
+    for key in ('mean', 'std'):
+      values = [f'{value:.6g}' for value in getattr(preprocessing, key)]
+      numbers += f'  {key} = ({", ".join(values)})\n'
+  return ABOUT.format(
+    name=name,
+    connector=config_utils.reference(network.connector, connectors.CONNECTORS),
+    num_classes=num_classes,
+    load=LOAD if suffix == '.safetensors' else LOAD_TORCH,
+    shape=', '.join(map(str, ('B', channels, *preprocessing.size))),
+    numbers=f'\n{numbers}' if numbers else '',
   )
 
 
-def _convolutions(connector, channels):
-  """Returns (channels, width, kernel, groups) of a connector's convolutions."""
-  kind, features = type(connector), connector.features
-  first = (channels, features, 1, 1)
-  if kind is connectors.Identity:
-    return []
-  if kind in (connectors.Conv1x1, connectors.Linear):
-    return [first]
-  if kind is connectors.Mlp:
-    return [first, (features, features, 1, 1)]
-  if kind in (connectors.Bottleneck, connectors.DepthwiseBottleneck):
-    inner = features // connector.factor
-    middle = (inner, inner, 3, inner if connector.depthwise else 1)
-    return [(channels, inner, 1, 1), middle, (inner, features, 1, 1)]
-  raise config_utils.UserError(
-    f'a {kind.__name__} connector cannot be written as a PyTorch module: that '
-    f'is for {", ".join(CONNECTORS)}'
-  )
-
-
-def _layers(connector, channels, helpers):
-  """Returns a connector's layers, by the `step` that its backbone needs."""
-  convolutions = _convolutions(connector, channels)
-  if type(connector) is connectors.Linear:
-    return [f'nn.Conv2d({channels}, {connector.features}, 1)']
-  acts = ['nn.ReLU()'] * max(1, len(convolutions))
-  if connector.signed:
-    acts[-1] = ''
-  layers = []
-  for (narrow, width, kernel, groups), act in zip(
-    convolutions, acts, strict=False
-  ):
-    size, is_wide = f'{narrow}, {width}', kernel > 1
-    if torch_backbones.STEP in helpers:
-      more = f', {kernel}' if is_wide else ''
-      more += f', 1, {groups}' if groups > 1 else ''
-      layers += [f'*step({size}{more})', act]
-    elif torch_backbones.STEP_V3 in helpers:
-      act = act.removesuffix('()') or 'nn.Identity'
-      more = f'{kernel}, 1, {groups}, ()' if is_wide else 'norm=()'
-      layers.append(f'*step({size}, {act}, {more})')
-    else:
-      more = ', padding=1' if is_wide else ''
-      more = f', 1, 1, 1, {groups}' if groups > 1 else more
-      conv = f'nn.Conv2d({size}, {kernel}{more}, bias=False)'
-      layers += [conv, f'nn.BatchNorm2d({width})', act]
-  return [layer for layer in layers or acts if layer]
+def _with_definitions(code):
+  """Returns code below the imports and definitions of BLOCKS that it uses."""
+  lines = [*BLOCKS.read_text().splitlines(keepends=True), '\n', '\n']
+  end = len(lines)
+  # From the last: a definition uses none below it.
+  for node in reversed(ast.parse(''.join(lines)).body[1:]):
+    start = node.lineno - 1
+    is_import = isinstance(node, ast.Import | ast.ImportFrom)
+    name = node.names[0].name if is_import else node.name
+    used = [x.id for x in ast.walk(ast.parse(code)) if isinstance(x, ast.Name)]
+    if name in used:
+      code = ''.join(lines[start:end]) + code
+    end = start
+  return code

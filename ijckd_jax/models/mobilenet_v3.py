@@ -29,7 +29,7 @@ FINAL_WIDTH = 576
 POOLED_WIDTH = 1024
 
 
-def _round_to_eight(width: float) -> int:
+def round_to_eight(width: float) -> int:
   """Returns the nearest multiple of 8, at least 8, at most a tenth below."""
   rounded = max(8, int(width + 4) // 8 * 8)
   return rounded if rounded >= 0.9 * width else rounded + 8
@@ -114,7 +114,7 @@ class MobileNetV3Small(backbone.Backbone):
 
   def squeeze(self, x, name):
     """Scales each channel by what the averages of all say."""
-    narrow = _round_to_eight(x.shape[-1] / 4)
+    narrow = round_to_eight(x.shape[-1] / 4)
     scale = jnp.mean(x, axis=(1, 2), keepdims=True)
     scale = self.conv(narrow, 1, use_bias=True, name=f'{name}_fc1')(scale)
     scale = self.conv(x.shape[-1], 1, use_bias=True, name=f'{name}_fc2')(
