@@ -5,7 +5,6 @@ step that is reported differ: compare only inside one.
 """
 
 import argparse
-from collections.abc import Sequence
 import dataclasses
 import json
 import pathlib
@@ -17,9 +16,6 @@ from ijckd_jax import config_utils
 
 FOLDER = pathlib.Path(__file__).parent
 MEASURED = FOLDER / 'measured.jsonl'
-CHIP_HOURS = FOLDER / 'chip_hours.json'
-# The smallest slices that there are to compile for: four chips share a batch.
-TOPOLOGIES = {'v5e': 'v5e:2x2', 'v4': 'v4:2x2x1'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,29 +115,8 @@ def add(table: Table, workdir: pathlib.Path) -> None:
     file.write(json.dumps(run) + '\n')
 
 
-def chip_hours(table: Table, rows: Sequence[Row]) -> None:
-  """Compiles rows for a TPU, and writes the hours that a run takes at least."""
-  from ijckd_jax import compile as compile_lib
-
-  compile_lib.prepare_environment()
-  found = json.loads(CHIP_HOURS.read_text()) if CHIP_HOURS.exists() else {}
-  for row in rows:
-    for chip, topology in TOPOLOGIES.items():
-      key = f'{table.name} {row.key}'
-      if chip in found.get(key, {}):
-        continue
-      config = table.config(row)
-      config.dtype = 'bfloat16'
-      exp = compile_lib.build(config, compile_lib.topology_devices(topology))
-      budget = compile_lib.budget(exp, compile_lib.compile_step(exp), topology)
-      found.setdefault(key, {})[chip] = budget.chip_hours
-      CHIP_HOURS.write_text(json.dumps(found, indent=2, sort_keys=True) + '\n')
-      print(key, chip, budget.chip_hours, flush=True)
-
-
 def render(table: Table) -> str:
   """Returns the page of a table, as Markdown."""
-  hours = json.loads(CHIP_HOURS.read_text()) if CHIP_HOURS.exists() else {}
   lines = [f'# {table.title}', '', table.recipe, '', '## Teachers', '']
   lines += [table.teachers, '', '## Published, and measured here', '']
   lines += [
@@ -152,8 +127,7 @@ def render(table: Table) -> str:
     '',
   ]
   lines += [f'- **{name}**: {text}' for name, text in table.sources.items()]
-  chips = list(TOPOLOGIES)
-  head = ['teacher -> student', *table.sources, *chips, 'measured here']
+  head = ['teacher -> student', *table.sources, 'measured here']
   lines += ['', f'| {" | ".join(head)} |', '| :-- ' * len(head) + '|']
   for row in table.rows:
     cells = [f'{row.teacher} -> {row.student}']
@@ -164,16 +138,9 @@ def render(table: Table) -> str:
         if name == source
       ]
       cells.append('<br>'.join(said))
-    own = hours.get(f'{table.name} {row.key}', {})
-    cells += [f'{own[chip]:.2g}' if chip in own else '' for chip in chips]
     cells.append('<br>'.join(_said(measured(table, row))))
     lines.append(f'| {" | ".join(cells)} |')
   lines += [
-    '',
-    f'{" and ".join(chips)}: chip-hours that the row takes at least, in '
-    'bfloat16 on four chips, by `ijckd estimate`: a bound from '
-    'the compiled step of IJCKD, and no measurement. Training the teacher, '
-    'evaluations and input are not in it.',
     '',
     '## Commands',
     '',
@@ -209,23 +176,15 @@ def main(table: Table, argv: list[str] = sys.argv[1:]) -> None:
   parser = config_utils.ArgumentParser(
     prog=f'python -m experiments.{table.name}_table',
     formatter_class=argparse.RawDescriptionHelpFormatter,
-    description=(
-      'write: the page. add WORKDIR: a finished run to the table. chip_hours: '
-      'compiles every row for a TPU (pip install -e .[tpu]); takes hours.'
-    ),
+    description='write: the page. add WORKDIR: a finished run to the table.',
   )
-  parser.add_argument(
-    'command', choices=['write', 'add', 'chip_hours'], nargs='?'
-  )
+  parser.add_argument('command', choices=['write', 'add'], nargs='?')
   parser.add_argument('workdir', type=pathlib.Path, nargs='?')
-  parser.add_argument('--only', default='', help='rows whose name has this')
   flags = parser.parse_args(argv)
   if flags.command == 'add':
     if flags.workdir is None or not (flags.workdir / 'summary.json').exists():
       raise config_utils.UserError('add takes the folder of a finished run')
     add(table, flags.workdir)
-  elif flags.command == 'chip_hours':
-    chip_hours(table, [r for r in table.rows if flags.only in r.key])
   text = render(table)
   (FOLDER / f'{table.name}.md').write_text(text)
   print(text)
