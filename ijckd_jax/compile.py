@@ -1,9 +1,9 @@
-"""Compiles the training step for a TPU that is not there, and says its cost.
+"""Estimates what a training step costs on a TPU, which need not be there.
 
   ijckd estimate --config cifar100 --topology v5e:4x4
 
-What a program multiplies and moves gives the shortest time that a chip could
-take for it: a bound, never a measurement. docs/tpu.md explains the numbers.
+XLA compiles the step and counts its arithmetic and its bytes; nothing runs.
+docs/tpu.md explains the numbers.
 """
 
 import dataclasses
@@ -13,17 +13,16 @@ import os
 import re
 
 from ijckd_jax import config_utils
-from ijckd_jax import roofline
 
 USAGE = """\
 usage: {prog} --config NAME[:key=value,...]
          --topology CHIP:SIDES [--images_per_chip N] [--json FILE]
          [--config.FIELD=VALUE ...]
 
-Compiles a config's training step ahead of time for a TPU slice, which need not
-be there (nor the data, nor the teacher), and prints what a step costs on each
-chip and the time that it takes at least. Compiling takes minutes. Exits with 2
-where the step does not fit into the chip's memory.
+Compiles a config's training step ahead of time for a TPU slice, and prints what
+a step costs on each chip, with an estimate of its time. Neither the slice, the
+data nor the teacher need be there. Compiling takes minutes. Exits with 2 if the
+step does not fit into the chip's memory.
 
   --config NAME         as ijckd train takes it
   --config.FIELD=VALUE  sets a field: --config.dtype=bfloat16
@@ -32,8 +31,57 @@ where the step does not fit into the chip's memory.
   --images_per_chip N   sets batch_size to N times the number of chips
   --json FILE           writes the numbers as well
   --help                this text"""
+NOTE = """\
+From XLA's analysis of the compiled program; nothing was measured. The time of
+the arithmetic is a lower limit. The accessed bytes are the operands and results
+of every operation, on-chip memory included, so that the time of the memory is
+too long where arrays stay on chip. The estimate is the longer of the two, with
+a free interconnect. Peak rates: {source}"""
 PROG = 'python -m ijckd_jax.compile'
 INSTALL = "pip install 'ijckd_jax[tpu]'"
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Peak rates and memory of a chip, as its maker states them.
+
+  Attributes:
+    flops: bfloat16 operations per second.
+    hbm_bandwidth: bytes per second.
+    hbm_size: bytes.
+    source: page with the numbers.
+  """
+
+  flops: float
+  hbm_bandwidth: float
+  hbm_size: float
+  source: str
+
+
+CHIPS = {
+  'v4': Chip(275e12, 1228e9, 32 * GIB, 'https://cloud.google.com/tpu/docs/v4'),
+  'v5e': Chip(197e12, 819e9, 16e9, 'https://cloud.google.com/tpu/docs/v5e'),
+  'v5p': Chip(459e12, 2765e9, 95e9, 'https://cloud.google.com/tpu/docs/v5p'),
+  'v6e': Chip(918e12, 1638e9, 32e9, 'https://cloud.google.com/tpu/docs/v6e'),
+}
+
+
+def chip_name(topology: str) -> str:
+  """Returns the chip of a topology: 'v5e' of 'v5e:4x4'.
+
+  Raises:
+    config_utils.UserError: the form is wrong, or the chip is unknown.
+  """
+  match = re.fullmatch(r'(\w+):\d+(x\d+)+', topology)
+  if not match:
+    raise config_utils.UserError(
+      f'topology {topology!r}: give CHIP:SIDES such as v5e:4x4, with a chip of '
+      f'{", ".join(CHIPS)}'
+    )
+  if match[1] not in CHIPS:
+    raise config_utils.unknown('chip', match[1], list(CHIPS))
+  return match[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,83 +90,100 @@ class Budget:
 
   Attributes:
     topology: such as 'v5e:4x4'.
-    num_chips: of the slice.
-    devices_per_chip: that JAX lists; 2 on v4.
-    images: of a chip in a step.
-    dtype: of the computation.
-    flops: that XLA counts; padding is none.
-    hbm_bytes: roofline.Traffic.hbm.
-    on_chip_bytes: roofline.Traffic.on_chip.
-    xla_bytes: 'bytes accessed' of XLA's cost analysis: of all memories, and of
-      a copy on-chip both sides.
-    peak_bytes: HBM in use at the most, the program itself included.
-    gradient_bytes: of the gradients, in float32.
-    collectives: operations between devices.
-    reduced_bytes: what is summed over the devices.
-    interconnect_bytes: sent by a chip.
-    run_images: that the run trains on; None where the data set does not say how
-      many it has.
+    num_chips: chips of the slice.
+    devices_per_chip: JAX devices per chip; 2 on v4.
+    images: images per chip and step.
+    flops: floating-point operations, see `program_cost`.
+    bytes_accessed: bytes read and written, see `program_cost`.
+    peak_bytes: largest use of HBM, the program itself included.
+    gradient_bytes: size of the gradients, in float32.
+    run_images: images that the whole run trains on; None if the data set does
+      not know its size.
   """
 
   topology: str
   num_chips: int
   devices_per_chip: int
   images: int
-  dtype: str
   flops: float
-  hbm_bytes: float
-  on_chip_bytes: float
-  xla_bytes: float
+  bytes_accessed: float
   peak_bytes: float
   gradient_bytes: float
-  collectives: int
-  reduced_bytes: float
-  interconnect_bytes: float
   run_images: float | None
 
   @property
-  def chip(self) -> roofline.Chip:
-    """What the chip can do."""
-    return roofline.chip(self.topology)[1]
+  def chip(self) -> Chip:
+    """The chip's peak rates and memory."""
+    return CHIPS[chip_name(self.topology)]
 
   @property
-  def bound(self) -> roofline.Bound:
-    """The shortest time of a step, by arithmetic and by traffic to HBM."""
-    return roofline.bound(self.flops, self.hbm_bytes, self.chip)
+  def compute_seconds(self) -> float:
+    """Time of the arithmetic at the chip's peak: a lower limit for a step."""
+    return self.flops / self.chip.flops
+
+  @property
+  def memory_seconds(self) -> float:
+    """Time of all accessed bytes at the peak of HBM, see `program_cost`."""
+    return self.bytes_accessed / self.chip.hbm_bandwidth
+
+  @property
+  def seconds(self) -> float:
+    """Roofline estimate of a step: the longer of both, perfectly overlapped.
+
+    Source: Williams et al. 2009, "Roofline", Communications of the ACM 52(4).
+    """
+    return max(self.compute_seconds, self.memory_seconds)
+
+  @property
+  def limited_by(self) -> str:
+    """The longer of both: 'arithmetic' or 'memory'."""
+    slower = self.compute_seconds >= self.memory_seconds
+    return 'arithmetic' if slower else 'memory'
 
   @property
   def images_per_second(self) -> float:
-    """Of a chip, at most."""
-    return self.images / self.bound.seconds
+    """Images per second and chip, by the estimate."""
+    return self.images / self.seconds
 
   @property
   def chip_hours(self) -> float | None:
-    """Of the whole run's training steps, at least."""
+    """Chip-hours of the run's training steps, by the estimate."""
     if self.run_images is None:
       return None
     return self.run_images / self.images_per_second / 3600
 
+  @property
+  def interconnect_bytes(self) -> float:
+    """Bytes that a device sends to reduce the gradients, see `ring_bytes`."""
+    num_devices = self.num_chips * self.devices_per_chip
+    return ring_bytes(self.gradient_bytes, num_devices)
+
   def to_json(self) -> dict[str, object]:
-    """Returns its fields, and what follows from them."""
+    """Returns the fields, and the numbers that follow from them."""
+    derived = ('interconnect_bytes', 'compute_seconds', 'memory_seconds')
+    derived += ('seconds', 'limited_by', 'images_per_second', 'chip_hours')
     return {
       **dataclasses.asdict(self),
-      'compute_seconds': self.bound.compute_seconds,
-      'memory_seconds': self.bound.memory_seconds,
-      'bound_seconds': self.bound.seconds,
-      'bound_by': self.bound.side,
-      'images_per_second_per_chip_at_most': self.images_per_second,
-      'xla_bytes_seconds': self.xla_bytes / self.chip.hbm_bandwidth,
-      'chip_hours_at_least': self.chip_hours,
+      **{name: getattr(self, name) for name in derived},
     }
 
 
+def ring_bytes(num_bytes: float, num_devices: int) -> float:
+  """Returns the bytes that each device of a ring sends in an all-reduce.
+
+  An array of `num_bytes` is cut into as many parts as there are devices; n - 1
+  parts are sent to sum them, and n - 1 to spread the sums.
+  """
+  return 2 * (num_devices - 1) / num_devices * num_bytes
+
+
 def topology_devices(topology: str) -> tuple:
-  """Returns the devices of a TPU slice that need not be there.
+  """Returns the devices of a TPU slice, which need not be there.
 
   Raises:
     config_utils.UserError: there is no such slice, or no libtpu.
   """
-  name, _ = roofline.chip(topology)
+  name = chip_name(topology)
   try:
     import libtpu  # noqa: F401
   except ModuleNotFoundError as error:
@@ -133,8 +198,8 @@ def topology_devices(topology: str) -> tuple:
     described = topologies.get_topology_desc(topology, 'tpu')
   except jax.errors.JaxRuntimeError as error:
     raise config_utils.UserError(
-      f'topology {topology!r}: {config_utils.short(error)} ({name} slices are '
-      "listed in Google's documentation, see docs/tpu.md)"
+      f'topology {topology!r}: {config_utils.short(error)} ({name} slices: '
+      f'{CHIPS[name].source})'
     ) from error
   return tuple(described.devices)
 
@@ -147,23 +212,11 @@ def build(config, devices):
       its batches.
   """
   from ijckd_jax import experiment
-  from ijckd_jax import parallel
 
-  if config.batch_size % len(devices):
-    raise config_utils.UserError(
-      f'batch_size={config.batch_size}: it must be a multiple of the '
-      f'{len(devices)} devices of the slice'
-    )
-  rows = config.batch_size // len(devices)
-  if config.accumulation < 1 or rows % config.accumulation:
-    raise config_utils.UserError(
-      f'accumulation={config.accumulation}: it must divide the {rows} rows '
-      'that a device gets of a batch'
-    )
-  config.num_cpu_devices = 1  # None computes.
-  exp = experiment.build(config)
-  mapper = parallel.Mapper('shard_map', devices)
-  return dataclasses.replace(exp, mapper=mapper)
+  config.mapper = 'shard_map'
+  config.num_cpu_devices = 1  # The CPU computes nothing.
+  config.eval_batch_size = len(devices)  # Nothing is evaluated.
+  return experiment.build(config, devices=devices)
 
 
 def optimizer(exp):
@@ -253,6 +306,26 @@ def does_not_fit(message: str, config) -> Exception:
   )
 
 
+def program_cost(compiled, accumulation: int) -> tuple[float, float]:
+  """Returns the arithmetic of a step on one device, and the bytes it accesses.
+
+  Both are XLA's cost analysis. A multiply-add counts as two operations, and
+  multiplications with padding do not count. The bytes are the operands and
+  results of every operation, in whatever memory they lie: an array that stays
+  in on-chip memory counts like one in HBM.
+
+  XLA counts a loop once, so its counts are multiplied by `accumulation`. What a
+  step does once (the optimizer's update) then counts that often too; other
+  loops still count once.
+
+  Args:
+    compiled: see `compile_step`.
+    accumulation: parts in which a device works through its rows.
+  """
+  cost = compiled.cost_analysis()
+  return accumulation * cost['flops'], accumulation * cost['bytes accessed']
+
+
 def budget(exp, compiled, topology: str) -> Budget:
   """Returns what a compiled step costs on each chip.
 
@@ -266,12 +339,8 @@ def budget(exp, compiled, topology: str) -> Budget:
   devices = exp.mapper.devices
   num_chips = len({tuple(device.coords) for device in devices})
   per_chip = len(devices) // num_chips
-  text = compiled.as_text()
-  moved = roofline.traffic(text) * per_chip
-  cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-  # XLA counts a loop as if it turned once. Nearly all is in the loop.
-  pieces = exp.config.accumulation
-  turns = pieces if pieces in roofline.loop_turns(text) else 1
+  flops, bytes_accessed = program_cost(compiled, exp.config.accumulation)
+  memory = compiled.memory_analysis()
   peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
   state, *_ = step_arguments(exp)
   return Budget(
@@ -279,19 +348,13 @@ def budget(exp, compiled, topology: str) -> Budget:
     num_chips=num_chips,
     devices_per_chip=per_chip,
     images=exp.config.batch_size // num_chips,
-    dtype=exp.config.dtype,
-    flops=cost['flops'] * turns * per_chip,
-    hbm_bytes=moved.hbm,
-    on_chip_bytes=moved.on_chip,
-    xla_bytes=cost['bytes accessed'] * turns * per_chip,
+    flops=flops * per_chip,
+    bytes_accessed=bytes_accessed * per_chip,
     peak_bytes=peak * per_chip,
     gradient_bytes=sum(
       math.prod(leaf.shape) * leaf.dtype.itemsize
       for leaf in jax.tree.leaves(state.params)
     ),
-    collectives=moved.collectives // per_chip,
-    reduced_bytes=moved.reduced / per_chip,
-    interconnect_bytes=moved.interconnect,
     run_images=run_images(exp),
   )
 
@@ -309,60 +372,40 @@ def run_images(exp) -> float | None:
 
 def describe(found: Budget) -> str:
   """Returns the lines that the command prints."""
-  name, peak = roofline.chip(found.topology)
-  bound, images, number = found.bound, found.images, roofline.number
+  chip, images = found.chip, found.images
   cores = '' if found.devices_per_chip == 1 else ' of two devices'
-  rows = [
-    ('chips', f'{found.num_chips} {name}{cores}, {images:,} images each'),
-    ('arithmetic', f'{number(found.flops / images / 1e9)} GFLOP per image'),
-    (
-      'HBM traffic',
-      f'{number(found.hbm_bytes / images / 1e6)} MB per image (XLA\'s "bytes '
-      f'accessed", on-chip memory included: '
-      f'{number(found.xla_bytes / images / 1e6)} MB, or '
-      f'{number(1e3 * found.xla_bytes / peak.hbm_bandwidth)} ms)',
-    ),
-    (
-      'intensity',
-      f'{found.flops / found.hbm_bytes:.0f} FLOP per byte of HBM; the chip '
-      f'balances {peak.flops / peak.hbm_bandwidth:.0f}',
-    ),
-    (
-      'peak HBM',
-      f'{number(found.peak_bytes / 1e9)} GB of {peak.hbm_size / 1e9:.0f} GB',
-    ),
-    (
-      'interconnect',
-      f'{number(found.interconnect_bytes / 1e6)} MB per step and chip, by '
-      f'{found.collectives} all-reduce{"s" * (found.collectives != 1)} '
-      f'(gradients are {number(found.gradient_bytes / 1e6)} MB)',
-    ),
-    (
-      'a step takes',
-      f'at least {number(1e3 * bound.seconds)} ms, bound by {bound.side} '
-      f'(arithmetic {number(1e3 * bound.compute_seconds)} ms, memory '
-      f'{number(1e3 * bound.memory_seconds)} ms)',
-    ),
-    (
-      'that is',
-      f'at most {found.images_per_second:,.0f} images/s per chip, '
-      f'{found.images_per_second * found.num_chips:,.0f} in all',
-    ),
-  ]
+  rows = {
+    'chips': f'{found.num_chips} {chip_name(found.topology)}{cores}, '
+    f'{images:,} images each',
+    'arithmetic': f'{number(found.flops / images / 1e9)} GFLOP per image, '
+    f'{number(1e3 * found.compute_seconds)} ms a step at the peak of '
+    f'{chip.flops / 1e12:.0f} TFLOP/s',
+    'memory': f'{number(found.bytes_accessed / images / 1e6)} MB accessed per '
+    f'image, {number(1e3 * found.memory_seconds)} ms a step at the peak of '
+    f'{chip.hbm_bandwidth / 1e9:.0f} GB/s',
+    'peak HBM': f'{number(found.peak_bytes / 1e9)} GB of '
+    f'{chip.hbm_size / 1e9:.0f} GB',
+    'interconnect': f'{number(found.interconnect_bytes / 1e6)} MB sent per '
+    f'step and device (gradients of {number(found.gradient_bytes / 1e6)} MB, '
+    'reduced in a ring)',
+    'estimate': f'{number(1e3 * found.seconds)} ms a step, limited by '
+    f'{found.limited_by}: {found.images_per_second:,.0f} images/s per chip, '
+    f'{found.images_per_second * found.num_chips:,.0f} in all',
+  }
   if found.chip_hours is not None:
-    rows.append(
-      (
-        'the run takes',
-        f'at least {number(found.chip_hours)} chip-hours for '
-        f'{found.run_images:,.0f} images',
-      )
+    rows['run'] = (
+      f'{number(found.chip_hours)} chip-hours for {found.run_images:,.0f} '
+      'training images'
     )
-  return (
-    f'{roofline.report(rows)}\n\n'
-    'A bound from a compiled program, not a measurement: at peak FLOP/s '
-    '(bfloat16) and peak\nHBM bandwidth, perfectly overlapped, with the '
-    f'interconnect free ({peak.source}).'
-  )
+  width = max(map(len, rows))
+  lines = [f'{label.ljust(width)}  {text}' for label, text in rows.items()]
+  return '\n'.join([*lines, '', NOTE.format(source=chip.source)])
+
+
+def number(value: float) -> str:
+  """Returns a positive number with three significant digits, or its integer."""
+  digits = 2 - math.floor(math.log10(value)) if value else 0
+  return f'{value:,.{max(0, digits)}f}'
 
 
 def main(argv: list[str], prog: str = PROG) -> int:

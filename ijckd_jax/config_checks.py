@@ -9,11 +9,14 @@ from ijckd_jax import parallel
 from ijckd_jax import stored_outputs
 
 
-def check_numbers(config, *, teacher_given: bool = False) -> None:
+def check_numbers(
+  config, *, num_devices: int, teacher_given: bool = False
+) -> None:
   """Raises UserError where a number of a config (see experiment) cannot be.
 
   Args:
     config: the run's.
+    num_devices: devices that share a batch.
     teacher_given: whether teachers come from Python, not from the config.
   """
   for what in ('total', 'log', 'eval', 'checkpoint'):
@@ -69,7 +72,6 @@ def check_numbers(config, *, teacher_given: bool = False) -> None:
       'another one in each epoch, so that no view is seen twice and could be '
       'stored: set it to 0, or augment.mixup_alpha and augment.cutmix_alpha'
     )
-  num_devices = jax.device_count()
   if config.num_cpu_devices > 1 and (
     jax.default_backend() == 'cpu'
     and config.num_cpu_devices != jax.local_device_count()

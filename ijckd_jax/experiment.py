@@ -300,10 +300,10 @@ class Experiment:
     )
 
 
-def _num_normalised(config) -> int:
+def _num_normalised(config, num_devices: int) -> int:
   """Returns how many images a batch norm sees in a training step."""
   images = config.batch_size // config.accumulation
-  return images if config.sync_batch_norm else images // jax.device_count()
+  return images if config.sync_batch_norm else images // num_devices
 
 
 def build(
@@ -312,6 +312,7 @@ def build(
   dataset: Any = None,
   teacher: teachers.Teacher | Sequence[teachers.Teacher] | None = None,
   heads: Sequence[dict[str, Any]] | None = None,
+  devices: Sequence[Any] | None = None,
 ) -> Experiment:
   """Returns the experiment that a config describes; nothing runs or compiles.
 
@@ -323,6 +324,8 @@ def build(
       abstract: shapes in place of arrays.
     heads: that were fitted, in the order of Distiller.teachers; None: where
       they are to be, they are abstract.
+    devices: that share a batch; None: all that JAX has. Devices that the step
+      is only compiled for take `config.mapper='shard_map'`.
 
   Raises:
     config_utils.UserError: something in the config is wrong.
@@ -336,7 +339,10 @@ def build(
       'dataset', datasets.get(config.dataset.name), config.dataset
     )
   method = methods.build(config.method)
-  config_checks.check_numbers(config, teacher_given=teacher is not None)
+  num_devices = jax.device_count() if devices is None else len(devices)
+  config_checks.check_numbers(
+    config, num_devices=num_devices, teacher_given=teacher is not None
+  )
   mixing = mixing_lib.build(config.augment)
   axis_name = parallel.AXIS if config.sync_batch_norm else None
   height, width, num_channels = dataset.image_shape
@@ -398,7 +404,7 @@ def build(
     dtype=dtype,
     mixed=mixing is not None,
     seed=config.seed,
-    num_rows=min(2, _num_normalised(config)),
+    num_rows=min(2, _num_normalised(config, num_devices)),
   )
   if start is not None:
     start.fill(
@@ -417,7 +423,7 @@ def build(
     distiller=distiller,
     judge=given[0] if given else None,
     augmentation=augment.build(config.augment, dataset, views),
-    mapper=parallel.Mapper(config.mapper),
+    mapper=parallel.Mapper(config.mapper, devices and tuple(devices)),
     dtype=dtype,
     stored=stored,
     start=start,

@@ -1,4 +1,4 @@
-"""What a compiled program costs, by hand; and how the command fails."""
+"""What a compiled step costs, by hand; and how the command fails."""
 
 import json
 import pathlib
@@ -13,154 +13,61 @@ from ijckd_jax import compile as compile_lib
 from ijckd_jax import config_utils
 from ijckd_jax import cost
 from ijckd_jax import parallel
-from ijckd_jax import roofline
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = str(ROOT / 'configs' / 'digits.py')
 
-# A map of 64 x 8 x 128 bfloat16 is 131,072 bytes.
-PROGRAM = """\
-HloModule step, is_scheduled=true, num_partitions=4
 
-%inside (p: bf16[64,8,128]) -> bf16[64,8,128] {
-  %p = bf16[64,8,128]{2,1,0} parameter(0)
-  ROOT %twice = bf16[64,8,128]{2,1,0} add(%p, %p)
-}
+def budget(**fields):
+  """A step of 256 images on each of four v5e chips.
 
-%body (state: (s32[], bf16[64,8,128])) -> (s32[], bf16[64,8,128]) {
-  %state = (s32[]{:T(128)}, bf16[64,8,128]{2,1,0:T(8,128)(2,1)}) parameter(0)
-  %map = bf16[64,8,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%state), index=1
-  ROOT %turned = bf16[64,8,128]{2,1,0:T(8,128)(2,1)} fusion(%map), kind=kLoop, \
-calls=%inside
-}
-
-%condition (s: (s32[], bf16[64,8,128])) -> pred[] {
-  %s = (s32[]{:T(128)}, bf16[64,8,128]{2,1,0:T(8,128)(2,1)}) parameter(0)
-  %limit = s32[]{:T(128)} constant(5)
-  %counter = s32[]{:T(128)} get-tuple-element(%s), index=0
-  ROOT %less = pred[]{:T(512)} compare(%counter, %limit), direction=LT
-}
-
-%slices (q: bf16[64,8,128]) -> bf16[16,8,128] {
-  %q = bf16[64,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
-  %zero = s32[]{:T(128)} constant(0)
-  ROOT %part = bf16[16,8,128]{2,1,0:T(8,128)(2,1)} dynamic-slice(%q, %zero, \
-%zero, %zero), dynamic_slice_sizes={16,8,128}
-}
-
-ENTRY %main (x: bf16[64,8,128], w: f32[100]) -> bf16[64,8,128] {
-  %x = bf16[64,8,128]{2,1,0:T(8,128)(2,1)} parameter(0), metadata={op_name="x"}
-  %w = f32[5,100]{1,0:T(8,128)} parameter(1)
-"""
+  197 GFLOP take a v5e a millisecond, and 819 MB as well.
+  """
+  given = dict(flops=197e9, bytes_accessed=819e6, peak_bytes=2e9)
+  given |= dict(gradient_bytes=40e6, images=256, run_images=None)
+  given |= dict(topology='v5e:2x2', num_chips=4, devices_per_chip=1)
+  return compile_lib.Budget(**given | fields)
 
 
-def traffic(*lines):
-  return roofline.traffic(PROGRAM + '\n'.join(f'  {x}' for x in lines) + '\n}')
-
-
-MAP = 64 * 8 * 128 * 2
-HBM = 'bf16[64,8,128]{2,1,0:T(8,128)(2,1)}'
-VMEM = 'bf16[64,8,128]{2,1,0:T(8,128)(2,1)S(1)}'
-
-
-def test_an_operation_reads_its_operands_and_writes_its_result():
-  moved = traffic(f'ROOT %y = {HBM} fusion(%x, %x), kind=kLoop, calls=%inside')
-  assert moved == roofline.Traffic(hbm=3 * MAP)
-
-
-def test_what_lies_on_chip_is_not_hbm():
-  moved = traffic(f'ROOT %y = {VMEM} fusion(%x), kind=kLoop, calls=%inside')
-  assert moved == roofline.Traffic(hbm=MAP, on_chip=MAP)
-
-
-def test_an_array_fills_whole_tiles():
-  """(5, 100) float32 lies in one tile of (8, 128)."""
-  moved = traffic('ROOT %y = f32[5,100]{1,0:T(8,128)} fusion(%w), kind=kLoop')
-  assert moved == roofline.Traffic(hbm=2 * 8 * 128 * 4)
-
-
-def test_names_for_what_is_there_move_nothing():
-  moved = traffic(
-    f'%t = ({HBM}, /*index=1*/{VMEM}) tuple(%x, %x)',
-    f'%g = {HBM} get-tuple-element(%t), index=0',
-    f'%b = {HBM} bitcast(%g)',
-    f'ROOT %c = {VMEM} custom-call(%b), custom_call_target="ConcatBitcast"',
-  )
-  assert moved == roofline.Traffic()
-
-
-def test_bringing_a_map_on_chip_is_one_read_of_hbm():
-  moved = traffic(
-    f'%start = ({VMEM}, {HBM}, u32[]{{:S(2)}}) copy-start(%x)',
-    f'%done = {VMEM} copy-done(%start)',
-    f'ROOT %y = {VMEM} fusion(%done), kind=kLoop, calls=%inside',
-  )
-  assert moved == roofline.Traffic(hbm=MAP, on_chip=3 * MAP)
-
-
-def test_bringing_a_slice_on_chip_reads_the_slice():
-  quarter = 'bf16[16,8,128]{2,1,0:T(8,128)(2,1)S(1)}'
-  moved = traffic(
-    f'%start = (({HBM}), {quarter}, s32[]{{:S(2)}}) slice-start(%x), '
-    'slice={[0:16], [0:8], [0:128]}',
-    f'ROOT %done = {quarter} slice-done(%start)',
-  )
-  assert moved == roofline.Traffic(hbm=MAP / 4, on_chip=MAP / 4)
-
-
-@pytest.mark.parametrize(
-  'known', ['', ', backend_config={"known_trip_count":{"n":"5"}}']
-)
-def test_a_loop_counts_as_often_as_it_turns(known):
-  """By XLA's word, or by what its condition counts up to."""
-  shapes = f'(s32[]{{:T(128)}}, {HBM})'
-  lines = [
-    f'%t = {shapes} tuple(%x)',
-    f'ROOT %loop = {shapes} while(%t), condition=%condition, body=%body{known}',
-  ]
-  assert traffic(*lines) == roofline.Traffic(hbm=5 * 2 * MAP)
-  text = PROGRAM + '\n'.join(f'  {line}' for line in lines) + '\n}'
-  assert roofline.loop_turns(text) == [5]
-
-
-def test_a_fusion_that_takes_a_slice_reads_the_slice():
-  result = HBM.replace('64', '16')
-  moved = traffic(f'ROOT %y = {result} fusion(%x), kind=kLoop, calls=%slices')
-  assert moved == roofline.Traffic(hbm=2 * MAP / 4)
-
-
-@pytest.mark.parametrize(
-  'lines',
-  [
-    [f'ROOT %sum = ({HBM}, {HBM}) all-reduce(%x, %x), to_apply=%inside'],
-    [
-      f'%sum = ({HBM}, {HBM}) all-reduce-start(%x, %x), to_apply=%inside',
-      f'ROOT %done = ({HBM}, {HBM}) all-reduce-done(%sum)',
-    ],
-  ],
-)
-def test_an_all_reduce_is_one_whether_it_waits_or_not(lines):
-  """Of two maps on a ring of four, by hand: 2 x 3/4 of both."""
-  moved = traffic(*lines)
-  assert moved.collectives == 1
-  assert moved.reduced == 2 * MAP
-  assert moved.interconnect == 1.5 * 2 * MAP
-
-
-def test_gathering_sends_a_part_to_all_others():
-  whole = HBM.replace('64', '256')
-  moved = traffic(f'ROOT %y = {whole} all-gather(%x), dimensions={{0}}')
-  assert moved.interconnect == 3 * MAP
-
-
-def test_the_roofline_by_hand():
-  """197 GFLOP take a v5e a millisecond, and 819 MB as well."""
-  chip = roofline.CHIPS['v5e']
-  by_memory = roofline.bound(197e9, 2 * 819e6, chip)
+def test_the_estimate_is_the_longer_of_arithmetic_and_memory():
+  by_memory = budget(bytes_accessed=2 * 819e6)
   assert by_memory.compute_seconds == pytest.approx(1e-3)
-  assert by_memory.seconds == pytest.approx(2e-3)
-  assert by_memory.side == 'memory'
-  assert roofline.bound(394e9, 819e6, chip).side == 'arithmetic'
+  assert by_memory.memory_seconds == pytest.approx(2e-3)
+  assert by_memory.seconds == by_memory.memory_seconds
+  assert by_memory.limited_by == 'memory'
+  assert by_memory.images_per_second == pytest.approx(128_000)
+  by_arithmetic = budget(flops=3 * 197e9)
+  assert by_arithmetic.seconds == pytest.approx(3e-3)
+  assert by_arithmetic.limited_by == 'arithmetic'
+
+
+def test_a_run_of_256000_steps_of_a_millisecond():
+  assert budget().chip_hours is None
+  found = budget(run_images=256 * 256_000)
+  assert found.chip_hours == pytest.approx(256 / 3600)
+
+
+def test_a_ring_sends_each_part_twice_but_one():
+  """Four devices: three of four parts to sum, and three to spread the sums."""
+  assert compile_lib.ring_bytes(40e6, 4) == pytest.approx(60e6)
+  assert compile_lib.ring_bytes(40e6, 1) == 0
+  assert budget().interconnect_bytes == pytest.approx(60e6)
+  of_v4 = budget(topology='v4:2x2x1', devices_per_chip=2)
+  assert of_v4.interconnect_bytes == pytest.approx(70e6)  # A ring of eight.
+
+
+def test_the_command_says_what_the_numbers_are():
+  said = compile_lib.describe(
+    budget(bytes_accessed=2 * 819e6, run_images=128_000 * 3600)
+  )
+  assert '4 v5e, 256 images each' in said
+  assert '0.770 GFLOP per image, 1.00 ms a step' in said
+  assert '6.40 MB accessed per image, 2.00 ms a step' in said
+  assert '60.0 MB sent per step and device (gradients of 40.0 MB' in said
+  assert 'limited by memory: 128,000 images/s per chip, 512,000 in all' in said
+  assert '1.00 chip-hours for 460,800,000 training images' in said
+  assert 'nothing was measured' in said and 'on-chip memory included' in said
+  assert max(map(len, said.splitlines())) <= 100
 
 
 @pytest.mark.parametrize(
@@ -168,12 +75,12 @@ def test_the_roofline_by_hand():
   [(22.093, '22.1'), (0.012345, '0.0123'), (105965.0, '105,965'), (0, '0')],
 )
 def test_numbers_keep_three_digits(value, said):
-  assert roofline.number(value) == said
+  assert compile_lib.number(value) == said
 
 
-@pytest.mark.parametrize('name', roofline.CHIPS)
-def test_a_chip_says_where_its_numbers_stand(name):
-  chip = roofline.CHIPS[name]
+@pytest.mark.parametrize('name', compile_lib.CHIPS)
+def test_a_chip_names_the_page_of_its_numbers(name):
+  chip = compile_lib.CHIPS[name]
   assert chip.source == f'https://cloud.google.com/tpu/docs/{name}'
   # FLOP per byte that balance a chip: all of them lie in the low hundreds.
   assert 100 < chip.flops / chip.hbm_bandwidth < 1000
@@ -277,6 +184,18 @@ def test_its_arithmetic_is_that_of_forward_and_backward(exp):
   assert 0.6 * expected < counted < 1.3 * expected
 
 
+def test_work_in_parts_is_counted_as_often_as_it_is_done():
+  """XLA counts a loop once, however often it turns."""
+  counts = []
+  for accumulation in (1, 2, 4):
+    config = config_utils.load(DIGITS)
+    config.update({'batch_size': 32, 'accumulation': accumulation})
+    exp = compile_lib.build(config, tuple(jax.devices()))
+    compiled = compile_lib.compile_step(exp)
+    counts.append(compile_lib.program_cost(compiled, accumulation)[0])
+  assert counts[1:] == pytest.approx(2 * [counts[0]], rel=0.2)
+
+
 def test_devices_of_a_mapper_are_its_mesh():
   device = jax.devices()[0]
   mapper = parallel.Mapper('shard_map', (device,))
@@ -286,23 +205,21 @@ def test_devices_of_a_mapper_are_its_mesh():
 @pytest.mark.slow
 def test_a_tpu_that_is_not_there(tmp_path):
   pytest.importorskip('libtpu', reason="needs pip install -e '.[tpu]'")
-  out = tmp_path / 'budget.json'
-  command = [sys.executable, '-m', 'ijckd_jax.compile', '--config', DIGITS]
-  command += ['--topology', 'v4:2x2x1', '--images_per_chip', '32']
-  done = subprocess.run(
-    [*command, '--json', out],
-    capture_output=True,
-    check=True,
-    cwd=ROOT,
-    text=True,
-  )
-  assert done.stderr == ''
-  assert 'not a measurement' in done.stdout
-  found = json.loads(out.read_text())
-  assert (found['num_chips'], found['devices_per_chip']) == (4, 2)
-  assert found['collectives'] == 1
-  # A ring of eight, and two devices a chip: 2 x 2 x 7/8 of what is summed.
-  assert found['interconnect_bytes'] == pytest.approx(
-    3.5 * found['reduced_bytes']
-  )
-  assert found['reduced_bytes'] > found['gradient_bytes']
+  found = []
+  for accumulation in (1, 2):
+    out = tmp_path / f'{accumulation}.json'
+    command = [sys.executable, '-m', 'ijckd_jax.compile', '--config', DIGITS]
+    command += ['--topology', 'v4:2x2x1', '--images_per_chip', '32']
+    command += [f'--config.accumulation={accumulation}', '--json', out]
+    done = subprocess.run(
+      command, capture_output=True, check=True, cwd=ROOT, text=True
+    )
+    assert done.stderr == ''
+    assert 'nothing was measured' in done.stdout
+    found.append(json.loads(out.read_text()))
+  whole, in_parts = found
+  assert (whole['num_chips'], whole['devices_per_chip']) == (4, 2)
+  # A ring of eight devices.
+  assert whole['interconnect_bytes'] == 1.75 * whole['gradient_bytes']
+  assert whole['bytes_accessed'] > whole['peak_bytes'] > 0
+  assert in_parts['flops'] == pytest.approx(whole['flops'], rel=0.1)

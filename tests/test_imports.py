@@ -116,7 +116,6 @@ LAYERS = {
     'streams',
     'logistic',
     'outputs',
-    'roofline',
     'wording',
     'bound_wording',
     'cost',

@@ -1,9 +1,9 @@
-"""Compiles training steps for TPUs that are not there, into tables.
+"""Estimates what training steps cost on a TPU, for the table of docs/tpu.md.
 
   python -m experiments.benchmarks.tpu_budget [NAME ...]
 
-A case is compiled (minutes each) unless results/tpu_budget.json has its numbers
-already; one that is named is compiled again. docs/tpu.md has the tables.
+Compiles the named cases (minutes each) into results/tpu_budget.json; without
+names, those that the file lacks. Prints the table of all cases in the file.
 """
 
 import dataclasses
@@ -21,79 +21,60 @@ from ijckd_jax import wording
 FOLDER = pathlib.Path(__file__).parent
 RESULTS = FOLDER / 'results' / 'tpu_budget.json'
 CONFIGS = FOLDER.parents[1] / 'configs'
-IMAGENET, CIFAR = str(CONFIGS / 'imagenet.py'), str(CONFIGS / 'cifar100.py')
+TOPOLOGY = 'v5e:2x2'
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A step to compile.
+  """A training step to compile, in bfloat16.
 
   Attributes:
-    title: what the tables call the pair.
-    config: a config file and its argument.
-    images: of a chip.
-    dtype: of the computation.
-    topology: for which it is compiled.
-    stored: the teacher's outputs come with the batch, in float16.
+    config: file and argument of a config.
+    images: images per chip.
+    stored: whether the teacher's outputs come with the batch, in float16.
   """
 
-  title: str
   config: str
   images: int
-  dtype: str = 'bfloat16'
-  topology: str = 'v5e:2x2'
   stored: bool = False
 
 
-RESNET = Case('resnet34 -> resnet18', IMAGENET, 256)
-MOBILE = Case(
-  'resnet50 -> mobilenet_v1',
-  f'{IMAGENET}:teacher=resnet50,student=mobilenet_v1',
-  256,
-)
-SMALL = Case('resnet32x4 -> resnet8x4', CIFAR, 1024)
+RESNET = Case('imagenet.py:teacher=resnet34,student=resnet18', 256)
 CASES = {
-  'small': SMALL,
-  'small_stored': dataclasses.replace(SMALL, stored=True),
-  'mobile': MOBILE,
-  'mobile_stored': dataclasses.replace(MOBILE, stored=True),
   'resnet': RESNET,
   'resnet_stored': dataclasses.replace(RESNET, stored=True),
-  'resnet_4x4': dataclasses.replace(RESNET, topology='v5e:4x4'),
-  'resnet_16x16': dataclasses.replace(RESNET, topology='v5e:16x16'),
-  'resnet_float32': dataclasses.replace(RESNET, dtype='float32'),
+  'mobile': Case('imagenet.py:teacher=resnet50,student=mobilenet_v1', 256),
 }
 
 
 def measure(case: Case) -> dict[str, object]:
   """Compiles a case and returns its numbers."""
-  devices = compile_lib.topology_devices(case.topology)
-  config = config_utils.load(case.config)
-  config.dtype = case.dtype
+  devices = compile_lib.topology_devices(TOPOLOGY)
+  config = config_utils.load(str(CONFIGS / case.config))
+  config.dtype = 'bfloat16'
   config.batch_size = case.images * len(devices)
   config.teacher.store.views = int(case.stored)
   exp = compile_lib.build(config, devices)
   start = time.perf_counter()
   compiled = compile_lib.compile_step(exp)
   seconds = time.perf_counter() - start
-  found = compile_lib.budget(exp, compiled, case.topology)
+  found = compile_lib.budget(exp, compiled, TOPOLOGY)
   return {
-    **dataclasses.asdict(case),
-    'config': str(pathlib.Path(case.config).relative_to(FOLDER.parents[1])),
+    'config': case.config,
+    'stored': case.stored,
     **found.to_json(),
-    'by_hand_bytes': case.images * by_hand(exp, case.stored),
+    'convolution_bytes': case.images * convolution_bytes(exp, case.stored),
     'compile_seconds': seconds,
   }
 
 
-def by_hand(exp, stored: bool) -> int:
+def convolution_bytes(exp, stored: bool) -> int:
   """Returns the bytes per image of the maps that convolutions read and write.
 
-  Each convolution is an operation of its own: once in the teacher, and three
-  times in the student, whose gradients by kernel and by input read or write
-  maps of the same sizes (the first layer has none by input). All else, such as
-  batch norm, activations, sums and pools, is free. XLA can go below, where it
-  fuses two convolutions or keeps a map on-chip.
+  Each convolution counts as an operation of its own: once in the teacher, and
+  three times in the student, because its gradients by kernel and by input read
+  or write maps of the same sizes. The first layer has no gradient by input.
+  Batch norm, activations, sums and pools count as free.
   """
   import jax
   import jax.numpy as jnp
@@ -127,57 +108,28 @@ def convolved(jaxpr) -> list[int]:
   return found
 
 
-def steps_table(results) -> str:
+def table(results) -> str:
   """Returns the table of what a step costs on a chip, by case."""
-  titles = ['pair', 'teacher', 'dtype', 'images', 'GFLOP', 'HBM MB']
-  titles += ['by hand MB', 'XLA MB', 'peak GB', 'arithmetic ms', 'memory ms']
-  titles += ['at least ms', 'bound by', 'at most images/s', 'by XLA MB, ms']
-  rows = [titles]
+  rows = [
+    ['pair', 'teacher', 'images', 'GFLOP', 'accessed MB', 'convolutions MB']
+    + ['peak GB', 'gradients MB', 'arithmetic ms', 'memory ms', 'images/s']
+  ]
   for result in results:
+    _, _, pair = result['config'].partition(':teacher=')
     images = result['images']
     rows.append(
       [
-        result['title'],
+        pair.replace(',student=', ' -> '),
         'stored' if result['stored'] else 'runs',
-        result['dtype'],
-        f'{images}',
+        str(images),
         f'{result["flops"] / images / 1e9:.2f}',
-        *(
-          f'{result[name] / images / 1e6:.1f}'
-          for name in ('hbm_bytes', 'by_hand_bytes', 'xla_bytes')
-        ),
+        f'{result["bytes_accessed"] / images / 1e6:.1f}',
+        f'{result["convolution_bytes"] / images / 1e6:.1f}',
         f'{result["peak_bytes"] / 1e9:.2f}',
+        f'{result["gradient_bytes"] / 1e6:.1f}',
         f'{1e3 * result["compute_seconds"]:.1f}',
         f'{1e3 * result["memory_seconds"]:.1f}',
-        f'{1e3 * result["bound_seconds"]:.1f}',
-        result['bound_by'],
-        f'{result["images_per_second_per_chip_at_most"]:,.0f}',
-        f'{1e3 * result["xla_bytes_seconds"]:.1f}',
-      ]
-    )
-  return wording.grid(rows)
-
-
-def scale_table(results) -> str:
-  """Returns the table of one step on slices of growing size."""
-  titles = ['slice', 'chips', 'batch', 'GFLOP/image', 'HBM MB/image']
-  titles += ['gradients MB', 'interconnect MB/chip', 'times the gradients']
-  titles += ['all-reduces']
-  rows = [titles]
-  for result in results:
-    images = result['images']
-    ratio = result['interconnect_bytes'] / result['gradient_bytes']
-    rows.append(
-      [
-        result['topology'],
-        str(result['num_chips']),
-        f'{images * result["num_chips"]:,}',
-        f'{result["flops"] / images / 1e9:.2f}',
-        f'{result["hbm_bytes"] / images / 1e6:.1f}',
-        f'{result["gradient_bytes"] / 1e6:.1f}',
-        f'{result["interconnect_bytes"] / 1e6:.1f}',
-        f'{ratio:.2f}',
-        str(result['collectives']),
+        f'{result["images_per_second"]:,.0f}',
       ]
     )
   return wording.grid(rows)
@@ -195,13 +147,7 @@ def main(argv: list[str]) -> None:
     results[name] = measure(CASES[name])
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=2) + '\n')
-  ordered = {name: results[name] for name in CASES if name in results}
-  slices = ('resnet', 'resnet_4x4', 'resnet_16x16')
-  print(
-    steps_table([r for r in ordered.values() if r['topology'] == 'v5e:2x2'])
-  )
-  print()
-  print(scale_table([ordered[name] for name in slices if name in ordered]))
+  print(table([results[name] for name in CASES if name in results]))
 
 
 if __name__ == '__main__':
