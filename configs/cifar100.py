@@ -13,8 +13,8 @@ epochs 150, 180 and 210, momentum 0.9, weight decay 5e-4 on everything, crop out
 of 4 pixels of padding, flip.
 """
 
-from ijckd_jax import config_utils
-from ijckd_jax import experiment
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
 
 
 def get_config(arg=None):

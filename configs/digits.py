@@ -5,8 +5,8 @@
 The data come with scikit-learn.
 """
 
-from ijckd_jax import config_utils
-from ijckd_jax import experiment
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
 
 
 def get_config(arg=None):

@@ -7,8 +7,8 @@ DIR holds the four IDX files; Debian's package dataset-fashion-mnist has them.
 Without --source they are downloaded, which takes the extra `prepare`.
 """
 
-from ijckd_jax import config_utils
-from ijckd_jax import experiment
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
 
 
 def get_config(arg=None):

@@ -9,8 +9,8 @@ one at 28x56. Baselines share the teacher: `method=ce`, and
 `--config.teacher.checkpoint=runs/pairs/teacher`.
 """
 
-from ijckd_jax import config_utils
-from ijckd_jax import experiment
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
 
 
 def get_config(arg=None):

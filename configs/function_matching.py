@@ -20,8 +20,8 @@ that its authors published for Flowers102 (100,000 epochs, T = 1) and ImageNet
 (1200 epochs). docs/augmentation.md says what is the same and what is not.
 """
 
-from ijckd_jax import config_utils
-from ijckd_jax import experiment
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
 
 
 def get_config(arg=None):

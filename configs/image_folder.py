@@ -23,8 +23,8 @@ The recipe is short, for a teacher that starts from ImageNet's weights: cosine
 schedule, 30 epochs of batch 64. From random weights a teacher needs far more.
 """
 
-from ijckd_jax import config_utils
-from ijckd_jax import experiment
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
 
 
 def get_config(arg=None):

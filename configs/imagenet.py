@@ -39,8 +39,8 @@ warm-up; resnet34 -> resnet18 takes 120 epochs of batch 256 at learning rate
 et al. 2017, https://arxiv.org/abs/1706.02677.
 """
 
-from ijckd_jax import config_utils
-from ijckd_jax import experiment
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
 
 RECIPES = ('official', 'pod')
 

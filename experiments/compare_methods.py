@@ -30,11 +30,11 @@ import jax
 
 from experiments.comparison import analyse
 from experiments.comparison import grid
-from ijckd_jax import compilation_cache
-from ijckd_jax import config_utils
-from ijckd_jax import disk
-from ijckd_jax import train
-from ijckd_jax import workdirs
+from ijckd_jax.runtime import compilation_cache
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import disk
+from ijckd_jax.runtime import workdirs
+from ijckd_jax.training import train
 
 RESULTS = grid.FOLDER / 'results.jsonl'
 RATES = grid.FOLDER / 'learning_rates.json'

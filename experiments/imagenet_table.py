@@ -6,7 +6,7 @@ writes full_tables/imagenet.md. None of its rows has been run here.
 """
 
 from experiments.full_tables import table
-from ijckd_jax import config_utils
+from ijckd_jax.runtime import config_utils
 
 Row = table.Row
 

@@ -2,13 +2,17 @@
 
 import importlib
 
+from ijckd_jax.runtime import moved
+
 _LAZY = {
-  'ArrayDataset': 'ijckd_jax.datasets',
-  'Arrays': 'ijckd_jax.datasets',
-  'Teacher': 'ijckd_jax.teachers',
-  'distill': 'ijckd_jax.train',
-  'load_bundle': 'ijckd_jax.bundles',
+  'ArrayDataset': 'ijckd_jax.data.datasets',
+  'Arrays': 'ijckd_jax.data.datasets',
+  'Teacher': 'ijckd_jax.distillation.teachers',
+  'distill': 'ijckd_jax.training.train',
+  'load_bundle': 'ijckd_jax.bundles.bundles',
 }
+
+moved.install()
 
 
 def __getattr__(name: str):

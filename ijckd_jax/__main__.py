@@ -12,26 +12,26 @@ import functools
 import importlib
 import sys
 
-from ijckd_jax import streams
+from ijckd_jax.runtime import streams
 
 COMMANDS = {
-  'train': ('main', 'train a teacher, and distil a student from it'),
-  'evaluate': ('evaluate', 'measure the accuracy of a student or a teacher'),
-  'predict': ('predict', 'say what is on pictures'),
-  'export': ('export', 'write a student as a file that runs by itself'),
-  'bounds': ('bounds.__main__', "measure the bound on a student's error"),
-  'prepare': ('datasets.prepare', 'prepare a data set, or your own images'),
-  'models': ('models.__main__', 'list the backbones, with their sizes'),
-  'estimate': ('compile', 'estimate what a training step costs on a TPU'),
-  'weights': ('torch_weights', 'import weights from PyTorch, or export them'),
-  'convert': ('torch_model', 'make any PyTorch classifier a teacher'),
+  'train': 'train a teacher, and distil a student from it',
+  'evaluate': 'measure the accuracy of a student or a teacher',
+  'predict': 'say what is on pictures',
+  'export': 'write a student as a file that runs by itself',
+  'bounds': "measure the bound on a student's error",
+  'prepare': 'prepare a data set, or your own images',
+  'models': 'list the backbones, with their sizes',
+  'estimate': 'estimate what a training step costs on a TPU',
+  'weights': 'import weights from PyTorch, or export them',
+  'convert': 'make any PyTorch classifier a teacher',
 }
 HELP, VERSION = ('-h', '--help', 'help'), ('-V', '--version')
 
 
 def usage(prog: str) -> str:
   """Returns the help, with a line for each command."""
-  lines = [f'  {name:<10}{line}' for name, (_, line) in COMMANDS.items()]
+  lines = [f'  {name:<10}{line}' for name, line in COMMANDS.items()]
   return '\n'.join(
     [f'usage: {prog} COMMAND ...', '', *lines, '']
     + [f'{prog} COMMAND --help says more, {prog} --version the version']
@@ -62,11 +62,12 @@ def main(argv: list[str], prog: str = 'ijckd') -> int | None:
     print(f'ijckd_jax {metadata.version("ijckd_jax")}')
     return 0
   if name not in COMMANDS:
-    from ijckd_jax import config_utils
+    from ijckd_jax.runtime import config_utils
 
     known = [*COMMANDS, *(flag for flag in HELP + VERSION if len(flag) > 2)]
     raise config_utils.unknown('command', name, known)
-  module = importlib.import_module(f'ijckd_jax.{COMMANDS[name][0]}')
+  place = 'main' if name == 'train' else f'commands.{name}'
+  module = importlib.import_module(f'ijckd_jax.{place}')
   return module.main(rest, prog=f'{prog} {name}')
 
 
@@ -83,7 +84,7 @@ def run(prog: str, user_path: Sequence[str] = ()) -> None:
   if not argv or argv[0] in HELP + VERSION:
     sys.exit(streams.guard(lambda: main(argv, prog)))
 
-  from ijckd_jax import config_utils  # Takes longer than the help may.
+  from ijckd_jax.runtime import config_utils  # Takes longer than the help may.
 
   config_utils.user_path.extend(user_path)
   config_utils.run_command(functools.partial(main, prog=prog))

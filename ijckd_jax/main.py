@@ -8,8 +8,8 @@ import os
 import sys
 import textwrap
 
-from ijckd_jax import config_utils
-from ijckd_jax import cpu_memory
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import cpu_memory
 
 PROG = 'python -m ijckd_jax.main'
 USAGE = """\
@@ -66,8 +66,8 @@ def main(argv: list[str], prog: str = PROG) -> int:
   if config.num_cpu_devices != 1:
     jax.config.update('jax_num_cpu_devices', config.num_cpu_devices)
 
-  from ijckd_jax import backend
-  from ijckd_jax import hosts
+  from ijckd_jax.runtime import backend
+  from ijckd_jax.runtime import hosts
 
   hosts.initialize(
     coordinator=flags.coordinator,
@@ -83,10 +83,10 @@ def main(argv: list[str], prog: str = PROG) -> int:
 
   from etils import epath
 
-  from ijckd_jax import compilation_cache
-  from ijckd_jax import loop
-  from ijckd_jax import report
-  from ijckd_jax import train
+  from ijckd_jax.reports import report
+  from ijckd_jax.runtime import compilation_cache
+  from ijckd_jax.training import loop
+  from ijckd_jax.training import train
 
   compilation_cache.enable(config.compilation_cache)
   try:

@@ -14,10 +14,10 @@ import PIL.Image
 import pytest
 
 from experiments.extension_example.backbone import PlainNet
-from ijckd_jax import experiment
 from ijckd_jax import models
-from ijckd_jax import plots
-from ijckd_jax import train
+from ijckd_jax.reports import plots
+from ijckd_jax.training import experiment
+from ijckd_jax.training import train
 
 # Small programs: compiling takes a quarter of the time, and running no longer.
 XLA_FLAGS = ['--xla_backend_optimization_level=0']

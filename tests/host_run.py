@@ -29,9 +29,9 @@ def main(notes: str, stop_at: str, *argv: str) -> None:
 
   sys.addaudithook(see)
 
-  from ijckd_jax import config_utils
-  from ijckd_jax import input_pipeline
   from ijckd_jax import main as command
+  from ijckd_jax.data import input_pipeline
+  from ijckd_jax.runtime import config_utils
 
   train_batches = input_pipeline.train_batches
 

@@ -18,8 +18,8 @@ BACKBONE = 'experiments.extension_example.backbone:PlainNet'
 
 def make_experiment(mapper, sync_batch_norm, method='ijckd', **fields):
   """Returns a distillation on random images by SGD without momentum."""
-  from ijckd_jax import bundles
-  from ijckd_jax import experiment
+  from ijckd_jax.bundles import bundles
+  from ijckd_jax.training import experiment
 
   config = experiment.default_config(
     dataset='digits', teacher=BACKBONE, student=BACKBONE, method=method
@@ -67,7 +67,7 @@ def make_batches():
 
 def initial_state(exp):
   """Returns the state before the first step."""
-  from ijckd_jax import train_state
+  from ijckd_jax.distillation import train_state
 
   variables = jax.jit(exp.distiller.init, static_argnums=1)(
     jax.random.key(0), (8, 8, 1)
@@ -93,7 +93,7 @@ def mapped_steps(exp, batches):
 
 def vmapped_steps(exp, batches, num_devices):
   """Returns the same by vmap over the shards, on one device."""
-  from ijckd_jax import parallel
+  from ijckd_jax.runtime import parallel
 
   step = jax.jit(
     jax.vmap(

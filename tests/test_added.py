@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from ijckd_jax import config_utils
-from ijckd_jax import experiment
-from ijckd_jax import methods
-from ijckd_jax import train
+from ijckd_jax.distillation import methods
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
+from ijckd_jax.training import train
 from tests import marks
 from tests import test_methods as shared
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ijckd_jax import augment
-from ijckd_jax import config_utils
-from ijckd_jax import experiment
+from ijckd_jax.data import augment
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
 
 
 def images_of(num, side=6, channels=3, seed=0):

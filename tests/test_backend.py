@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import classifiers
-from ijckd_jax import backend
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import images
+from ijckd_jax.bundles import bundles
+from ijckd_jax.data import images
 from ijckd_jax.deploy import safetensors_files
+from ijckd_jax.runtime import backend
+from ijckd_jax.runtime import config_utils
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -31,7 +31,8 @@ def test_a_platform_that_is_not_there(platforms, said, tmp_path):
   """Of a sound bundle nothing is said."""
   classifiers.alone('resnet8', (8, 8, 1), num_classes=2).save(tmp_path)
   script = (
-    'from ijckd_jax import config_utils, evaluate\n'
+    'from ijckd_jax.runtime import config_utils;'
+    'from ijckd_jax.commands import evaluate\n'
     'config_utils.run_command(evaluate.main)'
   )
   done = subprocess.run(
@@ -110,10 +111,10 @@ def test_no_bundle_is_blamed(cause, finished_run, monkeypatch, capsys):
 
   for module, name in (
     (bundles, '_read'),
-    (bundles.bundle_spec, 'check'),
-    (bundles.bundle_spec, 'build'),
-    (bundles.bundle_spec, 'shapes'),
-    (bundles.bundle_spec, 'check_arrays'),
+    (bundles.specification, 'check'),
+    (bundles.specification, 'build'),
+    (bundles.specification, 'shapes'),
+    (bundles.specification, 'check_arrays'),
   ):
     with monkeypatch.context() as patch:
       patch.setattr(module, name, fail)

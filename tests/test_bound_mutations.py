@@ -94,28 +94,28 @@ MUTATIONS = [
     '1.5 * rows.total_variation',
   ),
   (
-    'bounds/pointwise.py',
+    'evaluation/pointwise.py',
     'gaps = own - logits - rounding',
     'gaps = own - logits + rounding',
   ),
   (
-    'bounds/pointwise.py',
+    'evaluation/pointwise.py',
     'gaps > 0, jnp.inf, -jnp.inf',
     'gaps >= -1, jnp.inf, -jnp.inf',
   ),
-  ('bounds/pointwise.py', '.sum(axis=-1) / 2, 1.0', '.sum(axis=-1) / 3, 1.0'),
+  ('evaluation/pointwise.py', '.sum(axis=-1) / 2, 1.0', '.sum(axis=-1) / 3, 1.0'),
   (
-    'bounds/pointwise.py',
+    'evaluation/pointwise.py',
     'student_wrong & ~teacher_wrong)',
     'student_wrong & teacher_wrong)',
   ),
   (
-    'bounds/pointwise.py',
+    'evaluation/pointwise.py',
     'teacher_wrong & ~student_wrong)',
     'teacher_wrong & student_wrong)',
   ),
   (
-    'bounds/pointwise.py',
+    'evaluation/pointwise.py',
     'rows.label_margin > far',
     'rows.label_margin > 0 * far',
   ),
@@ -167,7 +167,7 @@ MUTATIONS = [
     'value = error + discrepancy',
     'value = error - discrepancy',
   ),
-  ('pairs.py', 'square.mean(axis=(1, 2))', 'square.mean(axis=(1, 2)) / 4'),
+  ('bounds/pairs.py', 'square.mean(axis=(1, 2))', 'square.mean(axis=(1, 2)) / 4'),
 ]
 
 

@@ -9,24 +9,24 @@ from PIL import Image
 import pytest
 
 import ijckd_jax
-from ijckd_jax import bound_wording
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import disk
-from ijckd_jax import measure
-from ijckd_jax import pairs
-from ijckd_jax import parallel
-from ijckd_jax import plots
-from ijckd_jax import shift
-from ijckd_jax import train
-from ijckd_jax import workdirs
-from ijckd_jax.bounds import __main__ as command_lib
 from ijckd_jax.bounds import certify
 from ijckd_jax.bounds import divergence
 from ijckd_jax.bounds import limits
-from ijckd_jax.bounds import pointwise
+from ijckd_jax.bounds import measure
+from ijckd_jax.bounds import pairs
+from ijckd_jax.bounds import shift
 from ijckd_jax.bounds import statements
-from ijckd_jax.datasets import digits
+from ijckd_jax.bundles import bundles
+from ijckd_jax.commands import bounds as command_lib
+from ijckd_jax.data.datasets import digits
+from ijckd_jax.evaluation import pointwise
+from ijckd_jax.reports import bound_wording
+from ijckd_jax.reports import plots
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import disk
+from ijckd_jax.runtime import parallel
+from ijckd_jax.runtime import workdirs
+from ijckd_jax.training import train
 from tests import test_bundles
 
 REUSED = {

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ijckd_jax import pairs
 from ijckd_jax.bounds import divergence
-from ijckd_jax.bounds import pointwise
+from ijckd_jax.bounds import pairs
 from ijckd_jax.bounds import statements
+from ijckd_jax.evaluation import pointwise
 
 # Few shapes: each is compiled. (examples, features, classes)
 SHAPES = ((1, 3, 2), (9, 2, 3), (24, 4, 5))
@@ -645,7 +645,7 @@ def test_what_depends_on_a_label_is_no_number_without_one():
 ON_DEVICES = """
 import json, sys
 import jax, numpy as np
-from ijckd_jax import parallel
+from ijckd_jax.runtime import parallel
 from ijckd_jax.bounds import pointwise
 from tests import test_bounds
 z_t, z_s, labels, head = test_bounds.many(2400)

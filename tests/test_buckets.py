@@ -10,11 +10,11 @@ from etils.epath import backend
 from etils.epath import gpath
 import pytest
 
-from ijckd_jax import bundles
-from ijckd_jax import checkpoints
-from ijckd_jax import config_utils
-from ijckd_jax import metric_writer
-from ijckd_jax import train
+from ijckd_jax.bundles import bundles
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import checkpoints
+from ijckd_jax.training import metric_writer
+from ijckd_jax.training import train
 
 
 class Bucket(backend._OsPathBackend):

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
+from ijckd_jax.bundles import bundles
+from ijckd_jax.runtime import config_utils
 from tests import test_bundles
 
 # A name that would do harm if it were imported.

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import connectors
-from ijckd_jax import experiment
-from ijckd_jax import outputs
-from ijckd_jax import workdirs
+from ijckd_jax.bundles import bundles
+from ijckd_jax.distillation import connectors
 from ijckd_jax.models import backbone as backbone_lib
+from ijckd_jax.models import outputs
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import workdirs
+from ijckd_jax.training import experiment
 from tests import marks
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from ijckd_jax import checkpoints
-from ijckd_jax import config_utils
-from ijckd_jax import train_state
-from ijckd_jax import workdirs
+from ijckd_jax.distillation import train_state
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import workdirs
+from ijckd_jax.training import checkpoints
 
 
 @pytest.fixture(autouse=True)

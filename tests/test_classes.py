@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import classifiers
-from ijckd_jax import classes
-from ijckd_jax import config_utils
-from ijckd_jax import evaluate
-from ijckd_jax import experiment
-from ijckd_jax.bounds import __main__ as bounds_command
-from ijckd_jax.datasets import digits
+from ijckd_jax.commands import bounds as bounds_command
+from ijckd_jax.commands import evaluate
+from ijckd_jax.data import classes
+from ijckd_jax.data.datasets import digits
 from ijckd_jax.deploy import checks
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
 
 ABC = ('cat', 'dog', 'fox')
 

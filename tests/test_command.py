@@ -12,7 +12,7 @@ import pytest
 
 import ijckd_jax
 from ijckd_jax import __main__ as command
-from ijckd_jax import config_utils
+from ijckd_jax.runtime import config_utils
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = {path.stem: path for path in (ROOT / 'configs').glob('*.py')}
@@ -71,7 +71,7 @@ def test_an_installed_package_has_its_configs_inside(tmp_path):
   (tmp_path / 'configs').mkdir()
   (tmp_path / 'configs' / 'strange.py').touch()
   script = (
-    'from ijckd_jax import config_utils\n'
+    'from ijckd_jax.runtime import config_utils\n'
     'print(*config_utils.shipped_configs().values())'
   )
   done = subprocess.run(
@@ -157,7 +157,7 @@ def test_help_names_every_command(ijckd):
     code, out, err = ijckd(flag)
     assert (code, err) == (0, '')
   lines = dict(line.split(maxsplit=1) for line in out.split('\n')[2:-3])
-  assert lines == {name: line for name, (_, line) in command.COMMANDS.items()}
+  assert lines == command.COMMANDS
   assert max(map(len, out.splitlines())) <= 80
 
 
@@ -190,7 +190,9 @@ def test_help_loads_nothing_slow():
   assert {name for name in loaded if name.startswith('ijckd_jax')} == {
     'ijckd_jax',
     'ijckd_jax.__main__',
-    'ijckd_jax.streams',
+    'ijckd_jax.runtime',
+    'ijckd_jax.runtime.moved',
+    'ijckd_jax.runtime.streams',
   }
   assert not loaded & {'absl', 'argparse', 'jax', 'ml_collections', 'numpy'}
 

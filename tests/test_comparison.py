@@ -10,9 +10,9 @@ from scipy import stats
 from experiments import compare_methods
 from experiments.comparison import analyse
 from experiments.comparison import grid
-from ijckd_jax import config_utils
-from ijckd_jax import experiment
-from ijckd_jax import methods
+from ijckd_jax.distillation import methods
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
 
 
 @pytest.fixture(autouse=True)

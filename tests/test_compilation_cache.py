@@ -9,9 +9,9 @@ import sys
 import jax
 import pytest
 
-from ijckd_jax import compilation_cache
-from ijckd_jax import experiment
-from ijckd_jax import workdirs
+from ijckd_jax.runtime import compilation_cache
+from ijckd_jax.runtime import workdirs
+from ijckd_jax.training import experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIELDS = (
@@ -160,8 +160,11 @@ def test_a_run_may_go_on_with_another_folder():
 
 def test_importing_enables_nothing():
   script = (
-    'import jax; from ijckd_jax import compilation_cache, evaluate, main;'
-    'from ijckd_jax import train;'
+    'import jax;'
+    'from ijckd_jax.runtime import compilation_cache;'
+    'from ijckd_jax.commands import evaluate;'
+    'from ijckd_jax import main;'
+    'from ijckd_jax.training import train;'
     'print(jax.config.jax_compilation_cache_dir)'
   )
   environment = {**os.environ}

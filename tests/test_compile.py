@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from ijckd_jax import compile as compile_lib
-from ijckd_jax import config_utils
-from ijckd_jax import cost
-from ijckd_jax import parallel
+from ijckd_jax.commands import estimate as compile_lib
+from ijckd_jax.evaluation import cost
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import parallel
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = str(ROOT / 'configs' / 'digits.py')
@@ -208,7 +208,14 @@ def test_a_tpu_that_is_not_there(tmp_path):
   found = []
   for accumulation in (1, 2):
     out = tmp_path / f'{accumulation}.json'
-    command = [sys.executable, '-m', 'ijckd_jax.compile', '--config', DIGITS]
+    command = [
+      sys.executable,
+      '-m',
+      'ijckd_jax',
+      'estimate',
+      '--config',
+      DIGITS,
+    ]
     command += ['--topology', 'v4:2x2x1', '--images_per_chip', '32']
     command += [f'--config.accumulation={accumulation}', '--json', out]
     done = subprocess.run(

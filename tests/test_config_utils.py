@@ -9,8 +9,8 @@ import types
 import ml_collections
 import pytest
 
-from ijckd_jax import config_utils
-from ijckd_jax import experiment
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
 
 
 def duration(what='total', *, epochs=0.0, steps=0, examples=0):

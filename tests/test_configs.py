@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ijckd_jax import config_utils
-from ijckd_jax import experiment
-from ijckd_jax import mixing
 from ijckd_jax import models
-from ijckd_jax import parallel
-from ijckd_jax import train
-from ijckd_jax import train_state
-from ijckd_jax import transforms
+from ijckd_jax.data import mixing
+from ijckd_jax.data import transforms
+from ijckd_jax.distillation import train_state
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import parallel
+from ijckd_jax.training import experiment
+from ijckd_jax.training import train
 from tests import marks
 
 ROOT = pathlib.Path(__file__).parents[1]

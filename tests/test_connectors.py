@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ijckd_jax import augment
-from ijckd_jax import binding
-from ijckd_jax import config_utils
-from ijckd_jax import connectors
-from ijckd_jax import methods
 from ijckd_jax import models
-from ijckd_jax import outputs
-from ijckd_jax import teachers
+from ijckd_jax.data import augment
+from ijckd_jax.distillation import binding
+from ijckd_jax.distillation import connectors
+from ijckd_jax.distillation import methods
+from ijckd_jax.distillation import teachers
+from ijckd_jax.models import outputs
+from ijckd_jax.runtime import config_utils
 
 # C_s, C_t, and the parameters of SRRL's 1x1 and of bottlenecks by factor.
 PUBLISHED = {

@@ -4,15 +4,15 @@ import jax
 import numpy as np
 import pytest
 
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import experiment
-from ijckd_jax import methods
-from ijckd_jax import network
-from ijckd_jax import outputs
-from ijckd_jax import run_record
-from ijckd_jax import steps
-from ijckd_jax import train
+from ijckd_jax.bundles import bundles
+from ijckd_jax.distillation import methods
+from ijckd_jax.distillation import network
+from ijckd_jax.distillation import steps
+from ijckd_jax.models import outputs
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
+from ijckd_jax.training import run_record
+from ijckd_jax.training import train
 
 NO_TARGET = {'method.logit_weight': 0.0, 'method.feature_weight': 0.0}
 

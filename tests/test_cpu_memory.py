@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import resource
 import numpy as np
-from ijckd_jax import cpu_memory
+from ijckd_jax.runtime import cpu_memory
 if {keep}:
   cpu_memory.keep_freed()
 for _ in range(2):

@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 import sklearn.datasets
 
-from ijckd_jax import config_utils
-from ijckd_jax import datasets
-from ijckd_jax.datasets import cifar
-from ijckd_jax.datasets import digits
-from ijckd_jax.datasets import fashion_mnist
-from ijckd_jax.datasets import fashion_pairs
-from ijckd_jax.datasets import originals
-from ijckd_jax.datasets import photos
-from ijckd_jax.datasets import prepare
+from ijckd_jax.commands import prepare
+from ijckd_jax.data import datasets
+from ijckd_jax.data.datasets import cifar
+from ijckd_jax.data.datasets import digits
+from ijckd_jax.data.datasets import fashion_mnist
+from ijckd_jax.data.datasets import fashion_pairs
+from ijckd_jax.data.datasets import originals
+from ijckd_jax.data.datasets import photos
+from ijckd_jax.runtime import config_utils
 
 
 def random_images(seed, *shape):
@@ -313,7 +313,7 @@ def test_digits_build_in_two_processes_alone(tmp_path):
     'def refuse(*args): raise AssertionError(args)\n'
     'socket.socket.connect = socket.getaddrinfo = refuse\n'
     'import sklearn.datasets, tensorflow_datasets\n'
-    'from ijckd_jax.datasets import digits\n'
+    'from ijckd_jax.data.datasets import digits\n'
     "print('ready', flush=True)\n"
     'sys.stdin.readline()\n'
     "num = len(digits.Dataset(data_dir=sys.argv[1]).load('train'))\n"
@@ -608,7 +608,7 @@ def test_wrong_arguments(args, reason):
 
 
 def test_the_command(tmp_path):
-  command = [sys.executable, '-m', 'ijckd_jax.datasets.prepare']
+  command = [sys.executable, '-m', 'ijckd_jax', 'prepare']
   command += ['--data_dir', str(tmp_path / 'data')]
   result = subprocess.run(
     [*command, 'cifar10', '--source', str(tmp_path)],
@@ -637,7 +637,7 @@ def test_data_sets_import_nothing_heavy():
   modules = {ref.partition(':')[0] for ref in datasets.DATASETS.values()}
   heavy = ['tensorflow_datasets', 'sklearn', 'PIL', 'tensorflow']
   program = (
-    f'import sys, {", ".join(modules)}, ijckd_jax.datasets.prepare\n'
+    f'import sys, {", ".join(modules)}, ijckd_jax.commands.prepare\n'
     f'print([name for name in {heavy} if name in sys.modules])'
   )
   assert subprocess.check_output([sys.executable, '-c', program]) == b'[]\n'

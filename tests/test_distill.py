@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import ijckd_jax
-from ijckd_jax import augment
-from ijckd_jax import config_utils
-from ijckd_jax import loop
-from ijckd_jax import outputs
+from ijckd_jax.data import augment
+from ijckd_jax.models import outputs
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import loop
 
 SETTINGS = {
   'total_steps': 8,

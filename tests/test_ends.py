@@ -10,20 +10,20 @@ from etils import epath
 import numpy as np
 import pytest
 
-from ijckd_jax import bundles
-from ijckd_jax import checkpoints
-from ijckd_jax import config_utils
-from ijckd_jax import disk
-from ijckd_jax import experiment
 from ijckd_jax import main
-from ijckd_jax import measure
-from ijckd_jax import metric_writer
-from ijckd_jax import plots
-from ijckd_jax import report
-from ijckd_jax import results
-from ijckd_jax import train
-from ijckd_jax import web_page
-from ijckd_jax import workdirs
+from ijckd_jax.bounds import measure
+from ijckd_jax.bundles import bundles
+from ijckd_jax.reports import plots
+from ijckd_jax.reports import report
+from ijckd_jax.reports import web_page
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import disk
+from ijckd_jax.runtime import workdirs
+from ijckd_jax.training import checkpoints
+from ijckd_jax.training import experiment
+from ijckd_jax.training import metric_writer
+from ijckd_jax.training import results
+from ijckd_jax.training import train
 from tests import test_checkpoints
 
 BUNDLE = ('bundle/bundle.json', 'bundle/variables.safetensors')

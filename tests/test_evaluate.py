@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import classifiers
-from ijckd_jax import bundle_flags
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import datasets
-from ijckd_jax import evaluate
-from ijckd_jax import evaluator as evaluator_lib
-from ijckd_jax import parallel
-from ijckd_jax.datasets import digits
+from ijckd_jax.bundles import bundles
+from ijckd_jax.commands import bundle_flags
+from ijckd_jax.commands import evaluate
+from ijckd_jax.data import datasets
+from ijckd_jax.data.datasets import digits
+from ijckd_jax.evaluation import evaluator as evaluator_lib
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import parallel
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_no_bundle(refused, tmp_path):
 def test_batch_size_is_a_multiple_of_the_devices(tmp_path):
   classifiers.alone('resnet8', (8, 8, 1), num_classes=10).save(tmp_path)
   result = subprocess.run(
-    [sys.executable, '-m', 'ijckd_jax.evaluate', '--batch_size', '45']
+    [sys.executable, '-m', 'ijckd_jax', 'evaluate', '--batch_size', '45']
     + ['--bundle', str(tmp_path), '--dataset', 'digits'],
     env={
       **os.environ,
@@ -243,7 +243,7 @@ def test_a_data_set_outside_the_package_is_imported_only_if_trusted(
 ):
   monkeypatch.syspath_prepend(tmp_path)
   (tmp_path / 'outside_data.py').write_text(
-    'from ijckd_jax.datasets.digits import Dataset\n'
+    'from ijckd_jax.data.datasets.digits import Dataset\n'
   )
   bundle, name = finished_run[1].bundle, 'outside_data:Dataset'
   folder = changed(

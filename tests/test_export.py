@@ -19,23 +19,23 @@ import pytest
 import safetensors
 
 from experiments.benchmarks import classifiers
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import connectors
-from ijckd_jax import datasets
-from ijckd_jax import export
 from ijckd_jax import models
-from ijckd_jax import network as network_lib
-from ijckd_jax import outputs
-from ijckd_jax import programs
-from ijckd_jax.datasets import digits
+from ijckd_jax.bundles import bundles
+from ijckd_jax.commands import export
+from ijckd_jax.data import datasets
+from ijckd_jax.data.datasets import digits
 from ijckd_jax.deploy import checks
 from ijckd_jax.deploy import deployed as deployed_lib
 from ijckd_jax.deploy import onnx_files
 from ijckd_jax.deploy import safetensors_files
 from ijckd_jax.deploy import sessions
 from ijckd_jax.deploy import stablehlo_files
+from ijckd_jax.distillation import connectors
+from ijckd_jax.distillation import network as network_lib
 from ijckd_jax.models import backbone as backbone_lib
+from ijckd_jax.models import outputs
+from ijckd_jax.models import programs
+from ijckd_jax.runtime import config_utils
 
 SIDE = 32
 FILES = ('onnx', 'stablehlo', 'safetensors')  # For 'web', see test_web.
@@ -124,7 +124,7 @@ def test_the_check_is_made_on_the_cpu(published_run, data_dir, tmp_path):
   flags = ('--format', 'safetensors', '--output', output)
   flags += ('--bundle', published_run[0], '--data_dir', data_dir)
   subprocess.run(
-    [sys.executable, '-m', 'ijckd_jax.export', *map(str, flags)],
+    [sys.executable, '-m', 'ijckd_jax', 'export', *map(str, flags)],
     env={**os.environ, 'JAX_PLATFORMS': 'cuda'},
     check=True,
   )

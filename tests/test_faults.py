@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from ijckd_jax import bundles
-from ijckd_jax import loop
-from ijckd_jax import train
-from ijckd_jax import workdirs
+from ijckd_jax.bundles import bundles
+from ijckd_jax.runtime import workdirs
+from ijckd_jax.training import loop
+from ijckd_jax.training import train
 from tests import test_train
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import classifiers
-from ijckd_jax import connectors
 from ijckd_jax import models
+from ijckd_jax.distillation import connectors
 from ijckd_jax.models import folding
 from ijckd_jax.models import layers
 from tests import marks

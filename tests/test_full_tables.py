@@ -7,10 +7,10 @@ import pytest
 from experiments import cifar100_table
 from experiments import imagenet_table
 from experiments.full_tables import table
-from ijckd_jax import config_utils
-from ijckd_jax import experiment
 from ijckd_jax import main
-from ijckd_jax import methods
+from ijckd_jax.distillation import methods
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
 
 TABLES = {t.name: t for t in (cifar100_table.TABLE, imagenet_table.TABLE)}
 ROWS = [(name, row) for name, found in TABLES.items() for row in found.rows]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import ijckd_jax
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import experiment
-from ijckd_jax import heads
-from ijckd_jax import loop
-from ijckd_jax import train
-from ijckd_jax import workdirs
+from ijckd_jax.bundles import bundles
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import workdirs
+from ijckd_jax.training import experiment
+from ijckd_jax.training import head_fitting
+from ijckd_jax.training import loop
+from ijckd_jax.training import train
 from tests import test_train as runs
 
 
@@ -46,7 +46,9 @@ def test_a_head_is_fitted_on_the_teachers_features(config_of, tmp_path):
   (report,) = result.summary['heads']
   assert report['examples'] == 2 * 1437
   assert report['held_out'] == 2 * 143
-  fitted = heads.load(tmp_path / workdirs.HEADS / 'teacher_0.safetensors')
+  fitted = head_fitting.load(
+    tmp_path / workdirs.HEADS / 'teacher_0.safetensors'
+  )
   assert fitted.report == report
   given = result.bundle.variables['params']['head']
   np.testing.assert_array_equal(given['kernel'], fitted.kernel)
@@ -67,7 +69,7 @@ def test_the_views_of_a_fit_are_those_of_the_run(config_of):
   config = config_of(**{'dataset.crop_padding': 1, 'batch_size': 40})
   exp = experiment.build(config)
   arrays = exp.dataset.load('train')
-  (rows,) = heads.features(
+  (rows,) = head_fitting.features(
     [lambda own, images: images.reshape(len(images), -1).astype('float32')],
     [()],
     arrays,
@@ -157,12 +159,12 @@ def head_file(workdir, step):
 @pytest.mark.slow
 def test_the_joint_head_is_fitted_on_both(refitted, finished_run):
   workdir, config, result = refitted
-  made = {step: heads.load(head_file(workdir, step)) for step in (5, 8)}
+  made = {step: head_fitting.load(head_file(workdir, step)) for step in (5, 8)}
   for fitted in made.values():
     assert fitted.report['examples'] == 2 * 1437  # Teacher and student.
   own = bundles.load(finished_run[0] / 'teacher').variables['params']['head']
   exp = experiment.build(config)
-  refits = heads.Refits(exp, workdir, {'train': range(1437)})
+  refits = head_fitting.Refits(exp, workdir, {'train': range(1437)})
   frozen = exp.mapper.replicate(exp.frozen)
   # A student of step 5 was trained through the head of the start.
   for step, wanted in (
@@ -196,7 +198,7 @@ def test_a_run_goes_on_with_the_head_that_it_had(refitted, tmp_path, row):
   runs.assert_same_bits(result.state, reference.state)
   for step in (5, 8):
     one, other = (
-      heads.load(head_file(folder, step))
+      head_fitting.load(head_file(folder, step))
       for folder in (workdir, tmp_path / 'run')
     )
     np.testing.assert_array_equal(one.kernel, other.kernel)
@@ -211,7 +213,7 @@ def test_a_damaged_head_is_named(refitted, tmp_path):
   path = head_file(copy, 8)
   path.write_bytes(path.read_bytes()[:-10])
   with pytest.raises(config_utils.UserError, match='step_00000008.*is damaged'):
-    heads.load(path)
+    head_fitting.load(path)
   (copy / workdirs.SUMMARY).unlink()
   with pytest.raises(config_utils.UserError, match='remove it, and it is fit'):
     train.train_and_evaluate(config, copy)
@@ -222,10 +224,10 @@ def test_overwrite_removes_heads(config_of, tmp_path):
   """Of another config they would be wrong ones."""
   fields = {'teacher.head': 'fit', 'total_steps': 4}
   train.train_and_evaluate(config_of(**fields), tmp_path)
-  old = heads.load(tmp_path / workdirs.HEADS / 'teacher_0.safetensors')
+  old = head_fitting.load(tmp_path / workdirs.HEADS / 'teacher_0.safetensors')
   fields['teacher.head_views'] = 1
   train.train_and_evaluate(config_of(**fields), tmp_path, overwrite=True)
-  new = heads.load(tmp_path / workdirs.HEADS / 'teacher_0.safetensors')
+  new = head_fitting.load(tmp_path / workdirs.HEADS / 'teacher_0.safetensors')
   assert new.report['examples'] == 2 * old.report['examples']
 
 

@@ -7,17 +7,17 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ijckd_jax import bundles
-from ijckd_jax import compilation_cache
-from ijckd_jax import config_utils
-from ijckd_jax import export
-from ijckd_jax import predict
-from ijckd_jax import teacher_outputs
-from ijckd_jax import torch_flags
-from ijckd_jax import torch_weights
-from ijckd_jax import train
+from ijckd_jax.bundles import bundles
+from ijckd_jax.commands import export
+from ijckd_jax.commands import predict
+from ijckd_jax.commands import pytorch_flags
+from ijckd_jax.commands import weights
 from ijckd_jax.deploy import pictures
 from ijckd_jax.deploy import sessions
+from ijckd_jax.runtime import compilation_cache
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import teacher_outputs
+from ijckd_jax.training import train
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ def test_a_store(home, small_config, monkeypatch):
   monkeypatch.setattr(
     teacher_outputs.teacher_store, 'Store', lambda *args, **_: made.append(args)
   )
-  from ijckd_jax import experiment
+  from ijckd_jax.training import experiment
 
   config = small_config(
     **{'teacher.store.views': 1, 'teacher.store.directory': '~/store'}
@@ -108,10 +108,10 @@ def test_exported_files_and_pictures(home, run, capsys):
 
 
 def test_weights(home, run, capsys):
-  torch_weights.main(
+  weights.main(
     ['export', '--bundle', '~/run/teacher', '--output', '~/w.safetensors']
   )
-  torch_weights.main(
+  weights.main(
     ['import', '--checkpoint', '~/w.safetensors', '--output', '~/again']
   )
   assert (home / 'again/bundle.json').exists()
@@ -123,4 +123,4 @@ def test_names_of_classes(home):
   class Flags:
     class_names = '~/names.txt'
 
-  assert torch_flags.class_names(Flags) == ('Bär', 'Katze')
+  assert pytorch_flags.class_names(Flags) == ('Bär', 'Katze')

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import classifiers
-from ijckd_jax import checkpoints
-from ijckd_jax import config_utils
-from ijckd_jax import disk
-from ijckd_jax import hosts
-from ijckd_jax import metric_writer
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import disk
+from ijckd_jax.runtime import hosts
+from ijckd_jax.training import checkpoints
+from ijckd_jax.training import metric_writer
 from tests import test_train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -352,7 +352,9 @@ def test_variables_that_others_are_to_come_are_told_at_once():
   """And JAX does not abort: by hand, in a shell of Slurm."""
   script = (
     'import sys\n'
-    'from ijckd_jax import config_utils, hosts, main\n'
+    'from ijckd_jax.runtime import config_utils;'
+    'from ijckd_jax.runtime import hosts;'
+    'from ijckd_jax import main\n'
     'hosts.WAIT_SECONDS = 1\n'
     'config_utils.run_command(main.main)'
   )

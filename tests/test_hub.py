@@ -13,12 +13,12 @@ import threading
 import pytest
 import safetensors.numpy
 
-from ijckd_jax import augment
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import hub
-from ijckd_jax import torch_names
-from ijckd_jax import torch_sources
+from ijckd_jax.bundles import bundles
+from ijckd_jax.data import augment
+from ijckd_jax.pytorch import hub
+from ijckd_jax.pytorch import published_names
+from ijckd_jax.pytorch import published_weights
+from ijckd_jax.runtime import config_utils
 
 COMMIT = '0123456789abcdef' * 2 + '01234567'
 OTHER = 'f' * 40
@@ -137,7 +137,8 @@ def server():
 
 SCRIPT = """
 import dataclasses, json, sys
-from ijckd_jax import config_utils, hub
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.pytorch import hub
 for reference in sys.argv[1:]:
   try:
     result = dataclasses.asdict(hub.download(reference))
@@ -483,7 +484,7 @@ def test_teacher_of_the_hub(library, server, tmp_path, published_run, data_dir):
       'interpolation': 'bicubic',
     },
   }
-  weights = safetensors.numpy.save(torch_names.state_dict(teacher))
+  weights = safetensors.numpy.save(published_names.state_dict(teacher))
   server.repos['us/net'] = {
     'README.md': CARD,
     'config.json': json.dumps(config).encode(),
@@ -541,7 +542,7 @@ def test_teacher_of_the_hub(library, server, tmp_path, published_run, data_dir):
 def test_preprocessing_of_timm(config, expected):
   config = {'pretrained_cfg': config} if config else {}
   if not isinstance(expected, str):
-    assert torch_sources.timm_preprocessing('net', config) == expected
+    assert published_weights.timm_preprocessing('net', config) == expected
     return
   with pytest.raises(config_utils.UserError, match=expected):
-    torch_sources.timm_preprocessing('net', config)
+    published_weights.timm_preprocessing('net', config)

@@ -17,13 +17,13 @@ from PIL import Image
 from PIL import PngImagePlugin
 import pytest
 
-from ijckd_jax import config_utils
-from ijckd_jax import datasets
-from ijckd_jax.datasets import image_files
-from ijckd_jax.datasets import image_folder
-from ijckd_jax.datasets import image_layout
-from ijckd_jax.datasets import image_shards
-from ijckd_jax.datasets import prepare
+from ijckd_jax.commands import prepare
+from ijckd_jax.data import datasets
+from ijckd_jax.data.datasets import image_files
+from ijckd_jax.data.datasets import image_folder
+from ijckd_jax.data.datasets import image_layout
+from ijckd_jax.data.datasets import image_shards
+from ijckd_jax.runtime import config_utils
 
 
 def noise(seed, mode='RGB', size=(7, 5)):
@@ -1046,7 +1046,9 @@ def test_two_at_once(tmp_path):
 # script too, as far as its last lines.
 COMMAND = """
 import os, resource, signal, sys, time
-from ijckd_jax.datasets import image_files, image_shards, prepare
+from ijckd_jax.data.datasets import image_files
+from ijckd_jax.data.datasets import image_shards
+from ijckd_jax.commands import prepare
 image_shards.SHARD_BYTES = 1
 read = image_files.read
 

@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import sklearn.datasets
 
-from ijckd_jax import images
+from ijckd_jax.data import images
 
 VIEWS = images.Views(size=96, resize=110)
 

@@ -11,122 +11,25 @@ import ijckd_jax
 
 PACKAGE = pathlib.Path(ijckd_jax.__file__).parent
 
-# From the top. A name with a slash stands for all modules of a subpackage that
-# no other name lists.
-LAYERS = {
-  'commands': (
-    '__main__',
-    'main',
-    'export',
-    'predict',
-    'compile',
-    'models.__main__',
-    'torch_weights',
-    'torch_model',
-    'datasets.prepare',
-    'bounds.__main__',
-    'bundle_flags',
-    'evaluate',
-  ),
-  'loops': (
-    'train',
-    'loop',
-    'heads',
-    'results',
-    'evaluator',
-    'report',
-    'features',
-    'measure',
-    'shift',
-    'plots',
-    'bound_plots',
-  ),
-  'assembly': (
-    'bundles',
-    'bundle_spec',
-    'converted',
-    'torch_backbones',
-    'torch_blocks',
-    'torch_convert',
-    'torch_flags',
-    'torch_identify',
-    'torch_import',
-    'torch_names',
-    'torch_sources',
-    'torch_parts',
-    'torch_split',
-    'torch_students',
-    'torch_trace',
-    'torch_watch',
-    'run_teachers',
-    'teachers',
-    'binding',
-    'distiller',
-    'network',
-    'pairs',
-    'config_checks',
-    'pretrained',
-    'experiment',
-    'steps',
-    'stored_outputs',
-    'teacher_outputs',
-    'train_state',
-    'deploy/',
-    'model_card',
-  ),
-  'parts': (
-    'methods/',
-    'connectors',
-    'losses',
-    'models/',
-    'datasets/',
-    'augment',
-    'images',
-    'input_pipeline',
-    'mixing',
-    'optim',
-    'programs',
-    'randaugment',
-    'transforms',
-  ),
-  'adapters': (
-    'parallel',
-    'backend',
-    'checkpoints',
-    'compilation_cache',
-    'disk',
-    'cpu_memory',
-    'hosts',
-    'locks',
-    'metric_writer',
-    'record_files',
-    'run_record',
-    'teacher_store',
-    'workdirs',
-    'workers',
-    'torch_files',
-    'torch_unwrap',
-    'hub',
-  ),
-  'ground': (
-    'metrics',
-    'classes',
-    'bounds/',
-    'config_utils',
-    'streams',
-    'logistic',
-    'outputs',
-    'wording',
-    'bound_wording',
-    'cost',
-    'web_page',
-  ),
-}
-# Its text is copied into files that are written for PyTorch.
-NEVER_IMPORTED = 'torch_blocks'
-# The package itself loads its parts when they are asked for.
-LAZY = ('__init__',)
-LINEN = ('models', 'connectors', 'methods')
+# From the top: a folder imports what stands below it, and itself.
+FOLDERS = (
+  'commands',
+  'deploy',
+  'training',
+  'reports',
+  'pytorch',
+  'bounds',
+  'evaluation',
+  'bundles',
+  'distillation',
+  'models',
+  'data',
+  'runtime',
+)
+ROOT = ('__init__', '__main__', 'main')
+# Copied as text into the files of students.
+NEVER_IMPORTED = 'pytorch.blocks'
+LINEN = ('models', 'distillation.connectors', 'distillation.methods')
 SLOW = (
   'array_record',
   'cv2',
@@ -163,14 +66,12 @@ MODULES = {
 }
 
 
-def layer_of(module):
-  """Returns the height of a module's layer; None where none lists it."""
-  layers = list(reversed(LAYERS.values()))
-  for wanted in (module, f'{module.partition(".")[0]}/'):
-    for height, names in enumerate(layers):
-      if wanted in names:
-        return height
-  return None
+def height_of(module):
+  """Returns the height of a module's folder; the package's root is above."""
+  folder = module.partition('.')[0]
+  if folder in ROOT:
+    return len(FOLDERS)
+  return len(FOLDERS) - 1 - FOLDERS.index(folder)
 
 
 def imported(tree):
@@ -211,32 +112,54 @@ def project_imports(module):
   return found
 
 
-@pytest.mark.parametrize('module', MODULES)
-def test_every_module_has_a_layer(module):
-  assert module in LAZY or layer_of(module) is not None, (
-    f'{module} is in no layer: add it to LAYERS, and to the design'
-  )
+def test_folders_are_those_that_are_listed():
+  found = {path.name for path in PACKAGE.iterdir() if path.suffix == '.py'}
+  assert found == {f'{name}.py' for name in ROOT}
+  folders = {module.partition('.')[0] for module in MODULES} - {*ROOT}
+  assert folders == {*FOLDERS}
+
+
+@pytest.mark.parametrize('folder', FOLDERS)
+def test_each_folder_says_what_lives_there(folder):
+  said = ast.get_docstring(MODULES[folder])
+  assert said and '`' in said
 
 
 @pytest.mark.parametrize('module', MODULES)
 def test_imports_go_down(module):
   used = project_imports(module)
-  if module in LAZY:
-    assert not used
+  if module == '__init__':
+    assert used == {'runtime.moved'}
     return
   assert '__init__' not in used, 'import what is needed, not the package'
-  upward = [name for name in used if layer_of(name) > layer_of(module)]
+  upward = [name for name in used if height_of(name) > height_of(module)]
   assert not upward, f'{module} imports {upward}, which stand above it'
 
 
-def test_ground_imports_the_ground_alone():
-  ground = {module for module in MODULES if layer_of(module) == 0}
-  for module in ground:
-    assert project_imports(module) <= ground
+@pytest.mark.parametrize('module', MODULES)
+def test_nothing_private_is_used_elsewhere(module):
+  tree = MODULES[module]
+  names = {
+    alias.asname or alias.name
+    for node in ast.walk(tree)
+    if isinstance(node, ast.ImportFrom)
+    and node.module.partition('.')[0] == 'ijckd_jax'
+    for alias in node.names
+  }
+  assert not [name for name in names if name.startswith('_')]
+  assert not [
+    f'{node.value.id}.{node.attr}'
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Attribute)
+    and isinstance(node.value, ast.Name)
+    and node.value.id in names
+    and node.attr.startswith('_')
+    and not node.attr.endswith('__')
+  ]
 
 
 def test_there_are_no_cycles():
-  """Also between modules of a layer; a subpackage may import its parts."""
+  """Also between modules of a folder; a package may import its parts."""
   done, path = set(), []
 
   def visit(module):
@@ -258,7 +181,7 @@ def test_there_are_no_cycles():
 def test_linen_stays_with_models_connectors_and_methods():
   for module, tree in MODULES.items():
     uses = any(name.startswith('flax.linen') for name in imported(tree))
-    assert not uses or module.partition('.')[0] in LINEN, module
+    assert not uses or module.startswith(LINEN), module
 
 
 @pytest.mark.parametrize('module', MODULES)
@@ -280,15 +203,9 @@ def test_slow_libraries_are_imported_where_they_are_used(module):
 
 def test_commands_read_their_flags_before_they_load_jax():
   """A wrong flag is answered at once."""
-  for module in (
-    'main',
-    'evaluate',
-    'compile',
-    'datasets.prepare',
-    'torch_weights',
-    'torch_model',
-    'bounds.__main__',
-  ):
+  for module in MODULES:
+    if not module.startswith(('main', 'commands.')):
+      continue
     roots = {
       name.partition('.')[0] for name in imported_at_once(MODULES[module])
     }
@@ -307,7 +224,8 @@ def test_the_package_loads_nothing_by_itself():
     check=True,
     text=True,
   )
-  assert result.stdout == '[] False\n'
+  loaded = ['ijckd_jax.runtime', 'ijckd_jax.runtime.moved']
+  assert result.stdout == f'{loaded} False\n'
 
 
 def test_what_the_package_offers_is_there():

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from ijckd_jax import datasets
-from ijckd_jax import input_pipeline
+from ijckd_jax.data import datasets
+from ijckd_jax.data import input_pipeline
 
 NUM = 50
 

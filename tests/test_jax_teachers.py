@@ -6,7 +6,7 @@ import pytest
 
 from experiments.jax_teachers import equinox_teacher
 from experiments.jax_teachers import nnx_teacher
-from ijckd_jax import augment
+from ijckd_jax.data import augment
 
 
 # Each trains a teacher in its own library, and a student.

@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from ijckd_jax import config_utils
-from ijckd_jax import locks
-from ijckd_jax import train
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import locks
+from ijckd_jax.training import train
 
 REFUSED = pytest.raises(config_utils.UserError, match='another run')
 
@@ -46,7 +46,7 @@ def test_second_run_is_refused_until_the_first_ends(tmp_path):
 def test_killed_holder_leaves_no_lock(tmp_path):
   code = (
     'import sys, time\n'
-    'from ijckd_jax import locks\n'
+    'from ijckd_jax.runtime import locks\n'
     'with locks.Lock(sys.argv[1]):\n'
     "  print('held', flush=True)\n"
     '  time.sleep(60)\n'

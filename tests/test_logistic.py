@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn import linear_model
 
-from ijckd_jax import config_utils
-from ijckd_jax import logistic
+from ijckd_jax.evaluation import logistic
+from ijckd_jax.runtime import config_utils
 
 NUM_CLASSES = 3
 NOTHING = logistic.Features(

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from ijckd_jax import parallel
-from ijckd_jax import steps
-from ijckd_jax import train
+from ijckd_jax.distillation import steps
+from ijckd_jax.runtime import parallel
+from ijckd_jax.training import train
 from tests import steps_on_devices
 
 BY_EITHER_MAPPER = pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import scipy.special
 
-from ijckd_jax import losses
-from ijckd_jax import mixing
-from ijckd_jax import outputs
+from ijckd_jax.data import mixing
+from ijckd_jax.models import losses
+from ijckd_jax.models import outputs
 
 # Softmax gives (1/4, 3/4) and (1/2, 1/2).
 LOGITS = np.array([[0.0, math.log(3.0)], [0.0, 0.0]], np.float32)

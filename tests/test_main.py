@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import evaluate
 from ijckd_jax import main
+from ijckd_jax.bundles import bundles
+from ijckd_jax.commands import evaluate
+from ijckd_jax.runtime import config_utils
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = str(ROOT / 'configs' / 'digits.py')

@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from ijckd_jax import bundles
-from ijckd_jax import experiment
-from ijckd_jax import loop
-from ijckd_jax import methods
-from ijckd_jax import train
+from ijckd_jax.bundles import bundles
+from ijckd_jax.distillation import methods
+from ijckd_jax.training import experiment
+from ijckd_jax.training import loop
+from ijckd_jax.training import train
 from tests import steps_on_devices
 from tests import test_train
 

@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 import sklearn.metrics
 
-from ijckd_jax import metrics
+from ijckd_jax.evaluation import metrics
 
 NUM_CLASSES = 10
 

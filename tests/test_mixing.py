@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import datasets
-from ijckd_jax import experiment
-from ijckd_jax import losses
-from ijckd_jax import mixing
-from ijckd_jax import parallel
-from ijckd_jax import steps
-from ijckd_jax import train
-from ijckd_jax import train_state
+from ijckd_jax.bundles import bundles
+from ijckd_jax.data import datasets
+from ijckd_jax.data import mixing
+from ijckd_jax.distillation import steps
+from ijckd_jax.distillation import train_state
+from ijckd_jax.models import losses
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import parallel
+from ijckd_jax.training import experiment
+from ijckd_jax.training import train
 from tests import views_on_devices
 
 ROOT = views_on_devices.ROOT

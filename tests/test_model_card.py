@@ -7,9 +7,9 @@ import json
 import markdown_it
 import pytest
 
-from ijckd_jax import bundles
-from ijckd_jax import model_card
-from ijckd_jax import train
+from ijckd_jax.bundles import bundles
+from ijckd_jax.bundles import model_card
+from ijckd_jax.training import train
 
 
 @pytest.fixture

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ijckd_jax import augment
-from ijckd_jax import config_utils
-from ijckd_jax import cost
 from ijckd_jax import models
-from ijckd_jax import network
-from ijckd_jax import programs
-from ijckd_jax.models import __main__ as zoo
+from ijckd_jax.commands import models as zoo
+from ijckd_jax.data import augment
+from ijckd_jax.distillation import network
+from ijckd_jax.evaluation import cost
 from ijckd_jax.models import backbone as backbone_lib
 from ijckd_jax.models import layers
+from ijckd_jax.models import programs
+from ijckd_jax.runtime import config_utils
 from tests import marks
 
 X1 = ((16, 32), (16, 32), (32, 16), (64, 8))

@@ -10,10 +10,10 @@ import numpy as np
 import onnx
 import pytest
 
-from ijckd_jax import config_utils
 from ijckd_jax.deploy import deployed as deployed_lib
 from ijckd_jax.deploy import onnx_files
 from ijckd_jax.models import layers
+from ijckd_jax.runtime import config_utils
 
 SHAPE = (6, 8, 4)
 

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from ijckd_jax import config_utils
-from ijckd_jax import optim
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import optim
 
 
 def config_of(**fields):

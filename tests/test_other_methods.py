@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import scipy.special
 
-from ijckd_jax import config_utils
-from ijckd_jax import connectors
-from ijckd_jax import losses
-from ijckd_jax import methods
+from ijckd_jax.distillation import connectors
+from ijckd_jax.distillation import methods
+from ijckd_jax.models import losses
+from ijckd_jax.runtime import config_utils
 from tests import test_methods as shared
 from tests import test_models
 

@@ -6,13 +6,13 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ijckd_jax import config_utils
-from ijckd_jax import datasets
-from ijckd_jax import evaluate
-from ijckd_jax import experiment
-from ijckd_jax import train
-from ijckd_jax.datasets import own_images
-from ijckd_jax.datasets import prepare
+from ijckd_jax.commands import evaluate
+from ijckd_jax.commands import prepare
+from ijckd_jax.data import datasets
+from ijckd_jax.data.datasets import own_images
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
+from ijckd_jax.training import train
 from tests import test_configs
 
 CLASSES = ('ant', 'bee')

@@ -18,14 +18,14 @@ import pytest
 import sklearn.datasets
 import tensorflow_datasets as tfds
 
-from ijckd_jax import config_utils
-from ijckd_jax import datasets
-from ijckd_jax import experiment
-from ijckd_jax import images
-from ijckd_jax import input_pipeline
-from ijckd_jax import loop
-from ijckd_jax import train
-from ijckd_jax.datasets import imagenet
+from ijckd_jax.data import datasets
+from ijckd_jax.data import images
+from ijckd_jax.data import input_pipeline
+from ijckd_jax.data.datasets import imagenet
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
+from ijckd_jax.training import loop
+from ijckd_jax.training import train
 
 NUM_TRAIN, NUM_TEST = 40, 13
 

@@ -12,16 +12,16 @@ import onnx
 import PIL.Image
 import pytest
 
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import images
-from ijckd_jax import predict
-from ijckd_jax.datasets import digits
-from ijckd_jax.datasets import image_files
+from ijckd_jax.bundles import bundles
+from ijckd_jax.commands import predict
+from ijckd_jax.data import images
+from ijckd_jax.data.datasets import digits
+from ijckd_jax.data.datasets import image_files
 from ijckd_jax.deploy import deployed as deployed_lib
 from ijckd_jax.deploy import onnx_files
 from ijckd_jax.deploy import pictures
 from ijckd_jax.deploy import sessions
+from ijckd_jax.runtime import config_utils
 
 
 @pytest.fixture

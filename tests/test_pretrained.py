@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import experiment
-from ijckd_jax import train
+from ijckd_jax.bundles import bundles
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
+from ijckd_jax.training import train
 
 
 @pytest.fixture(scope='module')

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ijckd_jax import augment
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import connectors
-from ijckd_jax import converted
-from ijckd_jax import programs
+from ijckd_jax.bundles import bundles
+from ijckd_jax.data import augment
+from ijckd_jax.distillation import connectors
+from ijckd_jax.distillation import converted
+from ijckd_jax.models import programs
+from ijckd_jax.runtime import config_utils
 from tests import test_bundle_fuzzing as fuzzing
 from tests import test_bundles
 

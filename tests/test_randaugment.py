@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from ijckd_jax import randaugment
+from ijckd_jax.data import randaugment
 
 SIGNED = randaugment.OPERATIONS[1:10]
 

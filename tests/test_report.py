@@ -10,11 +10,11 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ijckd_jax import datasets
-from ijckd_jax import evaluator
-from ijckd_jax import experiment
-from ijckd_jax import plots as plots_lib
-from ijckd_jax import report
+from ijckd_jax.data import datasets
+from ijckd_jax.evaluation import evaluator
+from ijckd_jax.reports import plots as plots_lib
+from ijckd_jax.reports import report
+from ijckd_jax.training import experiment
 
 pytestmark = pytest.mark.usefixtures('drawn_plots')
 

@@ -12,17 +12,17 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import datasets
-from ijckd_jax import disk
-from ijckd_jax import locks
-from ijckd_jax import run_record
-from ijckd_jax import train
-from ijckd_jax import workdirs
-from ijckd_jax.datasets import digits
-from ijckd_jax.datasets import image_folder
-from ijckd_jax.datasets import own_images
+from ijckd_jax.bundles import bundles
+from ijckd_jax.data import datasets
+from ijckd_jax.data.datasets import digits
+from ijckd_jax.data.datasets import image_folder
+from ijckd_jax.data.datasets import own_images
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import disk
+from ijckd_jax.runtime import locks
+from ijckd_jax.runtime import workdirs
+from ijckd_jax.training import run_record
+from ijckd_jax.training import train
 
 
 @dataclasses.dataclass(frozen=True)

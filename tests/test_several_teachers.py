@@ -10,12 +10,12 @@ import pytest
 
 from experiments.benchmarks import classifiers
 import ijckd_jax
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import distiller as distiller_lib
-from ijckd_jax import experiment
-from ijckd_jax import methods
-from ijckd_jax import train
+from ijckd_jax.bundles import bundles
+from ijckd_jax.distillation import distiller as distiller_lib
+from ijckd_jax.distillation import methods
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
+from ijckd_jax.training import train
 
 
 @pytest.fixture(scope='module')

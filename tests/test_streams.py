@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from ijckd_jax import streams
+from ijckd_jax.runtime import streams
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAM = f'{sys.executable} -m ijckd_jax'
@@ -51,7 +51,7 @@ def test_what_is_opened_next_is_no_closed_stream():
   """Else whatever libraries print would be written to a run's files."""
   script = (
     'import os, sys\n'
-    'from ijckd_jax import streams\n'
+    'from ijckd_jax.runtime import streams\n'
     'streams.prepare()\n'
     'os._exit(open("setup.cfg").fileno())'
   )

@@ -15,23 +15,23 @@ import numpy as np
 import pytest
 
 import ijckd_jax
-from ijckd_jax import augment
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import experiment
-from ijckd_jax import input_pipeline
-from ijckd_jax import loop
-from ijckd_jax import losses
-from ijckd_jax import outputs
-from ijckd_jax import record_files
-from ijckd_jax import steps
-from ijckd_jax import stored_outputs
-from ijckd_jax import teacher_outputs
-from ijckd_jax import teacher_store
-from ijckd_jax import train
-from ijckd_jax import train_state
-from ijckd_jax import workdirs
+from ijckd_jax.bundles import bundles
+from ijckd_jax.data import augment
+from ijckd_jax.data import input_pipeline
+from ijckd_jax.distillation import steps
+from ijckd_jax.distillation import stored_outputs
+from ijckd_jax.distillation import train_state
 from ijckd_jax.models import cpu_conv
+from ijckd_jax.models import losses
+from ijckd_jax.models import outputs
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import workdirs
+from ijckd_jax.training import experiment
+from ijckd_jax.training import loop
+from ijckd_jax.training import record_files
+from ijckd_jax.training import teacher_outputs
+from ijckd_jax.training import teacher_store
+from ijckd_jax.training import train
 from tests import test_train
 
 VIEWS = 2

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ijckd_jax import augment
-from ijckd_jax import binding
-from ijckd_jax import config_utils
-from ijckd_jax import connectors
-from ijckd_jax import methods
 from ijckd_jax import models
-from ijckd_jax import network
-from ijckd_jax import outputs
-from ijckd_jax import teachers
+from ijckd_jax.data import augment
+from ijckd_jax.distillation import binding
+from ijckd_jax.distillation import connectors
+from ijckd_jax.distillation import methods
+from ijckd_jax.distillation import network
+from ijckd_jax.distillation import teachers
+from ijckd_jax.models import outputs
+from ijckd_jax.runtime import config_utils
 from tests import test_models as shared
 
 PREPROCESSING = augment.Preprocessing((0.0,), (1.0,), (8, 8))

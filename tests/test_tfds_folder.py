@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from ijckd_jax import config_utils
-from ijckd_jax import datasets
-from ijckd_jax.datasets import digits
-from ijckd_jax.datasets import photos
-from ijckd_jax.datasets import tfds_folder
+from ijckd_jax.data import datasets
+from ijckd_jax.data.datasets import digits
+from ijckd_jax.data.datasets import photos
+from ijckd_jax.data.datasets import tfds_folder
+from ijckd_jax.runtime import config_utils
 
 SEQUENCE = 'tensorflow_datasets.core.features.sequence_feature.Sequence'
 EVIL = {'pythonClassName': 'their_module.Feature', 'text': {}}

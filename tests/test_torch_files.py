@@ -18,9 +18,9 @@ import onnx
 import pytest
 import safetensors.numpy
 
-from ijckd_jax import config_utils
-from ijckd_jax import torch_files
-from ijckd_jax import torch_unwrap
+from ijckd_jax.pytorch import state_dicts
+from ijckd_jax.pytorch import wrappers
+from ijckd_jax.runtime import config_utils
 
 ARRAYS = {
   'conv.weight': np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2) / 7,
@@ -70,7 +70,7 @@ def check_equal(got, expected):
 def failure(path, **settings):
   """Returns the one line with which a file is refused."""
   with pytest.raises(config_utils.UserError) as error:
-    torch_files.read(path, **settings)
+    state_dicts.read(path, **settings)
   message = str(error.value)
   assert str(path) in message
   assert len(message.replace(str(path), '')) < 500
@@ -80,7 +80,7 @@ def failure(path, **settings):
 
 def test_importing_it_loads_neither_torch_nor_jax():
   script = (
-    'import sys; from ijckd_jax import torch_files;'
+    'import sys; from ijckd_jax.pytorch import state_dicts;'
     'print({"torch", "jax"} & set(sys.modules))'
   )
   result = subprocess.run(
@@ -95,14 +95,14 @@ def test_round_trip(request, tmp_path, suffix):
     request.getfixturevalue('torch')
   path = tmp_path / f'weights{suffix}'
   path.write_bytes(b'what was there before')
-  torch_files.write(path, ARRAYS)
-  got = torch_files.read(path)
+  state_dicts.write(path, ARRAYS)
+  got = state_dicts.read(path)
   # safetensors sorts by the size of the type and the name.
   assert got.arrays.keys() == ARRAYS.keys()
   check_equal({key: got.arrays[key] for key in ARRAYS}, ARRAYS)
   assert (got.other, got.metadata, got.notes) == ({}, {}, ())
   assert got.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-  assert got.sha256 == torch_files.sha256(path)
+  assert got.sha256 == state_dicts.sha256(path)
   assert list(tmp_path.iterdir()) == [path]
 
 
@@ -114,7 +114,7 @@ def test_what_is_written_is_as_torch_would(torch, tmp_path):
     'double': np.arange(6.0).reshape(2, 3).T,
     'flag': np.array([True, False]),
   }
-  torch_files.write(path, arrays, {'licence': 'mit'})
+  state_dicts.write(path, arrays, {'licence': 'mit'})
   content = torch.load(path, weights_only=True)
   assert type(content) is collections.OrderedDict
   expected = {
@@ -127,32 +127,32 @@ def test_what_is_written_is_as_torch_would(torch, tmp_path):
   for key, value in expected.items():
     assert content[key].dtype == value.dtype
     assert torch.equal(content[key], value)
-  torch_files.write(path, arrays, {'licence': 'mit'}, wrap=True)
+  state_dicts.write(path, arrays, {'licence': 'mit'}, wrap=True)
   content = torch.load(path, weights_only=True)
   assert set(content) == {'state_dict', 'licence'}
   assert torch.equal(content['state_dict']['double'], expected['double'])
-  got = torch_files.read(path)
+  got = state_dicts.read(path)
   assert got.metadata == {'licence': 'mit'}
   assert got.notes[0] == "took 'state_dict'"
 
 
 def test_safetensors_metadata(tmp_path):
   path = tmp_path / 'weights.safetensors'
-  torch_files.write(path, ARRAYS, {'licence': 'mit', 'a': 'ü'})
-  assert torch_files.read(path).metadata == {'licence': 'mit', 'a': 'ü'}
+  state_dicts.write(path, ARRAYS, {'licence': 'mit', 'a': 'ü'})
+  assert state_dicts.read(path).metadata == {'licence': 'mit', 'a': 'ü'}
 
 
 @pytest.mark.parametrize('name', ['weights.bin', 'weights', 'weights.npz'])
 def test_no_other_suffix_is_written(tmp_path, name):
   with pytest.raises(config_utils.UserError, match=r'\.safetensors .* \.pth'):
-    torch_files.write(tmp_path / name, ARRAYS)
+    state_dicts.write(tmp_path / name, ARRAYS)
   assert not list(tmp_path.iterdir())
 
 
 def test_nothing_half_written_stays(tmp_path, monkeypatch):
   path = tmp_path / 'weights.safetensors'
   with pytest.raises(FileNotFoundError):
-    torch_files.write(tmp_path / 'nowhere' / path.name, ARRAYS)
+    state_dicts.write(tmp_path / 'nowhere' / path.name, ARRAYS)
   path.write_bytes(b'old')
 
   def full(*_):
@@ -161,13 +161,13 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch):
 
   monkeypatch.setattr(os, 'replace', full)
   with pytest.raises(OSError, match='no space'):
-    torch_files.write(path, ARRAYS)
+    state_dicts.write(path, ARRAYS)
   assert list(tmp_path.iterdir()) == [path]
   assert path.read_bytes() == b'old'
 
 
 @pytest.mark.parametrize('legacy', [False, True])
-@pytest.mark.parametrize('key', ['', *torch_unwrap.WRAPPERS])
+@pytest.mark.parametrize('key', ['', *wrappers.WRAPPERS])
 @pytest.mark.parametrize(
   'prefix', ['', 'module.', '_orig_mod.', 'module._orig_mod.module.']
 )
@@ -175,7 +175,7 @@ def test_wrappings(torch, save, key, prefix, legacy):
   state = tensors(torch, prefix)
   if key:
     state = {'epoch': 240, key: state, 'best_acc': torch.tensor(79.4)}
-  got = torch_files.read(save(state, legacy=legacy))
+  got = state_dicts.read(save(state, legacy=legacy))
   check_equal(got.arrays, ARRAYS)
   notes = [f'took {key!r}', 'left out: epoch, best_acc'] if key else []
   notes += [f'took {prefix} off the names'] if prefix else []
@@ -185,7 +185,7 @@ def test_wrappings(torch, save, key, prefix, legacy):
 
 def test_a_prefix_of_some_names_is_a_module(torch, save):
   state = tensors(torch, 'module.') | {'module': torch.ones(1)}
-  assert 'module.fc.bias' in torch_files.read(save(state)).arrays
+  assert 'module.fc.bias' in state_dicts.read(save(state)).arrays
 
 
 @pytest.mark.parametrize('legacy', [False, True])
@@ -207,7 +207,7 @@ def test_everything_that_training_code_saves(torch, save, legacy):
     'lr_scheduler': scheduler.state_dict(),
     7: 'seven',
   }
-  got = torch_files.read(save(content, legacy=legacy))
+  got = state_dicts.read(save(content, legacy=legacy))
   check_equal(got.arrays, ARRAYS)
   assert list(got.other) == ['proj']
   check_equal(
@@ -223,11 +223,11 @@ def test_everything_that_training_code_saves(torch, save, legacy):
   )
 
 
-@pytest.mark.parametrize('key', torch_unwrap.AVERAGES)
+@pytest.mark.parametrize('key', wrappers.AVERAGES)
 def test_an_average_is_taken_only_alone(torch, save, key):
   average = tensors(torch, 'module.')
   average['n_averaged'] = torch.tensor(9)
-  got = torch_files.read(save({key: average}))
+  got = state_dicts.read(save({key: average}))
   check_equal(got.arrays, ARRAYS)
   assert got.notes == (
     f'took {key!r}, a moving average, as there is nothing else',
@@ -235,24 +235,24 @@ def test_an_average_is_taken_only_alone(torch, save, key):
     'took module. off the names',
   )
   weights = {'weight': torch.ones(1)}
-  got = torch_files.read(save({key: average, 'state_dict': weights}))
+  got = state_dicts.read(save({key: average, 'state_dict': weights}))
   assert list(got.arrays) == ['weight']
   assert got.other == {}
 
 
 def test_an_average_is_taken_where_it_is_named(torch, save):
   average = {key: np.array(value + 1) for key, value in ARRAYS.items()}
-  for key in torch_unwrap.AVERAGES:
+  for key in wrappers.AVERAGES:
     path = save(
       {'state_dict': tensors(torch), key: tensors(torch, '', average)}
     )
-    got = torch_files.read(path)
+    got = state_dicts.read(path)
     check_equal(got.arrays, ARRAYS)
     assert got.notes == (
       "took 'state_dict'",
       f'left out {key}, a moving average: --part {key} takes it',
     )
-    got = torch_files.read(path, part=key)
+    got = state_dicts.read(path, part=key)
     check_equal(got.arrays, average)
     assert got.notes == (
       f"took '{key}', a moving average",
@@ -269,13 +269,13 @@ def test_an_average_with_numbers_of_its_own(torch, save, part):
     'ema': {'module': tensors(torch, 'module.', average), 'updates': 7},
   }
   path = save(content)
-  got = torch_files.read(path)
+  got = state_dicts.read(path)
   check_equal(got.arrays, ARRAYS)
   assert (
     'left out ema.module, a moving average: --part ema.module takes it'
     in (got.notes)
   )
-  got = torch_files.read(path, part=part)
+  got = state_dicts.read(path, part=part)
   check_equal(got.arrays, average)
   assert got.notes[0] == "took 'ema.module', a moving average"
 
@@ -283,7 +283,7 @@ def test_an_average_with_numbers_of_its_own(torch, save, part):
 def test_an_average_that_is_not_finite_does_not_matter(torch, save):
   average = {key: np.array(value * np.nan) for key, value in ARRAYS.items()}
   path = save({'model': tensors(torch), 'ema': tensors(torch, '', average)})
-  check_equal(torch_files.read(path).arrays, ARRAYS)
+  check_equal(state_dicts.read(path).arrays, ARRAYS)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_an_average_that_is_not_finite_does_not_matter(torch, save):
 def test_a_key_is_named_in_the_flag_that_takes_it(torch, save, key, quoted):
   path = save({key: tensors(torch), 'net_d': {'w': torch.ones(1)}, 'epoch': 1})
   assert f'under {key}, net_d: --part {quoted} takes that one' in failure(path)
-  got = torch_files.read(path, part=key)
+  got = state_dicts.read(path, part=key)
   check_equal(got.arrays, ARRAYS)
   assert got.notes == (f"took '{key}'", 'beside it: net_d', 'left out: epoch')
 
@@ -334,7 +334,7 @@ def distiller(torch, *parts):
   ],
 )
 def test_parts_of_a_distiller(torch, save, parts, part, taken, notes):
-  got = torch_files.read(save(distiller(torch, *parts)), part=part)
+  got = state_dicts.read(save(distiller(torch, *parts)), part=part)
   assert list(got.arrays) == ['weight', 'fc.bias']
   assert set(got.arrays['weight']) == {taken}
   start = ("took 'model'", 'left out: epoch', 'took module. off the names')
@@ -363,7 +363,7 @@ def test_parts_are_chosen_in_safetensors_too(tmp_path):
     for key, value in ARRAYS.items()
   }
   safetensors.numpy.save_file(arrays, path)
-  got = torch_files.read(path, part='teacher')
+  got = state_dicts.read(path, part='teacher')
   assert got.arrays.keys() == ARRAYS.keys()
   assert len(got.notes) == 3
 
@@ -395,11 +395,11 @@ def test_what_holds_no_state_dict(torch, save, content, said):
 
 def test_entries_of_a_state_dict_that_are_no_tensors(torch, save):
   state = {**tensors(torch), 'fc._extra_state': None, 'version': 'v2'}
-  got = torch_files.read(save(state))
+  got = state_dicts.read(save(state))
   check_equal(got.arrays, ARRAYS)
   assert got.notes == ('left out: fc._extra_state',)
   assert got.metadata == {'version': 'v2'}
-  got = torch_files.read(save({'model': state}))
+  got = state_dicts.read(save({'model': state}))
   check_equal(got.arrays, ARRAYS)
   assert got.notes[1] == 'left out: fc._extra_state, version'
 
@@ -420,10 +420,10 @@ def test_other_precisions(torch, save, tmp_path, dtype, precision):
   tensor = torch.tensor(VALUES[:4]).to(getattr(torch, dtype))
   note = f'{precision} precision ({dtype}): imported as float32'
   expected = tensor.float().numpy()
-  got = torch_files.read(save({'w': tensor, 'b': torch.ones(1)}))
+  got = state_dicts.read(save({'w': tensor, 'b': torch.ones(1)}))
   check_equal(got.arrays, {'w': expected, 'b': np.ones(1, np.float32)})
   assert got.notes == (note,)
-  got = torch_files.read(
+  got = state_dicts.read(
     save({'model': {'b': torch.ones(1)}, 'proj': {'w': tensor}})
   )
   assert note in got.notes
@@ -433,7 +433,7 @@ def test_other_precisions(torch, save, tmp_path, dtype, precision):
   pytest.importorskip(
     'safetensors.torch', reason="needs PyTorch: pip install -e '.[parity]'"
   ).save_file({'w': tensor}, path)
-  got = torch_files.read(path)
+  got = state_dicts.read(path)
   check_equal(got.arrays, {'w': expected})
   assert got.notes == (note,)
 
@@ -447,7 +447,7 @@ def test_precisions_of_safetensors_without_torch(tmp_path):
     'none': np.zeros((0, 3), np.float32),
   }
   safetensors.numpy.save_file(arrays, path)
-  got = torch_files.read(path)
+  got = state_dicts.read(path)
   expected = {key: value.astype(np.float32) for key, value in arrays.items()}
   check_equal(dict(sorted(got.arrays.items())), expected)
   assert got.notes == (
@@ -462,11 +462,11 @@ def test_precisions_of_safetensors_without_torch(tmp_path):
 )
 def test_integers_stay(torch, save, tmp_path, dtype):
   array = np.array([[0, 1], [1, 1]], dtype)
-  got = torch_files.read(save({'w': torch.from_numpy(array)}))
+  got = state_dicts.read(save({'w': torch.from_numpy(array)}))
   check_equal(got.arrays, {'w': array})
   path = tmp_path / 'weights.safetensors'
   safetensors.numpy.save_file({'w': array}, path)
-  check_equal(torch_files.read(path).arrays, {'w': array})
+  check_equal(state_dicts.read(path).arrays, {'w': array})
 
 
 def test_views_of_any_kind(torch, save):
@@ -481,7 +481,7 @@ def test_views_of_any_kind(torch, save):
     'f': base[0, 0, 2],
     'g': torch.full((1,), 1 + 2j).conj().imag,  # Negated when it is read.
   }
-  got = torch_files.read(save(state))
+  got = state_dicts.read(save(state))
   check_equal(
     got.arrays,
     {
@@ -503,7 +503,7 @@ def test_what_is_not_finite(torch, save, tmp_path, value):
   assert 'the tensor proj: x.fc.bias holds' in failure(save(wrapped))
   # What is not taken does not matter.
   parts = tensors(torch, 'student.') | tensors(torch, 'teacher.', arrays)
-  check_equal(torch_files.read(save(parts)).arrays, ARRAYS)
+  check_equal(state_dicts.read(save(parts)).arrays, ARRAYS)
 
 
 def test_what_float32_cannot_hold(torch, save, tmp_path, recwarn):
@@ -580,7 +580,7 @@ def test_members_that_overlap(torch, save, tmp_path):
 def test_a_file_packed_again_without_compression(torch, save, tmp_path):
   path = save(tensors(torch))
   stored = repacked(path, tmp_path / 'stored.pth', zipfile.ZIP_STORED)
-  check_equal(torch_files.read(stored).arrays, ARRAYS)
+  check_equal(state_dicts.read(stored).arrays, ARRAYS)
 
 
 @pytest.mark.parametrize(
@@ -598,13 +598,13 @@ def test_many_views_of_few_numbers(torch, save, view):
   message = failure(save(state))
   assert 'they are views of the same numbers' in message
   few = dict(list(state.items())[:3])
-  assert len(torch_files.read(save(few)).arrays) == 3
+  assert len(state_dicts.read(save(few)).arrays) == 3
 
 
 def test_names_of_the_same_tensor(torch, save):
   """They take no memory of their own, however many they are."""
   shared = torch.arange(2.0**18)
-  got = torch_files.read(save({f'w{i}': shared for i in range(100)}))
+  got = state_dicts.read(save({f'w{i}': shared for i in range(100)}))
   assert all(array.sum() == shared.sum() for array in got.arrays.values())
 
 
@@ -638,7 +638,7 @@ def test_numbers_of_numpy_beside_the_weights(
     path.write_bytes(edit(path.read_bytes()))
   else:
     path = repacked(path, tmp_path / 'edited.pth', edit=edit)
-  got = torch_files.read(path)
+  got = state_dicts.read(path)
   check_equal(got.arrays, ARRAYS)
   assert got.notes == (
     "took 'state_dict'",
@@ -839,7 +839,7 @@ def test_a_file_that_ends_early(request, tmp_path, kind):
     torch = request.getfixturevalue('torch')
     content = {'model': tensors(torch), 'opt': argparse.Namespace(lr=0.1)}
     whole = request.getfixturevalue('save')(content, legacy=kind == 'legacy')
-  torch_files.read(whole)
+  state_dicts.read(whole)
   data = whole.read_bytes()
   path = tmp_path / f'cut{whole.suffix}'
   said = collections.Counter()
@@ -870,7 +870,7 @@ def test_bytes_that_changed(request, tmp_path, kind):
     changed[where] = rng.integers(0, 256, 3)
     path.write_bytes(changed.tobytes())
     try:
-      arrays = torch_files.read(path).arrays
+      arrays = state_dicts.read(path).arrays
     except config_utils.UserError as error:
       assert str(error).isprintable()
       refused += 1
@@ -942,17 +942,17 @@ def test_what_is_no_checkpoint(torch, tmp_path):
 
 def test_the_content_counts_not_the_suffix(torch, save, tmp_path):
   path = save(tensors(torch), name='weights.safetensors')
-  check_equal(torch_files.read(path).arrays, ARRAYS)
+  check_equal(state_dicts.read(path).arrays, ARRAYS)
   path = tmp_path / 'weights.bin'
   safetensors.numpy.save_file(ARRAYS, path)
-  assert torch_files.read(path).arrays.keys() == ARRAYS.keys()
+  assert state_dicts.read(path).arrays.keys() == ARRAYS.keys()
 
 
 def test_without_torch(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'torch', None)
   path = tmp_path / 'weights.safetensors'
-  torch_files.write(path, ARRAYS)
-  assert torch_files.read(path).arrays.keys() == ARRAYS.keys()
+  state_dicts.write(path, ARRAYS)
+  assert state_dicts.read(path).arrays.keys() == ARRAYS.keys()
   for start in (b'PK\x03\x04', b'\x80\x02\x8a'):
     path = tmp_path / 'weights.pth'
     path.write_bytes(start + b'\0' * 99)
@@ -960,7 +960,7 @@ def test_without_torch(tmp_path, monkeypatch):
     assert "pip install 'ijckd_jax[torch]'" in message
     assert 'give a .safetensors file' in message
   with pytest.raises(config_utils.UserError, match='PyTorch is needed'):
-    torch_files.write(tmp_path / 'other.pth', ARRAYS)
+    state_dicts.write(tmp_path / 'other.pth', ARRAYS)
   assert not (tmp_path / 'other.pth').exists()
 
 
@@ -974,7 +974,7 @@ def test_with_a_torch_that_strangers_can_fool(torch, save, monkeypatch):
 def test_what_a_user_allowed_stays_allowed(torch, save):
   """Only Namespace is allowed, and only while a file is read."""
   before = set(torch.serialization.get_safe_globals())
-  torch_files.read(save(tensors(torch)))
+  state_dicts.read(save(tensors(torch)))
   failure(save(Malicious('nowhere')))
   assert set(torch.serialization.get_safe_globals()) == before
 
@@ -988,4 +988,4 @@ def test_flipped_bits_of_a_tensor_are_seen(torch, tmp_path, offset):
   data[int(offset * len(data))] ^= 1
   path.write_bytes(data)
   with pytest.raises(config_utils.UserError, match='another checksum'):
-    torch_files.read(path)
+    state_dicts.read(path)

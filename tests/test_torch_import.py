@@ -13,19 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ijckd_jax import augment
-from ijckd_jax import binding
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import hub
-from ijckd_jax import methods
 from ijckd_jax import models
-from ijckd_jax import network as network_lib
-from ijckd_jax import torch_files
-from ijckd_jax import torch_import
-from ijckd_jax import torch_names
-from ijckd_jax import torch_sources
-from ijckd_jax import torch_weights
+from ijckd_jax.bundles import bundles
+from ijckd_jax.commands import weights as weights_command
+from ijckd_jax.data import augment
+from ijckd_jax.distillation import binding
+from ijckd_jax.distillation import methods
+from ijckd_jax.distillation import network as network_lib
+from ijckd_jax.pytorch import hub
+from ijckd_jax.pytorch import importer
+from ijckd_jax.pytorch import published_names
+from ijckd_jax.pytorch import published_weights
+from ijckd_jax.pytorch import state_dicts
+from ijckd_jax.runtime import config_utils
 from tests import conftest
 
 torch_networks = pytest.importorskip('tests.torch_networks')
@@ -70,7 +70,7 @@ def published(name, channels=3, num_classes=NUM_CLASSES, size=None):
 def request(size, **fields):
   """Returns what is to be said of such a network, but for its backbone."""
   preprocessing = augment.Preprocessing(3 * (0.5,), 3 * (0.25,), (size, size))
-  return torch_import.Request(
+  return importer.Request(
     **{'preprocessing': preprocessing, 'num_classes': NUM_CLASSES, **fields}
   )
 
@@ -81,14 +81,14 @@ def imported(name, size=None):
   size = size or size_for(name)
   net = published(name, size=size)
   asked = request(size, backbone=name)
-  bundle, _ = torch_import.from_state(state_of(net), asked, origin={})
+  bundle, _ = importer.from_state(state_of(net), asked, origin={})
   return net, bundle
 
 
 def state_of(net):
   """Returns a PyTorch network's state dict as if it had been read."""
   arrays = {key: value.numpy() for key, value in net.state_dict().items()}
-  return torch_files.StateDict(arrays, {}, {}, (), '')
+  return state_dicts.StateDict(arrays, {}, {}, (), '')
 
 
 def relative_error(actual, expected):
@@ -147,7 +147,7 @@ QUICKLY_TOLD = ('resnet8', 'resnet8x4', 'wrn_16_1', 'vgg8', 'mobilenet_v1')
 )
 def test_backbones_are_told_by_their_names(name):
   net, expected = imported(name)
-  bundle, notes = torch_import.from_state(
+  bundle, notes = importer.from_state(
     state_of(net), request(size_for(name)), origin={}
   )
   assert notes[0] == f'backbone {name}, told by the names'
@@ -158,7 +158,7 @@ def test_backbones_are_told_by_their_names(name):
 def test_export_is_the_state_dict_again(name):
   """With the published names, and strictly loaded into the same network."""
   net, bundle = imported(name)
-  state, expected = torch_names.state_dict(bundle), net.state_dict()
+  state, expected = published_names.state_dict(bundle), net.state_dict()
   assert state.keys() == expected.keys()
   for key, tensor in expected.items():
     if not key.endswith('num_batches_tracked'):
@@ -180,10 +180,13 @@ def assert_same(bundle, other):
 @pytest.mark.parametrize('name', BACKBONES)
 def test_import_of_an_export_is_the_identity(name, tmp_path):
   _, bundle = imported(name)
-  state, metadata = torch_names.state_dict(bundle), torch_names.metadata(bundle)
+  state, metadata = (
+    published_names.state_dict(bundle),
+    published_names.metadata(bundle),
+  )
   path = tmp_path / 'weights.safetensors'
-  torch_files.write(path, state, metadata)
-  again, _ = torch_import.read(path, torch_import.Request())
+  state_dicts.write(path, state, metadata)
+  again, _ = importer.read(path, importer.Request())
   assert_same(again, bundle)
 
 
@@ -213,7 +216,7 @@ def test_as_many_entries_as_the_published_state_dicts(name):
     lambda x: backbone.init(jax.random.key(0), x, train=False), image
   )
   head = {'kernel': np.ones((1, 1)), 'bias': np.ones(1)}
-  names = torch_names.names_of(
+  names = published_names.names_of(
     network_lib.Network(backbone, None, None, None, None),
     {
       'params': {'backbone': variables['params'], 'head': head},
@@ -318,7 +321,7 @@ def test_students_go_out_and_come_back(
 def run(command, *flags, **options):
   """Runs the command as a user does."""
   words = [word for key in options for word in (f'--{key}', str(options[key]))]
-  torch_weights.main([command, *words, *flags])
+  weights_command.main([command, *words, *flags])
 
 
 def failure(command, *flags, **options):
@@ -381,8 +384,8 @@ def test_formats(wrapped, part, tmp_path, capsys):
   assert 'preprocessing cifar100, assumed as it is usual' in printed
   bundle = bundles.load(tmp_path / 'bundle')
   assert bundle.class_names[:2] == ('apple', 'aquarium_fish')
-  assert bundle.info['origin']['sha256'] == torch_files.sha256(file)
-  state = torch_names.state_dict(bundle)
+  assert bundle.info['origin']['sha256'] == state_dicts.sha256(file)
+  state = published_names.state_dict(bundle)
   for key, tensor in small().state_dict().items():
     if not key.endswith('num_batches_tracked'):
       np.testing.assert_array_equal(state[key], tensor.numpy())
@@ -402,7 +405,9 @@ def imported_as(state, tmp_path, capsys, **options):
   file, output = tmp_path / 'net.pth', tmp_path / 'bundle'
   torch.save(state, file)
   run('import', '--overwrite', checkpoint=file, output=output, **options)
-  return capsys.readouterr().out, torch_names.state_dict(bundles.load(output))
+  return capsys.readouterr().out, published_names.state_dict(
+    bundles.load(output)
+  )
 
 
 def check_small(state, times=1):
@@ -544,8 +549,8 @@ def test_kd_srrl_has_mobilenets_layers_in_two_sequences():
       half = 1 if index < 12 else 2
       words[:2] = f'model{half}', str(index - 12 * (half == 2))
     state['.'.join(words)] = tensor.numpy()
-  bundle, _ = torch_import.from_state(
-    torch_files.StateDict(state, {}, {}, (), ''),
+  bundle, _ = importer.from_state(
+    state_dicts.StateDict(state, {}, {}, (), ''),
     request(64),
     origin={},
   )
@@ -562,7 +567,7 @@ def test_simkd_student(depthwise, tmp_path, capsys):
   bundle = random_bundle(
     *('ijckd', 'resnet8x4', 'mobilenet_v2_cifar_x0_5'), connector=connector
   )
-  state = torch_names.state_dict(bundle)
+  state = published_names.state_dict(bundle)
   net = published('mobilenet_v2_cifar_x0_5').state_dict()
   projector = {}
   for key, array in state.items():
@@ -604,16 +609,16 @@ def test_simkd_student(depthwise, tmp_path, capsys):
   ],
 )
 def test_files_of_torchvision(name, sha256, said):
-  notes = torch_sources.recognise(name, sha256)
+  notes = published_weights.recognise(name, sha256)
   assert said in notes[0]
   warned = [note for note in notes if note.startswith('warning: ')]
   assert bool(warned) == ('V2' in said)
-  assert torch_sources.recognise('mine.pth', '00') == []
+  assert published_weights.recognise('mine.pth', '00') == []
 
 
 def test_hashes_are_torchvisions():
   torchvision = torch_networks.torchvision
-  for weights, hashes in torch_sources.TORCHVISION.items():
+  for weights, hashes in published_weights.TORCHVISION.items():
     name, version = weights.split()
     known = torchvision.models.get_model_weights(name)[f'IMAGENET1K_{version}']
     assert re.search(r'-([0-9a-f]{8})', known.url)[1] in hashes
@@ -728,15 +733,15 @@ def test_how_images_were_prepared_must_be_known(tmp_path):
 
 @pytest.mark.slow
 def test_a_network_that_is_none_of_ours():
-  state = torch_files.StateDict({'fc.weight': np.ones((3, 4))}, {}, {}, (), '')
+  state = state_dicts.StateDict({'fc.weight': np.ones((3, 4))}, {}, {}, (), '')
   with pytest.raises(
     config_utils.UserError,
     match='like no backbone that .*its arrays are fc.weight',
   ):
-    torch_import.from_state(state, torch_import.Request(), origin={})
-  state = torch_files.StateDict({'a': np.ones(3)}, {}, {}, (), '')
+    importer.from_state(state, importer.Request(), origin={})
+  state = state_dicts.StateDict({'a': np.ones(3)}, {}, {}, (), '')
   with pytest.raises(config_utils.UserError, match='its arrays are a$'):
-    torch_import.from_state(state, torch_import.Request(), origin={})
+    importer.from_state(state, importer.Request(), origin={})
 
 
 def test_what_is_there_stays_there(tmp_path):
@@ -854,9 +859,9 @@ def test_a_bundle_of_code_outside_is_trusted_by_a_flag(tmp_path):
 def test_arrays_that_cannot_be(change, said, tmp_path):
   net, _ = imported('resnet8')
   path = tmp_path / 'net.safetensors'
-  torch_files.write(path, {**state_of(net).arrays, **change})
+  state_dicts.write(path, {**state_of(net).arrays, **change})
   with pytest.raises(config_utils.UserError) as error:
-    torch_import.read(path, request(32))
+    importer.read(path, request(32))
   assert str(path) in str(error.value)
   assert said.replace('fc.bias is bool', 'bool[7]') in str(error.value)
 
@@ -868,15 +873,15 @@ def test_positions_of_a_deit_are_of_one_size(tmp_path):
   with pytest.raises(
     config_utils.UserError, match=r'pos_embed \[1, 197, 384\] for \[1, 5, 384'
   ):
-    torch_import.read(path, torch_import.Request(preprocessing='cifar100'))
-  bundle, _ = torch_import.read(path, torch_import.Request())
+    importer.read(path, importer.Request(preprocessing='cifar100'))
+  bundle, _ = importer.read(path, importer.Request())
   assert bundle.network.preprocessing.interpolation == 'bicubic'
 
 
 def hub_of(tmp_path, monkeypatch, bundle, config=None, metadata=None):
   """Makes hub.download give a bundle's weights, whatever is asked for."""
   path = tmp_path / 'model.safetensors'
-  torch_files.write(path, torch_names.state_dict(bundle), metadata)
+  state_dicts.write(path, published_names.state_dict(bundle), metadata)
   found = hub.Download('us/net', 40 * '0', {path.name: path}, config or {}, '')
   monkeypatch.setattr(hub, 'download', lambda reference: found)
   return f'hf:us/net@{40 * "0"}'
@@ -900,25 +905,25 @@ def test_what_the_hub_says_is_believed(
   config = {'architecture': architecture}
   path = hub_of(tmp_path, monkeypatch, bundle, config)
   if said is None:
-    assert torch_import.read(path, request(32))[0].backbone_name == 'resnet8'
+    assert importer.read(path, request(32))[0].backbone_name == 'resnet8'
     return
   with pytest.raises(config_utils.UserError, match=said):
-    torch_import.read(path, request(32, **{'num_classes': 0, **fields}))
+    importer.read(path, request(32, **{'num_classes': 0, **fields}))
 
 
 def test_an_export_on_the_hub_keeps_its_origin(tmp_path, monkeypatch):
   _, bundle = imported('resnet8')
-  metadata = torch_names.metadata(bundle)
+  metadata = published_names.metadata(bundle)
   path = hub_of(tmp_path, monkeypatch, bundle, metadata=metadata)
-  asked = torch_import.Request(dtype=jnp.bfloat16)
-  again, _ = torch_import.read(path, asked)
+  asked = importer.Request(dtype=jnp.bfloat16)
+  again, _ = importer.read(path, asked)
   assert again.info['origin']['revision'] == 40 * '0'
   assert again.network.backbone.dtype == jnp.bfloat16
   assert again.teacher().origin == again.info['origin']
   with pytest.raises(config_utils.UserError, match='says itself how images'):
-    torch_import.read(path, request(32))
+    importer.read(path, request(32))
   with pytest.raises(config_utils.UserError, match='has no parts'):
-    torch_import.read(path, asked, part='teacher')
+    importer.read(path, asked, part='teacher')
 
 
 @pytest.mark.parametrize('size', [[3, -5, 1e400], [3, -32, 32], [3, 0, 0]])
@@ -934,19 +939,19 @@ def test_sizes_that_a_hub_cannot_mean(size, tmp_path, monkeypatch):
   }
   path = hub_of(tmp_path, monkeypatch, bundle, config)
   with pytest.raises(config_utils.UserError) as error:
-    torch_import.read(path, torch_import.Request())
+    importer.read(path, importer.Request())
   assert '\n' not in str(error.value)
 
 
 def test_an_export_that_was_tampered_with(tmp_path):
   _, bundle = imported('resnet8')
-  state, text = torch_names.state_dict(bundle), json.dumps(bundle.spec())
+  state, text = published_names.state_dict(bundle), json.dumps(bundle.spec())
 
   def said(state=state, text=text, **fields):
     file = tmp_path / 'weights.safetensors'
-    torch_files.write(file, state, {'ijckd_jax': text})
+    state_dicts.write(file, state, {'ijckd_jax': text})
     with pytest.raises(config_utils.UserError) as error:
-      torch_import.read(file, torch_import.Request(**fields))
+      importer.read(file, importer.Request(**fields))
     return str(error.value)
 
   without = {k: v for k, v in state.items() if k != 'fc.bias'}

@@ -14,20 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ijckd_jax import augment
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import converted
-from ijckd_jax import programs
-from ijckd_jax import train
+from ijckd_jax.bundles import bundles
+from ijckd_jax.data import augment
+from ijckd_jax.distillation import converted
+from ijckd_jax.models import programs
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import train
 from tests import torch_networks
 
 pytest.importorskip('torchax', reason="needs pip install -e '.[convert]'")
 torch, timm = torch_networks.torch, torch_networks.timm
 nn, functional = torch.nn, torch.nn.functional
 from experiments.converted import families  # noqa: E402
-from ijckd_jax import torch_convert  # noqa: E402
-from ijckd_jax import torch_model  # noqa: E402
+from ijckd_jax.commands import convert as convert_command  # noqa: E402
+from ijckd_jax.pytorch import converter  # noqa: E402
 
 GREY = augment.Preprocessing((0.3,), (0.3,), (32, 32))
 # Small ones, one for each way in which a network can be cut.
@@ -63,7 +63,7 @@ def make(kind, **kwargs):
 
 
 def convert(model, **kwargs):
-  return torch_convert.convert(
+  return converter.convert(
     model, **{'name': 'net', 'preprocessing': GREY, 'origin': {}, **kwargs}
   )
 
@@ -276,9 +276,9 @@ def command(capsys, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
 
   def run(*argv):
-    monkeypatch.setattr(sys, 'argv', ['torch_model', *map(str, argv)])
+    monkeypatch.setattr(sys, 'argv', ['convert', *map(str, argv)])
     with pytest.raises(SystemExit) as stopped:
-      config_utils.run_command(torch_model.main)
+      config_utils.run_command(convert_command.main)
     printed = capsys.readouterr()
     return stopped.value.code, printed.out, printed.err
 
@@ -522,10 +522,10 @@ def test_a_student_goes_through_a_converted_pool_and_stands_alone(
     tmp_path / 'next',
   )
   assert again.bundle.pool_name == programs.PROGRAM
-  from ijckd_jax import torch_weights
+  from ijckd_jax.commands import weights
 
   with pytest.raises(config_utils.UserError, match='its pool is a program'):
-    torch_weights.main(
+    weights.main(
       ['export', '--trust_code', '--bundle', str(tmp_path / 'run')]
       + ['--output', str(tmp_path / 'student.safetensors')]
     )
@@ -598,12 +598,14 @@ def test_its_accuracy_in_the_step_is_its_accuracy_alone(
   config.dataset.crop_padding = 0
   result = train.train_and_evaluate(config, tmp_path / 'run')
   # What the step stored of the teacher, image by image, against it alone.
-  from ijckd_jax import experiment
-  from ijckd_jax import heads
+  from ijckd_jax.training import experiment
+  from ijckd_jax.training import head_fitting
 
   exp = experiment.build(config)
   train_split = exp.dataset.load('train')
-  fitted = heads.load(tmp_path / 'run' / 'heads' / 'teacher_0.safetensors')
+  fitted = head_fitting.load(
+    tmp_path / 'run' / 'heads' / 'teacher_0.safetensors'
+  )
   exp = experiment.build(config, heads=[fitted.head])
   stored = _stored(exp, tmp_path / 'run', train_split)
   teacher = exp.judge
@@ -617,7 +619,7 @@ def test_its_accuracy_in_the_step_is_its_accuracy_alone(
 
 def _stored(exp, workdir, arrays):
   """Returns the logits that a run stored, in the images' order."""
-  from ijckd_jax import teacher_outputs
+  from ijckd_jax.training import teacher_outputs
 
   store = teacher_outputs._store(exp, workdir, arrays)
   store.load()

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ijckd_jax import augment
-from ijckd_jax import config_utils
-from ijckd_jax import connectors
 from ijckd_jax import models
-from ijckd_jax import network as network_lib
-from ijckd_jax import teachers
-from ijckd_jax import torch_students
+from ijckd_jax.data import augment
+from ijckd_jax.distillation import connectors
+from ijckd_jax.distillation import network as network_lib
+from ijckd_jax.distillation import teachers
 from ijckd_jax.models import mobilenet_v3
+from ijckd_jax.pytorch import student_source
+from ijckd_jax.runtime import config_utils
 
 torch_networks = pytest.importorskip('tests.torch_networks')
 torch = torch_networks.torch
@@ -91,7 +91,7 @@ def make(
     connect_size if connector.takes == 'map' else None,
     pool,
   )
-  text = torch_students.source(
+  text = student_source.source(
     network,
     backbone_name=name,
     pool_backbone=pool_backbone,
@@ -146,8 +146,8 @@ def state_dict(network, variables, pool_backbone):
   """Returns the variables as PyTorch has them."""
   names = {
     'backbone': network.backbone.torch_name,
-    'connector': torch_students.connector_name(network.connector).get,
-    'pool': torch_students.pool_name(pool_backbone).get,
+    'connector': student_source.connector_name(network.connector).get,
+    'pool': student_source.pool_name(pool_backbone).get,
   }
   flat = {}
   for kind in ('params', 'batch_stats'):
@@ -244,7 +244,7 @@ def test_a_vgg_pools_large_maps_once_more():
 
 
 @pytest.mark.parametrize('signed', [False, True])
-@pytest.mark.parametrize('connector', torch_students.CONNECTORS)
+@pytest.mark.parametrize('connector', student_source.CONNECTORS)
 def test_every_connector(connector, signed):
   check('resnet8', connector, signed=signed, size=(8, 8))
 
@@ -285,7 +285,7 @@ def written(name, connector='bottleneck', truncated=True):
     (14, 14),
     teachers.average_pool,
   )
-  return torch_students.source(
+  return student_source.source(
     network,
     backbone_name=name,
     pool_backbone=models.build('mobilenet_v3_small'),
@@ -310,7 +310,7 @@ def test_texts_are_linted(tmp_path):
   texts = {f'{name}_stage': written(name) for name in LAYOUTS}
   for name in LONGER:
     texts[f'{name}_final'] = written(name, truncated=False)
-  for connector in set(torch_students.CONNECTORS) - {'identity'}:
+  for connector in set(student_source.CONNECTORS) - {'identity'}:
     texts[f'resnet8_{connector}'] = written('resnet8', connector)
   for name, text in texts.items():
     assert 'ijckd' not in text
@@ -377,7 +377,7 @@ def test_what_cannot_be_written_is_said(
     teachers.average_pool,
   )
   with pytest.raises(config_utils.UserError, match=said):
-    torch_students.source(
+    student_source.source(
       network,
       backbone_name='resnet20',
       pool_backbone=pool_backbone,
@@ -388,7 +388,7 @@ def test_what_cannot_be_written_is_said(
 
 def test_a_name_from_outside_is_not_copied_into_the_code():
   network, _ = make('resnet8')
-  text = torch_students.source(
+  text = student_source.source(
     network,
     backbone_name='a"""\nimport evil\n"""',
     pool_backbone=None,

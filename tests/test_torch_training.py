@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ijckd_jax import augment
-from ijckd_jax import binding
-from ijckd_jax import methods
 from ijckd_jax import models
-from ijckd_jax import optim
-from ijckd_jax import parallel
-from ijckd_jax import steps
-from ijckd_jax import torch_files
-from ijckd_jax import torch_import
-from ijckd_jax import torch_names
-from ijckd_jax import train_state
+from ijckd_jax.data import augment
+from ijckd_jax.distillation import binding
+from ijckd_jax.distillation import methods
+from ijckd_jax.distillation import steps
+from ijckd_jax.distillation import train_state
+from ijckd_jax.pytorch import importer
+from ijckd_jax.pytorch import published_names
+from ijckd_jax.pytorch import state_dicts
+from ijckd_jax.runtime import parallel
+from ijckd_jax.training import optim
 
 torch_networks = pytest.importorskip('tests.torch_networks')
 torch = torch_networks.torch
@@ -152,9 +152,9 @@ def bound(teacher, student, method, unbiased, dtype):
     torch_networks.build(teacher, NUM_CLASSES), seed=0
   )
   arrays = {key: value.numpy() for key, value in frozen.state_dict().items()}
-  bundle, _ = torch_import.from_state(
-    torch_files.StateDict(arrays, {}, {}, (), ''),
-    torch_import.Request(
+  bundle, _ = importer.from_state(
+    state_dicts.StateDict(arrays, {}, {}, (), ''),
+    importer.Request(
       backbone=teacher, preprocessing=PREPROCESSING, dtype=dtype
     ),
     origin={},
@@ -181,7 +181,7 @@ def names_of(dist):
   """Returns PyTorch's names of what is trained, and where it lies."""
   shapes = jax.eval_shape(lambda: dist.init(jax.random.key(0), SHAPE))
   params = {'head': dist.teacher.head, **shapes['params']}
-  names = torch_names.names_of(
+  names = published_names.names_of(
     dist.network, {**shapes, 'params': params, 'pool': {}}
   )
   head = dist.network.backbone.torch_head

@@ -9,16 +9,16 @@ import jax
 import numpy as np
 import pytest
 
-from ijckd_jax import bundles
-from ijckd_jax import checkpoints
-from ijckd_jax import config_utils
-from ijckd_jax import evaluate
-from ijckd_jax import experiment
-from ijckd_jax import input_pipeline
-from ijckd_jax import loop
-from ijckd_jax import metric_writer
-from ijckd_jax import train
-from ijckd_jax import workdirs
+from ijckd_jax.bundles import bundles
+from ijckd_jax.commands import evaluate
+from ijckd_jax.data import input_pipeline
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import workdirs
+from ijckd_jax.training import checkpoints
+from ijckd_jax.training import experiment
+from ijckd_jax.training import loop
+from ijckd_jax.training import metric_writer
+from ijckd_jax.training import train
 
 TIMES = 'train/images_per_second'
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from ijckd_jax import transforms
+from ijckd_jax.data import transforms
 
 SHAPE = (16, 20, 3)
 KEYS = jax.random.split(jax.random.key(0), 400)

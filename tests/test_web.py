@@ -16,12 +16,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ijckd_jax import config_utils
-from ijckd_jax import export
-from ijckd_jax.datasets import digits
+from ijckd_jax.commands import export
+from ijckd_jax.data.datasets import digits
 from ijckd_jax.deploy import pictures
 from ijckd_jax.deploy import sessions
 from ijckd_jax.deploy import web
+from ijckd_jax.runtime import config_utils
 
 CHROMIUM = shutil.which('chromium')
 pytestmark = pytest.mark.skipif(

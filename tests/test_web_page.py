@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from ijckd_jax import web_page
-from ijckd_jax import workdirs
+from ijckd_jax.reports import web_page
+from ijckd_jax.runtime import workdirs
 
 TEXT = """# A & B
 

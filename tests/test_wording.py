@@ -3,8 +3,8 @@
 import markdown_it
 import pytest
 
-from ijckd_jax import wording
-from ijckd_jax.datasets import image_report
+from ijckd_jax.data.datasets import image_report
+from ijckd_jax.runtime import wording
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ import sys
 import numpy as np
 import pytest
 
-from ijckd_jax import config_utils
-from ijckd_jax import input_pipeline
-from ijckd_jax import train
-from ijckd_jax import workers
-from ijckd_jax.datasets import image_folder
-from ijckd_jax.datasets import image_shards
+from ijckd_jax.data import input_pipeline
+from ijckd_jax.data.datasets import image_folder
+from ijckd_jax.data.datasets import image_shards
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import workers
+from ijckd_jax.training import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -97,7 +97,8 @@ import sys
 with open('runs.txt', 'a') as file:
   print('run', file=file)
 import pathlib
-from ijckd_jax.datasets import image_folder, image_shards
+from ijckd_jax.data.datasets import image_folder
+from ijckd_jax.data.datasets import image_shards
 image_shards.SHARD_BYTES = 1
 image_folder.prepare('source', 'pets', 'data', num_workers=2)
 with open('runs.txt', 'a') as file:

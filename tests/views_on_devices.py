@@ -11,8 +11,8 @@ import sys
 import jax
 import numpy as np
 
-from ijckd_jax import experiment
-from ijckd_jax import steps
+from ijckd_jax.distillation import steps
+from ijckd_jax.training import experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
 SEED = 5

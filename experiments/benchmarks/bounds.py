@@ -11,7 +11,7 @@ import time
 import numpy as np
 
 from ijckd_jax.bounds import certify
-from ijckd_jax.bounds import pointwise
+from ijckd_jax.evaluation import pointwise
 
 
 def main() -> None:

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ijckd_jax import augment
-from ijckd_jax import binding
-from ijckd_jax import bundles
-from ijckd_jax import methods
 from ijckd_jax import models
-from ijckd_jax import network as network_lib
+from ijckd_jax.bundles import bundles
+from ijckd_jax.data import augment
+from ijckd_jax.distillation import binding
+from ijckd_jax.distillation import methods
+from ijckd_jax.distillation import network as network_lib
 
 BATCH_SIZES = (1, 64)
 

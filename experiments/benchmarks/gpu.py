@@ -31,7 +31,7 @@ import time
 
 from experiments.benchmarks import pairs
 from experiments.benchmarks import worker
-from ijckd_jax import wording
+from ijckd_jax.runtime import wording
 
 JAX = 'experiments.benchmarks.jax_step'
 TORCH = 'experiments.benchmarks.torch_step'

@@ -26,11 +26,11 @@ import jax.numpy as jnp
 from experiments.benchmarks import classifiers
 from experiments.benchmarks import inference_step
 from experiments.benchmarks import worker
-from ijckd_jax import bundles
-from ijckd_jax import cost
-from ijckd_jax import wording
+from ijckd_jax.bundles import bundles
 from ijckd_jax.deploy import deployed as deployed_lib
 from ijckd_jax.deploy import onnx_files
+from ijckd_jax.evaluation import cost
+from ijckd_jax.runtime import wording
 
 STEP = 'experiments.benchmarks.inference_step'
 

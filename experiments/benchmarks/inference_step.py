@@ -7,9 +7,9 @@ import numpy as np
 
 from experiments.benchmarks import classifiers
 from experiments.benchmarks import worker
-from ijckd_jax import cpu_memory
 from ijckd_jax.deploy import deployed as deployed_lib
 from ijckd_jax.deploy import onnx_files
+from ijckd_jax.runtime import cpu_memory
 
 MAX_ERROR = 1e-3  # Of the largest logit: else it is another network.
 
@@ -46,7 +46,7 @@ def with_torch(bundle, num_threads, *, is_compiled=False):
   """Returns the same network in PyTorch."""
   import torch
 
-  from ijckd_jax import torch_names
+  from ijckd_jax.pytorch import published_names
   from tests import torch_networks
 
   torch.set_num_threads(num_threads)
@@ -57,9 +57,9 @@ def with_torch(bundle, num_threads, *, is_compiled=False):
     )
   else:
     names = {}
-    exec(torch_names.module_source(bundle), names)
+    exec(published_names.module_source(bundle), names)
     net = names['Student']()
-  state = torch_names.state_dict(bundle)
+  state = published_names.state_dict(bundle)
   net.load_state_dict({k: torch.from_numpy(x) for k, x in state.items()})
   net = net.eval().to(memory_format=torch.channels_last)
   preprocessing = bundle.network.preprocessing

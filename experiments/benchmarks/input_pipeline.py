@@ -22,8 +22,8 @@ import sklearn.datasets
 import tensorflow_datasets as tfds
 
 from experiments.benchmarks import worker
-from ijckd_jax import datasets
-from ijckd_jax import wording
+from ijckd_jax.data import datasets
+from ijckd_jax.runtime import wording
 
 READER = 'experiments.benchmarks.input_reader'
 # More batches than any candidate has ready, which it made before its turn.

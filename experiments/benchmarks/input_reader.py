@@ -16,9 +16,9 @@ AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 
 def ours(num_workers, folder, *, resize=None, decode=None):
   """Yields batches of this package's pipeline."""
-  from ijckd_jax import images
-  from ijckd_jax import input_pipeline
-  from ijckd_jax.datasets import imagenet
+  from ijckd_jax.data import images
+  from ijckd_jax.data import input_pipeline
+  from ijckd_jax.data.datasets import imagenet
 
   if resize is not None:
     images.Views.train = resize
@@ -40,7 +40,7 @@ def ours_pil(num_workers, folder):
   import numpy as np
   import PIL.Image
 
-  from ijckd_jax import images
+  from ijckd_jax.data import images
 
   def train(self, encoded, random):
     image = images.decode(encoded)
@@ -57,7 +57,7 @@ def simplejpeg(num_workers, folder):
   import numpy as np
   import simplejpeg as library
 
-  from ijckd_jax import images
+  from ijckd_jax.data import images
 
   def train(self, encoded, random):
     height, width, *_ = library.decode_jpeg_header(encoded)

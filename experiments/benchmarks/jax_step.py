@@ -12,12 +12,12 @@ import numpy as np
 from experiments.benchmarks import pairs
 from experiments.benchmarks import worker
 import ijckd_jax
-from ijckd_jax import cost
-from ijckd_jax import cpu_memory
-from ijckd_jax import datasets
-from ijckd_jax import experiment
-from ijckd_jax import train_state
+from ijckd_jax.data import datasets
+from ijckd_jax.distillation import train_state
+from ijckd_jax.evaluation import cost
 from ijckd_jax.models import cpu_conv
+from ijckd_jax.runtime import cpu_memory
+from ijckd_jax.training import experiment
 
 
 def make_experiment(pair: pairs.Pair, settings) -> experiment.Experiment:

@@ -18,14 +18,14 @@ import time
 import jax
 import numpy as np
 
-from ijckd_jax import bundles
-from ijckd_jax import compilation_cache
-from ijckd_jax import config_utils
-from ijckd_jax import datasets
-from ijckd_jax import experiment
-from ijckd_jax import train
-from ijckd_jax import train_state
-from ijckd_jax import wording
+from ijckd_jax.bundles import bundles
+from ijckd_jax.data import datasets
+from ijckd_jax.distillation import train_state
+from ijckd_jax.runtime import compilation_cache
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import wording
+from ijckd_jax.training import experiment
+from ijckd_jax.training import train
 
 # Shape, classes and training examples as of digits and of CIFAR-100.
 DATA = {'digits': ((8, 8, 1), 10, 1437), 'cifar100': ((32, 32, 3), 100, 50000)}

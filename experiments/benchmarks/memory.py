@@ -17,14 +17,14 @@ NUM_EXAMPLES, BATCH_SIZE, IMAGE_SHAPE = 50000, 64, (32, 32, 3)
 
 def imports():
   """What the others have in memory before they begin."""
-  from ijckd_jax import train  # noqa: F401
+  from ijckd_jax.training import train  # noqa: F401
 
 
 def make_arrays(num_examples):
   """Returns random images in the shape of CIFAR-100's."""
   import numpy as np
 
-  from ijckd_jax import datasets
+  from ijckd_jax.data import datasets
 
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (num_examples, *IMAGE_SHAPE), np.uint8)
@@ -40,7 +40,7 @@ def arrays():
 def epoch():
   """An epoch of batches of them."""
   imports()
-  from ijckd_jax import input_pipeline
+  from ijckd_jax.data import input_pipeline
 
   for _ in input_pipeline.train_batches(
     make_arrays(NUM_EXAMPLES),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from experiments.benchmarks import pairs
 from experiments.benchmarks import worker
-from ijckd_jax import cpu_memory
+from ijckd_jax.runtime import cpu_memory
 from tests import torch_networks
 
 MODES = ('eager', 'compile', 'graph', 'compile_graph', 'reduce_overhead')

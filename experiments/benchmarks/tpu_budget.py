@@ -14,9 +14,9 @@ import pathlib
 import sys
 import time
 
-from ijckd_jax import compile as compile_lib
-from ijckd_jax import config_utils
-from ijckd_jax import wording
+from ijckd_jax.commands import estimate as compile_lib
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import wording
 
 FOLDER = pathlib.Path(__file__).parent
 RESULTS = FOLDER / 'results' / 'tpu_budget.json'

@@ -17,7 +17,7 @@ import sys
 
 from experiments.benchmarks import pairs
 from experiments.benchmarks import worker
-from ijckd_jax import wording
+from ijckd_jax.runtime import wording
 
 JAX = 'experiments.benchmarks.jax_step'
 TORCH = 'experiments.benchmarks.torch_step'

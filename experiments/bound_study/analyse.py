@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from experiments.bound_study import train
-from ijckd_jax import wording
+from ijckd_jax.runtime import wording
 
 FOLDER = pathlib.Path(__file__).parent
 RESAMPLES = 2000

@@ -6,9 +6,9 @@ python -m experiments.bound_study.coverage
 import numpy as np
 from scipy import stats
 
-from ijckd_jax import wording
 from ijckd_jax.bounds import divergence
 from ijckd_jax.bounds import limits
+from ijckd_jax.runtime import wording
 
 DRAWS = 10_000
 DELTA = 0.05

@@ -12,13 +12,13 @@ import json
 import pathlib
 
 from experiments.bound_study import train
-from ijckd_jax import bundles
-from ijckd_jax import compilation_cache
-from ijckd_jax import measure
-from ijckd_jax import pairs
-from ijckd_jax import parallel
-from ijckd_jax import workdirs
-from ijckd_jax.datasets import fashion_pairs
+from ijckd_jax.bounds import measure
+from ijckd_jax.bounds import pairs
+from ijckd_jax.bundles import bundles
+from ijckd_jax.data.datasets import fashion_pairs
+from ijckd_jax.runtime import compilation_cache
+from ijckd_jax.runtime import parallel
+from ijckd_jax.runtime import workdirs
 
 RESULTS = pathlib.Path(__file__).parent / 'results.jsonl'
 FIT_EXAMPLES = 2500

@@ -14,10 +14,10 @@ import pathlib
 
 import jax
 
-from ijckd_jax import compilation_cache
-from ijckd_jax import config_utils
-from ijckd_jax import experiment
-from ijckd_jax import train
+from ijckd_jax.runtime import compilation_cache
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
+from ijckd_jax.training import train
 
 SEEDS = (0, 1, 2)
 EPOCHS = 15.0

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 
-from ijckd_jax import wording
+from ijckd_jax.runtime import wording
 
 ARMS = {
   'views1': '1 stored view',

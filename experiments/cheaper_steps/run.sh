@@ -5,7 +5,7 @@
 # Usage: run.sh WORKDIR [--config.FIELD=VALUE ...]
 # Run again, it goes on where it was stopped; the fields are for all runs.
 # The crop is what makes views differ (a mirrored pair is another class).
-# Fashion-MNIST must be prepared: python -m ijckd_jax.datasets.prepare ...
+# Fashion-MNIST must be prepared: python -m ijckd_jax prepare ...
 set -euo pipefail
 work=${1:?usage: run.sh WORKDIR [--config.FIELD=VALUE ...]}
 config=${CONFIG:-configs/fashion_pairs_100.py:resolution=half,num_train=5000}

@@ -11,8 +11,8 @@ import json
 import pathlib
 from typing import Any
 
-from ijckd_jax import config_utils
-from ijckd_jax import experiment
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
 
 FOLDER = pathlib.Path(__file__).parent
 # A resnet20 of these pairs is below its own students (see README.md), which

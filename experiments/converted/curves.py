@@ -13,7 +13,7 @@ import pathlib
 import subprocess
 import sys
 
-from ijckd_jax import augment
+from ijckd_jax.data import augment
 
 NUM_STEPS = 200
 GREY = augment.Preprocessing((0.3,), (0.3,), (32, 32))
@@ -36,13 +36,13 @@ def convert(family: str, folder: pathlib.Path) -> None:
   import torch
 
   from experiments.converted import families
-  from ijckd_jax import torch_convert
+  from ijckd_jax.pytorch import converter
 
   name, fields = TEACHERS[family]
   torch.manual_seed(0)
   model = timm.create_model(name, in_chans=1, num_classes=10, **fields)
   families.randomise(model)
-  torch_convert.convert(
+  converter.convert(
     model, name=f'timm:{name}', preprocessing=GREY, origin={}
   ).bundle.save(folder)
 

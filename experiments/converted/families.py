@@ -19,10 +19,10 @@ import warnings
 import jax
 import numpy as np
 
-from ijckd_jax import augment
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import torch_convert
+from ijckd_jax.bundles import bundles
+from ijckd_jax.data import augment
+from ijckd_jax.pytorch import converter
+from ijckd_jax.runtime import config_utils
 
 # What cannot be converted, and how that is said.
 REFUSED = {
@@ -89,7 +89,7 @@ def measure(family: str, name: str, *, limit: float = 0.0) -> dict[str, object]:
   }
   start = time.perf_counter()
   try:
-    result = torch_convert.convert(
+    result = converter.convert(
       model, name=name, preprocessing=preprocessing, origin={}
     )
   except config_utils.UserError as error:

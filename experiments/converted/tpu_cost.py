@@ -8,7 +8,7 @@ BUNDLE is a converted timm:resnet50, of any weights. Compiles both alone, for
 
 import sys
 
-from ijckd_jax import compile as compile_lib
+from ijckd_jax.commands import estimate as compile_lib
 
 TOPOLOGY = 'v5e:2x2'
 IMAGES = 64
@@ -40,14 +40,14 @@ def main(bundle: str) -> None:
   compile_lib.prepare_environment()
   import jax.numpy as jnp
 
-  from ijckd_jax import bundles
-  from ijckd_jax import datasets
-  from ijckd_jax import run_teachers
+  from ijckd_jax.bundles import bundles
+  from ijckd_jax.data import datasets
+  from ijckd_jax.training import teacher_loading
 
   device = compile_lib.topology_devices(TOPOLOGY)[0]
   for dtype in (jnp.float32, jnp.bfloat16):
     converted = bundles.load(bundle, dtype=dtype, trust_programs=True).teacher()
-    native = run_teachers.abstract(
+    native = teacher_loading.abstract(
       'resnet50', datasets.get('imagenet2012')(), converted.preprocessing, dtype
     )
     costs = [cost(teacher, device) for teacher in (native, converted)]

@@ -14,7 +14,7 @@ from timm.models import convnext
 import torch
 from torch import nn
 
-from ijckd_jax.datasets import fashion_pairs
+from ijckd_jax.data.datasets import fashion_pairs
 
 NUM_TRAIN = 20_000
 EPOCHS = 10

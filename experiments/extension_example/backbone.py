@@ -3,7 +3,7 @@
 import flax.linen as nn
 
 from ijckd_jax import models
-from ijckd_jax import outputs
+from ijckd_jax.models import outputs
 
 
 class PlainNet(models.Backbone):

@@ -4,7 +4,7 @@
     --config experiments/extension_example/config.py
 """
 
-from ijckd_jax import experiment
+from ijckd_jax.training import experiment
 
 HERE = 'experiments.extension_example'
 

@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 
-from ijckd_jax import connectors
+from ijckd_jax.distillation import connectors
 
 
 class Gated(connectors.Connector):

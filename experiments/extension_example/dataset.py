@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from ijckd_jax.datasets import digits
+from ijckd_jax.data.datasets import digits
 
 
 @dataclasses.dataclass(frozen=True)

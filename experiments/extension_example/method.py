@@ -5,8 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 import optax
 
-from ijckd_jax import connectors
-from ijckd_jax import losses
+from ijckd_jax.distillation import connectors
+from ijckd_jax.models import losses
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,8 +59,8 @@ class Killer:
 def main(count_file: str, at: str, *argv: str) -> None:
   workdir = argv[argv.index('--workdir') + 1]
   sys.addaudithook(Killer(workdir, count_file, int(at)))
-  from ijckd_jax import config_utils
   from ijckd_jax import main as command
+  from ijckd_jax.runtime import config_utils
 
   sys.argv[1:] = argv
   config_utils.run_command(command.main)

@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 
-from ijckd_jax import config_utils
+from ijckd_jax.runtime import config_utils
 
 FOLDER = pathlib.Path(__file__).parent
 MEASURED = FOLDER / 'measured.jsonl'

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 import ijckd_jax
-from ijckd_jax import augment
-from ijckd_jax import outputs
-from ijckd_jax.datasets import digits
+from ijckd_jax.data import augment
+from ijckd_jax.data.datasets import digits
+from ijckd_jax.models import outputs
 
 
 class Net(eqx.Module):

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from ijckd_jax import models
-from ijckd_jax import wording
+from ijckd_jax.runtime import wording
 from tests import test_torch_import
 from tests import test_torch_training
 from tests import torch_networks

@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.shift_study import measure
 from experiments.shift_study import train
-from ijckd_jax import wording
+from ijckd_jax.runtime import wording
 
 FOLDER = pathlib.Path(__file__).parent
 LIMITS = {

@@ -17,15 +17,15 @@ from scipy import special
 
 from experiments.shift_study import corruptions
 from experiments.shift_study import train
-from ijckd_jax import bundles
-from ijckd_jax import compilation_cache
-from ijckd_jax import datasets
-from ijckd_jax import features
-from ijckd_jax import parallel
-from ijckd_jax import shift
 from ijckd_jax.bounds import divergence
 from ijckd_jax.bounds import limits
-from ijckd_jax.datasets import fashion_mnist
+from ijckd_jax.bounds import shift
+from ijckd_jax.bundles import bundles
+from ijckd_jax.data import datasets
+from ijckd_jax.data.datasets import fashion_mnist
+from ijckd_jax.evaluation import feature_extraction
+from ijckd_jax.runtime import compilation_cache
+from ijckd_jax.runtime import parallel
 
 RESULTS = pathlib.Path(__file__).parent / 'results.jsonl'
 NUM_LABELLED, NUM_OTHERS = 10_000, 4_000
@@ -61,7 +61,7 @@ class Networks:
       name: bundles.load(work / name) for name in ('teacher', *train.METHODS)
     }
     self._mapper = parallel.Mapper()
-    self._step = features.make_step(self._view, self._mapper)
+    self._step = feature_extraction.make_step(self._view, self._mapper)
     self._variables = self._mapper.replicate(
       {name: bundle.variables for name, bundle in self.bundles.items()}
     )
@@ -75,7 +75,7 @@ class Networks:
 
   def __call__(self, arrays: datasets.Arrays) -> dict[str, divergence.Read]:
     """Returns the pooled features of each, and its predictions."""
-    found = features.of_split(
+    found = feature_extraction.of_split(
       self._step, self._variables, arrays, mapper=self._mapper, batch_size=250
     )
     return {

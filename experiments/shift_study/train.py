@@ -10,9 +10,9 @@ import argparse
 import logging
 import pathlib
 
-from ijckd_jax import compilation_cache
-from ijckd_jax import experiment
-from ijckd_jax import train
+from ijckd_jax.runtime import compilation_cache
+from ijckd_jax.training import experiment
+from ijckd_jax.training import train
 
 TEACHER, STUDENT = 'resnet20', 'resnet8'
 METHODS = ('ijckd', 'simkd', 'srrl', 'kd', 'ce')

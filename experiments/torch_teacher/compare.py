@@ -8,10 +8,10 @@ import sys
 
 import numpy as np
 
-from ijckd_jax import bundles
-from ijckd_jax import evaluator as evaluator_lib
-from ijckd_jax import parallel
-from ijckd_jax.datasets import fashion_mnist
+from ijckd_jax.bundles import bundles
+from ijckd_jax.data.datasets import fashion_mnist
+from ijckd_jax.evaluation import evaluator as evaluator_lib
+from ijckd_jax.runtime import parallel
 
 
 def main(out):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ijckd_jax.datasets import fashion_mnist
+from ijckd_jax.data.datasets import fashion_mnist
 from tests import torch_networks
 
 EPOCHS = 2

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from ijckd_jax.bounds import limits
-from ijckd_jax.bounds import pointwise
 from ijckd_jax.bounds import risks
 from ijckd_jax.bounds import statements
+from ijckd_jax.evaluation import pointwise
 
 # How surely a number is known.
 CERTIFICATE = 'certificate'  # By a limit that holds for any distribution.

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ijckd_jax import logistic
 from ijckd_jax.bounds import limits
+from ijckd_jax.evaluation import logistic
 
 # Of the critics' squared kernel on standardised features, beside losses of a
 # few nats: enough to keep a kernel finite where classes can be told apart.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ijckd_jax.bounds import limits
-from ijckd_jax.bounds import pointwise
+from ijckd_jax.evaluation import pointwise
 
 ROLE = 'asymptotic'
 

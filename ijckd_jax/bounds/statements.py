@@ -14,7 +14,7 @@ import dataclasses
 
 import numpy as np
 
-from ijckd_jax.bounds import pointwise
+from ijckd_jax.evaluation import pointwise
 
 # Scales of D8 that are tried, fixed before any data is seen.
 SCALES = tuple(2.0**power for power in range(-8, 9))

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import input_pipeline
+from ijckd_jax.bundles import bundles
+from ijckd_jax.data import input_pipeline
+from ijckd_jax.runtime import config_utils
 
 # Of the largest logit: float32's rounding over some hundred layers; and that of
 # weights of 11 bits. Eight bits have no such limit.

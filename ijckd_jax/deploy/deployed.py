@@ -12,12 +12,12 @@ from jax.interpreters import partial_eval
 import jax.numpy as jnp
 import numpy as np
 
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import connectors
-from ijckd_jax import model_card
-from ijckd_jax import network as network_lib
+from ijckd_jax.bundles import bundles
+from ijckd_jax.bundles import model_card
+from ijckd_jax.distillation import connectors
+from ijckd_jax.distillation import network as network_lib
 from ijckd_jax.models import folding
+from ijckd_jax.runtime import config_utils
 
 # What it takes, by dtype. The rest of the preprocessing is inside in both.
 PIXELS = {'uint8': 'from 0 to 255', 'float32': 'from 0 to 1'}

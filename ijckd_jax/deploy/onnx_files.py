@@ -10,10 +10,10 @@ import tempfile
 from jax import export
 import numpy as np
 
-from ijckd_jax import config_utils
 from ijckd_jax.deploy import deployed as deployed_lib
 from ijckd_jax.deploy import onnx_graph
 from ijckd_jax.deploy import onnx_writers
+from ijckd_jax.runtime import config_utils
 
 IMAGES, LOGITS, PROBABILITIES = onnx_graph.IMAGES, 'logits', 'probabilities'
 # Runtimes of 2024 and later read it: onnxruntime since 1.18.

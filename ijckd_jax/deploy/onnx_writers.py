@@ -12,8 +12,8 @@ import jax
 from jax.interpreters import partial_eval
 import numpy as np
 
-from ijckd_jax import config_utils
 from ijckd_jax.deploy import onnx_graph
+from ijckd_jax.runtime import config_utils
 
 CHANNELS_FIRST = (0, 3, 1, 2)
 WRITERS = {}  # Functions (graph, equation, *operands) by primitive.

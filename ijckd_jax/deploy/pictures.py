@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ijckd_jax import config_utils
-from ijckd_jax import images
-from ijckd_jax.datasets import image_files
-from ijckd_jax.datasets import image_layout
+from ijckd_jax.data import images
+from ijckd_jax.data.datasets import image_files
+from ijckd_jax.data.datasets import image_layout
+from ijckd_jax.runtime import config_utils
 
 
 class Read(NamedTuple):

@@ -14,10 +14,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
-from ijckd_jax import disk
+from ijckd_jax.bundles import bundles
 from ijckd_jax.deploy import deployed as deployed_lib
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import disk
 
 NETWORK, UNREAD = 'network', 'unread'
 

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ijckd_jax import bundles
-from ijckd_jax import config_utils
+from ijckd_jax.bundles import bundles
 from ijckd_jax.deploy import deployed as deployed_lib
 from ijckd_jax.deploy import onnx_files
 from ijckd_jax.deploy import safetensors_files
 from ijckd_jax.deploy import stablehlo_files
+from ijckd_jax.runtime import config_utils
 
 SUFFIXES = ('.onnx', '.safetensors', '.stablehlo')
 

@@ -9,10 +9,10 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 
-from ijckd_jax import backend
-from ijckd_jax import config_utils
-from ijckd_jax import programs
 from ijckd_jax.deploy import deployed as deployed_lib
+from ijckd_jax.models import programs
+from ijckd_jax.runtime import backend
+from ijckd_jax.runtime import config_utils
 
 
 def encode(deployed: deployed_lib.Deployed, *, half: bool = False) -> bytes:

@@ -20,10 +20,10 @@ from typing import Any
 
 from etils import epath
 
-from ijckd_jax import compilation_cache
-from ijckd_jax import config_utils
-from ijckd_jax import disk
 from ijckd_jax.deploy import sessions
+from ijckd_jax.runtime import compilation_cache
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import disk
 
 PAGE = pathlib.Path(__file__).parent / 'page'
 RUNTIME = 'onnxruntime-web'

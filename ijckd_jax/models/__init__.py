@@ -1,8 +1,13 @@
-"""Backbones by their published names."""
+"""Backbones by their published names, and losses on arrays.
+
+A module of each family has its `Backbone`; `layers`, `folding`, `cpu_conv` and
+`winograd` are what they are made of. `outputs` is what a backbone gives,
+`losses` what methods are made of, and `programs` runs networks that were made
+elsewhere. No connectors and no teachers here.
+"""
 
 from functools import partial
 
-from ijckd_jax import config_utils
 from ijckd_jax.models.backbone import Backbone
 from ijckd_jax.models.deit import DeiT
 from ijckd_jax.models.mobilenet_v1 import MobileNetV1
@@ -14,6 +19,7 @@ from ijckd_jax.models.shufflenet_v1 import ShuffleNetV1
 from ijckd_jax.models.shufflenet_v2 import ShuffleNetV2
 from ijckd_jax.models.vgg import Vgg
 from ijckd_jax.models.wrn import WideResNet
+from ijckd_jax.runtime import config_utils
 
 X1 = (16, 16, 32, 64)
 X2 = (16, 32, 64, 128)

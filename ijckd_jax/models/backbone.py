@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ijckd_jax import losses
 from ijckd_jax.models import layers
+from ijckd_jax.models import losses
 
 
 class Backbone(nn.Module):

@@ -9,11 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ijckd_jax import config_utils
-from ijckd_jax import losses
-from ijckd_jax import outputs
 from ijckd_jax.models import backbone
 from ijckd_jax.models import layers
+from ijckd_jax.models import losses
+from ijckd_jax.models import outputs
+from ijckd_jax.runtime import config_utils
 
 NORMAL = nn.initializers.normal(0.02)
 

@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ijckd_jax import config_utils
-from ijckd_jax import losses
+from ijckd_jax.models import losses
+from ijckd_jax.runtime import config_utils
 
 KAIMING_FAN_OUT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 # PyTorch's default start of kernels: uniform in +-1/sqrt(fan_in).

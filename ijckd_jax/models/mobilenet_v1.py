@@ -9,9 +9,9 @@ import re
 
 import flax.linen as nn
 
-from ijckd_jax import outputs
 from ijckd_jax.models import backbone
 from ijckd_jax.models import layers
+from ijckd_jax.models import outputs
 
 # Width and stride of each separable convolution.
 BLOCKS = (

@@ -8,8 +8,8 @@ are not rounded to multiples of eight.
 
 import flax.linen as nn
 
-from ijckd_jax import outputs
 from ijckd_jax.models import backbone
+from ijckd_jax.models import outputs
 
 # Expansion, width, number of blocks and first stride of each group.
 GROUPS = (

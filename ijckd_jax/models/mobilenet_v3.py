@@ -7,8 +7,8 @@ https://arxiv.org/abs/1905.02244, table 2.
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ijckd_jax import outputs
 from ijckd_jax.models import backbone
+from ijckd_jax.models import outputs
 
 # Kernel, inner width, width, squeeze-and-excitation, hard swish, stride.
 BLOCKS = (

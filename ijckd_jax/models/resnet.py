@@ -8,8 +8,8 @@ RepDistiller and mdistiller.
 
 import flax.linen as nn
 
-from ijckd_jax import outputs
 from ijckd_jax.models import backbone
+from ijckd_jax.models import outputs
 
 
 class ResNet(backbone.Backbone):

@@ -7,8 +7,8 @@ resnetNx4 doubles the stem as well.
 
 import flax.linen as nn
 
-from ijckd_jax import outputs
 from ijckd_jax.models import backbone
+from ijckd_jax.models import outputs
 
 
 class CifarResNet(backbone.Backbone):

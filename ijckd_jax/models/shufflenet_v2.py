@@ -8,9 +8,9 @@ RepDistiller.
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ijckd_jax import outputs
 from ijckd_jax.models import backbone
 from ijckd_jax.models import layers
+from ijckd_jax.models import outputs
 
 STEM_WIDTH = 24
 NUM_UNITS = (4, 8, 4)

@@ -7,9 +7,9 @@ and start as in RepDistiller.
 
 import flax.linen as nn
 
-from ijckd_jax import config_utils
-from ijckd_jax import outputs
 from ijckd_jax.models import backbone
+from ijckd_jax.models import outputs
+from ijckd_jax.runtime import config_utils
 
 
 class Vgg(backbone.Backbone):

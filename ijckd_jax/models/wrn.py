@@ -9,8 +9,8 @@ import re
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ijckd_jax import outputs
 from ijckd_jax.models import backbone
+from ijckd_jax.models import outputs
 
 
 class WideResNet(backbone.Backbone):

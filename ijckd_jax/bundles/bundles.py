@@ -1,0 +1,408 @@
+"""Bundles: folders that hold a classifier whole, as JSON and arrays.
+
+`bundle.json` says how the parts are built and joined, `variables.safetensors`
+holds their arrays, and what was converted from elsewhere is there as programs.
+Nothing else is needed to evaluate, export or distil from the network inside.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+from typing import Any
+
+from etils import epath
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from ijckd_jax.bundles import model_card
+from ijckd_jax.bundles import specification
+from ijckd_jax.data import classes
+from ijckd_jax.distillation import connectors
+from ijckd_jax.distillation import converted
+from ijckd_jax.distillation import network as network_lib
+from ijckd_jax.distillation import teachers
+from ijckd_jax.models import programs as programs_lib
+from ijckd_jax.runtime import backend
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import disk
+
+# 2: those that hold programs.
+FORMAT_VERSIONS = (1, 2)
+SPEC_FILE = 'bundle.json'
+CHECKSUM = 'arrays_sha256'  # Its field for that of ARRAYS_FILE.
+ARRAYS_FILE = 'variables.safetensors'
+PROGRAM_SUFFIX = '.bin'
+EXPORTED = ('.onnx', '.stablehlo')  # Of files that ijckd export alone writes.
+FILES = (
+  SPEC_FILE,
+  ARRAYS_FILE,
+  *(f'{name}{PROGRAM_SUFFIX}' for name in specification.PROGRAMS),
+  model_card.FILE,
+)
+# Far more than the names of ImageNet-21k's classes take, or a header of arrays.
+MAX_TEXT_BYTES = 16 * 2**20
+MAX_PROGRAM_BYTES = 2**28  # Hundreds of times what a network's program takes.
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+  """A classifier that needs nothing else.
+
+  Attributes:
+    network: how its parts are joined; or a Converted, which is one program.
+    variables: their arrays on the host, see there.
+    backbone_name: as models.build takes it; of a Converted, what it was.
+    pool_name: 'average', the backbone whose pool it is, or 'program'.
+    image_shape: (H, W, C) of the images that it was made for.
+    class_names: K names; none where it has no head.
+    info: what else is known of it, JSON: how it was trained and measured.
+  """
+
+  network: network_lib.Network | converted.Converted
+  variables: Any
+  backbone_name: str
+  pool_name: str
+  image_shape: tuple[int, int, int]
+  class_names: tuple[str, ...]
+  info: dict[str, Any]
+
+  def teacher(self, name: str | None = None) -> teachers.Teacher:
+    """Returns it as a teacher."""
+    net, pool_variables = self.network, self.variables['pool']
+    pool, pool_name = net.pool, self.pool_name
+    if isinstance(net, network_lib.Network) and net.connector is None:
+      backbone = network_lib.part(self.variables, 'backbone')
+      pool_variables = network_lib.pool_variables(backbone)
+      if net.backbone.truncated:
+        # The backbone of that name, whole, may have another pool.
+        pool, pool_name = teachers.average_pool, 'average'
+    return teachers.Teacher(
+      apply=net,
+      variables=self.variables,
+      head=self.variables['params']['head'],
+      preprocessing=net.preprocessing,
+      name=name or self.backbone_name,
+      pool=pool,
+      pool_name=pool_name,
+      pool_variables=pool_variables,
+      signed=net.signed,
+      pools_map=net.pools_map,
+      pooled_signed=net.pooled_signed,
+      num_params=num_params(self.variables),
+      origin=self.info.get('origin'),
+      class_names=tuple(self.class_names),
+    )
+
+  def in_order(self, order, class_names: Sequence[str]) -> 'Bundle':
+    """Returns it with its classes in another order, see classes.reorder."""
+    params = self.variables['params']
+    params = {**params, 'head': classes.reorder(params['head'], order)}
+    return dataclasses.replace(
+      self,
+      variables={**self.variables, 'params': params},
+      class_names=tuple(class_names),
+    )
+
+  def spec(self) -> dict[str, Any]:
+    """Returns all of it but the arrays, as `bundle.json` says it."""
+    net, more = self.network, {}
+    connector = None
+    if isinstance(net, converted.Converted):
+      more['converted'] = {
+        'signed': net.signed,
+        'pooled_signed': net.pooled_signed,
+        'pools_map': net.pools_map,
+        'buffers': net.buffers,
+      }
+    else:
+      more['truncated'] = net.backbone.truncated
+    if net.connector is not None:
+      connector = {
+        field.name: getattr(net.connector, field.name)
+        for field in dataclasses.fields(net.connector)
+        if field.name not in specification.CONNECTOR_RUNTIME_FIELDS
+      }
+      connector['name'] = config_utils.reference(
+        net.connector, connectors.CONNECTORS
+      )
+    spec = {
+      'format_version': FORMAT_VERSIONS[1 if net.programs else 0],
+      'backbone': self.backbone_name,
+      **more,
+      'dtype': jnp.dtype(net.dtype).name,
+      'connector': connector,
+      'connect_size': connector and net.connect_size,
+      'pool': self.pool_name,
+      'preprocessing': dataclasses.asdict(net.preprocessing),
+      'image_shape': self.image_shape,
+      'class_names': [str(name) for name in self.class_names],
+      'info': self.info,
+    }
+    if net.programs:
+      spec['programs'] = {
+        name: hashlib.sha256(program.data).hexdigest()
+        for name, program in net.programs.items()
+      }
+    # A mean or std may be of numpy's floats, which JSON does not know.
+    return json.loads(json.dumps(spec, default=float))
+
+  def save(self, directory: epath.PathLike) -> None:
+    """Writes it; the folder appears whole or not at all."""
+    flat = traverse_util.flatten_dict(self.variables, sep='/')
+    arrays = safetensors.numpy.save(
+      {key: np.ascontiguousarray(value) for key, value in flat.items()}
+    )
+    spec = {**self.spec(), CHECKSUM: hashlib.sha256(arrays).hexdigest()}
+    text = json.dumps(spec, indent=2) + '\n'
+    card = model_card.markdown(self, num_params(self.variables))
+    disk.write_folder(
+      epath.Path(config_utils.expand(directory)),
+      {
+        ARRAYS_FILE: arrays,
+        **{
+          f'{name}{PROGRAM_SUFFIX}': program.data
+          for name, program in self.network.programs.items()
+        },
+        model_card.FILE: card.encode(),
+        SPEC_FILE: text.encode(),
+      },
+    )
+
+
+def load(
+  directory: epath.PathLike,
+  *,
+  dtype=None,
+  trust_code: bool = False,
+  trust_programs: bool | None = None,
+) -> Bundle:
+  """Returns the bundle in a folder, or in a run's folder.
+
+  Args:
+    directory: holds `bundle.json`, or `bundle/` with it.
+    dtype: of the computation; None: as in the run that made it.
+    trust_code: whether it may name backbones and connectors outside this
+      package, as `package.module:Name`. They are imported: their code runs.
+    trust_programs: whether it may hold programs, which XLA reads (see the
+      module programs); None: as `trust_code`.
+
+  Raises:
+    config_utils.UserError: there is no bundle, it is damaged or too new, or it
+      names code, or holds programs, that are not trusted.
+  """
+  directory = find(directory)
+  if trust_programs is None:
+    trust_programs = trust_code
+  # Data from strangers can be wrong in more ways than a list could name, so
+  # here whatever goes wrong with it is the user's error, and said in one line.
+  try:
+    spec = json.loads(_read(directory, SPEC_FILE, MAX_TEXT_BYTES))
+  except Exception as error:
+    config_utils.raise_outside(error)
+    raise config_utils.UserError(
+      f'the bundle in {directory} cannot be read: {config_utils.short(error)}'
+    ) from error
+  network, pool_backbone = build(
+    spec,
+    directory,
+    dtype=dtype,
+    trust_code=trust_code,
+    read=lambda name: _read_program(
+      directory, spec, name, is_trusted=trust_programs
+    ),
+  )
+  try:
+    wanted = jax.tree.leaves(specification.shapes(network, pool_backbone, spec))
+  except Exception as error:
+    config_utils.raise_outside(error)
+    raise config_utils.UserError(
+      f'the {SPEC_FILE} in {directory} does not fit together: '
+      f'{config_utils.short(error)}'
+    ) from error
+  try:
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in wanted)
+    data = _read(directory, ARRAYS_FILE, size + MAX_TEXT_BYTES)
+    arrays = safetensors.numpy.load(data)
+  except Exception as error:
+    config_utils.raise_outside(error)
+    raise config_utils.UserError(
+      f'the bundle in {directory} cannot be read: {config_utils.short(error)}'
+    ) from error
+  try:
+    specification.check_arrays(arrays, network, pool_backbone, spec)
+    # Bundles of before have none.
+    if spec.get(CHECKSUM, '') not in ('', hashlib.sha256(data).hexdigest()):
+      raise ValueError('they are not those that were saved')
+    variables = traverse_util.unflatten_dict(arrays, sep='/')
+    for kind in (*network_lib.COLLECTIONS, 'pool'):
+      variables.setdefault(kind, {})
+  except Exception as error:
+    config_utils.raise_outside(error)
+    raise config_utils.UserError(
+      f'the arrays in {directory} do not fit its {SPEC_FILE}: '
+      f'{config_utils.short(error)}'
+    ) from error
+  return Bundle(
+    network=network,
+    variables=variables,
+    backbone_name=spec['backbone'],
+    pool_name=spec['pool'],
+    image_shape=tuple(spec['image_shape']),
+    class_names=tuple(spec['class_names']),
+    info=spec['info'],
+  )
+
+
+def _read_program(
+  directory, spec, name: str, *, is_trusted: bool
+) -> programs_lib.Program:
+  """Returns one of a bundle's programs.
+
+  Raises:
+    config_utils.UserError: it is not trusted, damaged, or cannot be run here.
+  """
+  if not is_trusted:
+    raise config_utils.UserError(
+      f'the bundle in {directory} holds programs, as its network or its pool '
+      'was converted; XLA reads them, and was not made for files of strangers: '
+      'load it with trust_code=True (--trust_code) if you trust it'
+    )
+  file = f'{name}{PROGRAM_SUFFIX}'
+  try:
+    data = _read(directory, file, MAX_PROGRAM_BYTES)
+    if hashlib.sha256(data).hexdigest() != spec['programs'][name]:
+      raise ValueError(f'{file} is not the one that was saved')
+  except Exception as error:
+    config_utils.raise_outside(error)
+    raise config_utils.UserError(
+      f'the bundle in {directory} cannot be read: {config_utils.short(error)}'
+    ) from error
+  return programs_lib.load(data, f'{directory / file}')
+
+
+def _read(directory: epath.Path, name: str, limit: int) -> bytes:
+  """Returns the content of one of the bundle's files.
+
+  Raises:
+    ValueError: it is none of the folder's own, or too large.
+    OSError: it cannot be read.
+  """
+  path = directory / name
+  if not disk.is_remote(path):
+    real = pathlib.Path(path).resolve(strict=True)
+    if real.parent != pathlib.Path(directory).resolve() or not real.is_file():
+      raise ValueError(f'{name} is no file of that folder')
+  size = path.stat().length
+  if size > limit:
+    raise ValueError(f'{name} has {size:,} bytes, at most {limit:,} make sense')
+  return path.read_bytes()
+
+
+def build(
+  spec,
+  where,
+  *,
+  dtype=None,
+  trust_code: bool = False,
+  read: Callable[[str], programs_lib.Program] | None = None,
+):
+  """Returns the network that a spec describes, and the backbone of its pool.
+
+  Args:
+    spec: as `Bundle.spec` gives it; nothing in it is believed.
+    where: the file or folder that it came from, for the message.
+    dtype: see `load`.
+    trust_code: see `load`.
+    read: gives a program by its name; None where there are none.
+
+  Raises:
+    config_utils.UserError: it is no spec, or names code that is not trusted.
+  """
+  if not isinstance(spec, dict) or 'format_version' not in spec:
+    raise config_utils.UserError(f'{where} is not a bundle')
+  if spec['format_version'] not in FORMAT_VERSIONS:
+    version = config_utils.short(spec['format_version'])
+    raise config_utils.UserError(
+      f'the bundle in {where} has format {version}; this version of ijckd_jax '
+      f'reads {" and ".join(map(str, FORMAT_VERSIONS))}'
+    )
+  try:
+    specification.check(spec)
+    outside = specification.names_outside(spec)
+  except Exception as error:
+    config_utils.raise_outside(error)
+    raise config_utils.UserError(
+      f"{where}: the bundle's description is damaged: "
+      f'{config_utils.short(error)}'
+    ) from error
+  if outside and not trust_code:
+    raise config_utils.UserError(
+      f'the bundle in {where} names code outside the package '
+      f'({config_utils.short(outside[0])}); load it with trust_code=True '
+      '(--trust_code) if you trust it'
+    )
+  backend.start()
+  names = spec.get('programs', {}) if read else {}
+  programs = {name: read(name) for name in names}
+  try:
+    dtype = dtype or getattr(jnp, spec['dtype'])
+    return specification.build(spec, dtype, programs)
+  except Exception as error:
+    config_utils.raise_outside(error)
+    raise config_utils.UserError(
+      f'{where}: what its bundle names cannot be built: '
+      f'{config_utils.short(error)}'
+    ) from error
+
+
+def find(directory: epath.PathLike) -> epath.Path:
+  """Returns the folder that holds the bundle: the one given, or its `bundle/`.
+
+  Raises:
+    config_utils.UserError: neither does.
+  """
+  directory = epath.Path(config_utils.expand(directory))
+  for candidate in (directory, directory / 'bundle'):
+    with contextlib.suppress(OSError):
+      if (candidate / SPEC_FILE).exists():
+        return candidate
+  with contextlib.suppress(OSError):
+    if directory.exists() and not directory.is_dir():
+      if directory.suffix in EXPORTED:
+        raise config_utils.UserError(
+          f'{directory} is an exported file and no bundle: ijckd predict reads '
+          'it; elsewhere, give the bundle or run that it was exported from'
+        )
+      raise config_utils.UserError(
+        f'{directory} is a file and no bundle; if ijckd export wrote it, ijckd '
+        'predict reads it, and if it holds weights of PyTorch, import it '
+        f'first: ijckd weights import --checkpoint {directory} --output DIR'
+      )
+  raise config_utils.UserError(
+    f'there is no bundle in {directory}: give the folder of a finished run, or '
+    f'one that holds {SPEC_FILE}'
+  )
+
+
+def num_params(variables) -> dict[str, int]:
+  """Returns the parameters of 'backbone', 'connector' and 'head', 0 if none.
+
+  A pool that came with the teacher's head is counted there.
+  """
+  params = variables['params']
+  parts = {
+    **params,
+    'head': [params['head'], variables['pool'].get('params', {})],
+  }
+  return {
+    part: teachers.count(parts.get(part, {}))
+    for part in ('backbone', 'connector', 'head')
+  }

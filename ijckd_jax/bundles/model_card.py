@@ -1,0 +1,216 @@
+"""A model card: what a bundle holds, what it was made of and is good for."""
+
+import json
+import math
+from typing import Any
+
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import wording
+
+FILE = 'README.md'  # As the hub calls it.
+UNSTATED = 'not stated'
+
+
+def describe(bundle) -> str:
+  """Returns in a line what a bundle's network is.
+
+  Args:
+    bundle: bundles.Bundle.
+  """
+  info, name = bundle.info, bundle.backbone_name
+  method = _get(info, 'method', 'name')
+  if not method:
+    origin = _section(info, 'origin')
+    found = origin.get('hub') or origin.get('file')
+    return f'{name}, imported' + (f' from {found}' if found else '')
+  teacher, data = _taught_by(info), _get(info, 'dataset', 'name')
+  done = f'distilled from {teacher} by {method}' if teacher else f'by {method}'
+  return config_utils.short(f'{name}, {done} on {data}')
+
+
+def markdown(bundle, num_params: dict[str, int]) -> str:
+  """Returns the card of a bundle.
+
+  Args:
+    bundle: bundles.Bundle.
+    num_params: of 'backbone', 'connector' and 'head'.
+  """
+  parts = [
+    _header(bundle),
+    f'# {wording.escape(describe(bundle))}',
+    _table(bundle, num_params),
+  ]
+  if accuracy := _accuracy(bundle):
+    parts += ['## Accuracy', accuracy]
+  parts += ['## Use', _use(bundle), '## Limits', _limits(bundle)]
+  return '\n\n'.join(parts) + '\n'
+
+
+def _header(bundle) -> str:
+  """Returns what the hub reads of a card."""
+  lines = ['library_name: ijckd_jax', 'pipeline_tag: image-classification']
+  licence = _get(bundle.info, 'origin', 'licence')
+  if licence and licence != UNSTATED:
+    lines.append(f'license: {json.dumps(config_utils.short(licence))}')
+  return '\n'.join(['---', *lines, '---'])
+
+
+def _table(bundle, num_params) -> str:
+  info, net = bundle.info, bundle.network
+  height, width, channels = bundle.image_shape
+  colours = {1: 'grey', 3: 'RGB'}.get(channels, f'{channels} channels')
+  connector = net.connector and type(net.connector).__name__
+  counts = ', '.join(f'{k} {v:,}' for k, v in num_params.items() if v)
+  rows = {
+    'classes': f'{len(bundle.class_names)}: {_some(bundle.class_names)}',
+    'images': f'{height}x{width}, {colours}, uint8; their preprocessing stands '
+    'in bundle.json, and whatever loads it applies it',
+    'parameters': f'{sum(num_params.values()):,} ({counts})',
+    'connector': connector
+    and f'{connector}, between the backbone and the head; see method',
+    'data': _fields(_section(info, 'dataset')),
+    'method': _fields(_section(info, 'method')),
+    'teacher': _teacher(info),
+    'recipe': _recipe(_section(info, 'run')),
+    'weights from': _origin(_section(info, 'origin')),
+    "the teacher's weights from": _origin(_section(info, 'teacher_origin')),
+    'made by': info.get('ijckd_jax') and f'ijckd_jax {info["ijckd_jax"]}',
+  }
+  cells = [f'| {name} | {_cell(text)} |' for name, text in rows.items() if text]
+  return '\n'.join(['| | |', '| :-- | :-- |', *cells])
+
+
+def _accuracy(bundle) -> str:
+  """Returns the last and the best step's metrics, where they are known."""
+  run = _section(bundle.info, 'run')
+  rows = {
+    f'last step ({run.get("steps", 0):,})': _get(run, 'test', 'last'),
+    f'best step ({run.get("best_step", 0):,})': _get(run, 'test', 'best'),
+  }
+  rows = {name: metrics for name, metrics in rows.items() if metrics}
+  if not rows:
+    return ''
+  count, which = run.get('test_examples', 0), bundle.info.get('which')
+  said = [
+    wording.metrics(rows),
+    f'On {count:,} test images, of one run with seed '
+    f'{_cell(run.get("seed"))}. The {_cell(which)} step is the one in this '
+    'bundle.',
+  ]
+  top1 = _get(run, 'test', which, 'top1')
+  if count and top1 is not None:
+    error = 100 * math.sqrt(top1 * (1 - top1) / count)
+    said[1] += f' The choice of test images alone makes top-1 ± {error:.2f}.'
+  if run.get('best_by') == 'test':
+    said[1] += " 'Best' was chosen on the test images, so it flatters."
+  return '\n\n'.join(said)
+
+
+def _use(bundle) -> str:
+  name = config_utils.printable(bundle.backbone_name)
+  return '\n'.join(
+    [
+      '    ijckd evaluate --bundle DIR',
+      '    ijckd predict --bundle DIR PICTURE...',
+      '    ijckd export --bundle DIR --format onnx --output FILE',
+      '',
+      '`ijckd_jax.load_bundle(DIR)` in Python. As a teacher:',
+      '',
+      '    ijckd train --config NAME --workdir RUN '
+      f'--config.teacher.checkpoint=DIR --config.teacher.backbone={name}',
+    ]
+  )
+
+
+def _limits(bundle) -> str:
+  data = _cell(_get(bundle.info, 'dataset', 'name'))
+  known = _get(bundle.info, 'run', 'test') or bundle.info.get('test')
+  lines = [
+    f'It names one of {len(bundle.class_names)} classes whatever it sees, also '
+    'where the picture shows none of them.',
+    f'Nothing is known of other images than those of {data}: of other cameras, '
+    'places or times it may be right less often, and just as sure.'
+    if known
+    else 'How often it is right is not known of this bundle.'
+    if _get(bundle.info, 'method', 'name')
+    else 'It was imported; its accuracy was not measured here.',
+    'No test of fairness, of harm or of deliberately misleading images was '
+    'made.',
+  ]
+  teacher = _taught_by(bundle.info)
+  if teacher:
+    lines.append(
+      f'It was taught by {_cell(teacher)}, whose mistakes and leanings it may '
+      'have.'
+    )
+  return '\n'.join(f'- {line}' for line in lines)
+
+
+def _taught_by(info) -> str | None:
+  """Returns the teacher that a network learned from, not one that judged it."""
+  return info.get('teacher') if info.get('taught', True) else None
+
+
+def _teacher(info) -> str:
+  name, top1 = info.get('teacher'), _get(info, 'run', 'teacher', 'top1')
+  if not name:
+    return ''
+  role = '' if _taught_by(info) else ', to compare with only'
+  said = f', top-1 {top1:.2%} on the same images' if top1 else ''
+  return f'{name}{role}{said}'
+
+
+def _recipe(run) -> str:
+  if not run:
+    return ''
+  recipe = run.get('recipe', {})
+  return f'{run.get("steps", 0):,} steps; {_fields(recipe)}'
+
+
+def _origin(origin) -> str:
+  if not origin:
+    return ''
+  licence = origin.get('licence') or UNSTATED
+  rest = {k: v for k, v in origin.items() if k != 'licence'}
+  return f'{_fields(rest)}; licence: {licence}'
+
+
+def _fields(fields: Any) -> str:
+  """Returns what a flat or nested mapping says, its name first."""
+  if not fields:
+    return ''
+  flat = config_utils.flatten(
+    {k: v for k, v in fields.items() if k not in ('name', 'data_dir')}
+  )
+  said = ', '.join(
+    f'{key}={value}'
+    for key, value in flat.items()
+    if not (value is None or value is False or value == '')
+  )
+  name = fields.get('name')
+  return f'{name} ({said})' if name and said else name or said
+
+
+def _some(names, most=10) -> str:
+  more = f', and {len(names) - most:,} more' if len(names) > most else ''
+  return ', '.join(map(config_utils.short, names[:most])) + more
+
+
+def _cell(text) -> str:
+  """Returns a text that fits into a table's cell."""
+  return wording.escape(' '.join(str(text).split()))
+
+
+def _section(info, name: str) -> dict[str, Any]:
+  """Returns what a bundle says under a name; strangers may say anything."""
+  found = info.get(name)
+  return found if isinstance(found, dict) else {}
+
+
+def _get(mapping, *keys):
+  """Returns what lies below the keys; None where there is nothing."""
+  for key in keys:
+    if not isinstance(mapping, dict):
+      return None
+    mapping = mapping.get(key)
+  return mapping

@@ -1,0 +1,352 @@
+"""What `bundle.json` may say: checked, and built into a network.
+
+A bundle may come from a stranger, so nothing in it is believed before it was
+checked, and no code is imported by what it names.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+
+from flax import core
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ijckd_jax import models
+from ijckd_jax.data import augment
+from ijckd_jax.distillation import connectors
+from ijckd_jax.distillation import converted
+from ijckd_jax.distillation import network as network_lib
+from ijckd_jax.distillation import teachers
+from ijckd_jax.models import programs as programs_lib
+from ijckd_jax.runtime import config_utils
+
+DTYPES = ('float32', 'bfloat16')
+# The files, by name, of what is not built but read.
+PROGRAMS = (
+  *(f'{converted.FEATURES}{dtype}' for dtype in DTYPES),
+  programs_lib.POOL,
+)
+CONNECTOR_RUNTIME_FIELDS = (
+  'axis_name',
+  'dtype',
+  'unbiased_variance',
+  'parent',
+  'name',
+)
+# A file may ask for anything: arrays as large as these sides still fit.
+MAX_SIDE = 4096
+MAX_NUMBER = 2.0**127  # Beyond it float32 is infinite, and so are NaN and inf.
+MAX_EVAL_BATCH_SIZE = 2**20
+
+
+def _is_count(value, limit):
+  return type(value) is int and 1 <= value <= limit
+
+
+def _is_size(value):
+  return (
+    isinstance(value, list)
+    and len(value) == 2
+    and all(_is_count(side, MAX_SIDE) for side in value)
+  )
+
+
+def _is_numbers(value, num):
+  return (
+    isinstance(value, list)
+    and len(value) == num
+    and all(type(x) in (int, float) and abs(x) < MAX_NUMBER for x in value)
+  )
+
+
+def _is_texts(values):
+  return isinstance(values, list) and all(isinstance(x, str) for x in values)
+
+
+def check(spec):
+  """Raises ValueError unless each field is of its type and within bounds."""
+
+  def require(is_right, field, wanted):
+    if not is_right:
+      raise ValueError(f'{field} must be {wanted}')
+
+  for field in ('backbone', 'pool'):
+    require(isinstance(spec.get(field), str), field, 'a name')
+  flags = ('signed', 'pooled_signed', 'pools_map')
+  found = spec.get('converted')
+  if found is None:
+    flags, owner = ('truncated',), spec
+  else:
+    require(isinstance(found, dict), 'converted', 'null or an object')
+    require(_is_texts(found.get('buffers')), 'buffers', 'a list of names')
+    require(
+      spec['pool'] in ('average', programs_lib.PROGRAM), 'pool', 'its own'
+    )
+    owner = found
+  for field in flags:
+    require(isinstance(owner.get(field), bool), field, 'true or false')
+  require(spec.get('dtype') in DTYPES, 'dtype', f'one of {", ".join(DTYPES)}')
+  names = spec.get('class_names')
+  # A converted network may have none, and then no head.
+  wanted = 'a list of names'
+  require(_is_texts(names) and (names or found), 'class_names', wanted)
+  hashes = spec.get('programs', {})
+  require(
+    isinstance(hashes, dict)
+    and set(hashes) <= set(PROGRAMS)
+    and _is_texts(list(hashes.values())),
+    'programs',
+    f'checksums of {", ".join(PROGRAMS)}',
+  )
+
+  sides = f'a list of sides from 1 to {MAX_SIDE}'
+  shape = spec.get('image_shape')
+  require(
+    isinstance(shape, list) and _is_size(shape[:2]) and len(shape) == 3,
+    'image_shape',
+    f'{sides}, and the number of channels',
+  )
+  require(_is_count(shape[2], MAX_SIDE), 'image_shape', 'of 1 channel or more')
+  preprocessing = spec.get('preprocessing')
+  require(
+    isinstance(preprocessing, dict)
+    and set(preprocessing) - {'interpolation'} == {'mean', 'std', 'size'},
+    'preprocessing',
+    'a mean, a std, a size and an interpolation',
+  )
+  # Bundles that do not name one were made when all were bilinear.
+  require(
+    preprocessing.get('interpolation', 'bilinear') in augment.INTERPOLATIONS,
+    'interpolation',
+    f'one of {", ".join(augment.INTERPOLATIONS)}',
+  )
+  for field in ('mean', 'std'):
+    values = preprocessing[field]
+    wanted = f'a list of {shape[2]} numbers, one per channel'
+    require(_is_numbers(values, shape[2]), field, wanted)
+  require(min(preprocessing['std']) > 0, 'std', 'positive')
+  require(_is_size(preprocessing['size']), 'size', sides)
+
+  connector = spec.get('connector', '')
+  connect_size = spec.get('connect_size', '')
+  require(
+    connector is None
+    or (isinstance(connector, dict) and isinstance(connector.get('name'), str)),
+    'connector',
+    'null, or have a name and fields',
+  )
+  require(
+    connect_size is None
+    or (
+      _is_size(connect_size)
+      and all(map(int.__le__, connect_size, preprocessing['size']))
+    ),
+    'connect_size',
+    f"null, or {sides}, at most the images'",
+  )
+
+  info = spec.get('info')
+  require(isinstance(info, dict), 'info', 'an object')
+  require(
+    _is_count(info.get('eval_batch_size', 1), MAX_EVAL_BATCH_SIZE),
+    'eval_batch_size',
+    f'from 1 to {MAX_EVAL_BATCH_SIZE}',
+  )
+  for field in ('dataset', 'origin'):
+    require(isinstance(info.get(field, {}), dict), field, 'an object')
+
+
+def names_outside(spec) -> list[str]:
+  """Returns the names in a spec that are references to code elsewhere.
+
+  Raises:
+    config_utils.UserError: a name is neither known nor a reference.
+  """
+  if spec.get('converted') is not None:
+    return []
+  names = [('backbone', spec['backbone'], models.BACKBONES)]
+  if spec['pool'] not in ('average', programs_lib.PROGRAM):
+    names.append(('backbone', spec['pool'], models.BACKBONES))
+  if spec['connector'] is not None:
+    name = spec['connector']['name']
+    names.append(('connector', name, connectors.CONNECTORS))
+  unknown = [item for item in names if item[1] not in item[2]]
+  for kind, name, table in unknown:
+    if ':' not in name:
+      raise config_utils.unknown(kind, name, list(table))
+  return [name for _, name, _ in unknown]
+
+
+def build(spec, dtype, programs: Mapping[str, programs_lib.Program]):
+  """Returns the network of a checked spec, and the backbone of its pool.
+
+  That backbone is None where the pool is the plain average, the network's own,
+  or a program.
+
+  Args:
+    spec: checked.
+    dtype: of the computation.
+    programs: those that it names.
+
+  Raises:
+    ValueError: a program is missing.
+  """
+  preprocessing = augment.Preprocessing(
+    **{
+      key: tuple(value) if isinstance(value, list) else value
+      for key, value in spec['preprocessing'].items()
+    }
+  )
+  pool, pool_backbone, pool_signed = teachers.average_pool, None, False
+  if spec['pool'] == programs_lib.PROGRAM:
+    if programs_lib.POOL not in programs:
+      raise ValueError('its pool is a program, which is not there')
+    pool = programs_lib.Pool(programs[programs_lib.POOL])
+    pool_signed = True
+  if spec.get('converted') is not None:
+    return _build_converted(spec, dtype, programs, preprocessing, pool), None
+  backbone = models.build(
+    spec['backbone'], truncated=spec['truncated'], dtype=dtype
+  )
+  if spec['connector'] is None:
+    pool = network_lib.pool_of(backbone)
+    return network_lib.Network(backbone, preprocessing, None, None, pool), None
+  fields = {
+    key: tuple(value) if isinstance(value, list) else value
+    for key, value in spec['connector'].items()
+  }
+  cls = connectors.get(fields.pop('name'))
+  _check_connector(cls, fields)
+  if spec['pool'] not in ('average', programs_lib.PROGRAM):
+    pool_backbone = models.build(spec['pool'], dtype=dtype)
+    pool = network_lib.pool_of(pool_backbone)
+    pool_signed = pool_backbone.pooled_signed
+  network = network_lib.Network(
+    backbone,
+    preprocessing,
+    connector=cls(**fields, dtype=dtype),
+    connect_size=spec['connect_size'] and tuple(spec['connect_size']),
+    pool=pool,
+    pool_signed=pool_signed,
+  )
+  return network, pool_backbone
+
+
+def _build_converted(spec, dtype, programs, preprocessing, pool):
+  """Returns the Converted of a checked spec."""
+  features = {
+    name.removeprefix(converted.FEATURES): program
+    for name, program in programs.items()
+    if name.startswith(converted.FEATURES)
+  }
+  dtype = jnp.dtype(dtype)
+  if dtype.name not in features:
+    raise ValueError(
+      f'it was converted for {", ".join(features) or "nothing"}, not for '
+      f'{dtype.name}'
+    )
+  found = spec['converted']
+  return converted.Converted(
+    features=core.FrozenDict(features),
+    pool=pool,
+    preprocessing=preprocessing,
+    signed=found['signed'],
+    pooled_signed=found['pooled_signed'],
+    pools_map=found['pools_map'],
+    buffers=tuple(found['buffers']),
+    dtype=dtype,
+  )
+
+
+def _check_connector(cls, values):
+  """Raises ValueError where a connector's fields are not what it declares.
+
+  A field that a subclass adds may be missing: bundles from before it was added
+  stay readable, if its default is what was done before.
+  """
+  types = {
+    field.name: field.type
+    for field in dataclasses.fields(cls)
+    if field.name not in CONNECTOR_RUNTIME_FIELDS
+  }
+  for name, value in values.items():
+    if name not in types:
+      raise ValueError(f'the connector has no field {name!r}')
+    wanted = types[name]
+    kinds = (int, float) if wanted is float else (wanted,)
+    if isinstance(wanted, type) and type(value) not in kinds:
+      raise ValueError(f"the connector's {name} must be {wanted.__name__}")
+  for name in ('features', 'signed', 'takes'):
+    if name not in values:
+      raise ValueError(f'the connector needs {name}')
+  if values['takes'] not in ('map', 'pooled'):
+    raise ValueError("the connector's takes must be 'map' or 'pooled'")
+
+
+def shapes(network, pool_backbone, spec):
+  """Returns the shapes of the variables that a spec's network has.
+
+  Args:
+    network: as `build` returns it.
+    pool_backbone: as `build` returns it.
+    spec: a checked spec.
+  """
+  image_shape, key = tuple(spec['image_shape']), jax.random.key(0)
+  num_classes, connector = len(spec['class_names']), network.connector
+  if isinstance(network, converted.Converted):
+    return network.shapes(num_classes)
+  if connector is None:
+    made = jax.eval_shape(lambda: network.init(key, image_shape, num_classes))
+    return {**made, 'pool': {}}
+  made = jax.eval_shape(lambda: network.init(key, image_shape, None))
+  made['pool'], width = {}, connector.features
+  if network.pools_map:
+    size = (1, *network.connect_size, width)
+    final = jax.ShapeDtypeStruct(size, jnp.float32)
+    if isinstance(network.pool, programs_lib.Pool):
+      made['pool'] = network.pool.shapes
+    elif pool_backbone is not None:
+      made['pool'] = jax.eval_shape(
+        lambda x: pool_backbone.init(key, x, method='pool'), final
+      )
+    width = jax.eval_shape(network.pool, made['pool'], final).shape[-1]
+  made['params']['head'] = network_lib.head_shapes(width, num_classes)
+  return made
+
+
+def check_whole(spec, network, variables):
+  """Raises ValueError unless a bundle would be taken if it were loaded."""
+  check(spec)
+  _, pool_backbone = build(spec, network.dtype, network.programs)
+  arrays = traverse_util.flatten_dict(variables, sep='/')
+  check_arrays(arrays, network, pool_backbone, spec)
+
+
+def check_arrays(arrays, network, pool_backbone, spec):
+  """Raises unless a network has these arrays, and they are what they can be.
+
+  Raises:
+    ValueError: one is missing, not known, of another shape, not finite, or a
+      negative variance.
+  """
+  expected = shapes(network, pool_backbone, spec)
+  expected = traverse_util.flatten_dict(expected, sep='/')
+  for name in sorted(expected.keys() | arrays.keys()):
+    described = [
+      f'{tree[name].dtype}{list(tree[name].shape)}' if name in tree else 'none'
+      for tree in (arrays, expected)
+    ]
+    if described[0] != described[1]:
+      raise ValueError(f'{name} is {described[0]}, not {described[1]}')
+    array = arrays[name]
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+      continue
+    # A buffer of a converted network may be infinite, such as a mask.
+    is_converted = isinstance(network, converted.Converted)
+    if (np.isnan if is_converted else lambda x: ~np.isfinite(x))(array).any():
+      raise ValueError(f'{name} holds numbers that are not finite')
+    if name.startswith('batch_stats/') and name.endswith('/var'):
+      if not is_converted and array.size and array.min() < 0:
+        raise ValueError(f'{name} holds a negative variance')

@@ -1,0 +1,281 @@
+"""The bound on the error of a finished student, by command.
+
+ijckd bounds --bundle STUDENT --teacher TEACHER --dataset NAME
+"""
+
+import argparse
+import copy
+import json
+import sys
+
+import numpy as np
+
+from ijckd_jax.commands import bundle_flags
+from ijckd_jax.runtime import config_utils
+
+PROG = 'python -m ijckd_jax bounds'
+OTHER_HEAD = (
+  "it is not the student's, which was fitted for it, or the teacher is not the "
+  "one that it learned from; the teacher's errors here are those of the "
+  "student's head on its features"
+)
+
+
+def _flags(argv: list[str], prog: str) -> argparse.Namespace:
+  parser = config_utils.ArgumentParser(
+    prog=prog,
+    description='Measures how a student and its teacher are aligned, and what '
+    "that bounds the student's error by.",
+  )
+  bundle_flags.add_flags(parser)
+  parser.add_argument(
+    '--teacher',
+    required=True,
+    help='bundle, or run, of the teacher that the student learned from',
+  )
+  parser.add_argument(
+    '--split',
+    default='test',
+    choices=('validation', 'test'),
+    help='labelled images on which neither was trained',
+  )
+  parser.add_argument(
+    '--unlabelled',
+    help="data set on which the student's error is bounded without labels",
+  )
+  parser.add_argument(
+    '--unlabelled_fields',
+    help='key=value,key=value; default: as of --dataset where it is the same',
+  )
+  parser.add_argument(
+    '--unlabelled_split',
+    default='test',
+    choices=('train', 'validation', 'test'),
+  )
+  parser.add_argument(
+    '--delta',
+    type=float,
+    default=0.05,
+    help='probability that any of the limits fails',
+  )
+  parser.add_argument(
+    '--fit_examples',
+    type=int,
+    default=5000,
+    help='training images on which the joint head is fitted; 0: none',
+  )
+  parser.add_argument('--seed', type=int, default=0, help='of these images')
+  parser.add_argument(
+    '--output',
+    type=config_utils.expand,
+    help='folder for report.md, bounds.json and the plots',
+  )
+  parser.add_argument('--json', action='store_true', help='print JSON')
+  flags = parser.parse_args(argv)
+  if not 0 < flags.delta < 1:
+    parser.error(f'--delta {flags.delta}: give a probability between 0 and 1')
+  if flags.fit_examples < 0 or flags.seed < 0:
+    parser.error('--fit_examples and --seed cannot be negative')
+  return flags
+
+
+def main(argv: list[str], prog: str = PROG) -> None:
+  """Runs the command."""
+  flags = _flags(argv, prog)
+
+  from etils import epath
+
+  from ijckd_jax.bounds import measure
+  from ijckd_jax.bounds import pairs
+  from ijckd_jax.bounds import shift
+  from ijckd_jax.bundles import bundles
+  from ijckd_jax.reports import bound_wording
+  from ijckd_jax.reports import report
+  from ijckd_jax.runtime import compilation_cache
+  from ijckd_jax.runtime import parallel
+
+  compilation_cache.enable(compilation_cache.DEFAULT)
+  student = bundles.load(flags.bundle, trust_code=flags.trust_code)
+  connected = _connected(student, flags)
+  judge = bundles.load(flags.teacher, trust_code=flags.trust_code)
+  dataset = bundle_flags.dataset_of(student, flags)
+  batch_size = bundle_flags.batch_size_of(student, flags)
+  _check_fits(student, judge, connected, dataset)
+  order = bundle_flags.class_order('the bundle', student, dataset, flags)
+  if order is not None:
+    student = student.in_order(order, dataset.class_names)
+    connected = connected and connected.in_order(order, dataset.class_names)
+  if connected is None:
+    judge = bundle_flags.in_class_order(
+      'the teacher', judge, dataset, flags, beside=student.class_names
+    )
+  teacher = judge.teacher()
+  if connected is not None:
+    # The teacher's bundle has another head if one was fitted for this student.
+    teacher = teacher.with_head(connected.variables['params']['head'])
+  other = None
+  if flags.unlabelled:
+    about = copy.copy(flags)
+    about.dataset = flags.unlabelled
+    about.dataset_fields = flags.unlabelled_fields
+    other = bundle_flags.dataset_of(student, about)
+    _check_fits(student, judge, connected, other)
+    if tuple(other.image_shape) != tuple(dataset.image_shape):
+      raise config_utils.UserError(
+        f'--unlabelled: images are {tuple(other.image_shape)}, those of '
+        f'--dataset {tuple(dataset.image_shape)}'
+      )
+  output = None
+  if flags.output:
+    output = epath.Path(flags.output)
+    try:
+      output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise _unwritable(flags, error) from error
+  splits = {'test': dataset.load(flags.split)}
+  if not len(splits['test']):
+    raise config_utils.UserError(f'the split {flags.split!r} is empty')
+  if connected is not None and flags.fit_examples:
+    splits['train'] = dataset.load('train')
+  if other is not None:
+    splits['unlabelled'] = other.load(flags.unlabelled_split)
+    if not len(splits['unlabelled']):
+      raise config_utils.UserError(
+        f'--unlabelled: the split {flags.unlabelled_split!r} is empty'
+      )
+    if splits['unlabelled'].digest() == splits['test'].digest():
+      raise config_utils.UserError(
+        '--unlabelled: these are the labelled images; give others'
+      )
+  pair = pairs.Pair(teacher, student.network, connected and connected.network)
+  viewer = measure.Viewer(
+    pair,
+    {
+      'teacher': teacher.frozen,
+      'student': student.variables,
+      'connected': connected and connected.variables,
+    },
+    mapper=parallel.Mapper(),
+    batch_size=batch_size,
+    num_workers=flags.num_workers,
+  )
+  views = {'test': viewer(splits['test']), 'train': None}
+  if 'train' in splits:
+    views['train'] = viewer.sample(
+      splits['train'], flags.fit_examples, flags.seed
+    )
+  measured = measure.from_views(
+    pair,
+    views['test'],
+    views['train'],
+    viewer.head,
+    delta=flags.delta,
+    seed=flags.seed,
+  )
+  found = {'bundle': flags.bundle, 'teacher': flags.teacher, **measured.report}
+  if not _same_head(viewer.head, _head_in_order(judge, dataset, flags)):
+    found['left_out']["the teacher's own head"] = OTHER_HEAD
+  if other is not None:
+    target = viewer(splits['unlabelled'])
+    target['label'] = _labels_in_order(target['label'], dataset, other, flags)
+    found['unlabelled'] = shift.bound(
+      views['test'],
+      target,
+      viewer.head,
+      viewer.own_head,
+      delta=flags.delta,
+      seed=flags.seed,
+    )
+  if output is not None:
+    try:
+      report.write_bounds(output, found, measured, student.class_names)
+    except OSError as error:
+      raise _unwritable(flags, error) from error
+  if flags.json:
+    print(json.dumps(found))
+  else:
+    print(bound_wording.tell(found))
+
+
+def _unwritable(flags: argparse.Namespace, error: OSError):
+  return config_utils.UserError(
+    f'--output {flags.output} cannot be written: {config_utils.reason(error)}'
+  )
+
+
+def _labels_in_order(labels, dataset, other, flags: argparse.Namespace):
+  """Returns labels of --unlabelled as numbers of --dataset's classes.
+
+  All are -1 where the classes are others.
+  """
+  from ijckd_jax.data import classes
+
+  try:
+    order, note = classes.match(
+      dataset.class_names,
+      other.class_names,
+      what='--dataset',
+      of='--unlabelled',
+      by_number=flags.classes_by_number,
+    )
+  except config_utils.UserError as error:
+    print(f'note: its labels are left out: {error}', file=sys.stderr)
+    return np.full_like(labels, -1)
+  if note:
+    print(f'note: {note}', file=sys.stderr)
+  return labels if order is None else np.where(labels < 0, -1, order[labels])
+
+
+def _head_in_order(judge, dataset, flags: argparse.Namespace):
+  """Returns the teacher's own head, in the data set's order if it has one."""
+  from ijckd_jax.data import classes
+
+  head = judge.variables['params']['head']
+  try:
+    order, _ = classes.match(
+      judge.class_names,
+      dataset.class_names,
+      what='the teacher',
+      by_number=flags.classes_by_number,
+    )
+  except config_utils.UserError:  # A head for other classes.
+    return head
+  return head if order is None else classes.reorder(head, order)
+
+
+def _same_head(ours, theirs) -> bool:
+  return all(
+    np.array_equal(ours[name], theirs[name]) for name in ('kernel', 'bias')
+  )
+
+
+def _check_fits(student, judge, connected, dataset) -> None:
+  """Raises where the pair does not belong together, or to a data set."""
+  from ijckd_jax.bounds import pairs
+
+  bundle_flags.check_fits('bundle', student, dataset)
+  bundle_flags.check_fits('teacher', judge, dataset, has_head=connected is None)
+  teacher = judge.teacher()
+  if connected is not None and not pairs.sees(
+    connected.network, connected.variables, teacher
+  ):
+    raise config_utils.UserError(
+      f"the student's connector is not to this teacher, whose features are "
+      f'{teacher.num_features} wide: give the teacher that it learned from'
+    )
+
+
+def _connected(student, flags: argparse.Namespace):
+  """Returns the student as the teacher's head sees it, where that is known.
+
+  Of a student with a head of its own, its run keeps that beside the bundle.
+  """
+  from ijckd_jax.bundles import bundles
+  from ijckd_jax.runtime import workdirs
+
+  if student.network.connector is not None:
+    return student
+  folder = bundles.find(flags.bundle).parent / workdirs.CONNECTED
+  if not (folder / bundles.SPEC_FILE).exists():
+    return None
+  return bundles.load(folder, trust_code=flags.trust_code)

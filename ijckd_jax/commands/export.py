@@ -1,0 +1,289 @@
+"""Writes a student as a file that runs without this package.
+
+  ijckd export --bundle DIR --format onnx --output student.onnx
+
+Backbone, connector, pool, head and preprocessing become one function: images
+in, logits and probabilities out, for any number of images. Before anything is
+written, the file's own runtime is compared with JAX on test images; what was
+found stands in OUTPUT.json.
+"""
+
+import argparse
+from collections.abc import Callable
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+from ijckd_jax.commands import bundle_flags
+from ijckd_jax.runtime import config_utils
+
+PROG = 'python -m ijckd_jax export'
+# What the folder of a page holds.
+PAGE = frozenset(
+  'index.html page.js pixels.js models.json export.json student.onnx '
+  'teacher.onnx onnxruntime'.split()
+)
+WEIGHTS = ('float32', 'float16', 'int8')
+
+
+def main(argv: list[str], prog: str = PROG) -> None:
+  """Runs the command."""
+  flags = _parser(prog).parse_args(argv)
+  output = pathlib.Path(flags.output)
+  _check_flags(flags, output)
+
+  import jax
+  import jax.numpy as jnp
+
+  from ijckd_jax.bundles import bundles
+  from ijckd_jax.deploy import checks
+  from ijckd_jax.runtime import compilation_cache
+
+  # Products of float32 are rounded on GPUs and TPUs, by more than the check
+  # allows.
+  jax.config.update('jax_platforms', 'cpu')
+  if flags.format in ('onnx', 'web'):
+    from ijckd_jax.deploy import onnx_files
+
+    onnx_files.require()
+  if flags.format == 'web':
+    from ijckd_jax.deploy import web
+
+    runtime = web.runtime()
+  compilation_cache.enable(compilation_cache.DEFAULT)
+  roles = {'student': flags.bundle}
+  if flags.teacher:
+    roles['teacher'] = flags.teacher
+  loaded = {
+    role: bundles.load(path, dtype=jnp.float32, trust_code=flags.trust_code)
+    for role, path in roles.items()
+  }
+  dataset = bundle_flags.dataset_of(loaded['student'], flags)
+  for role, bundle in loaded.items():
+    _check_fits('bundle' if role == 'student' else role, bundle, dataset)
+  made = {
+    role: _export(role, bundle, dataset, flags)
+    for role, bundle in loaded.items()
+  }
+  if flags.format == 'web':
+    models = [
+      web.Model(role, data, about['metadata'])
+      for role, (data, about) in made.items()
+    ]
+    abouts = {role: about for role, (_, about) in made.items()}
+    _save(output, lambda: web.write(output, models, runtime, abouts))
+    print(f'python -m http.server --directory {output}    shows it')
+  else:
+    ((data, about),) = made.values()
+    _save(output, lambda: _write(output, data, about))
+  for role, (_, about) in made.items():
+    where = f'{output}/{role}.onnx' if flags.format == 'web' else output
+    said = about['metadata']['description']
+    print(f'{where}: {said}, {about["bytes"]:,} bytes')
+    print(checks.describe(about['check']))
+
+
+def _export(role, bundle, dataset, flags) -> tuple[bytes, dict[str, Any]]:
+  """Returns a file's content that was checked, and what is known of it."""
+  from ijckd_jax.deploy import checks
+  from ijckd_jax.deploy import deployed as deployed_lib
+
+  deployed = deployed_lib.deploy(bundle, takes=flags.input)
+  data, open_session = ENCODERS[flags.format](bundle, deployed, dataset, flags)
+  order = bundle_flags.class_order(f'the {role}', bundle, dataset, flags)
+  result = checks.compare(
+    bundle,
+    open_session(data),
+    checks.images(dataset, flags.split, flags.check_images, order),
+  )
+  checks.judge(result, flags.weights, flags.max_drop)
+  return data, {
+    'format': flags.format,
+    'weights': flags.weights,
+    'bytes': len(data),
+    'sha256': hashlib.sha256(data).hexdigest(),
+    'check': {'split': flags.split, **result},
+    'metadata': dict(deployed.metadata),
+  }
+
+
+def _onnx(bundle, deployed, dataset, flags):
+  from ijckd_jax.deploy import checks
+  from ijckd_jax.deploy import onnx_files
+
+  del bundle
+  data = onnx_files.encode(deployed)
+  if flags.weights == 'float16':
+    data = onnx_files.halve(data)
+  if flags.weights == 'int8':
+    batches = checks.images(dataset, 'train', flags.calibration_images)
+    data = onnx_files.quantize(
+      data, (checks.as_taken(x['image'], flags.input) for x in batches)
+    )
+  return data, lambda data: onnx_files.Session(data, flags.output)
+
+
+def _stablehlo(bundle, deployed, dataset, flags):
+  from ijckd_jax.deploy import stablehlo_files
+
+  del bundle, dataset
+  data = stablehlo_files.encode(deployed, half=flags.weights == 'float16')
+  return data, lambda data: stablehlo_files.Session(
+    data, flags.output, dict(deployed.metadata)
+  )
+
+
+def _safetensors(bundle, deployed, dataset, flags):
+  from ijckd_jax.deploy import safetensors_files
+
+  del dataset
+  data = safetensors_files.encode(
+    bundle, deployed, half=flags.weights == 'float16'
+  )
+  return data, lambda data: safetensors_files.Session(
+    data, flags.output, trust_code=flags.trust_code
+  )
+
+
+# Each takes the bundle, its function, the data set and the flags, and returns
+# the file's content and what opens such a content in its own runtime.
+ENCODERS: dict[str, Callable[..., tuple[bytes, Callable[[bytes], Any]]]] = {
+  'onnx': _onnx,
+  'stablehlo': _stablehlo,
+  'safetensors': _safetensors,
+  'web': _onnx,
+}
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+  parser = config_utils.ArgumentParser(
+    prog=prog,
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  bundle_flags.add_data_flags(parser)
+  parser.add_argument('--format', required=True, choices=ENCODERS)
+  parser.add_argument(
+    '--output',
+    type=config_utils.expand,
+    required=True,
+    help='the file to write; for web, the folder',
+  )
+  parser.add_argument(
+    '--teacher', help='bundle or run that the page of web shows beside it'
+  )
+  parser.add_argument(
+    '--input',
+    default='uint8',
+    choices=('uint8', 'float32'),
+    help='images as pixels from 0 to 255, or from 0 to 1',
+  )
+  parser.add_argument(
+    '--weights',
+    default='float32',
+    choices=WEIGHTS,
+    help='how they are stored; with int8, which is for onnx, it also computes '
+    'so',
+  )
+  parser.add_argument(
+    '--split',
+    default='test',
+    choices=('train', 'validation', 'test'),
+    help='whose images the file is checked on',
+  )
+  parser.add_argument(
+    '--check_images', type=int, default=1000, help='how many of them'
+  )
+  parser.add_argument(
+    '--calibration_images',
+    type=int,
+    default=512,
+    help='training images that tell the ranges for int8',
+  )
+  parser.add_argument(
+    '--max_drop',
+    type=float,
+    default=0.02,
+    help='part of the images that int8 may cost',
+  )
+  parser.add_argument(
+    '--overwrite', action='store_true', help='replace what is there'
+  )
+  return parser
+
+
+def _check_flags(flags, output: pathlib.Path) -> None:
+  """Raises where the flags do not go together, or something is in the way."""
+  if flags.weights == 'int8' and flags.format not in ('onnx', 'web'):
+    raise config_utils.UserError(
+      f'--weights int8 is for --format onnx or web, not for {flags.format}'
+    )
+  if flags.teacher and flags.format != 'web':
+    raise config_utils.UserError(
+      '--teacher is for --format web; elsewhere, export it as --bundle'
+    )
+  for name in ('check_images', 'calibration_images'):
+    config_utils.check_positive(f'--{name}', getattr(flags, name))
+  if flags.format == 'web':
+    _check_folder(output, flags.overwrite)
+    return
+  if output.is_dir():
+    raise config_utils.UserError(f'--output {output} is a folder: name a file')
+  for path in (output, _beside(output)):
+    _check_free(path, flags.overwrite)
+
+
+def _check_free(path: pathlib.Path, overwrite: bool) -> None:
+  if path.exists() and not overwrite:
+    raise config_utils.UserError(
+      f'{path} is already there: give --overwrite to replace it'
+    )
+
+
+def _check_folder(folder: pathlib.Path, overwrite: bool) -> None:
+  """Raises unless a page can be written there, and nothing else is lost."""
+  if folder.exists():
+    there = set(os.listdir(folder)) if folder.is_dir() else set()
+    if 'models.json' not in there or there - PAGE:
+      raise config_utils.UserError(
+        f'{folder} is there, and is no page of this command alone: give '
+        'another --output'
+      )
+  _check_free(folder, overwrite)
+
+
+def _check_fits(what: str, bundle, dataset) -> None:
+  """Raises where a data set's images are not what the file will take."""
+  bundle_flags.check_fits(what, bundle, dataset)
+  wanted, found = tuple(bundle.image_shape), tuple(dataset.image_shape)
+  if wanted != found:
+    wanted, found = ('x'.join(map(str, x)) for x in (wanted, found))
+    raise config_utils.UserError(
+      f'the {what} takes images of {wanted}, but the data set has {found}: '
+      'give --dataset or --dataset_fields of images like those'
+    )
+
+
+def _beside(output: pathlib.Path) -> pathlib.Path:
+  return output.with_name(f'{output.name}.json')
+
+
+def _write(output: pathlib.Path, data: bytes, about) -> None:
+  """Writes a file, and what is known of it beside it."""
+  from ijckd_jax.runtime import disk
+
+  output.parent.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(about, indent=2) + '\n'
+  disk.write_files({_beside(output): text.encode(), output: data})
+
+
+def _save(output: pathlib.Path, save: Callable[[], None]) -> None:
+  """Calls `save`; a disk that cannot be written is the user's to mend."""
+  try:
+    save()
+  except OSError as error:
+    raise config_utils.UserError(
+      f'cannot write {output}: {config_utils.reason(error)}'
+    ) from error

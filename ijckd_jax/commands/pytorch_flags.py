@@ -1,0 +1,132 @@
+"""Flags of the commands that read PyTorch: of images, classes and output."""
+
+import argparse
+import codecs
+from collections.abc import Callable
+import math
+import re
+
+from etils import epath
+
+from ijckd_jax.data import datasets
+from ijckd_jax.runtime import config_utils
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags that say how images are prepared, and of classes."""
+  parser.add_argument(
+    '--preprocessing',
+    help='a name such as cifar100 or imagenet; default: the usual one',
+  )
+  parser.add_argument('--mean', help='of pixels in [0, 1], by commas')
+  parser.add_argument('--std', help='likewise')
+  parser.add_argument('--image_size', help='side in pixels, or 14x28')
+  parser.add_argument('--interpolation', help='bilinear (default) or bicubic')
+  parser.add_argument('--class_names', help='a file with a name a line')
+
+
+def check_free(path: epath.Path, overwrite: bool) -> None:
+  """Raises where something is in the way."""
+  if path.exists() and not overwrite:
+    raise config_utils.UserError(
+      f'{path} is already there: give --overwrite to replace it'
+    )
+
+
+def check_only_bundle(folder: epath.Path) -> None:
+  """Raises where a folder that is to be replaced holds more than a bundle."""
+  from ijckd_jax.bundles import bundles
+
+  there = [path.name for path in folder.iterdir()] if folder.is_dir() else ['']
+  foreign = [name for name in there if name not in bundles.FILES]
+  if foreign or bundles.SPEC_FILE not in there:
+    what = f' (it has {foreign[0]})' if foreign and foreign[0] else ''
+    raise config_utils.UserError(
+      f'{folder} is no bundle alone{what}, so it is not replaced: give another '
+      '--output'
+    )
+
+
+def write(save: Callable[[], None], path: epath.Path) -> None:
+  """Calls `save`; a disk that cannot be written is the user's to mend."""
+  try:
+    save()
+  except OSError as error:
+    raise config_utils.UserError(
+      f'cannot write {path}: {config_utils.reason(error)}'
+    ) from error
+
+
+def preprocessing(flags: argparse.Namespace):
+  """Returns what the flags say of how images are prepared; None: nothing."""
+  own = (flags.mean, flags.std, flags.image_size)
+  if all(given is None for given in (*own, flags.interpolation)):
+    return flags.preprocessing
+  if flags.preprocessing:
+    raise config_utils.UserError(
+      'give --preprocessing, or --mean, --std and --image_size, not both'
+    )
+  if any(given is None for given in own):
+    raise config_utils.UserError('--mean, --std and --image_size go together')
+
+  from ijckd_jax.data import augment
+
+  mean, std = (
+    _numbers(name, text)
+    for name, text in (('mean', flags.mean), ('std', flags.std))
+  )
+  try:
+    datasets.check_statistics(mean, std, len(mean))
+  except config_utils.UserError as error:
+    raise config_utils.UserError(f'--mean and --std: {error}') from error
+  interpolation = flags.interpolation or 'bilinear'
+  if interpolation not in augment.INTERPOLATIONS:
+    raise config_utils.unknown(
+      'interpolation', interpolation, augment.INTERPOLATIONS
+    )
+  return augment.Preprocessing(
+    mean, std, _size(flags.image_size), interpolation
+  )
+
+
+def _size(text: str) -> tuple[int, int]:
+  """Returns (H, W) of `SIDE` or `HxW`."""
+  found = re.fullmatch(r'([1-9]\d*)(?:x([1-9]\d*))?', text)
+  if not found:
+    raise config_utils.UserError(
+      f'--image_size {text}: give a side in pixels, or HEIGHTxWIDTH'
+    )
+  return int(found[1]), int(found[2] or found[1])
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+  try:
+    numbers = tuple(map(float, text.split(',')))
+  except ValueError:
+    numbers = ()
+  if not (numbers and all(map(math.isfinite, numbers))):
+    raise config_utils.UserError(
+      f'--{name} {text}: give a number for each channel, by commas'
+    )
+  return numbers
+
+
+def class_names(flags: argparse.Namespace) -> tuple[str, ...]:
+  """Returns the lines of the file of names; none without one."""
+  path = flags.class_names
+  if path is None:
+    return ()
+  try:
+    data = epath.Path(config_utils.expand(path)).read_bytes()
+    # Windows puts a mark before a text, and may write UTF-16.
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding = 'utf-16' if data.startswith(marks) else 'utf-8-sig'
+    lines = data.decode(encoding).splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    raise config_utils.UserError(
+      f'--class_names {path} cannot be read: {error}'
+    ) from error
+  names = tuple(line.strip() for line in lines if line.strip())
+  if not names:
+    raise config_utils.UserError(f'--class_names {path} is empty')
+  return names

@@ -1,0 +1,136 @@
+"""The sum of methods: one, and the terms of others beside its own."""
+
+import dataclasses
+from typing import Any
+
+from ijckd_jax.distillation.methods import auxiliary
+
+
+class Modules(auxiliary.Auxiliary, kw_only=True):
+  """The auxiliary modules of several methods, side by side.
+
+  Attributes:
+    modules: one for each method, or None.
+  """
+
+  modules: tuple[auxiliary.Auxiliary | None, ...]
+
+  def setup(self):
+    self.parts = [
+      module
+      and module.clone(
+        axis_name=self.axis_name,
+        dtype=self.dtype,
+        unbiased_variance=self.unbiased_variance,
+      )
+      for module in self.modules
+    ]
+
+  def __call__(self, student, teacher, *, train):
+    """Returns what each makes; None for a method without one."""
+    return tuple(
+      part and part(student, teacher, train=train) for part in self.parts
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum:
+  """A method whose loss has the terms of others added.
+
+  The student is connected once: as the first method wants it, else as the first
+  of the others that wants it. All see it by that connector, and read the
+  prediction that the first method makes.
+
+  Attributes:
+    first: it.
+    others: the others.
+    labels: by what the others' terms are called.
+  """
+
+  first: Any
+  others: tuple[Any, ...]
+  labels: tuple[str, ...]
+
+  @property
+  def predicts_with(self) -> str:
+    """The first method's."""
+    return self.first.predicts_with
+
+  @property
+  def tap(self) -> str:
+    """The first method's."""
+    return self.first.tap
+
+  @property
+  def needs_teacher(self) -> bool:
+    """Whether one of them does."""
+    return any(getattr(m, 'needs_teacher', True) for m in self._all)
+
+  @property
+  def _all(self):
+    return (self.first, *self.others)
+
+  def build_connector(self, student, teacher):
+    """Returns the connector of the first that has one, or None."""
+    found = (m.build_connector(student, teacher) for m in self._all)
+    return next((c for c in found if c is not None), None)
+
+  def auxiliary(self, student, teacher):
+    """Returns the modules of all; None where there is none."""
+    modules = tuple(
+      m.auxiliary(student, teacher) if hasattr(m, 'auxiliary') else None
+      for m in self._all
+    )
+    return Modules(modules=modules) if any(modules) else None
+
+  def loss(self, student, teacher, batch):
+    """Returns the sum; the others' terms are called by their method too."""
+    total, terms = 0.0, {}
+    names = ('', *(f'{label}_' for label in self.labels))
+    for number, (method, name) in enumerate(zip(self._all, names, strict=True)):
+      seen, rows = self._of(number, student), self._rows(method, batch)
+      value, found = method.loss(seen, teacher, rows)
+      total += value
+      for term, size in found.items():
+        terms[f'{name}{term}'] = size
+    return total, terms
+
+  @property
+  def memory(self):
+    """As a method's; None where no method has one."""
+    return self._memory if self._remembering else None
+
+  def notes(self, student, batch):
+    """As a method's, of those that have one."""
+    return tuple(
+      method.notes(self._of(number, student), self._rows(method, batch))
+      for number, method in enumerate(self._all)
+      if method in self._remembering
+    )
+
+  def remember(self, memory, notes):
+    """As a method's, of those that have one."""
+    return tuple(
+      method.remember(*own)
+      for method, *own in zip(self._remembering, memory, notes, strict=True)
+    )
+
+  @property
+  def _remembering(self):
+    return [m for m in self._all if getattr(m, 'memory', None)]
+
+  def _memory(self, key, num_examples):
+    return tuple(m.memory(key, num_examples) for m in self._remembering)
+
+  def _of(self, number: int, student):
+    """Returns the student with one method's auxiliary results."""
+    if student.auxiliary is None:
+      return student
+    return student.replace(auxiliary=student.auxiliary[number])
+
+  def _rows(self, method, batch):
+    """Returns the batch with one method's memory."""
+    if method not in self._remembering:
+      return batch
+    place = self._remembering.index(method)
+    return {**batch, 'memory': batch['memory'][place]}

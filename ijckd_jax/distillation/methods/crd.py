@@ -1,0 +1,214 @@
+"""CRD: tell the teacher's embedding of an image from those of other classes.
+
+Source: Tian et al. 2020, "Contrastive Representation Distillation",
+https://arxiv.org/abs/1910.10699; the numbers are RepDistiller's.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ijckd_jax.data import augment
+from ijckd_jax.distillation.methods import auxiliary
+from ijckd_jax.models import layers
+from ijckd_jax.models import losses
+from ijckd_jax.runtime import config_utils
+
+EPSILON = 1e-7
+NETWORKS = ('student', 'teacher')
+
+
+class Embeddings(auxiliary.Auxiliary, kw_only=True):
+  """Pooled features of both networks, linearly, as vectors of length one.
+
+  Attributes:
+    width: of the vectors.
+  """
+
+  width: int
+
+  @nn.compact
+  def __call__(self, student, teacher, *, train):
+    """Returns (B, width) float32 by network."""
+    del train
+    found = {}
+    for name, seen in zip(NETWORKS, (student, teacher), strict=True):
+      layer = nn.Dense(
+        self.width,
+        kernel_init=layers.TORCH_DEFAULT,
+        bias_init=layers.torch_bias(seen.pooled.shape[-1]),
+        name=name,
+      )
+      found[name] = losses.normalize(layer(seen.pooled))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """Cross-entropy, and contrasts with a memory of all training images.
+
+  The memory is two vectors for each image, which stay on every device: 51 MB
+  for CIFAR-100, 1.3 GB for ImageNet. Each row is contrasted with images that
+  are not known to be of its class: of another one, or not seen yet; a row
+  without a label with any. They are drawn without replacement, or with it where
+  there are fewer than asked for. All products of a batch with the memory are
+  computed: that takes (B, N) numbers, and no gathering of (B, K, width).
+
+  Attributes:
+    cross_entropy_weight: weight of the labels' cross-entropy.
+    weight: of the contrast, the sum of both networks' sides, mean over B.
+    num_negatives: K, for each row.
+    temperature: tau.
+    momentum: of the memory.
+    width: of the vectors.
+  """
+
+  cross_entropy_weight: float = 1.0
+  weight: float = 0.8
+  num_negatives: int = 16384
+  temperature: float = 0.07
+  momentum: float = 0.5
+  width: int = 128
+
+  predicts_with = 'own'
+  tap = 'final'
+
+  def __post_init__(self):
+    config_utils.check_positive('temperature', self.temperature)
+    config_utils.check_positive('num_negatives', self.num_negatives)
+    config_utils.check_positive('width', self.width)
+
+  def build_connector(self, student, teacher):
+    """Returns None: the embeddings are not what a head reads."""
+    del student, teacher
+
+  def auxiliary(self, student, teacher):
+    """Returns the embeddings."""
+    del student, teacher
+    return Embeddings(width=self.width)
+
+  def memory(self, key: jax.Array, num_examples: int):
+    """Returns vectors at random, no labels, and no normalisers yet (zero)."""
+    bound = (self.width / 3) ** -0.5
+    keys = zip(NETWORKS, jax.random.split(key), strict=True)
+    return {
+      'vectors': {
+        name: jax.random.uniform(
+          own, (num_examples, self.width), minval=-bound, maxval=bound
+        )
+        for name, own in keys
+      },
+      'label': jnp.full(num_examples, -1, jnp.int32),
+      'normaliser': dict.fromkeys(NETWORKS, jnp.zeros(())),
+    }
+
+  def loss(self, student, teacher, batch):
+    """Returns the weighted sum and its terms."""
+    del teacher
+
+    def contrast():
+      noise = self.num_negatives / len(batch['memory']['label'])
+      return sum(
+        _contrast(positives, negatives, noise)
+        for positives, negatives, _ in self._scores(student, batch)
+      )
+
+    return losses.combine(
+      cross_entropy=(
+        self.cross_entropy_weight,
+        lambda: losses.cross_entropy(student.logits, batch['label']),
+      ),
+      contrast=(self.weight, contrast),
+    )
+
+  def notes(self, student, batch):
+    """Returns the rows that the memory is to hold, and their normalisers."""
+    found, rows = self._scores(student, batch), len(batch['index'])
+    return {
+      'index': batch['index'],
+      'label': losses.single_labels(batch['label']),
+      'vectors': student.auxiliary,
+      'normaliser': {
+        name: jnp.full(rows, normaliser)
+        for name, (*_, normaliser) in zip(NETWORKS, found, strict=True)
+      },
+    }
+
+  def remember(self, memory, notes):
+    """Returns the memory with the rows of all devices noted.
+
+    Of rows of one image, in a batch that crosses epochs, the first one counts.
+    """
+    index, count = notes['index'], len(memory['label'])
+    earlier = jnp.tril(index[:, None] == index[None], -1).any(axis=1)
+    place = jnp.where(earlier, count, index)  # Out of range: not noted.
+    vectors = {}
+    for name, old in memory['vectors'].items():
+      mixed = self.momentum * old[index]
+      mixed += (1 - self.momentum) * notes['vectors'][name]
+      vectors[name] = old.at[place].set(losses.normalize(mixed), mode='drop')
+    normaliser = {
+      name: jnp.where(old > 0, old, jnp.mean(notes['normaliser'][name]))
+      for name, old in memory['normaliser'].items()
+    }
+    label = memory['label'].at[place].set(notes['label'], mode='drop')
+    return {'vectors': vectors, 'label': label, 'normaliser': normaliser}
+
+  def _negatives(self, batch):
+    """Returns indices (B, K) in the memory, of each row's own key."""
+    known, index = batch['memory']['label'], batch['index']
+    labels = losses.single_labels(batch['label'])
+    same = (known[None] == labels[:, None]) & (labels[:, None] >= 0)
+    allowed = ~(same | (jnp.arange(len(known))[None] == index[:, None]))
+    keys = jax.vmap(augment.example_key, in_axes=(None, 0, 0))(
+      batch['key'], batch['epoch'], index
+    )
+
+    def without(key, allowed):
+      order = jax.random.uniform(key, allowed.shape)
+      _, chosen = jax.lax.top_k(
+        jnp.where(allowed, order, -1.0), self.num_negatives
+      )
+      return chosen
+
+    def replaced(key, allowed):
+      ends = jnp.cumsum(allowed)
+      drawn = jax.random.randint(key, (self.num_negatives,), 0, ends[-1])
+      return jnp.searchsorted(ends, drawn, side='right')
+
+    if self.num_negatives >= len(known):
+      return jax.vmap(replaced)(keys, allowed)
+    enough = jnp.all(jnp.sum(allowed, axis=1) >= self.num_negatives)
+    return jax.lax.cond(
+      enough, jax.vmap(without), jax.vmap(replaced), keys, allowed
+    )
+
+  def _scores(self, student, batch):
+    """Returns (positives (B,), negatives (B, K), normaliser) by network.
+
+    Each network's vectors are compared with the other one's memory.
+    """
+    memory, index = batch['memory'], batch['index']
+    places = jnp.concatenate([index[:, None], self._negatives(batch)], axis=1)
+    count, found = len(memory['label']), []
+    for name, other in zip(NETWORKS, reversed(NETWORKS), strict=True):
+      products = jnp.matmul(
+        student.auxiliary[name], memory['vectors'][other].T, precision='highest'
+      )
+      scores = jnp.take_along_axis(products, places, axis=1)
+      scores = jnp.exp(scores / self.temperature)
+      first = jax.lax.stop_gradient(jnp.mean(scores)) * count
+      fixed = memory['normaliser'][name]
+      normaliser = jnp.where(fixed > 0, fixed, first)
+      scores = scores / normaliser
+      found.append((scores[:, 0], scores[:, 1:], normaliser))
+    return found
+
+
+def _contrast(positives, negatives, noise):
+  """Returns the contrast of one network: the mean over the rows."""
+  own = jnp.log(positives / (positives + noise + EPSILON))
+  others = jnp.log(noise / (negatives + noise + EPSILON))
+  return -jnp.mean(own + jnp.sum(others, axis=1))

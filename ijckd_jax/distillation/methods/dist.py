@@ -1,0 +1,76 @@
+"""DIST: predictions that correlate with the teacher's, by image and by class.
+
+Source: Huang et al. 2022, "Knowledge Distillation from A Stronger Teacher",
+https://arxiv.org/abs/2205.10536.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ijckd_jax.models import losses
+from ijckd_jax.runtime import config_utils
+
+EPSILON = 1e-8  # Least product of the norms in a correlation.
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """Cross-entropy, and T^2 (1 - Pearson's correlation) of softened predictions.
+
+  Within classes it compares the images of one device (and of one piece, where
+  the batch is worked through in pieces).
+
+  Attributes:
+    cross_entropy_weight: weight of the labels' cross-entropy.
+    inter_weight: of the correlation over classes, mean over images (beta).
+    intra_weight: of that over images, mean over classes (gamma).
+    temperature: T; the authors take 4 on CIFAR-100.
+    standardize: standardise logits first (losses.standardize_logits).
+  """
+
+  cross_entropy_weight: float = 1.0
+  inter_weight: float = 1.0
+  intra_weight: float = 1.0
+  temperature: float = 1.0
+  standardize: bool = False
+
+  predicts_with = 'own'
+  tap = 'final'
+
+  def __post_init__(self):
+    config_utils.check_positive('temperature', self.temperature)
+
+  def build_connector(self, student, teacher):
+    """Returns None: logits need no connector."""
+    del student, teacher
+
+  def loss(self, student, teacher, batch):
+    """Returns the weighted sum and its terms."""
+    ours, theirs = (
+      jax.nn.softmax(logits / self.temperature)
+      for logits in losses.read_logits(
+        student.logits, teacher.logits, self.standardize
+      )
+    )
+
+    def distance(x, y):
+      return self.temperature**2 * (1 - jnp.mean(_correlation(x, y)))
+
+    return losses.combine(
+      cross_entropy=(
+        self.cross_entropy_weight,
+        lambda: losses.cross_entropy(student.logits, batch['label']),
+      ),
+      inter=(self.inter_weight, lambda: distance(ours, theirs)),
+      intra=(self.intra_weight, lambda: distance(ours.T, theirs.T)),
+    )
+
+
+def _correlation(x, y):
+  """Returns Pearson's correlation of each row."""
+  x, y = (z - jnp.mean(z, axis=-1, keepdims=True) for z in (x, y))
+  norms = (losses.safe_sqrt(jnp.sum(jnp.square(z), axis=-1)) for z in (x, y))
+  first, second = norms
+  return jnp.sum(x * y, axis=-1) / jnp.maximum(first * second, EPSILON)

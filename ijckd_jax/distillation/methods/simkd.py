@@ -1,0 +1,41 @@
+"""SimKD: match the teacher's last map, and reuse its classifier.
+
+Source: Chen et al. 2022, "Knowledge Distillation with the Reused Teacher
+Classifier", https://arxiv.org/abs/2203.14001.
+"""
+
+import dataclasses
+
+from ijckd_jax.distillation import connectors
+from ijckd_jax.models import losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """The student's map, through a bottleneck, regresses the teacher's.
+
+  Attributes:
+    feature_weight: weight of the maps' squared error, mean over all elements.
+    factor: width divisor of the bottleneck.
+  """
+
+  feature_weight: float = 1.0
+  factor: int = 2
+
+  predicts_with = 'teacher'
+  tap = 'stage'
+
+  def build_connector(self, student, teacher):
+    """Returns the bottleneck."""
+    del student
+    return connectors.build('bottleneck', teacher, factor=self.factor)
+
+  def loss(self, student, teacher, batch):
+    """Returns the feature term alone: the labels are not used."""
+    del batch
+    return losses.combine(
+      feature=(
+        self.feature_weight,
+        lambda: losses.feature_distance(student.connected, teacher, 'map'),
+      ),
+    )

@@ -1,0 +1,60 @@
+"""VkD: an orthogonal projection onto the teacher's normalised features.
+
+Source: Miles et al. 2024, "VkD: Improving Knowledge Distillation using
+Orthogonal Projections", https://arxiv.org/abs/2403.06213.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from ijckd_jax.distillation import connectors
+from ijckd_jax.models import losses
+
+EPSILON = 1e-5  # Added to the variance, as batch norm does.
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """Cross-entropy of the own head, and projected features' squared error.
+
+  The teacher's pooled features are standardised over the images of one device
+  (and of one piece, where the batch is worked through in pieces).
+
+  Attributes:
+    cross_entropy_weight: weight of the labels' cross-entropy.
+    weight: of the squared error, mean over B D; the paper's weights belong to
+      its recipes, one is this library's.
+  """
+
+  cross_entropy_weight: float = 1.0
+  weight: float = 1.0
+
+  predicts_with = 'own'
+  tap = 'final'
+
+  def build_connector(self, student, teacher):
+    """Returns the projection."""
+    del student
+    return connectors.build('orthogonal', teacher)
+
+  def loss(self, student, teacher, batch):
+    """Returns the weighted sum and its terms."""
+    return losses.combine(
+      cross_entropy=(
+        self.cross_entropy_weight,
+        lambda: losses.cross_entropy(student.logits, batch['label']),
+      ),
+      feature=(
+        self.weight,
+        lambda: losses.mean_squared_error(
+          student.connected.pooled, _standardize(teacher.pooled)
+        ),
+      ),
+    )
+
+
+def _standardize(x):
+  """Returns features of mean zero and variance one over the batch."""
+  x = losses.at_least_float32(x)
+  return (x - jnp.mean(x, axis=0)) / jnp.sqrt(jnp.var(x, axis=0) + EPSILON)

@@ -1,0 +1,174 @@
+"""One step on one device. Collectives go over parallel.AXIS, and only here."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ijckd_jax.distillation import distiller as distiller_lib
+from ijckd_jax.distillation import stored_outputs
+from ijckd_jax.distillation import train_state as train_state_lib
+from ijckd_jax.models import cpu_conv
+from ijckd_jax.models import losses
+from ijckd_jax.runtime import parallel
+
+# Streams of the run's key.
+AUGMENTATION_STREAM = 0
+INIT_STREAM = 1
+MIXING_STREAM = 2
+METHOD_STREAM = 3
+
+
+def train_step(
+  state: train_state_lib.TrainState,
+  frozen: Any,
+  batch: dict[str, jax.Array],
+  key: jax.Array,
+  **static,
+) -> tuple[train_state_lib.TrainState, dict[str, tuple]]:
+  """Makes one update from this device's rows of the batch.
+
+  Args and results are those of `filling_step`, without the rows.
+  """
+  result, _ = filling_step(state, frozen, batch, key, **static)
+  return result
+
+
+@cpu_conv.fast_convolutions()
+def filling_step(
+  state: train_state_lib.TrainState,
+  frozen: Any,
+  batch: dict[str, jax.Array],
+  key: jax.Array,
+  *,
+  distiller: distiller_lib.Distiller,
+  tx: optax.GradientTransformation,
+  augmentation,
+  ema_decay: float,
+  num_pieces: int,
+  stored: stored_outputs.Stored | None = None,
+  mixing=None,
+) -> tuple[tuple[train_state_lib.TrainState, dict[str, tuple]], dict[str, Any]]:
+  """Makes one update, and returns the teacher's outputs beside it.
+
+  Args:
+    state: the state before; its buffers may be taken over.
+    frozen: the teacher's arrays, never donated; None without a teacher.
+    batch: 'image' uint8 (B, H, W, C), 'label', 'index' and 'epoch' int32 (B,);
+      and 'teacher', its stored outputs, where it is not to run.
+    key: the run's key.
+    distiller: the pair and the method.
+    tx: the optimizer.
+    augmentation: `(key, images, epochs, indices) -> images`.
+    ema_decay: of the moving average, where the state holds one; less in the
+      first steps.
+    num_pieces: parts in which the rows are worked through, gradients averaged;
+      batch norm sees one part at a time.
+    stored: which of the teacher's outputs are stored; None where none are.
+    mixing: `(key, images, labels, epochs, indices) -> images, labels` of the
+      augmented images, see mixing; None: they are not mixed.
+
+  Returns:
+    The state after, and (sum, count) of each metric over all devices; and rows:
+    'index', 'epoch' and, where they are stored, the 'teacher' outputs.
+  """
+  images, labels = batch['image'], batch['label']
+  epochs, indices = batch['epoch'], batch['index']
+  stream = jax.random.fold_in(key, AUGMENTATION_STREAM)
+  images = augmentation(stream, images, epochs, indices)
+  if mixing is not None:
+    stream = jax.random.fold_in(key, MIXING_STREAM)
+    images, labels = mixing(stream, images, labels, epochs, indices)
+  batch = {**batch, 'image': images, 'label': labels}
+
+  def loss_fn(params, batch_stats, teacher, rows):
+    variables = {'params': params, 'batch_stats': batch_stats}
+    total, (terms, student, batch_stats) = distiller.objective(
+      variables, frozen, teacher, rows
+    )
+    notes = None
+    if distiller.remembers:
+      notes = distiller.method.notes(student, rows)
+    return total, (batch_stats, terms, student.logits, notes)
+
+  def piece(carry, rows):
+    batch_stats, gradients, memory = carry
+    rows = dict(rows)
+    if distiller.remembers:
+      rows |= {
+        'memory': memory,
+        'key': jax.random.fold_in(key, METHOD_STREAM),
+      }
+    teacher, kept = None, rows.pop('teacher', None)
+    if kept is None and distiller.teacher is not None:
+      teacher = distiller.teach(frozen, rows['image'])
+      if stored is not None:
+        kept = stored.take(teacher)
+    if kept is not None:
+      teacher = stored.restore(kept)
+    (total, (batch_stats, terms, logits, notes)), new = jax.value_and_grad(
+      loss_fn, has_aux=True
+    )(state.params, batch_stats, teacher, rows)
+    gradients = jax.tree.map(jnp.add, gradients, new)
+    if distiller.remembers:
+      # The same on every device: all of them note the rows of all.
+      notes = jax.lax.all_gather(notes, parallel.AXIS, tiled=True)
+      memory = distiller.method.remember(memory, notes)
+    sums = _sums({'loss': total, **terms}, logits, rows['label'])
+    return (batch_stats, gradients, memory), (sums, kept)
+
+  zeros = jax.tree.map(jnp.zeros_like, state.params)
+  carry = (state.batch_stats, zeros, state.memory)
+  if num_pieces == 1:
+    (batch_stats, gradients, memory), (sums, kept) = piece(carry, batch)
+  else:
+    pieces = jax.tree.map(
+      lambda x: x.reshape(num_pieces, -1, *x.shape[1:]), batch
+    )
+    (batch_stats, gradients, memory), (sums, kept) = jax.lax.scan(
+      piece, carry, pieces
+    )
+    kept = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
+    gradients = jax.tree.map(lambda g: g / num_pieces, gradients)
+    sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+
+  gradients, batch_stats = jax.lax.pmean(
+    (gradients, batch_stats), parallel.AXIS
+  )
+  sums = jax.lax.psum(sums, parallel.AXIS)
+  # Not summed: it is the same on every device, and is there to be finite.
+  sums['gradient_norm'] = (optax.tree.norm(gradients), jnp.ones(()))
+  updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  ema = state.ema
+  if ema is not None:
+    # A long memory must not be one of the random start: it grows with the run.
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+    ema = optax.incremental_update(
+      {'params': params, 'batch_stats': batch_stats}, ema, 1 - decay
+    )
+  state = state.replace(
+    step=state.step + 1,
+    params=params,
+    batch_stats=batch_stats,
+    opt_state=opt_state,
+    ema=ema,
+    memory=memory,
+  )
+  rows = {'index': batch['index'], 'epoch': batch['epoch'], 'teacher': kept}
+  return (state, sums), rows
+
+
+def _sums(means, logits, labels):
+  """Returns (sum, count) of means over the rows, and of the accuracy."""
+  count = jnp.asarray(len(logits), jnp.float32)
+  sums = {name: (value * count, count) for name, value in means.items()}
+  labels = losses.single_labels(labels)
+  labelled = labels >= 0
+  correct = labelled & (jnp.argmax(logits, axis=-1) == labels)
+  sums['accuracy'] = (
+    jnp.sum(correct, dtype=jnp.float32),
+    jnp.sum(labelled, dtype=jnp.float32),
+  )
+  return sums

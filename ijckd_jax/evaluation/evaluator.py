@@ -1,0 +1,198 @@
+"""Evaluation of networks on whole splits, beside a teacher if there is one."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
+
+from ijckd_jax.data import input_pipeline
+from ijckd_jax.distillation import network as network_lib
+from ijckd_jax.evaluation import feature_extraction
+from ijckd_jax.evaluation import metrics
+from ijckd_jax.evaluation import pointwise
+from ijckd_jax.models import cpu_conv
+from ijckd_jax.runtime import parallel
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """What a network, and its teacher if there is one, do on a split.
+
+  Attributes:
+    metrics: 'top1', 'top5' (for more than 5 classes), 'nll', 'ece', and where
+      there is a teacher 'agreement' with it and 'kl' to it.
+    confusion: (K, K) int64, true class by predicted, of labelled examples.
+    predictions: (N,) predicted classes.
+    labels: (N,) the true classes; -1 where there is none.
+    teacher: the same of the teacher; None where there is none.
+  """
+
+  metrics: dict[str, float]
+  confusion: np.ndarray
+  predictions: np.ndarray
+  labels: np.ndarray
+  teacher: 'Evaluation | None' = None
+
+
+def make(
+  network,
+  *,
+  mapper,
+  batch_size: int,
+  teacher=None,
+  connected=None,
+  num_workers: int = 0,
+) -> Callable[..., Evaluation]:
+  """Returns a compiled evaluation that counts every example once.
+
+  The teacher runs on a split once; its pooled features are kept in memory.
+
+  Args:
+    network: network.Network.
+    mapper: parallel.Mapper.
+    batch_size: rows of all devices together.
+    teacher: teachers.Teacher to compare with, or None.
+    connected: the network through the teacher's head, see eval_step.
+    num_workers: processes that decode images which do not lie in memory.
+
+  Returns:
+    A function of the network's variables, the teacher's arrays as the mapper
+    placed them (None without a teacher), datasets.Arrays and, where `connected`
+    is another network, its variables.
+  """
+  p_eval_step = mapper.map(
+    functools.partial(eval_step, network=network, connected=connected),
+    rows_in=(False, False, True),
+    rows_out=True,
+  )
+  taught = {}  # By split: the teacher does not change, but for its head.
+  if teacher is not None:
+    p_teach_step = feature_extraction.make_step(
+      lambda frozen, images: teacher(frozen, images).pooled, mapper
+    )
+
+  def batches(arrays):
+    return input_pipeline.eval_batches(
+      arrays,
+      batch_size=batch_size,
+      process_index=jax.process_index(),
+      num_processes=jax.process_count(),
+      num_workers=num_workers,
+    )
+
+  def teach(frozen, arrays) -> list[np.ndarray]:
+    """Returns the pooled features of this process's rows, by batch."""
+    if id(arrays) not in taught:
+      found = (
+        p_teach_step(frozen, mapper.shard(batch), None)
+        for batch in batches(arrays)
+      )
+      pooled = [mapper.rows(rows['rows']) for _, rows in parallel.ahead(found)]
+      taught[id(arrays)] = arrays, pooled
+    return taught[id(arrays)][1]
+
+  def evaluate(variables, frozen, arrays, seen=None) -> Evaluation:
+    variables = mapper.replicate({'student': variables, 'connected': seen})
+    inputs, judge, head = batches(arrays), None, None
+    if teacher is not None:
+      head = variables['student' if seen is None else 'connected']
+      head = jax.device_get(head['params']['head'])
+      judge = {'head': frozen['head'], 'described': None}
+      if connected is not None:
+        judge['described'] = mapper.replicate(pointwise.describe(head))
+      pairs = zip(inputs, teach(frozen, arrays), strict=True)
+      inputs = ({**batch, 'taught': pooled} for batch, pooled in pairs)
+    results = (
+      (batch, *p_eval_step(variables, judge, mapper.shard(batch)))
+      for batch in inputs
+    )
+    totals, rows = None, []
+    for batch, sums, predicted in parallel.ahead(results):
+      sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+      if totals is None:
+        totals = sums
+      else:
+        totals = jax.tree.map(np.add, totals, sums)
+      about = {name: batch[name] for name in ('index', 'label', 'mask')}
+      rows.append({**mapper.rows(predicted), **about})
+    joined = {name: np.concatenate([r[name] for r in rows]) for name in rows[0]}
+    if jax.process_count() > 1:
+      joined = multihost_utils.process_allgather(joined, tiled=True)
+    chosen = np.flatnonzero(joined['mask'])
+    chosen = chosen[np.argsort(joined['index'][chosen])]
+    joined = {name: values[chosen] for name, values in joined.items()}
+    num_classes = variables['student']['params']['head']['bias'].shape[0]
+
+    def evaluation(name, more, below):
+      return Evaluation(
+        {**metrics.summarize(totals[name]), **more},
+        _confusion(joined['label'], joined[name], num_classes),
+        joined[name],
+        joined['label'],
+        below,
+      )
+
+    if teacher is None:
+      return evaluation('student', {}, None)
+    pair = metrics.summarize_pair(totals['pair'])
+    pair |= pointwise.summarize(totals['bounds'], *head['kernel'].shape)
+    return evaluation('student', pair, evaluation('teacher', {}, None))
+
+  return evaluate
+
+
+def _confusion(labels, predictions, num_classes):
+  """Returns (K, K) int64 counts of the labelled examples."""
+  counts = np.zeros((num_classes, num_classes), np.int64)
+  labelled = labels >= 0
+  np.add.at(counts, (labels[labelled], predictions[labelled]), 1)
+  return counts
+
+
+@cpu_conv.fast_convolutions()
+def eval_step(variables, judge, batch, *, network, connected):
+  """Evaluates a network that predicts alone, beside a teacher if there is one.
+
+  Args:
+    variables: 'student' of the network and, where `connected` is another one,
+      'connected' of that.
+    judge: the teacher's 'head', and 'described', the pointwise.Head of
+      `connected`; None without a teacher.
+    batch: this device's rows, with 'mask'; and with 'taught', the teacher's
+      pooled features, where there is one.
+    network: network.Network.
+    connected: the student through the teacher's head, a network.Network; None
+      where it has no connector to the teacher, or there is none.
+
+  Returns:
+    Sums over all devices by 'student', and where there is a teacher 'teacher',
+    'pair' and 'bounds'; and rows: the predicted classes (B,) of each.
+  """
+  images, labels, mask = batch['image'], batch['label'], batch['mask']
+  student = network(variables['student'], network.preprocessing(images))
+  sums = {'student': metrics.prediction_sums(student.logits, labels, mask)}
+  rows = {'student': jnp.argmax(student.logits, axis=-1)}
+  if judge is not None:
+    taught = network_lib.classify(judge['head'], batch['taught'])
+    sums['teacher'] = metrics.prediction_sums(taught, labels, mask)
+    sums['pair'] = metrics.pair_sums(student.logits, taught, mask)
+    rows['teacher'] = jnp.argmax(taught, axis=-1)
+    if connected is None:
+      compared = pointwise.from_logits(taught, student.logits, labels)
+    else:
+      seen, is_apart = student, connected is not network
+      if is_apart:
+        seen = connected(
+          variables['connected'], connected.preprocessing(images)
+        )
+      compared = pointwise.from_features(
+        batch['taught'], seen.pooled, labels, judge['described']
+      )
+      if is_apart:
+        compared = compared.replace(own=rows['student'])
+    sums['bounds'] = pointwise.sums(compared, mask)
+  return jax.lax.psum(sums, parallel.AXIS), rows

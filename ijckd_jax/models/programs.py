@@ -1,0 +1,202 @@
+"""Functions of arrays as files: exported by JAX, run wherever it runs.
+
+A program is StableHLO in the envelope of jax.export. It computes, and can do
+nothing else: one that calls out of itself is refused. But XLA, which reads it,
+was not made for files of strangers: bytes that are wrong can end the process.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+from jax import export
+import jax.numpy as jnp
+
+from ijckd_jax.models import losses
+from ijckd_jax.runtime import config_utils
+
+POOL = 'pool'  # The name of a pool's program.
+PROGRAM = 'program'  # The name of a pool that is one.
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+# What jax.export itself puts into a program of free sizes, and XLA takes away.
+KNOWN_CALLS = frozenset({'shape_assertion'})
+CONVERT = 'convert it again with ijckd convert'
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """`(arrays by name, x (B, ...)) -> a tree of (B, ...)`, for any B.
+
+  It runs under jit, pmap and shard_map. JAX has no batching rule for it: vmap
+  refuses it.
+
+  Attributes:
+    data: the file's content.
+  """
+
+  data: bytes = dataclasses.field(repr=False)
+
+  @functools.cached_property
+  def _exported(self) -> export.Exported:
+    return export.deserialize(bytearray(self.data))
+
+  def __call__(self, arrays: Mapping[str, jax.Array], x: jax.Array) -> Any:
+    """Returns what it computes."""
+    return self._exported.call(dict(arrays), x)
+
+  @property
+  def takes(self) -> tuple[Any, ...]:
+    """The shape of `x`; the batch's size, which is free, is its name."""
+    _, x = self._avals()
+    return (str(x.shape[0]), *x.shape[1:])
+
+  @property
+  def arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the arrays by name."""
+    shapes, _ = self._avals()
+    return {
+      name: jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+      for name, aval in shapes.items()
+    }
+
+  @property
+  def gives(self) -> Any:
+    """The dimensions that each result has beside the batch's."""
+    exported = self._exported
+    return jax.tree.unflatten(
+      exported.out_tree, [aval.shape[1:] for aval in exported.out_avals]
+    )
+
+  @property
+  def platforms(self) -> tuple[str, ...]:
+    """For which it was exported."""
+    return tuple(self._exported.platforms)
+
+  def _avals(self):
+    """Returns the arguments: arrays by name, and x."""
+    exported = self._exported
+    arguments, keywords = jax.tree.unflatten(
+      exported.in_tree, exported.in_avals
+    )
+    arrays, x = arguments
+    if keywords or not isinstance(arrays, dict):
+      raise ValueError('it is no function of arrays by name and of x')
+    return arrays, x
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+  """A pool that is a program, `(its variables, map) -> pooled`.
+
+  Attributes:
+    program: `(arrays, x) -> (B, D) float32`, where x is the map (B, H, W, C) in
+      float32, or its average (B, C).
+  """
+
+  program: Program
+
+  def __call__(self, variables, final: jax.Array) -> jax.Array:
+    """Returns `pooled` (B, D) float32 of a map.
+
+    Raises:
+      config_utils.UserError: the pool takes maps of another size.
+    """
+    x, takes = losses.at_least_float32(final), self.program.takes
+    if len(takes) == 2:
+      x = jnp.mean(x, axis=(1, 2))
+    elif takes[1:] != x.shape[1:]:
+      raise config_utils.UserError(
+        f"the teacher's pool takes maps of {_shape(takes[1:])}, but gets one "
+        f'of {_shape(x.shape[1:])}: a student that is connected before it '
+        "needs a map as large as the teacher's; or match pooled features "
+        "(method ijckd with connector='mlp' and feature_site='pooled', srrl "
+        "with connects='pooled')"
+      )
+    return self.program(variables.get('params', {}), x)
+
+  @property
+  def shapes(self) -> dict[str, Any]:
+    """Shapes of its variables."""
+    return {'params': self.program.arrays} if self.program.arrays else {}
+
+
+def of_pool(pool: Any) -> dict[str, Program]:
+  """Returns a pool's program by name, if it is one."""
+  return {POOL: pool.program} if isinstance(pool, Pool) else {}
+
+
+def trace(
+  fn: Callable[[Mapping[str, jax.Array], jax.Array], Any],
+  arrays: Mapping[str, jax.ShapeDtypeStruct],
+  shape: Sequence[int],
+  *,
+  vjp_order: int = 0,
+) -> Program:
+  """Returns a function of one example as a program for any number of them.
+
+  Args:
+    fn: `(arrays, x) -> a tree of arrays`, of an example without its batch.
+    arrays: shapes of its arrays by name.
+    shape: of the example, in float32.
+    vjp_order: how often it can be differentiated.
+  """
+  (batch,) = export.symbolic_shape('b')
+  exported = export.export(
+    jax.jit(jax.vmap(fn, in_axes=(None, 0))), platforms=PLATFORMS
+  )(dict(arrays), jax.ShapeDtypeStruct((batch, *shape), jnp.float32))
+  return Program(bytes(exported.serialize(vjp_order=vjp_order)))
+
+
+def load(data: bytes, what: str) -> Program:
+  """Returns a program.
+
+  Args:
+    data: the file's content, which must be trusted.
+    what: the file, for the message.
+
+  Raises:
+    config_utils.UserError: it is damaged, of another JAX, for other platforms,
+      or calls out of itself.
+  """
+  program = Program(data)
+  try:
+    exported = program._exported
+    version, newest = (
+      exported.calling_convention_version,
+      export.maximum_supported_calling_convention_version,
+    )
+    if version > newest:
+      raise ValueError(f'its calling convention is {version}, above {newest}')
+    text = exported.mlir_module()
+    program.takes, program.gives  # noqa: B018 (they raise where it is none)
+  except Exception as error:  # Whatever a parser may raise.
+    config_utils.raise_outside(error)
+    raise config_utils.UserError(
+      f'{what} cannot be read by jax {jax.__version__} '
+      f'({config_utils.short(error)}): {CONVERT}, under the JAX that is to run '
+      'it, or an older one'
+    ) from error
+  calls = set(re.findall(r'custom_call\s+@([^\s(]+)', text))
+  calls |= set(re.findall(r'call_target_name\s*=\s*"([^"]*)"', text))
+  if unknown := sorted(calls - KNOWN_CALLS):
+    raise config_utils.UserError(
+      f'{what} is not run: it calls {config_utils.short(unknown[0])}, which is '
+      'outside of it'
+    )
+  platform = jax.default_backend()
+  platform = {'gpu': 'cuda'}.get(platform, platform)
+  if platform not in program.platforms:
+    raise config_utils.UserError(
+      f'{what} was converted for {", ".join(program.platforms)}, not for '
+      f'{platform}: {CONVERT}'
+    )
+  return program
+
+
+def _shape(sizes: Sequence[Any]) -> str:
+  return 'x'.join(map(str, sizes))

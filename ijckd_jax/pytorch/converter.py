@@ -1,0 +1,191 @@
+"""Bundles from PyTorch classifiers of any kind, by tracing them."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import importlib.metadata
+from typing import Any
+
+from flax import core
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ijckd_jax.bundles import bundles
+from ijckd_jax.data import augment
+from ijckd_jax.distillation import converted
+from ijckd_jax.distillation import teachers
+from ijckd_jax.models import programs as programs_lib
+from ijckd_jax.pytorch import classifier_parts
+from ijckd_jax.pytorch import splitting
+from ijckd_jax.pytorch import tracing
+from ijckd_jax.runtime import backend
+from ijckd_jax.runtime import config_utils
+
+PACKAGES = ('torch', 'torchax', 'jax')
+# Of a number's scale: more is no rounding, but another network.
+MAX_ERROR = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """A converted classifier.
+
+  Attributes:
+    bundle: it.
+    errors: by 'map', 'pooled' and 'logits', the largest difference from
+      PyTorch's on random images in float32, of the largest number there; and by
+      'bfloat16 logits', say, what that costs.
+    notes: in sentences, how its parts were found and what is missing.
+  """
+
+  bundle: bundles.Bundle
+  errors: dict[str, float]
+  notes: list[str]
+
+
+def convert(
+  model: Any,
+  *,
+  name: str,
+  preprocessing: augment.Preprocessing,
+  class_names: Sequence[str] = (),
+  origin: Mapping[str, Any],
+) -> Result:
+  """Returns a PyTorch classifier as a bundle.
+
+  Args:
+    model: torch.nn.Module; it is put into inference mode.
+    name: what the bundle is called.
+    preprocessing: of its images, whose size is the one that it runs on.
+    class_names: K names; () for numbers.
+    origin: what the bundle is to say of where it comes from.
+
+  Raises:
+    config_utils.UserError: its head is not linear, or it cannot be traced.
+  """
+  backend.start()
+  model = model.eval().requires_grad_(False)
+  image_shape = (*preprocessing.size, len(preprocessing.mean))
+  parts = splitting.split(model, image_shape)
+  num_classes = 0 if parts.bias is None else len(parts.bias)
+  names = tuple(class_names) or tuple(map(str, range(num_classes)))
+  if len(names) != num_classes:
+    raise config_utils.UserError(
+      f'{len(names)} class names for a head of {num_classes} classes'
+    )
+
+  def run(images):
+    x = images.permute(0, 3, 1, 2)
+    if parts.pools_map:
+      return parts.final(x)
+    return parts.final(x), parts.pooled(x)
+
+  traced = tracing.trace(model, run, image_shape)
+  features, notes = {'float32': traced.export(image_shape)}, []
+  try:
+    dtype = jnp.bfloat16
+    features['bfloat16'] = traced.export(image_shape, dtype=dtype)
+  except config_utils.UserError as error:  # Some operators know none.
+    notes.append(f'no program in bfloat16: {error}')
+  pool, pool_name, pool_arrays = teachers.average_pool, 'average', {}
+  if parts.pool is not None:
+    found = tracing.trace(model, parts.pool, parts.pool_takes)
+    # A student is trained through it.
+    pool = programs_lib.Pool(found.export(parts.pool_takes, vjp_order=1))
+    pool_name = programs_lib.PROGRAM
+    pool_arrays = {'params': found.arrays} if found.arrays else {}
+  network = converted.Converted(
+    features=core.FrozenDict(features),
+    pool=pool,
+    preprocessing=preprocessing,
+    signed=parts.signed,
+    pooled_signed=parts.pooled_signed,
+    pools_map=parts.pools_map,
+    buffers=tuple(sorted(traced.arrays.keys() - traced.trainable)),
+  )
+  kinds = {'params': {}, 'batch_stats': {}}
+  for key, array in traced.arrays.items():
+    kind = 'params' if key in traced.trainable else 'batch_stats'
+    kinds[kind][key] = array
+  variables = {kind: {'backbone': arrays} for kind, arrays in kinds.items()}
+  variables |= {'pool': pool_arrays}
+  variables['params']['head'] = _head(parts, network)
+  bundle = bundles.Bundle(
+    network=network,
+    variables=variables,
+    backbone_name=name,
+    pool_name=pool_name,
+    image_shape=image_shape,
+    class_names=names,
+    info={'origin': {**origin, **versions()}},
+  )
+  errors = _compare(bundle, model, parts)
+  for what in ('map', 'pooled', 'logits'):
+    if not errors.get(what, 0.0) <= MAX_ERROR:
+      raise config_utils.UserError(
+        f'what was traced does not compute what PyTorch does: its {what} is '
+        f'{errors[what]:.1e} of the scale away, more than {MAX_ERROR:.0e}; the '
+        'network cannot be converted'
+      )
+  return Result(bundle, errors, [f'cut by {parts.how}', *notes])
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions that a conversion depends on."""
+  return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _head(parts, network) -> dict[str, np.ndarray]:
+  """Returns the head's arrays; without classes where there is none."""
+  if parts.kernel is not None:
+    return {
+      'kernel': np.ascontiguousarray(parts.kernel, np.float32),
+      'bias': np.ascontiguousarray(parts.bias, np.float32),
+    }
+  shapes = network.shapes(0)['params']['head']
+  return {key: np.zeros(x.shape, x.dtype) for key, x in shapes.items()}
+
+
+def _compare(bundle, model, parts) -> dict[str, float]:
+  """Returns how far the bundle is from PyTorch, see Result."""
+  import torch
+
+  images = np.random.default_rng(0).standard_normal(
+    (classifier_parts.NUM_PROBES, *bundle.image_shape), dtype=np.float32
+  )
+  with torch.no_grad():
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    wanted = {'map': parts.final(x), 'logits': model(x)}
+    average = wanted['map'].mean(dim=(1, 2))
+    if parts.pooled is not None:
+      wanted['pooled'] = parts.pooled(x)
+    elif parts.pool is not None:
+      is_map = len(parts.pool_takes) == 3
+      wanted['pooled'] = parts.pool(wanted['map'] if is_map else average)
+    else:
+      wanted['pooled'] = average
+  if not bundle.class_names:
+    del wanted['logits']
+  given, errors = {}, {}
+  for dtype in bundle.network.features:
+    network = dataclasses.replace(bundle.network, dtype=jnp.dtype(dtype))
+    result = jax.jit(network)(bundle.variables, images)
+    given[dtype] = {
+      'map': result.final,
+      'pooled': result.pooled,
+      'logits': result.logits,
+    }
+  for what, right in wanted.items():
+    for dtype, found in given.items():
+      name = what if dtype == 'float32' else f'{dtype} {what}'
+      errors[name] = _error(found[what], right.numpy())
+  return errors
+
+
+def _error(given, wanted) -> float:
+  """Returns the largest difference, of the largest number."""
+  difference = np.abs(np.asarray(given, np.float32) - wanted).max()
+  return float(
+    difference / max(np.abs(wanted).max(), np.finfo(np.float32).tiny)
+  )

@@ -1,0 +1,220 @@
+"""PyTorch functions as programs: traced by torchax, exported by JAX."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import contextlib
+import dataclasses
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ijckd_jax.models import programs as programs_lib
+from ijckd_jax.pytorch import classifier_parts
+from ijckd_jax.runtime import config_utils
+
+INSTALL = "pip install 'ijckd_jax[convert]'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+  """A function of one image, or of one map, and the arrays that it reads.
+
+  Attributes:
+    arrays: by the name that they have in the network.
+    trainable: which of them are parameters; the others are buffers.
+    fn: `(arrays, x) -> a tree of arrays`, of an example without its batch.
+    model: of which it runs parts.
+  """
+
+  arrays: dict[str, np.ndarray]
+  trainable: frozenset[str]
+  fn: Callable[[Any, jax.Array], Any]
+  model: Any
+
+  @property
+  def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the arrays by name."""
+    return {
+      name: jax.ShapeDtypeStruct(array.shape, array.dtype)
+      for name, array in self.arrays.items()
+    }
+
+  def export(
+    self, shape: Sequence[int], *, dtype=jnp.float32, vjp_order: int = 0
+  ) -> programs_lib.Program:
+    """Returns the program of it, which computes in `dtype`.
+
+    Args:
+      shape: of the example, see programs_lib.trace.
+      dtype: to which the arrays and the example are cast.
+      vjp_order: how often it can be differentiated.
+
+    Raises:
+      config_utils.UserError: it cannot be traced in that dtype.
+    """
+
+    def fn(arrays, x):
+      arrays, x = jax.tree.map(lambda leaf: _cast(leaf, dtype), (arrays, x))
+      return self.fn(arrays, x)
+
+    with _refusing(self.model):
+      return programs_lib.trace(fn, self.shapes, shape, vjp_order=vjp_order)
+
+
+def _cast(x, dtype):
+  return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def trace(model, fn: Callable[[Any], Any], shape: Sequence[int]) -> Traced:
+  """Returns a torch function of a model as one of JAX.
+
+  Args:
+    model: torch.nn.Module in inference mode, which `fn` runs parts of.
+    fn: of a batch, torch tensors in and a tree of them out.
+    shape: of an example, to trace it by.
+
+  Raises:
+    config_utils.UserError: torchax cannot trace it; the operator or the module
+      is named.
+  """
+  torch, torchax = _libraries()
+
+  class Part(torch.nn.Module):
+    """The model, with `fn` as its forward."""
+
+    def __init__(self):
+      super().__init__()
+      self.model = model
+
+    def forward(self, x):
+      return fn(x)
+
+  arrays, call = torchax.extract_jax(Part(), dedup_parameters=False)
+
+  def of_one(arrays, x):
+    # By batches of one: a network's Python may ask how large a batch is.
+    with classifier_parts.unchanged(model), _linear_by_position(torch):
+      return jax.tree.map(lambda y: y[0], call(arrays, (x[None],)))
+
+  example = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+  with _refusing(model):
+    jaxpr = jax.make_jaxpr(of_one)(arrays, example)
+  flat, _ = jax.tree.flatten_with_path(arrays)
+  names = [path[0].key for path, _ in flat]
+  read = {
+    var for equation in jaxpr.jaxpr.eqns for var in map(id, equation.invars)
+  } | set(map(id, jaxpr.jaxpr.outvars))
+  used = {
+    name
+    for name, var in zip(names, jaxpr.jaxpr.invars, strict=False)
+    if id(var) in read
+  }
+  unused = {
+    name: jnp.zeros(array.shape, array.dtype)
+    for name, array in arrays.items()
+    if name not in used
+  }
+  parameters = {f'model.{name}' for name, _ in model.named_parameters()}
+  prefix = len('model.')
+  return Traced(
+    arrays={name[prefix:]: np.asarray(arrays[name]) for name in sorted(used)},
+    trainable=frozenset(name[prefix:] for name in used & parameters),
+    fn=lambda mine, x: of_one(
+      {**unused, **{f'model.{name}': array for name, array in mine.items()}}, x
+    ),
+    model=model,
+  )
+
+
+def _libraries():
+  """Returns torch and torchax."""
+  try:
+    import flatbuffers  # noqa: F401 (jax.export writes by it)
+    import torch
+    import torchax
+  except ImportError as error:
+    raise config_utils.UserError(
+      f'converting takes PyTorch, torchax and flatbuffers ({error}): {INSTALL}'
+    ) from error
+  return torch, torchax
+
+
+def _linear_by_position(torch):
+  """Returns a context in which torchax sees no names of linear's arguments.
+
+  It has others for them than PyTorch.
+  """
+  linear = torch.nn.functional.linear
+
+  def by_position(input, weight, bias=None):
+    return linear(input, weight, bias)
+
+  return mock.patch.object(torch.nn.functional, 'linear', by_position)
+
+
+@contextlib.contextmanager
+def _refusing(model):
+  """Says of what goes wrong in tracing a model in which module it does."""
+  running = []
+
+  def enter(name):
+    def hook(module, given):
+      del given
+      running.append(f'{name or "the model"} ({type(module).__name__})')
+
+    return hook
+
+  def leave(module, given, result):
+    del module, given, result
+    running.pop()
+
+  hooks = []
+  for name, module in model.named_modules():
+    hooks.append(module.register_forward_pre_hook(enter(name)))
+    hooks.append(module.register_forward_hook(leave))
+  try:
+    yield
+  except Exception as error:  # Of torch, of torchax, of JAX, of the model.
+    config_utils.raise_outside(error)
+    raise _untraceable(error, running) from error
+  finally:
+    for hook in hooks:
+      hook.remove()
+
+
+def _untraceable(error, running) -> config_utils.UserError:
+  """Returns what the user is told of a network that cannot be traced."""
+  where = f' in {running[-1]}' if running else ''
+  kind = type(error).__name__
+  if isinstance(error, jax.errors.ConcretizationTypeError):
+    return config_utils.UserError(
+      f'what is run{where} depends on the numbers in a tensor (an if, a loop '
+      f'or an int() of it), which cannot be traced ({kind}): let the model do '
+      'the same for all images'
+    )
+  operator = _operator(error)
+  if operator:
+    return config_utils.UserError(
+      f'the operator {operator}{where} cannot be traced by torchax ({kind}: '
+      f'{config_utils.short(error)}): replace it in the model'
+    )
+  return config_utils.UserError(
+    f'the network cannot be traced{where}: {kind}: {config_utils.short(error)}'
+  )
+
+
+def _operator(error) -> str:
+  """Returns the operator of PyTorch that raised an error; '' if none did."""
+  import torch
+
+  found, step = '', error.__traceback__
+  while step is not None:
+    for name in ('self', 'func'):
+      value = step.tb_frame.f_locals.get(name)
+      if isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        found = str(value)
+    step = step.tb_next
+  return found

@@ -1,0 +1,149 @@
+"""Numbers of a config that cannot be are told before anything is built."""
+
+import jax
+
+from ijckd_jax.data import augment
+from ijckd_jax.data import mixing as mixing_lib
+from ijckd_jax.distillation import stored_outputs
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import parallel
+
+
+def check_numbers(
+  config, *, num_devices: int, teacher_given: bool = False
+) -> None:
+  """Raises UserError where a number of a config (see experiment) cannot be.
+
+  Args:
+    config: the run's.
+    num_devices: devices that share a batch.
+    teacher_given: whether teachers come from Python, not from the config.
+  """
+  for what in ('total', 'log', 'eval', 'checkpoint'):
+    _, value = config_utils.duration(config, what)
+    if what != 'checkpoint' and not value:
+      raise config_utils.UserError(
+        f'no {what}_epochs, {what}_steps or {what}_examples: give one'
+      )
+  if config.mapper not in parallel.MAPPERS:
+    raise config_utils.unknown('mapper', config.mapper, parallel.MAPPERS)
+  if config.bundle not in ('last', 'best'):
+    raise config_utils.unknown('bundle', config.bundle, ('last', 'best'))
+  if config.seed < 0 or config.teacher.seed < 0:
+    raise config_utils.UserError('a seed cannot be negative')
+  if not 0 < config.bounds.delta < 1:
+    raise config_utils.UserError(
+      f'bounds.delta={config.bounds.delta}: give a probability between 0 and 1'
+    )
+  if config.bounds.fit_examples < 0:
+    raise config_utils.UserError(
+      f'bounds.fit_examples={config.bounds.fit_examples}: it cannot be '
+      'negative; 0 fits nothing'
+    )
+  store = config.teacher.store
+  if store.views < 0:
+    raise config_utils.UserError(
+      f'teacher.store.views={store.views}: it cannot be negative; 0 stores '
+      'nothing'
+    )
+  if store.dtype not in stored_outputs.DTYPES:
+    raise config_utils.unknown(
+      'teacher.store.dtype', store.dtype, list(stored_outputs.DTYPES)
+    )
+  config_utils.check_positive('teacher.store.limit_gib', store.limit_gib)
+  if config.teacher.checkpoint and config.teacher.init_from:
+    raise config_utils.UserError(
+      'teacher.checkpoint is a teacher that is there, teacher.init_from the '
+      'start of one to train: give one of them'
+    )
+  _check_teachers(config.teacher, teacher_given)
+  if config.num_workers < 0:
+    raise config_utils.UserError(
+      f'num_workers={config.num_workers}: it cannot be negative'
+    )
+  config_utils.check_positive(
+    'heartbeat_timeout_seconds', config.heartbeat_timeout_seconds
+  )
+  augment.check(config.augment)
+  mixed = mixing_lib.build(config.augment) is not None
+  if mixed and store.views:
+    raise config_utils.UserError(
+      f'teacher.store.views={store.views}: mixup and cutmix mix an image with '
+      'another one in each epoch, so that no view is seen twice and could be '
+      'stored: set it to 0, or augment.mixup_alpha and augment.cutmix_alpha'
+    )
+  if config.num_cpu_devices > 1 and (
+    jax.default_backend() == 'cpu'
+    and config.num_cpu_devices != jax.local_device_count()
+  ):
+    raise config_utils.UserError(
+      f'num_cpu_devices={config.num_cpu_devices}, but JAX has started with '
+      f'{jax.local_device_count()}: from Python, set jax_num_cpu_devices by '
+      'jax.config.update before anything else'
+    )
+  for name in ('batch_size', 'eval_batch_size'):
+    if config[name] < 1 or config[name] % num_devices:
+      raise config_utils.UserError(
+        f'{name}={config[name]}: it must be a positive multiple of the '
+        f'{num_devices} devices'
+      )
+  rows = config.batch_size // num_devices
+  if config.accumulation < 1 or rows % config.accumulation:
+    raise config_utils.UserError(
+      f'accumulation={config.accumulation}: it must divide the {rows} rows '
+      'that a device gets of a batch'
+    )
+  if mixed:
+    mixing_lib.check_rows(rows)
+  if not 0 <= config.ema_decay < 1:
+    raise config_utils.UserError(
+      f'ema_decay={config.ema_decay}: it must be in [0, 1)'
+    )
+  if config.keep_checkpoints < 1:
+    raise config_utils.UserError(
+      f'keep_checkpoints={config.keep_checkpoints}: it must be at least 1'
+    )
+
+
+def _check_teachers(section, given) -> None:
+  """Raises UserError where what is asked of teachers and heads cannot be."""
+  for name, known in (('head', ('', 'fit')), ('refit', ('', 'joint'))):
+    if section[name] not in known:
+      raise config_utils.unknown(f'teacher.{name}', section[name], known)
+  if (section.others or section.head) and not section.checkpoint and not given:
+    raise config_utils.UserError(
+      'teacher.others and teacher.head=fit are for teachers that are there: '
+      'give teacher.checkpoint'
+    )
+  if section.head_views < 0:
+    raise config_utils.UserError(
+      f'teacher.head_views={section.head_views}: it cannot be negative'
+    )
+  if section.head_views and not section.head:
+    raise config_utils.UserError(
+      'teacher.head_views is for a head that is fitted: set teacher.head=fit'
+    )
+  if bool(section.refit) != bool(section.refit_epochs):
+    raise config_utils.UserError(
+      "teacher.refit='joint' and teacher.refit_epochs go together: give both, "
+      'or neither'
+    )
+  epochs = tuple(section.refit_epochs)
+  if any(epoch <= 0 for epoch in epochs) or list(epochs) != sorted(set(epochs)):
+    raise config_utils.UserError(
+      f'teacher.refit_epochs={epochs}: give them in their order, above 0'
+    )
+  if section.refit and section.store.views:
+    raise config_utils.UserError(
+      "teacher.refit changes the teacher's logits, which are not to be stored: "
+      'set teacher.store.views=0'
+    )
+
+
+def check_refit(config, method) -> None:
+  """Raises UserError where a method has no use for a head that is refitted."""
+  if config.teacher.refit and method.predicts_with != 'teacher':
+    raise config_utils.UserError(
+      f"teacher.refit is for a student that predicts with the teacher's head, "
+      f'as that of {config.method.name} does not: set teacher.refit='
+    )

@@ -1,0 +1,432 @@
+"""From a config to everything that a run is made of, before anything runs."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from ijckd_jax import models
+from ijckd_jax.bundles import pretrained
+from ijckd_jax.data import augment
+from ijckd_jax.data import datasets
+from ijckd_jax.data import mixing as mixing_lib
+from ijckd_jax.distillation import binding
+from ijckd_jax.distillation import distiller as distiller_lib
+from ijckd_jax.distillation import methods
+from ijckd_jax.distillation import network
+from ijckd_jax.distillation import steps
+from ijckd_jax.distillation import stored_outputs
+from ijckd_jax.distillation import teachers
+from ijckd_jax.runtime import backend
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import parallel
+from ijckd_jax.training import config_checks
+from ijckd_jax.training import optim
+from ijckd_jax.training import teacher_loading
+
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+
+
+def default_config(
+  *,
+  dataset: str | None,
+  teacher: str,
+  student: str,
+  method: str = 'ijckd',
+) -> ml_collections.ConfigDict:
+  """Returns a config with every field that there is, each with its default.
+
+  Durations have three fields, of which one is given and the others are 0:
+  `<what>_epochs`, `<what>_steps` and `<what>_examples`.
+
+  Args:
+    dataset: name or reference (datasets.DATASETS); fills `config.dataset`. None
+      for arrays that are given from Python.
+    teacher: the teacher's backbone (models.BACKBONES).
+    student: the student's backbone.
+    method: name or reference (methods.METHODS); fills `config.method`.
+  """
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  if dataset is None:
+    config.dataset = {'name': 'arrays', 'fingerprint': 0}
+  else:
+    config.dataset = config_utils.section(datasets.get(dataset), dataset)
+  config.teacher = {
+    'backbone': teacher,
+    # A bundle, a run or hf:OWNER/NAME@COMMIT; empty: train the teacher first.
+    'checkpoint': '',
+    # 'fit': a linear head on its features is fitted first, for the classes of
+    # the data set; '': its own.
+    'head': '',
+    'head_views': 0,  # Augmented views of each image that it is fitted on too.
+    # 'joint': the head is fitted again, on the features of teacher and student,
+    # after each of refit_epochs.
+    'refit': '',
+    'refit_epochs': (),
+    'others': (),  # Further teachers, as `checkpoint` names the first.
+    'weights': (),  # Of the teachers' losses; none given: all alike.
+    # Class i of a teacher is class i of the data set, whatever their names are.
+    'classes_by_number': False,
+    'joint': 0,  # Whose head is the joint classifier; 0: that of `checkpoint`.
+    'fingerprint': 0,  # Of its arrays; a run fills it in.
+    # A bundle whose backbone it starts from, where a run trains it.
+    'init_from': '',
+    'learning_rate': 0.05,
+    'seed': 1000,  # Unlike the student's, lest they start alike.
+    'total_epochs': 0.0,  # All three 0: as long as the student.
+    'total_steps': 0,
+    'total_examples': 0,
+    'store': {
+      'views': 0,  # Of each image, whose outputs are stored; 0: none are.
+      'dtype': 'float16',
+      'directory': '',  # Empty: in the run's folder.
+      'limit_gib': 20.0,
+    },
+  }
+  # A bundle of the same backbone, from which it starts; its head is not taken.
+  config.student = {'backbone': student, 'init_from': ''}
+  config.augment = augment.default_config()  # Of what both of them see.
+  config.method = methods.section(method)
+  config.optimizer = optim.default_config()
+  config.batch_size = 64  # Of all devices and processes together.
+  config.eval_batch_size = 256
+  config.accumulation = 1  # Parts in which a device works through its rows.
+  config.ema_decay = 0.0  # 0: no moving average.
+  config.sync_batch_norm = False  # False: statistics per device, averaged.
+  # What batch norm keeps for inference: True follows the unbiased variance, as
+  # PyTorch does, False the biased one, as Flax does.
+  config.unbiased_variance = False
+  config.dtype = 'float32'
+  for what, epochs in (
+    ('total', 0.0),
+    ('log', 1.0),
+    ('eval', 1.0),
+    ('checkpoint', 0.0),  # Beside those at each evaluation.
+  ):
+    config[f'{what}_epochs'] = epochs
+    config[f'{what}_steps'] = 0
+    config[f'{what}_examples'] = 0
+  config.keep_checkpoints = 2  # The last ones; the best is kept beside them.
+  config.bundle = 'last'  # Or 'best', by the validation split or the test set.
+  # Of the report at the end: with what probability any of its limits may fail,
+  # and on how many training images the joint head is fitted; 0: on none.
+  config.bounds = {'delta': 0.05, 'fit_examples': 5000}
+  config.mapper = 'pmap'
+  config.num_workers = 0  # Processes that decode images; 0: a thread does.
+  # After which a silent host is taken for dead, and the others are aborted.
+  config.heartbeat_timeout_seconds = 30
+  config.num_cpu_devices = 1
+  # Where commands keep compiled programs: 'default' is a folder in the user's
+  # cache directory, '' none.
+  config.compilation_cache = 'default'
+  config.writers = ()  # package.module:Name of further metric writers.
+  return config
+
+
+def teacher_config(
+  config: ml_collections.ConfigDict,
+) -> ml_collections.ConfigDict:
+  """Returns the config by which a run trains its own teacher."""
+  own = ml_collections.ConfigDict(config.to_dict())
+  own.student.backbone = config.teacher.backbone
+  own.student.init_from = config.teacher.init_from
+  own.method = methods.section('ce')
+  own.optimizer.learning_rate = config.teacher.learning_rate
+  own.seed = config.teacher.seed
+  own.ema_decay = 0.0
+  if config_utils.duration(config.teacher, 'total')[1]:
+    for unit in config_utils.UNITS:
+      own[f'total_{unit}'] = config.teacher[f'total_{unit}']
+  for field in own.teacher:
+    if field != 'store':
+      own.teacher[field] = type(own.teacher[field])()
+  plain = default_config(dataset=None, teacher='', student='', method='ce')
+  own.teacher.store = plain.teacher.store
+  own.augment = plain.augment
+  return own
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """What a run is made of, but for arrays.
+
+  Attributes:
+    config: the config that it was made from.
+    dataset: see datasets.
+    distiller: student, teacher and method.
+    judge: the teacher that the student is compared with at the end, also by
+      methods that learn without one; None where there is none. Of several, the
+      one whose head is the joint classifier.
+    augmentation: of the training images.
+    mapper: see parallel.
+    dtype: of the computation.
+    stored: which of the teacher's outputs are stored; None where none are.
+    start: where the student's backbone starts; None: at random.
+    mixing: of the augmented images; None where they are not mixed.
+    fitted: of each teacher's head that was fitted, what it is worth (JSON).
+    notes: on the teachers' classes, in sentences.
+  """
+
+  config: ml_collections.ConfigDict
+  dataset: Any
+  distiller: distiller_lib.Distiller
+  judge: teachers.Teacher | None
+  augmentation: augment.Augmentation
+  mapper: parallel.Mapper
+  dtype: Any
+  stored: stored_outputs.Stored | None
+  start: pretrained.Start | None
+  mixing: mixing_lib.Mixing | None
+  fitted: tuple[dict[str, Any], ...] = ()
+  notes: tuple[str, ...] = ()
+
+  @property
+  def teacher_arrays(self) -> dict[str, Any] | None:
+    """The arrays of all teachers."""
+    return self.distiller.teacher_arrays or (self.judge and self.judge.frozen)
+
+  @property
+  def frozen(self) -> dict[str, Any] | None:
+    """All that is not trained, as the steps take it."""
+    return self.distiller.frozen or (self.judge and self.judge.frozen)
+
+  def init(self, key: jax.Array) -> dict[str, Any]:
+    """Returns 'params' and 'batch_stats' with which training starts."""
+    variables = jax.jit(self.distiller.init, static_argnums=1)(
+      key, tuple(self.dataset.image_shape)
+    )
+    if self.distiller.method.predicts_with == 'copy':
+      variables['params']['head'] = jax.tree.map(jnp.array, self.judge.head)
+    return variables if self.start is None else self.start.fill(variables)
+
+  def memory(self, key: jax.Array, num_examples: int) -> Any:
+    """Returns what the method keeps in the state at the start, or None."""
+    if not self.distiller.remembers:
+      return None
+    key = jax.random.fold_in(key, steps.METHOD_STREAM)
+    return self.distiller.method.memory(key, num_examples)
+
+  def total_steps(self, num_examples: int) -> int:
+    """Returns the steps of the run."""
+    return config_utils.to_steps(
+      self.config,
+      'total',
+      num_examples=num_examples,
+      batch_size=self.config.batch_size,
+    )
+
+  def is_due(self, what: str, step: int, num_examples: int) -> bool:
+    """Returns whether 'log', 'eval' or 'checkpoint' is due after a step."""
+    return config_utils.is_period_end(
+      self.config,
+      what,
+      step,
+      num_examples=num_examples,
+      batch_size=self.config.batch_size,
+    )
+
+  def optimizer(
+    self, num_examples: int
+  ) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Returns the optimizer, and its learning rate by step."""
+    unit, value = config_utils.duration(self.config, 'total')
+    schedule = optim.make_schedule(
+      self.config.optimizer,
+      num_examples=num_examples,
+      batch_size=self.config.batch_size,
+      total_steps=self.total_steps(num_examples),
+      total=f'total_{unit}={value}',
+    )
+    return optim.make_optimizer(self.config.optimizer, schedule), schedule
+
+  def abstract_batch(
+    self, num_rows: int, *, with_teacher: bool
+  ) -> dict[str, Any]:
+    """Returns the shapes of a batch.
+
+    Args:
+      num_rows: of the batch.
+      with_teacher: whether it holds stored outputs, as all do once the run has
+        stored them.
+    """
+    row = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
+    batch = {
+      'image': jax.ShapeDtypeStruct(
+        (num_rows, *self.dataset.image_shape), jnp.uint8
+      ),
+      **dict.fromkeys(('label', 'index', 'epoch'), row),
+    }
+    if with_teacher:
+      batch['teacher'] = {
+        name: jax.ShapeDtypeStruct((num_rows, *shape), self.stored.dtype)
+        for name, shape in self.stored.shapes.items()
+      }
+    return batch
+
+  def train_step(
+    self, tx: optax.GradientTransformation, body: Callable = steps.train_step
+  ) -> Callable:
+    """Returns one device's training step, as a function of four arrays.
+
+    Args:
+      tx: the optimizer.
+      body: steps.train_step, or steps.filling_step.
+    """
+    return functools.partial(
+      body,
+      distiller=self.distiller,
+      tx=tx,
+      augmentation=self.augmentation,
+      ema_decay=self.config.ema_decay,
+      num_pieces=self.config.accumulation,
+      stored=self.stored,
+      mixing=self.mixing,
+    )
+
+  def map_train_step(self, step: Callable, *, rows_out=False) -> Callable:
+    """Returns a training step compiled and mapped; it donates the state."""
+    return self.mapper.map(
+      step,
+      rows_in=(False, False, True, False),
+      rows_out=rows_out,
+      donate=0,
+    )
+
+
+def _num_normalised(config, num_devices: int) -> int:
+  """Returns how many images a batch norm sees in a training step."""
+  images = config.batch_size // config.accumulation
+  return images if config.sync_batch_norm else images // num_devices
+
+
+def build(
+  config: ml_collections.ConfigDict,
+  *,
+  dataset: Any = None,
+  teacher: teachers.Teacher | Sequence[teachers.Teacher] | None = None,
+  heads: Sequence[dict[str, Any]] | None = None,
+  devices: Sequence[Any] | None = None,
+) -> Experiment:
+  """Returns the experiment that a config describes; nothing runs or compiles.
+
+  Args:
+    config: see `default_config`.
+    dataset: overrides `config.dataset`.
+    teacher: overrides `config.teacher`; one, or several as they are listed
+      there. Where neither names one, and the method needs one, the teacher is
+      abstract: shapes in place of arrays.
+    heads: that were fitted, in the order of Distiller.teachers; None: where
+      they are to be, they are abstract.
+    devices: that share a batch; None: all that JAX has. Devices that the step
+      is only compiled for take `config.mapper='shard_map'`.
+
+  Raises:
+    config_utils.UserError: something in the config is wrong.
+  """
+  backend.start()
+  if config.dtype not in DTYPES:
+    raise config_utils.unknown('dtype', config.dtype, list(DTYPES))
+  dtype = DTYPES[config.dtype]
+  if dataset is None:
+    dataset = config_utils.instantiate(
+      'dataset', datasets.get(config.dataset.name), config.dataset
+    )
+  method = methods.build(config.method)
+  num_devices = jax.device_count() if devices is None else len(devices)
+  config_checks.check_numbers(
+    config, num_devices=num_devices, teacher_given=teacher is not None
+  )
+  mixing = mixing_lib.build(config.augment)
+  axis_name = parallel.AXIS if config.sync_batch_norm else None
+  height, width, num_channels = dataset.image_shape
+  datasets.check_statistics(dataset.mean, dataset.std, num_channels)
+  preprocessing = augment.Preprocessing(
+    tuple(dataset.mean), tuple(dataset.std), (height, width)
+  )
+  start = None
+  if config.student.init_from:
+    start = pretrained.load(
+      config.student.init_from,
+      config.student.backbone,
+      tuple(dataset.image_shape),
+    )
+    preprocessing = start.preprocessing
+  backbone = models.build(
+    config.student.backbone,
+    truncated=method.tap == 'stage',
+    axis_name=axis_name,
+    dtype=dtype,
+    unbiased_variance=config.unbiased_variance,
+  )
+  needs_teacher = getattr(method, 'needs_teacher', True)
+  given = (teacher,) if isinstance(teacher, teachers.Teacher) else teacher
+  if given is None and config.teacher.checkpoint:
+    given = teacher_loading.load(config.teacher, dtype)
+  elif given is None and needs_teacher:
+    given = (
+      teacher_loading.abstract(
+        config.teacher.backbone, dataset, preprocessing, dtype
+      ),
+    )
+  given, weights = teacher_loading.order(given or (), config.teacher)
+  if config.teacher.head == 'fit':
+    num_classes = len(dataset.class_names)
+    heads = heads or [
+      network.head_shapes(teacher.num_features, num_classes)
+      for teacher in given
+    ]
+    given = tuple(map(teachers.Teacher.with_head, given, heads))
+  for teacher in given:
+    teacher_loading.check(teacher, dataset)
+  notes = ()
+  if config.teacher.head != 'fit':
+    given, notes = teacher_loading.in_class_order(
+      given, dataset, by_number=config.teacher.classes_by_number
+    )
+  config_checks.check_refit(config, method)
+  distiller = binding.bind(
+    backbone=backbone,
+    preprocessing=preprocessing,
+    method=method,
+    teacher=given[0] if needs_teacher else None,
+    others=given[1:] if needs_teacher else (),
+    weights=weights,
+    image_shape=tuple(dataset.image_shape),
+    num_classes=len(dataset.class_names),
+    axis_name=axis_name,
+    dtype=dtype,
+    mixed=mixing is not None,
+    seed=config.seed,
+    num_rows=min(2, _num_normalised(config, num_devices)),
+  )
+  if start is not None:
+    start.fill(
+      jax.eval_shape(
+        lambda: distiller.init(jax.random.key(0), tuple(dataset.image_shape))
+      )
+    )
+  stored, views = None, config.teacher.store.views
+  if views:
+    stored = stored_outputs.plan(
+      distiller, tuple(dataset.image_shape), config.teacher.store.dtype
+    )
+  return Experiment(
+    config=config,
+    dataset=dataset,
+    distiller=distiller,
+    judge=given[0] if given else None,
+    augmentation=augment.build(config.augment, dataset, views),
+    mapper=parallel.Mapper(config.mapper, devices and tuple(devices)),
+    dtype=dtype,
+    stored=stored,
+    start=start,
+    mixing=mixing,
+    notes=notes,
+  )

@@ -1,0 +1,463 @@
+"""The loop over steps: feed, count, evaluate, save, stop."""
+
+from collections.abc import Iterator
+import dataclasses
+import functools
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from ijckd_jax.data import input_pipeline
+from ijckd_jax.distillation import steps
+from ijckd_jax.distillation import train_state
+from ijckd_jax.evaluation import evaluator
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import hosts
+from ijckd_jax.runtime import parallel
+from ijckd_jax.training import checkpoints as checkpoints_lib
+from ijckd_jax.training import experiment as experiment_lib
+from ijckd_jax.training import head_fitting
+from ijckd_jax.training import metric_writer
+from ijckd_jax.training import teacher_outputs
+
+# How far the host may run ahead of the devices: each step holds its batch.
+MAX_STEPS_AHEAD = 8
+STOPPED = (
+  'training stops. Lower the learning rate, or clip the gradient '
+  '(optimizer.clip_norm)'
+)
+SAVED = 'it is saved, and the same command continues from there'
+
+logger = logging.getLogger('ijckd_jax')
+
+
+class Interrupted(KeyboardInterrupt):
+  """The run was asked to stop; it has saved, and continues when run again.
+
+  Attributes:
+    where: what stopped, and after which step.
+    number: of the signal.
+  """
+
+  def __init__(self, where: str, number: int, kept: str = SAVED):
+    super().__init__(f'{where}; {kept}')
+    self.where = where
+    self.number = number
+
+
+class Diverged(RuntimeError):
+  """A metric of training, or a parameter, is not finite.
+
+  Attributes:
+    step: after which it was not, counted from 1.
+    what: was not.
+  """
+
+  def __init__(self, step: int, what: list[str], kept: str = ''):
+    kept = kept and f'; {kept}'
+    super().__init__(f'step {step}: {", ".join(what)}; {STOPPED}{kept}')
+    self.step = step
+    self.what = what
+
+
+class StopSignals:
+  """Turns SIGINT and SIGTERM into a request that the loop looks at.
+
+  A second signal is no longer caught. Where there are several processes, JAX
+  has taken SIGTERM over, and has all of them stop after the same step; SIGINT
+  is handed on as that.
+  """
+
+  def __init__(self):
+    self.number = signal.SIGTERM  # Of the signal that came.
+    self._requested = False
+    self._came = time.monotonic()
+    self._looks = 0
+    self._before = {}
+
+  def __enter__(self):
+    caught = [signal.SIGINT, signal.SIGTERM]
+    if jax.process_count() > 1:
+      caught.remove(signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread():
+      for number in caught:
+        self._before[number] = signal.signal(number, self._request)
+    return self
+
+  def __exit__(self, *_):
+    self._restore()
+
+  def reached(self) -> bool:
+    """Returns whether to stop after this step; to be asked after each one."""
+    self._looks += 1
+    if jax.process_count() > 1:
+      return multihost_utils.reached_preemption_sync_point(self._looks)
+    return self._requested
+
+  @property
+  def seconds(self) -> float | None:
+    """How long ago the signal came; None where it came to another process."""
+    return time.monotonic() - self._came if self._requested else None
+
+  def _request(self, number, frame):
+    del frame
+    self._requested, self._came = True, time.monotonic()
+    self._restore()
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    else:
+      self.number = number
+
+  def _restore(self):
+    while self._before:
+      signal.signal(*self._before.popitem())
+
+
+@dataclasses.dataclass
+class Progress:
+  """What a loop remembers beside the state; a checkpoint's memo.
+
+  Attributes:
+    sums: [sum, count] of each metric since the last row was written.
+    examples: trained on while `seconds` were counted.
+    seconds: spent in training steps, without those that compile (the first one
+      of a process, the first one with stored outputs), evaluations and saves.
+    damaged: indices of training images that could not be decoded.
+    rows: of metrics, written so far.
+  """
+
+  sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+  examples: int = 0
+  seconds: float = 0.0
+  damaged: list[int] = dataclasses.field(default_factory=list)
+  rows: int = 0
+
+  @property
+  def images_per_second(self) -> float | None:
+    """Training speed; None where none was measured."""
+    return self.examples / self.seconds if self.seconds else None
+
+
+@dataclasses.dataclass
+class Loop:
+  """Trains from a step to the last one.
+
+  Attributes:
+    experiment: what is trained.
+    splits: datasets.Arrays by 'train', 'validation' and 'test'.
+    store: of the checkpoints.
+    writer: of the metrics.
+    frozen: the teacher's arrays, placed; None without a teacher.
+    key: the run's key.
+    recorder: of the teacher's outputs; None where they are not stored.
+    refits: of the head; None where it stays as it is.
+    name: what the progress line calls the run.
+  """
+
+  experiment: experiment_lib.Experiment
+  splits: dict[str, Any]
+  store: checkpoints_lib.Checkpoints
+  writer: metric_writer.Writers
+  frozen: Any
+  key: jax.Array
+  recorder: teacher_outputs.Recorder | None
+  refits: head_fitting.Refits | None
+  name: str
+
+  def run(
+    self,
+    state: train_state.TrainState,
+    start: int,
+    progress: Progress,
+    stop: StopSignals,
+  ) -> train_state.TrainState:
+    """Returns the state after the last step.
+
+    Args:
+      state: after `start` steps, placed by the mapper; it is donated.
+      start: steps made before.
+      progress: what was remembered at that step; it is updated.
+      stop: checked after each step.
+
+    Raises:
+      Diverged: a metric is not finite; nothing has been saved since.
+      Interrupted: a stop was asked for; the state is saved.
+      config_utils.UserError: too many images cannot be decoded.
+    """
+    exp, config = self.experiment, self.experiment.config
+    num_examples = len(self.splits['train'])
+    total_steps = exp.total_steps(num_examples)
+    tx, schedule = exp.optimizer(num_examples)
+    recorder = self.recorder
+    p_train_step = exp.map_train_step(exp.train_step(tx))
+    p_filling_step = exp.map_train_step(
+      exp.train_step(tx, steps.filling_step), rows_out=True
+    )
+    split = self.ranking_split
+    frozen = self.frozen
+    if start and self.refits is not None:
+      frozen = self.refits.after(start, state, frozen)
+    batches = self._batches(start, total_steps, progress)
+    compiling = {start + 1}
+    if recorder is not None:
+      compiling.add(recorder.last_step + 1)
+    pending, clock = [], None
+    with _ProgressLine(self.name, start, total_steps) as line:
+      for step, batch in enumerate(batches, start + 1):
+        arguments = state, frozen, batch, self.key
+        if recorder is not None and step <= recorder.last_step:
+          (state, sums), rows = p_filling_step(*arguments)
+          recorder.add(step, rows)
+        else:
+          state, sums = p_train_step(*arguments)
+        pending.append((step, sums))
+        if len(pending) > MAX_STEPS_AHEAD:
+          jax.block_until_ready(pending[-MAX_STEPS_AHEAD])
+        line.advance()
+        stopping = stop.reached()
+        log, evaluation, save = (
+          step == total_steps or exp.is_due(what, step, num_examples)
+          for what in ('log', 'eval', 'checkpoint')
+        )
+        clocked = compiling & {step, step + 1}
+        refit = self.refits is not None and self.refits.is_due(step)
+        if not (log or evaluation or save or stopping or clocked or refit):
+          continue
+        if recorder is not None:  # First: it knows why a loss is not finite.
+          recorder.flush()
+        before = dict(examples=progress.examples, seconds=progress.seconds)
+        _add(progress.sums, pending)
+        if clock is not None and step not in compiling:
+          progress.examples += len(pending) * config.batch_size
+          progress.seconds += time.perf_counter() - clock
+        pending = []
+        epoch = step * config.batch_size / num_examples
+        if log:
+          row = {
+            'epoch': epoch,
+            'train/learning_rate': float(schedule(step - 1)),
+          }
+          row |= {
+            f'train/{name}': total / count
+            for name, (total, count) in progress.sums.items()
+            if count  # There is no accuracy without labels.
+          }
+          if progress.seconds > before['seconds']:
+            row['train/images_per_second'] = (
+              progress.examples - before['examples']
+            ) / (progress.seconds - before['seconds'])
+          self.writer.write(step, row)
+          progress.rows += 1
+          line.show(step, row)
+          progress.sums = {}
+        score = None
+        if evaluation:
+          result = self.evaluate(state.evaluated, frozen, split).metrics
+          score = result['top1']
+          row = {f'{split}/{name}': value for name, value in result.items()}
+          self.writer.write(step, {'epoch': epoch, **row})
+          progress.rows += 1
+          line.show(step, row)
+        if evaluation or save or stopping:
+          self._save(step, jax.device_get(state), score, progress)
+        if stopping and step < total_steps:
+          self.store.wait()
+          took = ''
+          if stop.seconds is not None:
+            took = f', {stop.seconds:.1f} s after the signal'
+          raise Interrupted(
+            f'{self.name} stopped after step {step} of {total_steps}{took}',
+            stop.number,
+          )
+        if refit and step < total_steps:
+          frozen = self.refits.after(step, state, frozen)
+        clock = time.perf_counter()
+    return state
+
+  def evaluate(self, variables, frozen, split: str) -> evaluator.Evaluation:
+    """Evaluates a state on a split, beside the teacher if there is one.
+
+    Args:
+      variables: 'params' and 'batch_stats' of the student.
+      frozen: the teachers' arrays, placed.
+      split: of `splits`.
+    """
+    distiller = self.experiment.distiller
+    return self._evaluator(
+      distiller.deployed(variables, frozen),
+      frozen,
+      self.splits[split],
+      distiller.apart(variables, frozen),
+    )
+
+  @functools.cached_property
+  def _evaluator(self):
+    exp = self.experiment
+    return evaluator.make(
+      exp.distiller.deployed_network,
+      mapper=exp.mapper,
+      batch_size=exp.config.eval_batch_size,
+      teacher=exp.judge,
+      connected=exp.distiller.connected_network,
+      num_workers=exp.config.num_workers,
+    )
+
+  def _save(self, step, state, score, progress) -> None:
+    """Starts to save a state on the host, which is good, after its metrics."""
+    _check_finite(step, state)
+    if not self.splits['train'].in_memory:
+      found = hosts.exchange(progress.damaged)
+      progress.damaged = sorted(set().union(*found))
+    hosts.share(self.writer.flush)
+    if self.recorder is not None:
+      self.recorder.close_file()
+      hosts.wait('teacher outputs closed')
+    memo = dataclasses.asdict(progress)
+    self.store.save(step, state, score=score, memo=memo)
+
+  def _batches(
+    self, start: int, stop: int, progress: Progress
+  ) -> Iterator[Any]:
+    """Yields the placed batches of the steps after `start`, up to `stop`.
+
+    The first one with stored outputs must not be asked for before all steps
+    that fill the store are made. What is damaged in them goes to `progress`.
+    """
+    config = self.experiment.config
+    rows = config.batch_size // jax.process_count()
+    first_row = rows * jax.process_index()
+    stages = [(start, stop, None)]
+    if self.recorder is not None:
+      full = max(start, self.recorder.last_step)
+      stages = [(start, full, None), (full, stop, self.recorder.reader)]
+    for first, last, reader in stages:
+      if first < last:
+        batches = input_pipeline.train_batches(
+          self.splits['train'],
+          batch_size=config.batch_size,
+          seed=config.seed,
+          start_step=first,
+          num_steps=last,
+          rows=slice(first_row, first_row + rows),
+          views=config.teacher.store.views,
+          num_workers=config.num_workers,
+          teacher=reader and reader(),
+        )
+        yield from parallel.ahead(
+          self._place(batch, progress) for batch in batches
+        )
+
+  def _place(self, batch, progress: Progress) -> Any:
+    """Returns a batch on the devices, once what is damaged in it is noted."""
+    bad = batch.pop('bad', None)
+    if bad is not None:
+      arrays = self.splits['train']
+      new = set(batch['index'][bad].tolist()) - set(progress.damaged)
+      for index in sorted(new):
+        logger.warning(
+          '%s cannot be decoded; another image takes its place',
+          arrays.name_of(index),
+        )
+        progress.damaged.append(index)
+      if len(progress.damaged) > arrays.max_bad_fraction * len(arrays):
+        names = [arrays.name_of(index) for index in progress.damaged]
+        raise config_utils.UserError(
+          f'{len(names)} training images cannot be decoded, more than '
+          f'max_bad_fraction={arrays.max_bad_fraction} of {len(arrays)}: '
+          f'{", ".join(names[:20])}{", ..." if names[20:] else ""}; prepare '
+          'the data without them, or allow more'
+        )
+    return self.experiment.mapper.shard(batch)
+
+  def frozen_of(self, step: int) -> Any:
+    """Returns the teachers' arrays by which a student of a step is judged."""
+    if self.refits is None:
+      return self.frozen
+    return self.refits.before(step, self.frozen)
+
+  @property
+  def ranking_split(self) -> str:
+    """The split whose accuracy ranks the checkpoints."""
+    return 'validation' if len(self.splits['validation']) else 'test'
+
+
+def _add(sums: dict[str, list[float]], pending) -> None:
+  """Adds steps' metrics, which it waits for, to the running sums."""
+  for step, metrics in jax.device_get(pending):
+    bad = [
+      f'{name} = {total}'
+      for name, (total, _) in metrics.items()
+      if not np.isfinite(total)
+    ]
+    if bad:
+      raise Diverged(step, bad)
+    for name, (total, count) in metrics.items():
+      running = sums.setdefault(name, [0.0, 0.0])
+      running[0] += float(total)
+      running[1] += float(count)
+
+
+def _check_finite(step: int, state: train_state.TrainState) -> None:
+  """Raises where a parameter is not finite: such a state must not be saved."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+    if not np.isfinite(leaf).all():
+      name = jax.tree_util.keystr(path)
+      raise Diverged(step, [f'params{name} is not finite'])
+
+
+class _ProgressLine:
+  """A tqdm line on a terminal, log lines elsewhere."""
+
+  def __init__(self, name, start, total):
+    self._name = name
+    self._total = total
+    self._bar = None
+    if sys.stderr.isatty():
+      import tqdm
+
+      self._bar = tqdm.tqdm(
+        desc=name, initial=start, total=total, unit='step', dynamic_ncols=True
+      )
+    self._shown = {}
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    if self._bar is not None:
+      self._bar.close()
+
+  def advance(self):
+    """Counts a step."""
+    if self._bar is not None:
+      self._bar.update()
+
+  def show(self, step, row):
+    """Shows the newest of a row's numbers that a reader watches."""
+    names = {
+      'epoch': ('epoch', '{:.1f}'),
+      'train/loss': ('loss', '{:.4f}'),
+      'train/accuracy': ('accuracy', '{:.4f}'),
+      'validation/top1': ('validation top-1', '{:.4f}'),
+      'test/top1': ('test top-1', '{:.4f}'),
+      'train/images_per_second': ('images/s', '{:.0f}'),
+    }
+    new = {
+      label: form.format(row[name])
+      for name, (label, form) in names.items()
+      if name in row
+    }
+    if self._bar is not None:
+      self._shown |= new
+      self._bar.set_postfix(self._shown)
+    else:
+      text = '  '.join(f'{label} {value}' for label, value in new.items())
+      logger.info('%s step %d/%d  %s', self._name, step, self._total, text)

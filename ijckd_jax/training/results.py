@@ -1,0 +1,371 @@
+"""What a run leaves: evaluated, written, and found again."""
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ijckd_jax.bounds import measure
+from ijckd_jax.bounds import pairs
+from ijckd_jax.bundles import bundles
+from ijckd_jax.bundles import model_card
+from ijckd_jax.distillation import train_state
+from ijckd_jax.evaluation import cost
+from ijckd_jax.reports import report
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import disk
+from ijckd_jax.runtime import hosts
+from ijckd_jax.runtime import workdirs
+from ijckd_jax.training import experiment
+from ijckd_jax.training import metric_writer
+from ijckd_jax.training import run_record
+
+# Of a config, what a bundle says of how its network was trained: always, and
+# where it is not as by default.
+RECIPE = (
+  'batch_size',
+  'dtype',
+  'optimizer.name',
+  'optimizer.learning_rate',
+  'optimizer.schedule',
+  'optimizer.weight_decay',
+)
+MORE = (
+  'accumulation',
+  'augment',
+  'ema_decay',
+  'optimizer',
+  'sync_batch_norm',
+  'unbiased_variance',
+)
+
+logger = logging.getLogger('ijckd_jax')
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What a run leaves.
+
+  Attributes:
+    state: after the last step; None where a finished run was found.
+    history: rows of `metrics.jsonl`.
+    bundle: the network, self-contained.
+    summary: as in `summary.json`.
+  """
+
+  state: train_state.TrainState | None
+  history: list[dict[str, float]]
+  bundle: bundles.Bundle
+  summary: dict[str, Any]
+
+
+def found(exp, workdir) -> Result | None:
+  """Returns what a finished run has left; None where it is not finished.
+
+  Nor is one of which something is damaged or missing: that is logged, and the
+  run, when it is continued, makes it again from its checkpoints.
+
+  Raises:
+    config_utils.UserError: something is, and there is no checkpoint to make it
+      from; or the metrics are damaged, which nothing can be made from.
+  """
+  if not hosts.share(lambda: _is_whole(exp, workdir)):
+    return None
+  history = metric_writer.read_rows(workdir / workdirs.METRICS)
+  summary = disk.read_json(workdir / workdirs.SUMMARY)
+  if summary['steps'] not in [row['step'] for row in history]:
+    logger.warning(
+      '%s: the last rows of %s are missing', workdir, workdirs.METRICS
+    )
+  bundle = _load(exp, workdir / workdirs.BUNDLE)
+  return Result(state=None, history=history, bundle=bundle, summary=summary)
+
+
+def _is_whole(exp, workdir) -> bool:
+  """Returns whether a run has come to its end and all of it is there."""
+  there = (workdirs.SUMMARY, workdirs.BUNDLE, workdirs.CONNECTED)
+  if not any((workdir / name).exists() for name in there):
+    return False
+  checkpoints = workdir / workdirs.CHECKPOINTS
+  can_continue = checkpoints.exists() and any(checkpoints.iterdir())
+  damage = _damage(exp, workdir)
+  if damage and not can_continue:
+    raise config_utils.UserError(
+      f'{workdir}: {damage}, and there is no checkpoint to make it from: put '
+      'back a sound copy, or remove the folder'
+    )
+  if not (damage or report.is_complete(workdir)):
+    damage = f'{workdirs.REPORT} and what it shows are not all there'
+    if not can_continue:
+      logger.warning(
+        '%s: %s, and no checkpoint to make them from', workdir, damage
+      )
+      return True
+  if damage:
+    logger.warning(
+      '%s: %s; it is made again from the checkpoints', workdir, damage
+    )
+  return not damage
+
+
+def _damage(exp, workdir) -> str:
+  """Returns what of a finished run's numbers and networks cannot be read."""
+  try:
+    summary = disk.read_json(workdir / workdirs.SUMMARY)
+    report.table(summary), summary['steps']
+  except Exception as error:  # As many as there are kinds of damage.
+    what = f'{type(error).__name__}: {config_utils.short(error)}'
+    return f'{workdirs.SUMMARY} cannot be read ({what})'
+  names = [workdirs.BUNDLE]
+  distiller = exp.distiller
+  if distiller.connected_network is not None and not distiller.reuses_head:
+    names.append(workdirs.CONNECTED)
+  try:
+    for name in names:
+      _load(exp, workdir / name)
+      if not (workdir / name / model_card.FILE).stat().length:
+        return f'{name}/{model_card.FILE} is empty'
+  except (OSError, config_utils.UserError) as error:
+    return str(error)
+  return ''
+
+
+def _load(exp, folder) -> bundles.Bundle:
+  # Where the config names code, the bundle may name the same.
+  trust_code = bool(run_record.modules(exp.config))
+  return bundles.load(
+    folder, dtype=exp.dtype, trust_code=trust_code, trust_programs=True
+  )
+
+
+def finish(training, workdir, state, progress, history):
+  """Evaluates the last and the best state, and writes what is kept."""
+  distiller, config = training.experiment.distiller, training.experiment.config
+  states = {'last': state}
+  best_step = training.store.best_step
+  if best_step != int(state.step):
+    states['best'], _ = training.store.restore_best(state)
+    best_step = int(states['best'].step)
+  frozen = {
+    name: training.frozen_of(int(kept.step)) for name, kept in states.items()
+  }
+  evaluated = {name: kept.evaluated for name, kept in states.items()}
+  if state.ema is not None:
+    raw = {'params': state.params, 'batch_stats': state.batch_stats}
+    frozen['last_without_ema'] = frozen['last']
+    evaluated['last_without_ema'] = raw
+  results = {
+    name: training.evaluate(arrays, frozen[name], 'test')
+    for name, arrays in evaluated.items()
+  }
+  chosen = config.bundle if config.bundle in results else 'last'
+  student = {name: result.metrics for name, result in results.items()}
+  student.setdefault('best', student['last'])
+  exp = training.experiment
+  arrays = evaluated[chosen], frozen[chosen]
+  judged = results[chosen].teacher
+  facts = {
+    'best_step': best_step,
+    'best_by': training.ranking_split,
+    'steps': int(state.step),
+    'test_examples': len(training.splits['test']),
+  }
+  info = {'which': chosen, **_made(exp)}
+  run = {
+    'test': student,
+    'teacher': judged and judged.metrics,
+    'seed': config.seed,
+    'recipe': _recipe(config),
+    **facts,
+  }
+  bundle = _bundle(
+    exp,
+    distiller.deployed_network,
+    distiller.deployed(*arrays),
+    {**info, 'test': student[chosen], 'run': run},
+  )
+  connected, apart = None, distiller.apart(*arrays)
+  if apart is not None:
+    connected = _bundle(exp, distiller.network, apart, info)
+
+  def write_bundles():
+    bundle.save(workdir / workdirs.BUNDLE)
+    if connected is not None:
+      connected.save(workdir / workdirs.CONNECTED)
+
+  # First: whatever is said of it, the student is kept.
+  hosts.share(lambda: disk.retry(write_bundles, 'the bundle'))
+  measured = failure = None
+  try:
+    measured = _measure(training, workdir, *arrays)
+  except Exception as error:  # Whatever it is, it must not cost the run.
+    failure = error
+  summary = {
+    'student': student,
+    **facts,
+    'images_per_second': progress.images_per_second,
+    'damaged_images': [
+      training.splits['train'].name_of(index) for index in progress.damaged
+    ],
+    'bounds': measured and measured.report,
+    **_circumstances(training.experiment, bundle, judged),
+  }
+
+  def write_summary():
+    # By its report a run is known to be whole: an old one is not of this end.
+    (workdir / workdirs.WEB_REPORT).unlink(missing_ok=True)
+    disk.write_text(
+      workdir / workdirs.SUMMARY, json.dumps(summary, indent=2) + '\n'
+    )
+
+  def write_report():
+    report.write(
+      workdir,
+      summary=summary,
+      history=history,
+      evaluation=results[chosen],
+      arrays=training.splits['test'],
+      class_names=bundle.class_names,
+      measured=measured,
+    )
+
+  def try_report():
+    try:
+      if failure is not None:
+        raise failure
+      disk.retry(write_report, 'the report')
+    except Exception as error:  # As above.
+      logger.debug('the report failed', exc_info=True)
+      logger.warning(
+        '%s: the report could not be made (%s: %s); the student and %s are '
+        'there, and the same command tries again',
+        workdir,
+        type(error).__name__,
+        config_utils.short(error),
+        workdirs.SUMMARY,
+      )
+
+  hosts.share(lambda: disk.retry(write_summary, 'the summary'))
+  hosts.share(try_report)
+  return bundle, summary
+
+
+def _measure(training, workdir, variables, frozen) -> measure.Measured | None:
+  """Returns what test images say of student and teacher; None without one.
+
+  Nor where they are not finite, of which nothing can be said: it is logged.
+  """
+  exp, config = training.experiment, training.experiment.config
+  if exp.judge is None:
+    return None
+  distiller = exp.distiller
+  student = distiller.deployed(variables, frozen)
+  apart = distiller.apart(variables, frozen)
+  try:
+    return measure.measure(
+      pairs.Pair(
+        exp.judge, distiller.deployed_network, distiller.connected_network
+      ),
+      {
+        'teacher': frozen,
+        'student': student,
+        'connected': student if apart is None else apart,
+      },
+      training.splits,
+      mapper=exp.mapper,
+      batch_size=config.eval_batch_size,
+      num_workers=config.num_workers,
+      delta=config.bounds.delta,
+      fit_examples=config.bounds.fit_examples,
+      seed=config.seed,
+    )
+  except config_utils.UserError as error:
+    logger.warning('%s: the bound is not measured: %s', workdir, error)
+    return None
+
+
+def _made(exp) -> dict[str, Any]:
+  """Returns what a bundle says of how it was made."""
+  config, judge = exp.config, exp.judge
+  return {
+    'dataset': config.dataset.to_dict(),
+    'method': config.method.to_dict(),
+    'teacher': judge and judge.name,
+    'teacher_origin': judge and judge.origin,
+    # Methods that learn from labels alone are only judged by it.
+    'taught': exp.distiller.teacher is not None,
+    'eval_batch_size': config.eval_batch_size,
+    'ijckd_jax': importlib.metadata.version('ijckd_jax'),
+  }
+
+
+def _recipe(config) -> dict[str, Any]:
+  """Returns the fields of a config that say how a network is trained.
+
+  By their dotted names: see RECIPE and MORE.
+  """
+  plain = experiment.default_config(dataset=None, teacher='', student='')
+  plain, found = (config_utils.flatten(x.to_dict()) for x in (plain, config))
+  return {
+    name: value
+    for name, value in found.items()
+    if name in RECIPE
+    or (name.partition('.')[0] in MORE and value != plain.get(name))
+  }
+
+
+def _bundle(exp, network, variables, info) -> bundles.Bundle:
+  """Returns a network that a run leaves, alone."""
+  judge, backbone_name = exp.judge, exp.config.student.backbone
+  return bundles.Bundle(
+    network=network,
+    variables=jax.device_get(variables),
+    backbone_name=backbone_name,
+    pool_name=judge.pool_name
+    if network.connector is not None
+    else backbone_name,
+    image_shape=tuple(exp.dataset.image_shape),
+    class_names=tuple(exp.dataset.class_names),
+    info=info,
+  )
+
+
+def _circumstances(exp, bundle, judged) -> dict[str, Any]:
+  """Returns what a summary says beside the student's numbers."""
+  judge = exp.judge
+  return {
+    'teacher': judged and judged.metrics,
+    'teacher_name': judge and judge.name,
+    'teacher_origin': judge and judge.origin,
+    'heads': exp.fitted,
+    'parameters': {
+      'student': bundles.num_params(bundle.variables),
+      'teacher': judge and judge.num_params,
+    },
+    'multiply_adds': _multiply_adds(bundle, judge),
+    'seed': exp.config.seed,
+    'config': exp.config.to_dict(),
+    'versions': run_record.versions(),
+    'devices': [device.device_kind for device in jax.devices()],
+  }
+
+
+def _multiply_adds(bundle, judge) -> dict[str, int | None]:
+  """Returns those of one image; None where they are not known."""
+  network = bundle.network
+  image = jax.ShapeDtypeStruct((1, *bundle.image_shape), jnp.uint8)
+  return {
+    'student': cost.multiply_adds(
+      lambda variables, x: network(variables, network.preprocessing(x)).logits,
+      bundle.variables,
+      image,
+    ),
+    'teacher': judge
+    and cost.multiply_adds(
+      lambda frozen, x: judge(frozen, x).logits, judge.frozen, image
+    ),
+  }
