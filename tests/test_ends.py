@@ -113,9 +113,9 @@ def test_every_file_of_a_finished_run_may_be_damaged(
       train.train_and_evaluate(small_config(), run)
     except config_utils.UserError as error:
       # Nothing can be made from them, and nothing is.
-      assert name in ('metrics.jsonl', 'config.json'), (name, error)
+      assert name in ('metrics.jsonl', 'config.json', 'run.json'), (name, error)
       (run / name).write_bytes(kept)
-    if name in ('metrics.jsonl', 'config.json', 'report.html'):
+    if name in ('metrics.jsonl', 'config.json', 'run.json', 'report.html'):
       (run / name).write_bytes(kept)
     if how in ('empty', 'gone') and name in ENDS:
       assert (run / name).read_bytes(), name
