@@ -103,7 +103,11 @@ MUTATIONS = [
     'gaps > 0, jnp.inf, -jnp.inf',
     'gaps >= -1, jnp.inf, -jnp.inf',
   ),
-  ('evaluation/pointwise.py', '.sum(axis=-1) / 2, 1.0', '.sum(axis=-1) / 3, 1.0'),
+  (
+    'evaluation/pointwise.py',
+    '.sum(axis=-1) / 2, 1.0',
+    '.sum(axis=-1) / 3, 1.0',
+  ),
   (
     'evaluation/pointwise.py',
     'student_wrong & ~teacher_wrong)',
@@ -167,7 +171,11 @@ MUTATIONS = [
     'value = error + discrepancy',
     'value = error - discrepancy',
   ),
-  ('bounds/pairs.py', 'square.mean(axis=(1, 2))', 'square.mean(axis=(1, 2)) / 4'),
+  (
+    'bounds/pairs.py',
+    'square.mean(axis=(1, 2))',
+    'square.mean(axis=(1, 2)) / 4',
+  ),
 ]
 
 
