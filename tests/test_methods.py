@@ -91,7 +91,7 @@ def bind(method, pair=Pair(), **fields):  # noqa: B008
       'method': method,
       'teacher': (
         make_teacher(pair.teacher, pair.teacher_side)
-        if getattr(method, 'needs_teacher', True)
+        if method.needs_teacher
         else None
       ),
       'image_shape': (8, 8, 1),
@@ -117,7 +117,7 @@ def complete(method, batch, num_examples=20):
   """Returns a batch with all that a method may read of it."""
   rows = np.arange(len(batch['label']), dtype=np.int32)
   batch = {'index': rows, 'epoch': 0 * rows, **batch}
-  if getattr(method, 'memory', None):
+  if method.remembers:
     key = jax.random.key(5)
     batch |= {'memory': method.memory(key, num_examples), 'key': key}
   return batch
@@ -178,8 +178,8 @@ def arrays(method, seed=0, *, num_rows=6, teacher_size=2):
     logits=normal(NUM_CLASSES),
     before=tuple(stage - 0.5 for stage in stages),
   )
-  if hasattr(method, 'auxiliary'):
-    module = method.auxiliary(student, teacher)
+  module = method.auxiliary(student, teacher)
+  if module is not None:
     seen = (student, teacher)
     shapes = jax.eval_shape(
       lambda: module.init(jax.random.key(0), *seen, train=False)
@@ -682,3 +682,14 @@ def test_losses_are_float32_whatever_comes_in():
     for value in (total, *terms.values()):
       assert value.dtype == jnp.float32, name
     np.testing.assert_array_equal(total, exact, err_msg=name)
+
+
+def test_a_class_without_the_base_has_its_defaults():
+  name = 'experiments.extension_example.method:Method'
+  cls = methods.get(name)
+  assert methods.get(name) is cls and issubclass(cls, methods.base.Method)
+  method = cls(cosine_weight=0.5)
+  assert repr(method).startswith('Method(cosine_weight=0.5')
+  assert method.needs_teacher and not method.remembers
+  assert method.auxiliary(None, None) is None
+  assert method.predicts_with == 'teacher'

@@ -92,7 +92,7 @@ def bind(
       "build_connector, or say predicts_with = 'own'"
     )
   auxiliary = None
-  if teacher is not None and hasattr(method, 'auxiliary'):
+  if teacher is not None:
     auxiliary = method.auxiliary(source, teacher.shapes(image_shape))
   if auxiliary is not None:
     if others:

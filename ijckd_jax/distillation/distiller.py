@@ -212,7 +212,7 @@ class Distiller:
   @property
   def remembers(self) -> bool:
     """Whether the method keeps arrays in the state."""
-    return getattr(self.method, 'memory', None) is not None
+    return self.method.remembers
 
   def student(self, variables, frozen, images: jax.Array):
     """Runs the student in training on the shared view.

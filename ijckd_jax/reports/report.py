@@ -220,7 +220,7 @@ def _headline(summary, evaluation):
   )
   if judge is None:
     done = f'trained without a teacher by **{by}** on **{on}**'
-  elif getattr(method, 'needs_teacher', True):
+  elif method.needs_teacher:
     done = f'distilled from **{teacher}** by **{by}** on **{on}**'
   else:
     done = f'trained by **{by}** on **{on}**, only judged by **{teacher}**'

@@ -365,11 +365,10 @@ def build(
     dtype=dtype,
     unbiased_variance=config.unbiased_variance,
   )
-  needs_teacher = getattr(method, 'needs_teacher', True)
   given = (teacher,) if isinstance(teacher, teachers.Teacher) else teacher
   if given is None and config.teacher.checkpoint:
     given = teacher_loading.load(config.teacher, dtype)
-  elif given is None and needs_teacher:
+  elif given is None and method.needs_teacher:
     given = (
       teacher_loading.abstract(
         config.teacher.backbone, dataset, preprocessing, dtype
@@ -395,8 +394,8 @@ def build(
     backbone=backbone,
     preprocessing=preprocessing,
     method=method,
-    teacher=given[0] if needs_teacher else None,
-    others=given[1:] if needs_teacher else (),
+    teacher=given[0] if method.needs_teacher else None,
+    others=given[1:] if method.needs_teacher else (),
     weights=weights,
     image_shape=tuple(dataset.image_shape),
     num_classes=len(dataset.class_names),

@@ -1,31 +1,7 @@
-"""The objectives by name, and what each must be.
+"""The objectives by name; `base.Method` says what each must be.
 
-A method is a frozen dataclass, in a module of its own as `Method`, whose fields
-are its hyper-parameters. It has
-
-  predicts_with: of outputs.HEADS, the head that makes the student's prediction:
-    mostly 'teacher' or 'own'.
-  tap: 'stage' or 'final', the student's map that is connected; a student that
-    is tapped at its last stage is built without the layers after it.
-  build_connector(student, teacher): the module that connects the two (see
-    connectors.py), from their outputs.Shapes, or None.
-  loss(student, teacher, batch): the total and the unweighted terms by name,
-    from their outputs.Outputs and the batch of one device. Its labels are for
-    losses.cross_entropy: with mixup and cutmix they are mixing.MixedLabels.
-
-A method that learns without a teacher says `needs_teacher = False`. One that
-trains something beside the student has
-
-  auxiliary(student, teacher): an auxiliary.Auxiliary, or None, from their
-    Shapes. What it returns is `student.auxiliary`.
-
-and one that keeps arrays from step to step, in TrainState.memory,
-
-  memory(key, num_examples): these arrays at the start. The batch of a loss has
-    them as 'memory', and 'key', the run's, for what is drawn by example.
-  notes(student, batch): what a batch adds to them: arrays with a row for each
-    image, which are gathered from all devices.
-  remember(memory, notes): the arrays after that, as a pure function.
+A method of your own is a class like these, or any class with the same members,
+and is named in a config as `package.module:Name`.
 """
 
 from collections.abc import Mapping
@@ -33,6 +9,7 @@ from collections.abc import Mapping
 import ml_collections
 
 from ijckd_jax.distillation.methods import added
+from ijckd_jax.distillation.methods import base
 from ijckd_jax.runtime import config_utils
 
 METHODS = {
@@ -58,7 +35,7 @@ LABELS = 'cross_entropy_weight'
 
 def get(name: str) -> type:
   """Returns the method class called `name`, or at `package.module:Name`."""
-  return config_utils.resolve('method', name, METHODS)
+  return base.complete(config_utils.resolve('method', name, METHODS))
 
 
 def section(name: str) -> ml_collections.ConfigDict:
@@ -94,7 +71,7 @@ def _parse(spec: str):
   defaults = config_utils.section(cls, name)
   if LABELS in defaults:
     defaults[LABELS] = 0.0
-  elif not getattr(cls, 'needs_teacher', True):
+  elif not cls.needs_teacher:
     raise config_utils.UserError(
       f'method.add={spec!r}: {name} has no terms but that of the labels, which '
       'the first method has already'

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from ijckd_jax.distillation.methods import auxiliary
+from ijckd_jax.distillation.methods import base
 
 
 class Modules(auxiliary.Auxiliary, kw_only=True):
@@ -34,7 +35,7 @@ class Modules(auxiliary.Auxiliary, kw_only=True):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sum:
+class Sum(base.Method):
   """A method whose loss has the terms of others added.
 
   The student is connected once: as the first method wants it, else as the first
@@ -64,7 +65,7 @@ class Sum:
   @property
   def needs_teacher(self) -> bool:
     """Whether one of them does."""
-    return any(getattr(m, 'needs_teacher', True) for m in self._all)
+    return any(m.needs_teacher for m in self._all)
 
   @property
   def _all(self):
@@ -77,10 +78,7 @@ class Sum:
 
   def auxiliary(self, student, teacher):
     """Returns the modules of all; None where there is none."""
-    modules = tuple(
-      m.auxiliary(student, teacher) if hasattr(m, 'auxiliary') else None
-      for m in self._all
-    )
+    modules = tuple(m.auxiliary(student, teacher) for m in self._all)
     return Modules(modules=modules) if any(modules) else None
 
   def loss(self, student, teacher, batch):
@@ -96,9 +94,13 @@ class Sum:
     return total, terms
 
   @property
-  def memory(self):
-    """As a method's; None where no method has one."""
-    return self._memory if self._remembering else None
+  def remembers(self) -> bool:
+    """Whether one of them does."""
+    return bool(self._remembering)
+
+  def memory(self, key, num_examples):
+    """As a method's, of those that have one."""
+    return tuple(m.memory(key, num_examples) for m in self._remembering)
 
   def notes(self, student, batch):
     """As a method's, of those that have one."""
@@ -117,10 +119,7 @@ class Sum:
 
   @property
   def _remembering(self):
-    return [m for m in self._all if getattr(m, 'memory', None)]
-
-  def _memory(self, key, num_examples):
-    return tuple(m.memory(key, num_examples) for m in self._remembering)
+    return [m for m in self._all if m.remembers]
 
   def _of(self, number: int, student):
     """Returns the student with one method's auxiliary results."""

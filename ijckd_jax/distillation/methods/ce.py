@@ -2,20 +2,15 @@
 
 import dataclasses
 
+from ijckd_jax.distillation.methods import base
 from ijckd_jax.models import losses
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(base.Method):
   """Cross-entropy of the student's own head; no teacher."""
 
-  predicts_with = 'own'
-  tap = 'final'
   needs_teacher = False
-
-  def build_connector(self, student, teacher):
-    """Returns None: nothing is connected."""
-    del student, teacher
 
   def loss(self, student, teacher, batch):
     """Returns the cross-entropy."""

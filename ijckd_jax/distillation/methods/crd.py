@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from ijckd_jax.data import augment
 from ijckd_jax.distillation.methods import auxiliary
+from ijckd_jax.distillation.methods import base
 from ijckd_jax.models import layers
 from ijckd_jax.models import losses
 from ijckd_jax.runtime import config_utils
@@ -46,7 +47,7 @@ class Embeddings(auxiliary.Auxiliary, kw_only=True):
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(base.Method):
   """Cross-entropy, and contrasts with a memory of all training images.
 
   The memory is two vectors for each image, which stay on every device: 51 MB
@@ -72,17 +73,12 @@ class Method:
   momentum: float = 0.5
   width: int = 128
 
-  predicts_with = 'own'
-  tap = 'final'
+  remembers = True
 
   def __post_init__(self):
     config_utils.check_positive('temperature', self.temperature)
     config_utils.check_positive('num_negatives', self.num_negatives)
     config_utils.check_positive('width', self.width)
-
-  def build_connector(self, student, teacher):
-    """Returns None: the embeddings are not what a head reads."""
-    del student, teacher
 
   def auxiliary(self, student, teacher):
     """Returns the embeddings."""

@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ijckd_jax.distillation.methods import base
 from ijckd_jax.models import losses
 from ijckd_jax.runtime import config_utils
 
@@ -16,7 +17,7 @@ EPSILON = 1e-8  # Least product of the norms in a correlation.
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(base.Method):
   """Cross-entropy, and T^2 (1 - Pearson's correlation) of softened predictions.
 
   Within classes it compares the images of one device (and of one piece, where
@@ -36,15 +37,8 @@ class Method:
   temperature: float = 1.0
   standardize: bool = False
 
-  predicts_with = 'own'
-  tap = 'final'
-
   def __post_init__(self):
     config_utils.check_positive('temperature', self.temperature)
-
-  def build_connector(self, student, teacher):
-    """Returns None: logits need no connector."""
-    del student, teacher
 
   def loss(self, student, teacher, batch):
     """Returns the weighted sum and its terms."""

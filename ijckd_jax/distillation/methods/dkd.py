@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ijckd_jax.distillation.methods import base
 from ijckd_jax.models import losses
 from ijckd_jax.runtime import config_utils
 
@@ -18,7 +19,7 @@ FAR = 1000.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(base.Method):
   """Cross-entropy, and KD in two parts, each T^2 KL of softened predictions.
 
   A row without a label counts nothing, in either part; that of a mixed image
@@ -41,15 +42,8 @@ class Method:
   warm_up_epochs: float = 20.0
   standardize: bool = False
 
-  predicts_with = 'own'
-  tap = 'final'
-
   def __post_init__(self):
     config_utils.check_positive('temperature', self.temperature)
-
-  def build_connector(self, student, teacher):
-    """Returns None: logits need no connector."""
-    del student, teacher
 
   def loss(self, student, teacher, batch):
     """Returns the weighted sum and its terms."""

@@ -9,6 +9,7 @@ import dataclasses
 import flax.linen as nn
 
 from ijckd_jax.distillation.methods import auxiliary
+from ijckd_jax.distillation.methods import base
 from ijckd_jax.models import layers
 from ijckd_jax.models import losses
 from ijckd_jax.runtime import config_utils
@@ -58,7 +59,7 @@ class Regressor(auxiliary.Auxiliary, kw_only=True):
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(base.Method):
   """Cross-entropy, and the squared error of one stage's map after a regressor.
 
   Attributes:
@@ -70,13 +71,6 @@ class Method:
   cross_entropy_weight: float = 1.0
   weight: float = 100.0
   stage: int = 2
-
-  predicts_with = 'own'
-  tap = 'final'
-
-  def build_connector(self, student, teacher):
-    """Returns None: the regressor is not what a head reads."""
-    del student, teacher
 
   def auxiliary(self, student, teacher):
     """Returns the regressor."""

@@ -7,6 +7,7 @@ Assumption", https://arxiv.org/abs/2304.11004.
 import dataclasses
 
 from ijckd_jax.distillation import connectors
+from ijckd_jax.distillation.methods import base
 from ijckd_jax.models import losses
 from ijckd_jax.models import outputs
 from ijckd_jax.runtime import config_utils
@@ -16,7 +17,7 @@ TAPS = ('stage', 'final')
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(base.Method):
   """Cross-entropy, logit and feature matching, through the teacher's head.
 
   Attributes:

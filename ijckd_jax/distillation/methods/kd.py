@@ -6,12 +6,13 @@ https://arxiv.org/abs/1503.02531; weights as in RepDistiller's tables.
 
 import dataclasses
 
+from ijckd_jax.distillation.methods import base
 from ijckd_jax.models import losses
 from ijckd_jax.runtime import config_utils
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(base.Method):
   """Cross-entropy and T^2 KL(teacher || student), by the student's own head.
 
   Attributes:
@@ -27,15 +28,8 @@ class Method:
   temperature: float = 4.0
   standardize: bool = False
 
-  predicts_with = 'own'
-  tap = 'final'
-
   def __post_init__(self):
     config_utils.check_positive('temperature', self.temperature)
-
-  def build_connector(self, student, teacher):
-    """Returns None: logits need no connector."""
-    del student, teacher
 
   def loss(self, student, teacher, batch):
     """Returns the weighted sum and its terms."""

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ijckd_jax.distillation.methods import auxiliary
+from ijckd_jax.distillation.methods import base
 from ijckd_jax.models import losses
 
 MAX_WIDTH = 512  # Between the two convolutions of a fusion.
@@ -70,7 +71,7 @@ def _resize(x, size):
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(base.Method):
   """Cross-entropy, and the squared error of fused maps at several scales.
 
   Attributes:
@@ -83,13 +84,6 @@ class Method:
   cross_entropy_weight: float = 1.0
   weight: float = 1.0
   warm_up_epochs: float = 20.0
-
-  predicts_with = 'own'
-  tap = 'final'
-
-  def build_connector(self, student, teacher):
-    """Returns None: the fusions are not what a head reads."""
-    del student, teacher
 
   def auxiliary(self, student, teacher):
     """Returns the fusions."""

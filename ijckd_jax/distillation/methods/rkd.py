@@ -9,11 +9,12 @@ import dataclasses
 import jax.numpy as jnp
 import optax
 
+from ijckd_jax.distillation.methods import base
 from ijckd_jax.models import losses
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(base.Method):
   """Cross-entropy, and relations between pooled features.
 
   It compares the images of one device (and of one piece, where the batch is
@@ -30,13 +31,6 @@ class Method:
   cross_entropy_weight: float = 1.0
   distance_weight: float = 25.0
   angle_weight: float = 50.0
-
-  predicts_with = 'own'
-  tap = 'final'
-
-  def build_connector(self, student, teacher):
-    """Returns None: relations need no connector."""
-    del student, teacher
 
   def loss(self, student, teacher, batch):
     """Returns the weighted sum and its terms."""

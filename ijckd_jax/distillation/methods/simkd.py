@@ -7,11 +7,12 @@ Classifier", https://arxiv.org/abs/2203.14001.
 import dataclasses
 
 from ijckd_jax.distillation import connectors
+from ijckd_jax.distillation.methods import base
 from ijckd_jax.models import losses
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(base.Method):
   """The student's map, through a bottleneck, regresses the teacher's.
 
   Attributes:

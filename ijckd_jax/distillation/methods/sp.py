@@ -8,11 +8,12 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from ijckd_jax.distillation.methods import base
 from ijckd_jax.models import losses
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(base.Method):
   """Cross-entropy, and the squared error of the batch's similarities.
 
   It compares the images of one device (and of one piece, where the batch is
@@ -25,13 +26,6 @@ class Method:
 
   cross_entropy_weight: float = 1.0
   weight: float = 3000.0
-
-  predicts_with = 'own'
-  tap = 'final'
-
-  def build_connector(self, student, teacher):
-    """Returns None: similarities need no connector."""
-    del student, teacher
 
   def loss(self, student, teacher, batch):
     """Returns the weighted sum and its terms."""

@@ -9,6 +9,7 @@ connects='pooled', distillation_weight=1.
 import dataclasses
 
 from ijckd_jax.distillation import connectors
+from ijckd_jax.distillation.methods import base
 from ijckd_jax.models import losses
 from ijckd_jax.runtime import config_utils
 
@@ -16,7 +17,7 @@ CONNECTS = ('map', 'pooled')
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(base.Method):
   """Pooled features and logits match the teacher's; the own head predicts.
 
   Attributes:
@@ -39,9 +40,6 @@ class Method:
   temperature: float = 4.0
   standardize: bool = False
   connects: str = 'map'
-
-  predicts_with = 'own'
-  tap = 'final'
 
   def __post_init__(self):
     if self.connects not in CONNECTS:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ijckd_jax.distillation.methods import auxiliary
+from ijckd_jax.distillation.methods import base
 from ijckd_jax.models import losses
 
 START_VARIANCE = 5.0
@@ -49,7 +50,7 @@ class Regressors(auxiliary.Auxiliary):
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(base.Method):
   """Cross-entropy, and the Gaussian log-likelihood of the teacher's maps.
 
   Attributes:
@@ -60,13 +61,6 @@ class Method:
 
   cross_entropy_weight: float = 1.0
   weight: float = 1.0
-
-  predicts_with = 'own'
-  tap = 'final'
-
-  def build_connector(self, student, teacher):
-    """Returns None: the regressors are not what a head reads."""
-    del student, teacher
 
   def auxiliary(self, student, teacher):
     """Returns the regressors, whose variances are trained."""

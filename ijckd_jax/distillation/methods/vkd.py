@@ -9,13 +9,14 @@ import dataclasses
 import jax.numpy as jnp
 
 from ijckd_jax.distillation import connectors
+from ijckd_jax.distillation.methods import base
 from ijckd_jax.models import losses
 
 EPSILON = 1e-5  # Added to the variance, as batch norm does.
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(base.Method):
   """Cross-entropy of the own head, and projected features' squared error.
 
   The teacher's pooled features are standardised over the images of one device
@@ -29,9 +30,6 @@ class Method:
 
   cross_entropy_weight: float = 1.0
   weight: float = 1.0
-
-  predicts_with = 'own'
-  tap = 'final'
 
   def build_connector(self, student, teacher):
     """Returns the projection."""

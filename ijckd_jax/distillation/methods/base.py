@@ -1,0 +1,87 @@
+"""What every method is: the whole contract, with its defaults."""
+
+import functools
+
+
+class Method:
+  """An objective: its terms, their weights, and which head predicts.
+
+  A subclass is a frozen dataclass, in a module of its own as `Method`, whose
+  fields are its hyper-parameters. It must have `loss`; the rest is as here
+  unless it says otherwise.
+
+  Attributes:
+    predicts_with: of outputs.HEADS, the head that makes the student's
+      prediction: mostly 'teacher' or 'own'.
+    tap: 'stage' or 'final', the student's map that is connected; a student that
+      is tapped at its last stage is built without the layers after it.
+    needs_teacher: whether it learns from one.
+    remembers: whether it keeps arrays from step to step, in TrainState.memory:
+      then it has `memory`, `notes` and `remember`.
+  """
+
+  predicts_with = 'own'
+  tap = 'final'
+  needs_teacher = True
+  remembers = False
+
+  def build_connector(self, student, teacher):
+    """Returns the connectors.Connector of a student to a teacher, or None.
+
+    Args:
+      student: outputs.Shapes of the student.
+      teacher: outputs.Shapes of the teacher.
+    """
+    del student, teacher
+
+  def auxiliary(self, student, teacher):
+    """Returns what is trained beside the student, an Auxiliary, or None.
+
+    What it gives is `student.auxiliary` in a loss. Arguments are those of
+    `build_connector`.
+    """
+    del student, teacher
+
+  def loss(self, student, teacher, batch):
+    """Returns the total, and the unweighted terms by name.
+
+    Args:
+      student: outputs.Outputs of the student; `connected` is what the connector
+        has made of it.
+      teacher: outputs.Outputs of the teacher.
+      batch: of one device. Its 'label' is for losses.cross_entropy: with mixup
+        and cutmix it is a mixing.MixedLabels. Where the method remembers, it
+        has 'memory', and 'key', the run's, for what is drawn by example.
+    """
+    raise NotImplementedError
+
+  def memory(self, key, num_examples):
+    """Returns the arrays at the start of a run on so many examples."""
+    raise NotImplementedError
+
+  def notes(self, student, batch):
+    """Returns what a batch adds to the memory: a row for each image.
+
+    They are gathered from all devices. Arguments are those of `loss`.
+    """
+    raise NotImplementedError
+
+  def remember(self, memory, notes):
+    """Returns the memory after that, as a pure function."""
+    raise NotImplementedError
+
+
+@functools.cache
+def complete(cls: type) -> type:
+  """Returns a class of methods; one without this base has its defaults too."""
+  if issubclass(cls, Method):
+    return cls
+  names = ('__module__', '__qualname__', '__doc__')
+  return type(
+    cls.__name__,
+    (cls, Method),
+    {
+      'remembers': hasattr(cls, 'memory'),
+      **{name: getattr(cls, name) for name in names},
+    },
+  )
