@@ -19,7 +19,7 @@ from ijckd_jax.distillation import connectors
 from ijckd_jax.models import backbone as backbone_lib
 from ijckd_jax.models import outputs
 from ijckd_jax.runtime import config_utils
-from ijckd_jax.runtime import workdirs
+from ijckd_jax.runtime import disk
 from ijckd_jax.training import experiment
 from tests import marks
 
@@ -612,7 +612,7 @@ def test_a_bundle_set_aside_by_a_killed_save_is_not_lost(tmp_path, monkeypatch):
   def full(path, data):
     raise OSError('full')
 
-  monkeypatch.setattr(workdirs, '_write', full)
+  monkeypatch.setattr(disk, '_write', full)
   with pytest.raises(OSError, match='full'):
     bundle.save(tmp_path / 'bundle')
   assert [path.name for path in tmp_path.iterdir()] == ['bundle']

@@ -13,7 +13,7 @@ import pytest
 
 from ijckd_jax.distillation import train_state
 from ijckd_jax.runtime import config_utils
-from ijckd_jax.runtime import workdirs
+from ijckd_jax.runtime import disk
 from ijckd_jax.training import checkpoints
 
 
@@ -202,7 +202,7 @@ def test_disk_that_is_full_for_a_while_costs_nothing(
   tmp_path, monkeypatch, caplog
 ):
   """A file in the place of the folder to be written fails like a full disk."""
-  monkeypatch.setattr(workdirs, 'RETRY_SECONDS', (0.2,) * 20)
+  monkeypatch.setattr(disk, 'RETRY_SECONDS', (0.2,) * 20)
   folder = tmp_path / 'checkpoints'
   fill(folder, {4: 0.5})
   store = checkpoints.Checkpoints(folder, keep=2)
@@ -220,7 +220,7 @@ def test_disk_that_is_full_for_a_while_costs_nothing(
 def test_disk_that_stays_full_is_an_error_with_its_reason(
   tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(workdirs, 'RETRY_SECONDS', (0.01, 0.01))
+  monkeypatch.setattr(disk, 'RETRY_SECONDS', (0.01, 0.01))
   folder = tmp_path / 'checkpoints'
   fill(folder, {4: 0.5})
   store = checkpoints.Checkpoints(folder, keep=1)

@@ -177,7 +177,10 @@ def test_other_arrays_are_another_run(data, tmp_path):
     ({'teacher': 'nowhere'}, 'no bundle in nowhere'),
     ({'data': (np.zeros(3), np.zeros(3))}, 'data is of type tuple: .*Arrays'),
     ({'data': [1, 2]}, 'data is of type list'),
-    ({'teacher': np.zeros(3)}, 'a teacher is of type ndarray.*torch_convert'),
+    (
+      {'teacher': np.zeros(3)},
+      'of type ndarray.*converter.convert',
+    ),
     ({'teacher': ['resnet8', len]}, 'a teacher is of type builtin'),
     ({'teacher': []}, 'no teacher is given'),
     ({'settings': {'total_epoch': 3}}, 'total_epochs'),

@@ -256,7 +256,7 @@ def test_what_is_written_outlives_a_power_cut(
   finished_run, tmp_path, monkeypatch
 ):
   bundle = bundles.load(finished_run[0])
-  disk = Disk(monkeypatch)
+  watched = Disk(monkeypatch)
   disk.write_text(epath.Path(tmp_path) / 'summary.json', '{}')
   bundle.save(tmp_path / 'bundle')
   report._write_pages(
@@ -266,19 +266,19 @@ def test_what_is_written_outlives_a_power_cut(
     {},
   )
   names = {'summary.json', 'bundle', 'a.png', 'report.md', 'report.html'}
-  assert {path.name for path in disk.renamed} == names
-  assert disk.early == []
+  assert {path.name for path in watched.renamed} == names
+  assert watched.early == []
   for name in names - {'a.png'} | {'plots/a.png', '.', 'plots'}:
-    assert disk.lost(tmp_path / name) == [], name
+    assert watched.lost(tmp_path / name) == [], name
   # The old one goes only when the new one is there to stay.
   remove, seen = shutil.rmtree, []
 
   def rmtree(path, *args, **kwargs):
-    seen.append(disk.lost(tmp_path / 'bundle') + disk.lost(tmp_path))
+    seen.append(watched.lost(tmp_path / 'bundle') + watched.lost(tmp_path))
     remove(path, *args, **kwargs)
 
   monkeypatch.setattr(shutil, 'rmtree', rmtree)
-  disk.early.clear()
+  watched.early.clear()
   bundle.save(tmp_path / 'bundle')
   assert seen == [[]]
 
@@ -287,14 +287,14 @@ def test_a_checkpoint_is_on_the_disk_before_an_old_one_goes(
   tmp_path, monkeypatch
 ):
   folder = tmp_path / 'checkpoints'
-  disk = Disk(monkeypatch)
+  watched = Disk(monkeypatch)
   removed = []
 
   def note(source, target):
     if str(target).endswith('.removed'):
-      removed.append(disk.lost(folder / '2'))
+      removed.append(watched.lost(folder / '2'))
 
-  disk.note = note
+  watched.note = note
   test_checkpoints.fill(folder, {1: None, 2: None}, keep=1)
   assert removed == [[]]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ijckd_jax.bundles import bundles
-from ijckd_jax.runtime import workdirs
+from ijckd_jax.runtime import disk
 from ijckd_jax.training import loop
 from ijckd_jax.training import train
 from tests import test_train
@@ -62,7 +62,7 @@ def assert_ends_like(finished_run, workdir, result):
 def test_folder_that_is_away_for_a_while_costs_nothing(
   finished_run, small_config, tmp_path, teacher, monkeypatch, caplog
 ):
-  monkeypatch.setattr(workdirs, 'RETRY_SECONDS', (0.2,) * 50)
+  monkeypatch.setattr(disk, 'RETRY_SECONDS', (0.2,) * 50)
   workdir, said = tmp_path / 'run', 'No such file or directory'
   result = train.train_and_evaluate(
     small_config(),
@@ -79,7 +79,7 @@ def test_folder_that_is_away_for_a_while_costs_nothing(
 def test_folder_that_stays_away_stops_the_run_and_loses_no_checkpoint(
   finished_run, small_config, tmp_path, teacher, monkeypatch
 ):
-  monkeypatch.setattr(workdirs, 'RETRY_SECONDS', (0.1, 0.1))
+  monkeypatch.setattr(disk, 'RETRY_SECONDS', (0.1, 0.1))
   workdir = tmp_path / 'run'
   unmount = Unmount(workdir, 10)
   with pytest.raises(OSError, match='over 3 tries .*No such file'):
