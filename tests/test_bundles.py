@@ -309,8 +309,12 @@ def test_code_is_not_imported_unasked(tmp_path, monkeypatch, field):
   message = failure(tmp_path / 'bundle')
   assert f'names code outside the package ({name}); load it with' in message
   assert 'trust_code=True (--trust_code)' in message
+  # A config that names code of one package trusts no other.
+  for trusted in ('resnet8', 'another_package.module:X'):
+    assert 'names code' in failure(tmp_path / 'bundle', trust_code=trusted)
   assert not mark.exists()
-  assert name in failure(tmp_path / 'bundle', trust_code=True)
+  for trusted in (True, f'{module.stem}:Y'):
+    assert name in failure(tmp_path / 'bundle', trust_code=trusted)
   assert mark.exists()
 
 

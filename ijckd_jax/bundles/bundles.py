@@ -181,7 +181,7 @@ def load(
   directory: epath.PathLike,
   *,
   dtype=None,
-  trust_code: bool = False,
+  trust_code: bool | str = False,
   trust_programs: bool | None = None,
 ) -> Bundle:
   """Returns the bundle in a folder, or in a run's folder.
@@ -190,7 +190,8 @@ def load(
     directory: holds `bundle.json`, or `bundle/` with it.
     dtype: of the computation; None: as in the run that made it.
     trust_code: whether it may name backbones and connectors outside this
-      package, as `package.module:Name`. They are imported: their code runs.
+      package, as `package.module:Name`. They are imported: their code runs. A
+      name like that: those of the same package.
     trust_programs: whether it may hold programs, which XLA reads (see the
       module programs); None: as `trust_code`.
 
@@ -200,7 +201,7 @@ def load(
   """
   directory = find(directory)
   if trust_programs is None:
-    trust_programs = trust_code
+    trust_programs = bool(trust_code)
   # Data from strangers can be wrong in more ways than a list could name, so
   # here whatever goes wrong with it is the user's error, and said in one line.
   try:
@@ -311,7 +312,7 @@ def build(
   where,
   *,
   dtype=None,
-  trust_code: bool = False,
+  trust_code: bool | str = False,
   read: Callable[[str], programs_lib.Program] | None = None,
 ):
   """Returns the network that a spec describes, and the backbone of its pool.
@@ -336,14 +337,18 @@ def build(
     )
   try:
     specification.check(spec)
-    outside = specification.names_outside(spec)
+    outside = [
+      name
+      for name in specification.names_outside(spec)
+      if not _is_trusted(name, trust_code)
+    ]
   except Exception as error:
     config_utils.raise_outside(error)
     raise config_utils.UserError(
       f"{where}: the bundle's description is damaged: "
       f'{config_utils.short(error)}'
     ) from error
-  if outside and not trust_code:
+  if outside:
     raise config_utils.UserError(
       f'the bundle in {where} names code outside the package '
       f'({config_utils.short(outside[0])}); load it with trust_code=True '
@@ -361,6 +366,17 @@ def build(
       f'{where}: what its bundle names cannot be built: '
       f'{config_utils.short(error)}'
     ) from error
+
+
+def _is_trusted(name: str, trust_code: bool | str) -> bool:
+  """Returns whether code outside the package may be imported; see `load`."""
+  if isinstance(trust_code, bool):
+    return trust_code
+  package, another = (
+    reference.partition(':')[0].partition('.')[0] if ':' in reference else ''
+    for reference in (name, trust_code)
+  )
+  return package == another
 
 
 def find(directory: epath.PathLike) -> epath.Path:

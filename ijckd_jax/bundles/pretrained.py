@@ -74,9 +74,7 @@ def load(
       images of other channels.
   """
   # A config is code already: what it names, it trusts.
-  bundle = bundles.load(
-    path, trust_code=':' in backbone_name, trust_programs=True
-  )
+  bundle = bundles.load(path, trust_code=backbone_name, trust_programs=True)
   if bundle.backbone_name != backbone_name:
     raise config_utils.UserError(
       f'{path} holds a {bundle.backbone_name}, and cannot start a '

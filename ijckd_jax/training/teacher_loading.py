@@ -31,14 +31,16 @@ def load(
   """
   paths = (section.checkpoint, *section.others)
   # A config is code already: what it names, it trusts.
-  trusted = ':' in section.backbone
   loaded = []
   for path in paths:
     if path.startswith(hub.PREFIX):
       bundle, _ = importer.read(path, importer.Request(dtype=dtype))
     else:
       bundle = bundles.load(
-        path, dtype=dtype, trust_code=trusted, trust_programs=True
+        path,
+        dtype=dtype,
+        trust_code=section.backbone,
+        trust_programs=True,
       )
     loaded.append(bundle)
   name = loaded[0].backbone_name
