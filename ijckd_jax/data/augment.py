@@ -88,7 +88,8 @@ class Augmentation:
     if self.flip:
       mirrored = jax.random.bernoulli(flip_key)
       image = jnp.where(mirrored, image[:, ::-1], image)
-    # From 2: the keys that a split gives are those folded in as 0 and 1.
+    # Numbers 0 and 1 would give the keys of crop and flip again, since a split
+    # folds in 0 and 1.
     for number, transform in enumerate(self.transforms, 2):
       image = transform(jax.random.fold_in(key, number), image)
     return image

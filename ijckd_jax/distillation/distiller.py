@@ -289,7 +289,9 @@ class Distiller:
     if self.reuses_head:
       return self.network
     if self.through_connector:
-      return dataclasses.replace(self.network)  # With another head: not it.
+      # A copy: `evaluator` asks whether this is the very `connected_network`,
+      # and with another head it is not.
+      return dataclasses.replace(self.network)
     return dataclasses.replace(
       self.network,
       connector=None,

@@ -253,8 +253,8 @@ class Experiment:
 
     Args:
       num_rows: of the batch.
-      with_teacher: whether it holds stored outputs, as all do once the run has
-        stored them.
+      with_teacher: whether it holds stored outputs, as every batch does once
+        the run has stored them.
     """
     row = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
     batch = {

@@ -208,12 +208,12 @@ class Loop:
     batches = self._batches(start, total_steps, progress)
     compiling = {start + 1}
     if recorder is not None:
-      compiling.add(recorder.last_step + 1)
+      compiling.add(recorder.last_filling_step + 1)
     pending, clock = [], None
     with _ProgressLine(self.name, start, total_steps) as line:
       for step, batch in enumerate(batches, start + 1):
         arguments = state, frozen, batch, self.key
-        if recorder is not None and step <= recorder.last_step:
+        if recorder is not None and step <= recorder.last_filling_step:
           (state, sums), rows = p_filling_step(*arguments)
           recorder.add(step, rows)
         else:
@@ -336,7 +336,7 @@ class Loop:
     first_row = rows * jax.process_index()
     stages = [(start, stop, None)]
     if self.recorder is not None:
-      full = max(start, self.recorder.last_step)
+      full = max(start, self.recorder.last_filling_step)
       stages = [(start, full, None), (full, stop, self.recorder.reader)]
     for first, last, reader in stages:
       if first < last:

@@ -1,9 +1,11 @@
-"""Which of a teacher's outputs a run stores, and how steps come by them.
+"""When a run fills a store of teacher outputs, and when it reads it.
 
 The teacher of a run with `config.teacher.store.views = M` sees M fixed views of
-each image. In the first M epochs it runs, and what the method reads of it is
-rounded and stored; from then on it is read. The student learns from the rounded
-values in both, so that it does not matter when a step is made.
+each image. In the first M epochs it runs, and what the method reads of it
+(`stored_outputs.plan` decides that) is rounded and stored; from then on it is
+read. The student learns from the rounded values in both, so that it does not
+matter when a step is made. What a store is, and whose: `teacher_store`; its
+files: `record_files`.
 """
 
 import collections
@@ -39,12 +41,13 @@ class Recorder:
       mapper: parallel.Mapper of the filling steps.
       batch_size: rows of a step, of all devices and processes.
     """
-    # The step after which there is nothing left to fill. The run that has
-    # filled the store, and goes through those steps again, does so by the same
-    # program: by the other one its numbers would be rounded otherwise.
-    self._is_full, self.last_step = store.complete, 0
+    # The step after which there is nothing left to fill. A run that goes
+    # through these steps again, from an older checkpoint, finds the store that
+    # it has filled itself. It runs the teacher once more all the same: the
+    # program that reads would round otherwise, and end with other bits.
+    self._is_full, self.last_filling_step = store.complete, 0
     if store.is_own or not self._is_full:
-      self.last_step = math.ceil(store.layout.size / batch_size)
+      self.last_filling_step = math.ceil(store.layout.size / batch_size)
     self._store = store
     self._mapper = mapper
     self._batch_size = batch_size

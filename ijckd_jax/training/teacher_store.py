@@ -127,7 +127,7 @@ class Store:
   def is_own(self) -> bool:
     """Whether it is this run that fills it, or has filled it."""
     owner = self._manifest['owner']
-    # In a run's own folder it is the run's, also where that was moved.
+    # A run's folder may have been moved: a store inside is still that run's.
     if self.directory.resolve().is_relative_to(owner):
       return True
     return disk.read_json(self.directory / MANIFEST)['owner'] == owner
@@ -160,7 +160,7 @@ class Store:
       ) from error
     new = dict(self._manifest)
     if self.complete or self.directory.resolve().is_relative_to(new['owner']):
-      # In a run's own folder it is the run's, also where that was moved.
+      # A run's folder may have been moved: see `is_own`.
       ignore = (*ignore, 'owner')
     if self.complete:
       # What others have stored beside is no harm.
