@@ -106,7 +106,13 @@ def test_names_that_never_were_are_not_found():
       importlib.import_module(moved.PACKAGE + name)
 
 
-def test_each_old_command_is_one_of_today():
+@pytest.mark.parametrize('old', moved.COMMANDS)
+def test_each_old_command_is_one_of_today(old, monkeypatch):
+  """Imported, it is that module; only `python -m` runs it."""
+  new = importlib.import_module(f'ijckd_jax.commands.{moved.COMMANDS[old]}')
+  monkeypatch.delitem(sys.modules, moved.PACKAGE + old, raising=False)
+  with pytest.warns(FutureWarning, match=f'{old} is now {new.__name__}'):
+    assert importlib.import_module(moved.PACKAGE + old) is new
   assert {*moved.COMMANDS.values()} == command.COMMANDS.keys() - {'train'}
 
 

@@ -133,10 +133,11 @@ class _Alias(importlib.abc.Loader):
     _warn(module.__name__, self._new)
 
 
-class _Command(importlib.abc.InspectLoader):
-  """Runs a command that was called as `python -m` with its old module."""
+class _Command(_Alias, importlib.abc.InspectLoader):
+  """The same for commands, of which `python -m` asks the source and runs it."""
 
   def __init__(self, old: str):
+    super().__init__(f'{PACKAGE}commands.{COMMANDS[old]}')
     self._old = old
 
   def is_package(self, fullname):
