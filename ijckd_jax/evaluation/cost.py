@@ -1,4 +1,8 @@
-"""What a function costs: its multiply-adds, counted in what is traced."""
+"""What a function costs: its multiply-adds, counted in what is traced.
+
+XLA's cost_analysis counts otherwise than papers do: elementwise operations, and
+no multiplications with padding.
+"""
 
 from collections.abc import Callable
 import math

@@ -4,6 +4,7 @@ It is a file, locked by flock, in which its holder gives a sign of life every
 few seconds. The kernel frees the file when its holder dies, however it dies.
 Where flock does not reach other hosts (gcsfuse, a bucket, some NFS and Lustre
 mounts), a newcomer watches the file for that sign before it takes the folder.
+The package filelock has the lock, and no sign of life.
 """
 
 import contextlib

@@ -1,4 +1,8 @@
-"""Checkpoints of a run: the last few and the best, verified, by Orbax."""
+"""Checkpoints of a run: the last few and the best, verified, by Orbax.
+
+Orbax writes them. Which to keep is decided here and not by its manager, because
+an old one may go only once a new one is on the disk and was not damaged.
+"""
 
 from collections.abc import Callable
 from concurrent import futures
