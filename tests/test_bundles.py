@@ -91,7 +91,7 @@ def make_bundle(
   fresh = jax.eval_shape(
     lambda key: exp.distiller.init(key, (8, 8, 1)), jax.random.key(0)
   )
-  frozen = random(exp.judge.frozen) if exp.judge else None
+  frozen = random(exp.teacher.frozen) if exp.teacher else None
   return bundles.Bundle(
     network=exp.distiller.deployed_network,
     variables=exp.distiller.deployed(random(fresh), frozen),

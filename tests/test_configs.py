@@ -110,7 +110,7 @@ def test_every_backbone_teaches_and_learns(name):
       config.method.feature_site = 'pooled'
     exp = experiment.build(config)
     connector = exp.distiller.network.connector
-    assert connector.signed == exp.judge.signed
+    assert connector.signed == exp.teacher.signed
     assert exp.distiller.network.backbone.truncated
 
 

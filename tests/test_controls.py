@@ -53,7 +53,7 @@ def test_a_head_predicts_is_trained_or_not_and_is_deployed(
 ):
   config = config_of(**{'method.head': head, 'seed': 3, 'total_steps': 4})
   exp, first = start(config)
-  teachers_head = exp.judge.head
+  teachers_head = exp.teacher.head
   trained = head in ('own', 'copy', 'fresh')
   assert ('head' in first['params']) == trained
   result = train.train_and_evaluate(config, tmp_path)
@@ -68,7 +68,7 @@ def test_a_head_predicts_is_trained_or_not_and_is_deployed(
     assert not same(kept, first['params']['head'])
   # The teacher is the same one, whatever head the student has.
   found = result.summary['config']['teacher']['fingerprint']
-  assert found == run_record.checksum(exp.judge.frozen)
+  assert found == run_record.checksum(exp.teacher.frozen)
   # What was evaluated is what predicts in training, and what is deployed.
   has_connector = head != 'own'
   assert ('connector' in result.bundle.variables['params']) == has_connector

@@ -31,7 +31,7 @@ def first_of_each():
 @pytest.mark.parametrize('name, row', first_of_each())
 def test_every_row_builds(name, row):
   exp = experiment.build(TABLES[name].config(row))
-  assert exp.judge.name == row.teacher
+  assert exp.teacher.name == row.teacher
   assert exp.config.student.backbone == row.student
   assert exp.distiller.reuses_head
 

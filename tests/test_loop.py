@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ijckd_jax.distillation import steps
+from ijckd_jax.evaluation import evaluator
 from ijckd_jax.runtime import parallel
 from ijckd_jax.training import train
 from tests import steps_on_devices
@@ -21,17 +22,17 @@ def traced(monkeypatch):
   """The names of the bodies that were traced, in order."""
   names = []
 
-  def watch(name):
-    body = getattr(steps, name)
+  def watch(module, name):
+    body = getattr(module, name)
 
     def watched(*args, **kwargs):
       names.append(name)
       return body(*args, **kwargs)
 
-    monkeypatch.setattr(steps, name, watched)
+    monkeypatch.setattr(module, name, watched)
 
-  watch('filling_step')  # Of which train_step is a part.
-  watch('eval_step')
+  watch(steps, 'train_step')
+  watch(evaluator, 'eval_step')
   return names
 
 
@@ -80,7 +81,7 @@ def test_each_step_is_compiled_once(
     finally:
       logger.removeHandler(watch)
     # The evaluation at the end is the same program.
-    assert traced == ['filling_step', 'eval_step']
+    assert traced == ['train_step', 'eval_step']
     traced.clear()
     evaluations = [count for kind, _, count in watch.rows if kind == 'eval']
     assert evaluations[0] > 0
@@ -98,7 +99,7 @@ def test_the_state_is_donated_and_the_teacher_is_not(mapper):
   tx, _ = exp.optimizer(steps_on_devices.BATCH_SIZE)
   p_train_step = exp.map_train_step(exp.train_step(tx))
   state = exp.mapper.replicate(steps_on_devices.initial_state(exp))
-  frozen = exp.mapper.replicate(exp.judge.frozen)
+  frozen = exp.mapper.replicate(exp.teacher.frozen)
   key = exp.mapper.replicate(jax.random.key(0))
   batch = exp.mapper.shard(steps_on_devices.make_batches()[0])
   after, _ = p_train_step(state, frozen, batch, key)

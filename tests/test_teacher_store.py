@@ -121,7 +121,7 @@ def test_float32_rows_are_what_the_live_teacher_gives(exact):
   @cpu_conv.fast_convolutions()  # As the steps have them.
   def live(epochs):
     views = exp.augmentation(key, arrays.images, epochs, indices)
-    return exp.judge(exp.judge.frozen, views)
+    return exp.teacher(exp.teacher.frozen, views)
 
   for epoch in range(2 * VIEWS):
     epochs = np.full(len(arrays), epoch)
@@ -157,7 +157,7 @@ def test_twenty_steps_from_the_store_are_those_of_the_live_teacher(exact):
     )
     for stored in (None, exp.stored)
   )
-  frozen, key = exp.judge.frozen, jax.random.key(0)
+  frozen, key = exp.teacher.frozen, jax.random.key(0)
   totals = []
   for step, batch in enumerate(batches_of(exp, arrays, 20, store.read)):
     rows = exp.mapper.shard(batch)
@@ -545,7 +545,7 @@ def test_eight_devices_and_pieces_store_the_same_rows(
     cwd=root,
   )
   config.num_cpu_devices = 1
-  other, _, _ = store_of(config, tmp_path / 'run', exp.judge)
+  other, _, _ = store_of(config, tmp_path / 'run', exp.teacher)
   indices = np.arange(len(arrays))
   for epoch in range(VIEWS):
     epochs = np.full_like(indices, epoch)

@@ -608,7 +608,7 @@ def test_its_accuracy_in_the_step_is_its_accuracy_alone(
   )
   exp = experiment.build(config, heads=[fitted.head])
   stored = _stored(exp, tmp_path / 'run', train_split)
-  teacher = exp.judge
+  teacher = exp.teacher
   alone = np.asarray(outputs_of(teacher, train_split.images).logits)
   assert (stored.argmax(-1) == alone.argmax(-1)).all()
   assert_near(stored, alone)

@@ -97,19 +97,19 @@ def main(argv: list[str], prog: str = PROG) -> None:
   compilation_cache.enable(compilation_cache.DEFAULT)
   student = bundles.load(flags.bundle, trust_code=flags.trust_code)
   connected = _connected(student, flags)
-  judge = bundles.load(flags.teacher, trust_code=flags.trust_code)
+  teacher_bundle = bundles.load(flags.teacher, trust_code=flags.trust_code)
   dataset = bundle_flags.dataset_of(student, flags)
   batch_size = bundle_flags.batch_size_of(student, flags)
-  _check_fits(student, judge, connected, dataset)
+  _check_fits(student, teacher_bundle, connected, dataset)
   order = bundle_flags.class_order('the bundle', student, dataset, flags)
   if order is not None:
     student = student.in_order(order, dataset.class_names)
     connected = connected and connected.in_order(order, dataset.class_names)
   if connected is None:
-    judge = bundle_flags.in_class_order(
-      'the teacher', judge, dataset, flags, beside=student.class_names
+    teacher_bundle = bundle_flags.in_class_order(
+      'the teacher', teacher_bundle, dataset, flags, beside=student.class_names
     )
-  teacher = judge.teacher()
+  teacher = teacher_bundle.teacher()
   if connected is not None:
     # The teacher's bundle has another head if one was fitted for this student.
     teacher = teacher.with_head(connected.variables['params']['head'])
@@ -119,7 +119,7 @@ def main(argv: list[str], prog: str = PROG) -> None:
     about.dataset = flags.unlabelled
     about.dataset_fields = flags.unlabelled_fields
     other = bundle_flags.dataset_of(student, about)
-    _check_fits(student, judge, connected, other)
+    _check_fits(student, teacher_bundle, connected, other)
     if tuple(other.image_shape) != tuple(dataset.image_shape):
       raise config_utils.UserError(
         f'--unlabelled: images are {tuple(other.image_shape)}, those of '
@@ -173,7 +173,9 @@ def main(argv: list[str], prog: str = PROG) -> None:
     seed=flags.seed,
   )
   found = {'bundle': flags.bundle, 'teacher': flags.teacher, **measured.report}
-  if not _same_head(viewer.head, _head_in_order(judge, dataset, flags)):
+  if not _same_head(
+    viewer.head, _head_in_order(teacher_bundle, dataset, flags)
+  ):
     found['left_out']["the teacher's own head"] = OTHER_HEAD
   if other is not None:
     target = viewer(splits['unlabelled'])
@@ -226,14 +228,14 @@ def _labels_in_order(labels, dataset, other, flags: argparse.Namespace):
   return labels if order is None else np.where(labels < 0, -1, order[labels])
 
 
-def _head_in_order(judge, dataset, flags: argparse.Namespace):
+def _head_in_order(teacher_bundle, dataset, flags: argparse.Namespace):
   """Returns the teacher's own head, in the data set's order if it has one."""
   from ijckd_jax.data import classes
 
-  head = judge.variables['params']['head']
+  head = teacher_bundle.variables['params']['head']
   try:
     order, _ = classes.match(
-      judge.class_names,
+      teacher_bundle.class_names,
       dataset.class_names,
       what='the teacher',
       by_number=flags.classes_by_number,
@@ -249,13 +251,15 @@ def _same_head(ours, theirs) -> bool:
   )
 
 
-def _check_fits(student, judge, connected, dataset) -> None:
+def _check_fits(student, teacher_bundle, connected, dataset) -> None:
   """Raises where the pair does not belong together, or to a data set."""
   from ijckd_jax.bounds import pairs
 
   bundle_flags.check_fits('bundle', student, dataset)
-  bundle_flags.check_fits('teacher', judge, dataset, has_head=connected is None)
-  teacher = judge.teacher()
+  bundle_flags.check_fits(
+    'teacher', teacher_bundle, dataset, has_head=connected is None
+  )
+  teacher = teacher_bundle.teacher()
   if connected is not None and not pairs.sees(
     connected.network, connected.variables, teacher
   ):

@@ -38,12 +38,12 @@ def main(argv: list[str], prog: str = PROG) -> None:
   bundle = bundle_flags.in_class_order('the bundle', bundle, dataset, flags)
   teacher, connected = None, None
   if flags.teacher:
-    judge = bundles.load(flags.teacher, trust_code=flags.trust_code)
-    bundle_flags.check_fits('teacher', judge, dataset)
-    judge = bundle_flags.in_class_order(
-      'the teacher', judge, dataset, flags, beside=bundle.class_names
+    teacher_bundle = bundles.load(flags.teacher, trust_code=flags.trust_code)
+    bundle_flags.check_fits('teacher', teacher_bundle, dataset)
+    teacher_bundle = bundle_flags.in_class_order(
+      'the teacher', teacher_bundle, dataset, flags, beside=bundle.class_names
     )
-    teacher = judge.teacher()
+    teacher = teacher_bundle.teacher()
     if pairs.sees(bundle.network, bundle.variables, teacher):
       connected = bundle.network
   arrays = dataset.load(flags.split)

@@ -187,16 +187,16 @@ def _trace_terms(distiller, image_shape, num_rows, *, mixed=False):
   What does not fit is said now, not after its teacher has been trained.
   """
 
-  def loss(frozen, taught, images):
+  def loss(frozen, teacher_outputs, images):
     variables = distiller.init(jax.random.key(0), image_shape)
     batch = distiller.example_batch(images)
     if mixed:
       labels, weights = batch['label'], jnp.ones(len(images))
       batch['label'] = mixing.MixedLabels(labels, labels, weights)
-    return distiller.objective(variables, frozen, taught, batch)[1][0]
+    return distiller.objective(variables, frozen, teacher_outputs, batch)[1][0]
 
   images = jax.ShapeDtypeStruct((num_rows, *image_shape), jnp.uint8)
-  frozen, taught = distiller.frozen, None
+  frozen, teacher_outputs = distiller.frozen, None
   if distiller.teacher is not None:
-    taught = jax.eval_shape(distiller.teach, frozen, images)
-  return parallel.trace(loss, frozen, taught, images)[1]
+    teacher_outputs = jax.eval_shape(distiller.teach, frozen, images)
+  return parallel.trace(loss, frozen, teacher_outputs, images)[1]

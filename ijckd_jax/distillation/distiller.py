@@ -102,7 +102,7 @@ class Distiller:
       images = jax.ShapeDtypeStruct((2, *image_shape), jnp.uint8)
       shapes = jax.eval_shape(lambda: (variables, self.frozen))
       # Where batch norm is synchronised, its training has collectives.
-      _, seen = parallel.trace(
+      _, given = parallel.trace(
         lambda variables, frozen, images: (
           self.student(variables, frozen, images)[0],
           self.teach(frozen, images),
@@ -110,7 +110,7 @@ class Distiller:
         *shapes,
         images,
       )
-      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), seen)
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), given)
       own_key = jax.random.fold_in(key, AUXILIARY_STREAM)
       _, made['auxiliary'] = network_lib.init(self.auxiliary, own_key, *zeros)
     for name, part in made.items():
@@ -148,13 +148,13 @@ class Distiller:
     pairs = zip(self.others, frozen['others'], strict=True)
     return (first, *(other.teacher(own, images) for other, own in pairs))
 
-  def objective(self, variables, frozen, taught, batch):
+  def objective(self, variables, frozen, teacher_outputs, batch):
     """Runs the student in training, and the method on both.
 
     Args:
       variables: the student's 'params' and 'batch_stats'.
       frozen: see `student`.
-      taught: as `teach` gives it; None without a teacher.
+      teacher_outputs: as `teach` gives it; None without a teacher.
       batch: of the step.
 
     Returns:
@@ -167,14 +167,14 @@ class Distiller:
         self.auxiliary,
         network_lib.part(variables, 'auxiliary'),
         student,
-        taught,
+        teacher_outputs,
         train=True,
       )
       student = student.replace(auxiliary=made)
-    total, terms = self.loss(student, taught, batch)
+    total, terms = self.loss(student, teacher_outputs, batch)
     return total, (terms, student, batch_stats)
 
-  def loss(self, student: outputs.Outputs, taught, batch):
+  def loss(self, student: outputs.Outputs, teacher_outputs, batch):
     """Returns the method's total and terms; over several teachers, the mean.
 
     The prediction is the same for all of them; each is compared with the
@@ -182,19 +182,19 @@ class Distiller:
 
     Args:
       student: as `student` gives it.
-      taught: as `teach` gives it.
+      teacher_outputs: as `teach` gives it.
       batch: of the step.
     """
     if not self.others:
-      return self.method.loss(student, taught, batch)
+      return self.method.loss(student, teacher_outputs, batch)
     total, terms = 0.0, {}
     connected = (student.connected, *student.others)
     for weight, own, teacher in zip(
-      self.weights, connected, taught, strict=True
+      self.weights, connected, teacher_outputs, strict=True
     ):
       share = weight / sum(self.weights)
-      seen = student.replace(connected=own, others=())
-      value, found = self.method.loss(seen, teacher, batch)
+      one = student.replace(connected=own, others=())
+      value, found = self.method.loss(one, teacher, batch)
       total += share * value
       for name, term in found.items():
         terms[name] = terms.get(name, 0.0) + share * term
@@ -248,19 +248,21 @@ class Distiller:
         others.append(None)
         continue
       own, name = frozen['others'][number - 1], _connector(number)
-      seen, batch_stats[name] = other.network.connect(
+      connected_to, batch_stats[name] = other.network.connect(
         network_lib.part(variables, name),
         features,
         own['pool'],
         own['head'],
         train=True,
       )
-      others.append(seen)
+      others.append(connected_to)
     if self.reuses_head:
       logits = connected.logits
     else:
-      seen = connected if self.through_connector else features
-      logits = network_lib.classify(self._head(variables, frozen), seen.pooled)
+      predicting = connected if self.through_connector else features
+      logits = network_lib.classify(
+        self._head(variables, frozen), predicting.pooled
+      )
     result = outputs.Outputs(
       features.stages,
       features.final,
@@ -319,7 +321,7 @@ class Distiller:
       return variables['params']['head']
     return frozen['head' if self.reuses_head else 'random_head']
 
-  def apart(self, variables, frozen) -> dict[str, Any] | None:
+  def connected_variables(self, variables, frozen) -> dict[str, Any] | None:
     """Returns the variables of `connected_network`, where it is not deployed.
 
     Args:

@@ -1,5 +1,6 @@
-"""One step on one device. Collectives go over parallel.AXIS, and only here."""
+"""One step of training, on one device; the devices meet over parallel.AXIS."""
 
+import functools
 from typing import Any
 
 import jax
@@ -20,23 +21,8 @@ MIXING_STREAM = 2
 METHOD_STREAM = 3
 
 
-def train_step(
-  state: train_state_lib.TrainState,
-  frozen: Any,
-  batch: dict[str, jax.Array],
-  key: jax.Array,
-  **static,
-) -> tuple[train_state_lib.TrainState, dict[str, tuple]]:
-  """Makes one update from this device's rows of the batch.
-
-  Args and results are those of `filling_step`, without the rows.
-  """
-  result, _ = filling_step(state, frozen, batch, key, **static)
-  return result
-
-
 @cpu_conv.fast_convolutions()
-def filling_step(
+def train_step(
   state: train_state_lib.TrainState,
   frozen: Any,
   batch: dict[str, jax.Array],
@@ -49,8 +35,9 @@ def filling_step(
   num_pieces: int,
   stored: stored_outputs.Stored | None = None,
   mixing=None,
-) -> tuple[tuple[train_state_lib.TrainState, dict[str, tuple]], dict[str, Any]]:
-  """Makes one update, and returns the teacher's outputs beside it.
+  returns_rows: bool = False,
+):
+  """Makes one update from this device's rows of the batch.
 
   Args:
     state: the state before; its buffers may be taken over.
@@ -68,11 +55,35 @@ def filling_step(
     stored: which of the teacher's outputs are stored; None where none are.
     mixing: `(key, images, labels, epochs, indices) -> images, labels` of the
       augmented images, see mixing; None: they are not mixed.
+    returns_rows: whether rows come with the result, in a pair: 'index', 'epoch'
+      and, where they are stored, the 'teacher' outputs.
 
   Returns:
-    The state after, and (sum, count) of each metric over all devices; and rows:
-    'index', 'epoch' and, where they are stored, the 'teacher' outputs.
+    The state after, and (sum, count) of each metric over all devices.
   """
+  batch = _augment(batch, key, augmentation, mixing)
+  zeros = jax.tree.map(jnp.zeros_like, state.params)
+  (batch_stats, gradients, memory), (sums, outputs) = _over_pieces(
+    functools.partial(_piece, state.params, frozen, key, distiller, stored),
+    (state.batch_stats, zeros, state.memory),
+    batch,
+    num_pieces,
+  )
+  gradients, batch_stats = jax.lax.pmean(
+    (gradients, batch_stats), parallel.AXIS
+  )
+  sums = jax.lax.psum(sums, parallel.AXIS)
+  # Not summed: it is the same on every device, and is there to be finite.
+  sums['gradient_norm'] = (optax.tree.norm(gradients), jnp.ones(()))
+  state = _update(state, gradients, batch_stats, memory, tx, ema_decay)
+  if not returns_rows:
+    return state, sums
+  rows = {'index': batch['index'], 'epoch': batch['epoch'], 'teacher': outputs}
+  return (state, sums), rows
+
+
+def _augment(batch, key, augmentation, mixing):
+  """Returns a batch whose images are what both networks see."""
   images, labels = batch['image'], batch['label']
   epochs, indices = batch['epoch'], batch['index']
   stream = jax.random.fold_in(key, AUGMENTATION_STREAM)
@@ -80,7 +91,45 @@ def filling_step(
   if mixing is not None:
     stream = jax.random.fold_in(key, MIXING_STREAM)
     images, labels = mixing(stream, images, labels, epochs, indices)
-  batch = {**batch, 'image': images, 'label': labels}
+  return {**batch, 'image': images, 'label': labels}
+
+
+def _over_pieces(piece, carry, batch, num_pieces):
+  """Returns what a piece makes of the batch, part after part.
+
+  That is (statistics, gradients, memory), the gradients averaged over the
+  parts, and (sums, stored outputs), the sums added up.
+  """
+  if num_pieces == 1:
+    return piece(carry, batch)
+  pieces = jax.tree.map(
+    lambda x: x.reshape(num_pieces, -1, *x.shape[1:]), batch
+  )
+  (batch_stats, gradients, memory), (sums, outputs) = jax.lax.scan(
+    piece, carry, pieces
+  )
+  outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+  gradients = jax.tree.map(lambda g: g / num_pieces, gradients)
+  sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+  return (batch_stats, gradients, memory), (sums, outputs)
+
+
+def _piece(params, frozen, key, distiller, stored, carry, rows):
+  """Adds the gradients of some rows; returns their sums and stored outputs."""
+  batch_stats, gradients, memory = carry
+  rows = dict(rows)
+  if distiller.remembers:
+    rows |= {
+      'memory': memory,
+      'key': jax.random.fold_in(key, METHOD_STREAM),
+    }
+  teacher, kept = None, rows.pop('teacher', None)
+  if kept is None and distiller.teacher is not None:
+    teacher = distiller.teach(frozen, rows['image'])
+    if stored is not None:
+      kept = stored.take(teacher)
+  if kept is not None:
+    teacher = stored.restore(kept)
 
   def loss_fn(params, batch_stats, teacher, rows):
     variables = {'params': params, 'batch_stats': batch_stats}
@@ -92,53 +141,20 @@ def filling_step(
       notes = distiller.method.notes(student, rows)
     return total, (batch_stats, terms, student.logits, notes)
 
-  def piece(carry, rows):
-    batch_stats, gradients, memory = carry
-    rows = dict(rows)
-    if distiller.remembers:
-      rows |= {
-        'memory': memory,
-        'key': jax.random.fold_in(key, METHOD_STREAM),
-      }
-    teacher, kept = None, rows.pop('teacher', None)
-    if kept is None and distiller.teacher is not None:
-      teacher = distiller.teach(frozen, rows['image'])
-      if stored is not None:
-        kept = stored.take(teacher)
-    if kept is not None:
-      teacher = stored.restore(kept)
-    (total, (batch_stats, terms, logits, notes)), new = jax.value_and_grad(
-      loss_fn, has_aux=True
-    )(state.params, batch_stats, teacher, rows)
-    gradients = jax.tree.map(jnp.add, gradients, new)
-    if distiller.remembers:
-      # The same on every device: all of them note the rows of all.
-      notes = jax.lax.all_gather(notes, parallel.AXIS, tiled=True)
-      memory = distiller.method.remember(memory, notes)
-    sums = _sums({'loss': total, **terms}, logits, rows['label'])
-    return (batch_stats, gradients, memory), (sums, kept)
+  (total, (batch_stats, terms, logits, notes)), new = jax.value_and_grad(
+    loss_fn, has_aux=True
+  )(params, batch_stats, teacher, rows)
+  gradients = jax.tree.map(jnp.add, gradients, new)
+  if distiller.remembers:
+    # The same on every device: all of them note the rows of all.
+    notes = jax.lax.all_gather(notes, parallel.AXIS, tiled=True)
+    memory = distiller.method.remember(memory, notes)
+  sums = _sums({'loss': total, **terms}, logits, rows['label'])
+  return (batch_stats, gradients, memory), (sums, kept)
 
-  zeros = jax.tree.map(jnp.zeros_like, state.params)
-  carry = (state.batch_stats, zeros, state.memory)
-  if num_pieces == 1:
-    (batch_stats, gradients, memory), (sums, kept) = piece(carry, batch)
-  else:
-    pieces = jax.tree.map(
-      lambda x: x.reshape(num_pieces, -1, *x.shape[1:]), batch
-    )
-    (batch_stats, gradients, memory), (sums, kept) = jax.lax.scan(
-      piece, carry, pieces
-    )
-    kept = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
-    gradients = jax.tree.map(lambda g: g / num_pieces, gradients)
-    sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
-  gradients, batch_stats = jax.lax.pmean(
-    (gradients, batch_stats), parallel.AXIS
-  )
-  sums = jax.lax.psum(sums, parallel.AXIS)
-  # Not summed: it is the same on every device, and is there to be finite.
-  sums['gradient_norm'] = (optax.tree.norm(gradients), jnp.ones(()))
+def _update(state, gradients, batch_stats, memory, tx, ema_decay):
+  """Returns the state after the optimizer's step."""
   updates, opt_state = tx.update(gradients, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   ema = state.ema
@@ -148,7 +164,7 @@ def filling_step(
     ema = optax.incremental_update(
       {'params': params, 'batch_stats': batch_stats}, ema, 1 - decay
     )
-  state = state.replace(
+  return state.replace(
     step=state.step + 1,
     params=params,
     batch_stats=batch_stats,
@@ -156,8 +172,6 @@ def filling_step(
     ema=ema,
     memory=memory,
   )
-  rows = {'index': batch['index'], 'epoch': batch['epoch'], 'teacher': kept}
-  return (state, sums), rows
 
 
 def _sums(means, logits, labels):

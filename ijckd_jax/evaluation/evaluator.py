@@ -69,7 +69,8 @@ def make(
     rows_in=(False, False, True),
     rows_out=True,
   )
-  taught = {}  # By split: the teacher does not change, but for its head.
+  # By split: of the teacher only the head may change, when it is fitted again.
+  teacher_features = {}
   if teacher is not None:
     p_teach_step = feature_extraction.make_step(
       lambda frozen, images: teacher(frozen, images).pooled, mapper
@@ -86,28 +87,34 @@ def make(
 
   def teach(frozen, arrays) -> list[np.ndarray]:
     """Returns the pooled features of this process's rows, by batch."""
-    if id(arrays) not in taught:
+    if id(arrays) not in teacher_features:
       found = (
         p_teach_step(frozen, mapper.shard(batch), None)
         for batch in batches(arrays)
       )
       pooled = [mapper.rows(rows['rows']) for _, rows in parallel.ahead(found)]
-      taught[id(arrays)] = arrays, pooled
-    return taught[id(arrays)][1]
+      teacher_features[id(arrays)] = arrays, pooled
+    return teacher_features[id(arrays)][1]
 
-  def evaluate(variables, frozen, arrays, seen=None) -> Evaluation:
-    variables = mapper.replicate({'student': variables, 'connected': seen})
-    inputs, judge, head = batches(arrays), None, None
+  def evaluate(
+    variables, frozen, arrays, connected_variables=None
+  ) -> Evaluation:
+    variables = mapper.replicate(
+      {'student': variables, 'connected': connected_variables}
+    )
+    inputs, joint, head = batches(arrays), None, None
     if teacher is not None:
-      head = variables['student' if seen is None else 'connected']
+      head = variables[
+        'student' if connected_variables is None else 'connected'
+      ]
       head = jax.device_get(head['params']['head'])
-      judge = {'head': frozen['head'], 'described': None}
+      joint = {'head': frozen['head'], 'described': None}
       if connected is not None:
-        judge['described'] = mapper.replicate(pointwise.describe(head))
+        joint['described'] = mapper.replicate(pointwise.describe(head))
       pairs = zip(inputs, teach(frozen, arrays), strict=True)
-      inputs = ({**batch, 'taught': pooled} for batch, pooled in pairs)
+      inputs = ({**batch, 'teacher_pooled': pooled} for batch, pooled in pairs)
     results = (
-      (batch, *p_eval_step(variables, judge, mapper.shard(batch)))
+      (batch, *p_eval_step(variables, joint, mapper.shard(batch)))
       for batch in inputs
     )
     totals, rows = None, []
@@ -154,16 +161,16 @@ def _confusion(labels, predictions, num_classes):
 
 
 @cpu_conv.fast_convolutions()
-def eval_step(variables, judge, batch, *, network, connected):
+def eval_step(variables, joint, batch, *, network, connected):
   """Evaluates a network that predicts alone, beside a teacher if there is one.
 
   Args:
     variables: 'student' of the network and, where `connected` is another one,
       'connected' of that.
-    judge: the teacher's 'head', and 'described', the pointwise.Head of
+    joint: the teacher's 'head', and 'described', the pointwise.Head of
       `connected`; None without a teacher.
-    batch: this device's rows, with 'mask'; and with 'taught', the teacher's
-      pooled features, where there is one.
+    batch: this device's rows, with 'mask'; and with 'teacher_pooled', the
+      teacher's pooled features, where there is one.
     network: network.Network.
     connected: the student through the teacher's head, a network.Network; None
       where it has no connector to the teacher, or there is none.
@@ -176,23 +183,28 @@ def eval_step(variables, judge, batch, *, network, connected):
   student = network(variables['student'], network.preprocessing(images))
   sums = {'student': metrics.prediction_sums(student.logits, labels, mask)}
   rows = {'student': jnp.argmax(student.logits, axis=-1)}
-  if judge is not None:
-    taught = network_lib.classify(judge['head'], batch['taught'])
-    sums['teacher'] = metrics.prediction_sums(taught, labels, mask)
-    sums['pair'] = metrics.pair_sums(student.logits, taught, mask)
-    rows['teacher'] = jnp.argmax(taught, axis=-1)
+  if joint is not None:
+    teacher_logits = network_lib.classify(
+      joint['head'], batch['teacher_pooled']
+    )
+    sums['teacher'] = metrics.prediction_sums(teacher_logits, labels, mask)
+    sums['pair'] = metrics.pair_sums(student.logits, teacher_logits, mask)
+    rows['teacher'] = jnp.argmax(teacher_logits, axis=-1)
     if connected is None:
-      compared = pointwise.from_logits(taught, student.logits, labels)
+      compared = pointwise.from_logits(teacher_logits, student.logits, labels)
     else:
-      seen, is_apart = student, connected is not network
-      if is_apart:
-        seen = connected(
+      connected_outputs, is_another = student, connected is not network
+      if is_another:
+        connected_outputs = connected(
           variables['connected'], connected.preprocessing(images)
         )
       compared = pointwise.from_features(
-        batch['taught'], seen.pooled, labels, judge['described']
+        batch['teacher_pooled'],
+        connected_outputs.pooled,
+        labels,
+        joint['described'],
       )
-      if is_apart:
+      if is_another:
         compared = compared.replace(own=rows['student'])
     sums['bounds'] = pointwise.sums(compared, mask)
   return jax.lax.psum(sums, parallel.AXIS), rows

@@ -24,7 +24,7 @@ def feature_step(variables, batch, key, *, function, augmentation=None):
     batch: this device's rows.
     key: the run's key; None where nothing is augmented.
     function: `(variables, images) -> rows`, of images of 0 to 255.
-    augmentation: as steps.filling_step takes it; None: the images as they are.
+    augmentation: as steps.train_step takes it; None: the images as they are.
 
   Returns:
     Nothing that is the same everywhere, and rows: 'index' and 'label' (B,), and

@@ -360,13 +360,13 @@ def shorten(name: str, width: int = 60) -> str:
 
 def _images(summary, evaluation, arrays, class_names) -> tuple:
   """Draws test images that the network gets wrong and the teacher right."""
-  learner, judge = wording.learner(summary), evaluation.teacher
+  learner, teacher_evaluation = wording.learner(summary), evaluation.teacher
   labels, num = evaluation.labels, len(evaluation.labels)
   wrong = evaluation.predictions != labels
   title = f'Test images that the {learner} gets wrong'
   text = f'The {learner} gets {np.sum(wrong):,} of {num:,} test images wrong'
-  if judge is not None:
-    wrong &= judge.predictions == labels
+  if teacher_evaluation is not None:
+    wrong &= teacher_evaluation.predictions == labels
     title += ' and the teacher right'
     text += f', and the teacher is right on {np.sum(wrong):,} of these'
   rows = np.flatnonzero(wrong)

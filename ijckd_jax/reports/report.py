@@ -207,7 +207,7 @@ def _write_pages(folder: epath.Path, parts, sections, details) -> None:
 
 def _headline(summary, evaluation):
   """Returns a title, what was done, and what that was worth."""
-  config, judge = summary['config'], evaluation.teacher
+  config, teacher_evaluation = summary['config'], evaluation.teacher
   method = methods.build(config['method'])
   by, on, name, teacher = map(
     wording.escape,
@@ -218,13 +218,13 @@ def _headline(summary, evaluation):
       summary['teacher_name'],
     ),
   )
-  if judge is None:
+  if teacher_evaluation is None:
     done = f'trained without a teacher by **{by}** on **{on}**'
   elif method.needs_teacher:
     done = f'distilled from **{teacher}** by **{by}** on **{on}**'
   else:
     done = f'trained by **{by}** on **{on}**, only judged by **{teacher}**'
-  if judge is not None and method.predicts_with == 'teacher':
+  if teacher_evaluation is not None and method.predicts_with == 'teacher':
     done += ", and predicts through the teacher's own head"
   best = config['bundle'] == 'best' and summary['best_step'] < summary['steps']
   count, mine = summary['test_examples'], evaluation.metrics['top1']
@@ -232,14 +232,14 @@ def _headline(summary, evaluation):
     f'The {"best" if best else "last"} step, which is bundled and shown below, '
     f'gets **{mine:.2%}** of the {count:,} test images right'
   )
-  if judge is not None:
-    theirs = judge.metrics['top1']
+  if teacher_evaluation is not None:
+    theirs = teacher_evaluation.metrics['top1']
     worth += (
       f', the teacher **{theirs:.2%}**: {100 * (mine - theirs):+.2f} points'
     )
   labels = evaluation.labels
-  if judge is not None:
-    right = [e.predictions == labels for e in (evaluation, judge)]
+  if teacher_evaluation is not None:
+    right = [e.predictions == labels for e in (evaluation, teacher_evaluation)]
     won, lost = right[0] & ~right[1], right[1] & ~right[0]
     error = np.std(won.astype(int) - lost) / math.sqrt(len(labels))
     worth += (

@@ -161,7 +161,7 @@ class Experiment:
     config: the config that it was made from.
     dataset: see datasets.
     distiller: student, teacher and method.
-    judge: the teacher that the student is compared with at the end, also by
+    teacher: the teacher that the student is compared with at the end, also by
       methods that learn without one; None where there is none. Of several, the
       one whose head is the joint classifier.
     augmentation: of the training images.
@@ -177,7 +177,7 @@ class Experiment:
   config: ml_collections.ConfigDict
   dataset: Any
   distiller: distiller_lib.Distiller
-  judge: teachers.Teacher | None
+  teacher: teachers.Teacher | None
   augmentation: augment.Augmentation
   mapper: parallel.Mapper
   dtype: Any
@@ -190,12 +190,14 @@ class Experiment:
   @property
   def teacher_arrays(self) -> dict[str, Any] | None:
     """The arrays of all teachers."""
-    return self.distiller.teacher_arrays or (self.judge and self.judge.frozen)
+    return self.distiller.teacher_arrays or (
+      self.teacher and self.teacher.frozen
+    )
 
   @property
   def frozen(self) -> dict[str, Any] | None:
     """All that is not trained, as the steps take it."""
-    return self.distiller.frozen or (self.judge and self.judge.frozen)
+    return self.distiller.frozen or (self.teacher and self.teacher.frozen)
 
   def init(self, key: jax.Array) -> dict[str, Any]:
     """Returns 'params' and 'batch_stats' with which training starts."""
@@ -203,7 +205,7 @@ class Experiment:
       key, tuple(self.dataset.image_shape)
     )
     if self.distiller.method.predicts_with == 'copy':
-      variables['params']['head'] = jax.tree.map(jnp.array, self.judge.head)
+      variables['params']['head'] = jax.tree.map(jnp.array, self.teacher.head)
     return variables if self.start is None else self.start.fill(variables)
 
   def memory(self, key: jax.Array, num_examples: int) -> Any:
@@ -271,16 +273,16 @@ class Experiment:
     return batch
 
   def train_step(
-    self, tx: optax.GradientTransformation, body: Callable = steps.train_step
+    self, tx: optax.GradientTransformation, *, returns_rows: bool = False
   ) -> Callable:
-    """Returns one device's training step, as a function of four arrays.
+    """Returns steps.train_step of one device, as a function of four arrays.
 
     Args:
       tx: the optimizer.
-      body: steps.train_step, or steps.filling_step.
+      returns_rows: see steps.train_step.
     """
     return functools.partial(
-      body,
+      steps.train_step,
       distiller=self.distiller,
       tx=tx,
       augmentation=self.augmentation,
@@ -288,6 +290,7 @@ class Experiment:
       num_pieces=self.config.accumulation,
       stored=self.stored,
       mixing=self.mixing,
+      returns_rows=returns_rows,
     )
 
   def map_train_step(self, step: Callable, *, rows_out=False) -> Callable:
@@ -420,7 +423,7 @@ def build(
     config=config,
     dataset=dataset,
     distiller=distiller,
-    judge=given[0] if given else None,
+    teacher=given[0] if given else None,
     augmentation=augment.build(config.augment, dataset, views),
     mapper=parallel.Mapper(config.mapper, devices and tuple(devices)),
     dtype=dtype,

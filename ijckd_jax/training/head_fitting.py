@@ -101,7 +101,7 @@ def fit_teachers(exp, workdir: epath.Path, splits) -> list[logistic.Fitted]:
     workdir: of the run.
     splits: datasets.Arrays by name.
   """
-  teachers = exp.distiller.teachers or (exp.judge,)
+  teachers = exp.distiller.teachers or (exp.teacher,)
   paths = [
     workdir / workdirs.HEADS / f'teacher_{number}.safetensors'
     for number in range(len(teachers))

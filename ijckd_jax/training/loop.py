@@ -16,7 +16,6 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from ijckd_jax.data import input_pipeline
-from ijckd_jax.distillation import steps
 from ijckd_jax.distillation import train_state
 from ijckd_jax.evaluation import evaluator
 from ijckd_jax.runtime import config_utils
@@ -199,7 +198,7 @@ class Loop:
     recorder = self.recorder
     p_train_step = exp.map_train_step(exp.train_step(tx))
     p_filling_step = exp.map_train_step(
-      exp.train_step(tx, steps.filling_step), rows_out=True
+      exp.train_step(tx, returns_rows=True), rows_out=True
     )
     split = self.ranking_split
     frozen = self.frozen
@@ -295,7 +294,7 @@ class Loop:
       distiller.deployed(variables, frozen),
       frozen,
       self.splits[split],
-      distiller.apart(variables, frozen),
+      distiller.connected_variables(variables, frozen),
     )
 
   @functools.cached_property
@@ -305,7 +304,7 @@ class Loop:
       exp.distiller.deployed_network,
       mapper=exp.mapper,
       batch_size=exp.config.eval_batch_size,
-      teacher=exp.judge,
+      teacher=exp.teacher,
       connected=exp.distiller.connected_network,
       num_workers=exp.config.num_workers,
     )

@@ -188,9 +188,9 @@ def finish(training, workdir, state, progress, history):
     distiller.deployed(*arrays),
     {**info, 'test': student[chosen], 'run': run},
   )
-  connected, apart = None, distiller.apart(*arrays)
-  if apart is not None:
-    connected = _bundle(exp, distiller.network, apart, info)
+  connected, connected_variables = None, distiller.connected_variables(*arrays)
+  if connected_variables is not None:
+    connected = _bundle(exp, distiller.network, connected_variables, info)
 
   def write_bundles():
     bundle.save(workdir / workdirs.BUNDLE)
@@ -260,20 +260,22 @@ def _measure(training, workdir, variables, frozen) -> measure.Measured | None:
   Nor where they are not finite, of which nothing can be said: it is logged.
   """
   exp, config = training.experiment, training.experiment.config
-  if exp.judge is None:
+  if exp.teacher is None:
     return None
   distiller = exp.distiller
   student = distiller.deployed(variables, frozen)
-  apart = distiller.apart(variables, frozen)
+  connected_variables = distiller.connected_variables(variables, frozen)
   try:
     return measure.measure(
       pairs.Pair(
-        exp.judge, distiller.deployed_network, distiller.connected_network
+        exp.teacher, distiller.deployed_network, distiller.connected_network
       ),
       {
         'teacher': frozen,
         'student': student,
-        'connected': student if apart is None else apart,
+        'connected': student
+        if connected_variables is None
+        else connected_variables,
       },
       training.splits,
       mapper=exp.mapper,
@@ -290,12 +292,12 @@ def _measure(training, workdir, variables, frozen) -> measure.Measured | None:
 
 def _made(exp) -> dict[str, Any]:
   """Returns what a bundle says of how it was made."""
-  config, judge = exp.config, exp.judge
+  config, teacher = exp.config, exp.teacher
   return {
     'dataset': config.dataset.to_dict(),
     'method': config.method.to_dict(),
-    'teacher': judge and judge.name,
-    'teacher_origin': judge and judge.origin,
+    'teacher': teacher and teacher.name,
+    'teacher_origin': teacher and teacher.origin,
     # Methods that learn from labels alone are only judged by it.
     'taught': exp.distiller.teacher is not None,
     'eval_batch_size': config.eval_batch_size,
@@ -320,12 +322,12 @@ def _recipe(config) -> dict[str, Any]:
 
 def _bundle(exp, network, variables, info) -> bundles.Bundle:
   """Returns a network that a run leaves, alone."""
-  judge, backbone_name = exp.judge, exp.config.student.backbone
+  teacher, backbone_name = exp.teacher, exp.config.student.backbone
   return bundles.Bundle(
     network=network,
     variables=jax.device_get(variables),
     backbone_name=backbone_name,
-    pool_name=judge.pool_name
+    pool_name=teacher.pool_name
     if network.connector is not None
     else backbone_name,
     image_shape=tuple(exp.dataset.image_shape),
@@ -336,17 +338,17 @@ def _bundle(exp, network, variables, info) -> bundles.Bundle:
 
 def _circumstances(exp, bundle, judged) -> dict[str, Any]:
   """Returns what a summary says beside the student's numbers."""
-  judge = exp.judge
+  teacher = exp.teacher
   return {
     'teacher': judged and judged.metrics,
-    'teacher_name': judge and judge.name,
-    'teacher_origin': judge and judge.origin,
+    'teacher_name': teacher and teacher.name,
+    'teacher_origin': teacher and teacher.origin,
     'heads': exp.fitted,
     'parameters': {
       'student': bundles.num_params(bundle.variables),
-      'teacher': judge and judge.num_params,
+      'teacher': teacher and teacher.num_params,
     },
-    'multiply_adds': _multiply_adds(bundle, judge),
+    'multiply_adds': _multiply_adds(bundle, teacher),
     'seed': exp.config.seed,
     'config': exp.config.to_dict(),
     'versions': run_record.versions(),
@@ -354,7 +356,7 @@ def _circumstances(exp, bundle, judged) -> dict[str, Any]:
   }
 
 
-def _multiply_adds(bundle, judge) -> dict[str, int | None]:
+def _multiply_adds(bundle, teacher) -> dict[str, int | None]:
   """Returns those of one image; None where they are not known."""
   network = bundle.network
   image = jax.ShapeDtypeStruct((1, *bundle.image_shape), jnp.uint8)
@@ -364,8 +366,8 @@ def _multiply_adds(bundle, judge) -> dict[str, int | None]:
       bundle.variables,
       image,
     ),
-    'teacher': judge
+    'teacher': teacher
     and cost.multiply_adds(
-      lambda frozen, x: judge(frozen, x).logits, judge.frozen, image
+      lambda frozen, x: teacher(frozen, x).logits, teacher.frozen, image
     ),
   }

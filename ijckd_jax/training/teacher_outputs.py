@@ -54,7 +54,7 @@ class Recorder:
     self._pending = collections.deque()
 
   def add(self, step: int, rows: Any) -> None:
-    """Takes the rows of steps.filling_step, counted from 1; does not wait."""
+    """Takes the rows of steps.train_step, counted from 1; does not wait."""
     if self._is_full:
       return
     self._pending.append((step, rows))
@@ -159,7 +159,7 @@ def start(exp, folder: epath.Path, arrays, step: int) -> Recorder | None:
 
 def _store(exp, folder, arrays) -> teacher_store.Store:
   """Returns the store that a run's config describes."""
-  settings, teacher = exp.config.teacher.store, exp.judge
+  settings, teacher = exp.config.teacher.store, exp.teacher
   layout = teacher_store.Layout(
     len(arrays), settings.views, exp.stored.dtype, exp.stored.shapes
   )

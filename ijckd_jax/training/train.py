@@ -211,7 +211,7 @@ def train_and_evaluate(
     runs.insert(
       0, (experiment.build(own, dataset=exp.dataset), workdir / 'teacher')
     )
-  elif exp.judge is not None:
+  elif exp.teacher is not None:
     # By it the run knows a teacher that was changed under the same name.
     config = ml_collections.ConfigDict(config.to_dict())
     config.teacher.fingerprint = run_record.checksum(exp.teacher_arrays)
@@ -322,7 +322,7 @@ def _record(exp, workdir, record, continues: bool) -> None:
   Raises:
     config_utils.UserError: a run that continues began with another teacher.
   """
-  given = exp.distiller.teachers or (exp.judge,) * (exp.judge is not None)
+  given = exp.distiller.teachers or (exp.teacher,) * (exp.teacher is not None)
   record = {**record, 'teachers': run_record.of_teachers(given)}
   if continues and not run_record.exists(workdir):
     logger.warning(
@@ -390,8 +390,8 @@ def _run(exp, workdir, splits, writers, stop, record) -> results.Result:
     config.method.name,
     config.dataset.name,
   )
-  if exp.judge is not None and exp.judge.origin:
-    said = (f'{name} {value}' for name, value in exp.judge.origin.items())
+  if exp.teacher is not None and exp.teacher.origin:
+    said = (f'{name} {value}' for name, value in exp.teacher.origin.items())
     logger.info('%s: the teacher is of %s', workdir, ', '.join(said))
   for note in exp.notes:
     logger.warning('%s: %s', workdir, note)
