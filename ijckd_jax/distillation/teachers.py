@@ -34,8 +34,8 @@ class Teacher:
 
   Attributes:
     apply: `(variables, images) -> outputs.Outputs` in inference mode, on images
-      that `preprocessing` made. Its logits are not looked at: they are the
-      head's on `pooled`.
+      that `preprocessing` made. Its logits are ignored: the head's on
+      `pooled` are taken.
     variables: its arrays, a pytree; `head` and `pool_variables` apart.
     head: 'kernel' (D, K) and 'bias' (K,).
     preprocessing: from the shared view to its input.

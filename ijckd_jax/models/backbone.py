@@ -21,8 +21,8 @@ class Backbone(nn.Module):
   A `pool` that has parameters (a hidden layer, a layer norm) makes its layers
   in `setup`, as attributes whose names start with 'pool_': by that name they
   are cut out of the backbone's variables, to serve a student that is connected
-  before them. It computes what it does in inference, in training as well, and
-  in float32 whatever `dtype` is.
+  before them. It computes the same in training as in inference, and in float32
+  whatever `dtype` is.
 
   Attributes:
     truncated: end at the last stage, without the layers between it and the

@@ -327,8 +327,9 @@ class Loop:
   ) -> Iterator[Any]:
     """Yields the placed batches of the steps after `start`, up to `stop`.
 
-    The first one with stored outputs must not be asked for before all steps
-    that fill the store are made. What is damaged in them goes to `progress`.
+    Where teacher outputs are stored, ask for each batch only after the step
+    before: the first one with stored outputs opens the store, which must be
+    full then. Indices of damaged images go to `progress`.
     """
     config = self.experiment.config
     rows = config.batch_size // jax.process_count()

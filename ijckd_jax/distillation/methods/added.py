@@ -38,9 +38,9 @@ class Modules(auxiliary.Auxiliary, kw_only=True):
 class Sum(base.Method):
   """A method whose loss has the terms of others added.
 
-  The student is connected once: as the first method wants it, else as the first
-  of the others that wants it. All see it by that connector, and read the
-  prediction that the first method makes.
+  The student has one connector, that of the first method that builds one. All
+  methods see the student through it, and read the prediction that the first
+  method makes.
 
   Attributes:
     first: it.

@@ -13,8 +13,8 @@ class Method:
   Attributes:
     predicts_with: of outputs.HEADS, the head that makes the student's
       prediction: mostly 'teacher' or 'own'.
-    tap: 'stage' or 'final', the student's map that is connected; a student that
-      is tapped at its last stage is built without the layers after it.
+    tap: the student's map that is connected: 'stage', its last stage, and it is
+      built without the layers after it, or 'final', the map that it pools.
     needs_teacher: whether it learns from one.
     remembers: whether it keeps arrays from step to step, in TrainState.memory:
       then it has `memory`, `notes` and `remember`.
