@@ -69,7 +69,7 @@ def make(
     rows_in=(False, False, True),
     rows_out=True,
   )
-  # By split: of the teacher only the head may change, when it is fitted again.
+  # By split. They stay when a head is fitted again: it only reads them.
   teacher_features = {}
   if teacher is not None:
     p_teach_step = feature_extraction.make_step(

@@ -219,8 +219,8 @@ class Checkpoints:
   def restore_newest(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
     """Returns the newest sound checkpoint's state and memo; None if none is.
 
-    Those newer than it are set aside; old ones, which a process that was killed
-    had not removed yet, go.
+    Damaged ones that are newer are set aside. Old ones are removed that a
+    process had still to remove when it was killed.
 
     Args:
       like: see `restore`.
