@@ -18,6 +18,7 @@ import ijckd_jax
 from ijckd_jax.bundles import bundles
 from ijckd_jax.data import augment
 from ijckd_jax.data import input_pipeline
+from ijckd_jax.distillation import methods
 from ijckd_jax.distillation import steps
 from ijckd_jax.distillation import stored_outputs
 from ijckd_jax.distillation import train_state
@@ -368,17 +369,11 @@ def test_outputs_of_another_teacher_are_not_taken(
   assert not (tmp_path / 'run').exists()
 
 
-class Jitted:
+class Jitted(methods.base.Method):
   """A method outside the package, whose loss reads a stage and the logits."""
-
-  predicts_with = 'own'
-  tap = 'final'
 
   def __str__(self):  # Names the test, the same in every process.
     return 'jitted'
-
-  def build_connector(self, student, teacher):
-    del student, teacher
 
   def loss(self, student, teacher, batch):
     @jax.jit
