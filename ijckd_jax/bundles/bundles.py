@@ -190,8 +190,8 @@ def load(
     directory: holds `bundle.json`, or `bundle/` with it.
     dtype: of the computation; None: as in the run that made it.
     trust_code: whether it may name backbones and connectors outside this
-      package, as `package.module:Name`. They are imported: their code runs. A
-      name like that: those of the same package.
+      package, as `package.module:Name`. They are imported: their code runs.
+      Such a name in place of True allows code of that package alone.
     trust_programs: whether it may hold programs, which XLA reads (see the
       module programs); None: as `trust_code`.
 

@@ -43,7 +43,7 @@ def read_json(path: epath.Path) -> Any:
 
 
 def sync(path: epath.PathLike) -> None:
-  """Waits until a file, or which names a folder holds, is on the disk.
+  """Waits until a file, or a folder's list of names, is on the disk.
 
   A rename alone may be on the disk before what was written to the file, so that
   a power cut leaves an empty one. Objects in a bucket are there once written.
@@ -71,9 +71,9 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
 
 
 def write_files(contents: Mapping[epath.Path, bytes]) -> None:
-  """Writes files of which none is seen before all of them could be written.
+  """Writes several files; none gets its name before all are written.
 
-  None is ever seen half written, and all of them outlive a power cut.
+  No file is ever seen half written, and all of them outlive a power cut.
   """
   partials = {
     path: path.with_name(f'.{path.name}.{uuid.uuid4().hex}.partial')
@@ -111,7 +111,8 @@ def write_folder(folder: epath.Path, contents: Mapping[str, bytes]) -> None:
     for name, data in contents.items():
       (partial / name).parent.mkdir(parents=True, exist_ok=True)
       _write(partial / name, data)
-    sync(partial)
+    for made in {partial, *((partial / name).parent for name in contents)}:
+      sync(made)
     if folder.exists():
       # Set aside first: an interrupt loses neither the old nor the new one.
       folder.rename(old)

@@ -134,7 +134,7 @@ class _Alias(importlib.abc.Loader):
 
 
 class _Command(_Alias, importlib.abc.InspectLoader):
-  """The same for commands, of which `python -m` asks the source and runs it."""
+  """Loads a command by its old name; `python -m` runs the source instead."""
 
   def __init__(self, old: str):
     super().__init__(f'{PACKAGE}commands.{COMMANDS[old]}')
@@ -164,7 +164,7 @@ def contents(folder: str, new: str):
 
   Args:
     folder: its name in the package.
-    new: the name in the package of what was that module.
+    new: today's name, in the package, of the module that it once was.
   """
 
   def find(name):

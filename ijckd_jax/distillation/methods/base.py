@@ -56,7 +56,7 @@ class Method:
     raise NotImplementedError
 
   def memory(self, key, num_examples):
-    """Returns the arrays at the start of a run on so many examples."""
+    """Returns the memory at the start of a run on `num_examples` images."""
     raise NotImplementedError
 
   def notes(self, student, batch):
