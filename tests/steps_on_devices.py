@@ -84,7 +84,7 @@ def mapped_steps(exp, batches):
     exp.train_step(exp.optimizer(BATCH_SIZE)[0])
   )
   state = mapper.replicate(initial_state(exp))
-  frozen = mapper.replicate(exp.teacher.frozen)
+  frozen = mapper.replicate(exp.frozen)
   key = mapper.replicate(jax.random.key(2))
   for batch in batches:
     state, sums = p_train_step(state, frozen, mapper.shard(batch), key)
@@ -108,7 +108,7 @@ def vmapped_steps(exp, batches, num_devices):
     shards = jax.tree.map(
       lambda x: x.reshape(num_devices, -1, *x.shape[1:]), batch
     )
-    state, sums = step(state, exp.teacher.frozen, shards, key)
+    state, sums = step(state, exp.frozen, shards, key)
   return state, sums
 
 

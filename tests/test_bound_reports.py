@@ -289,7 +289,7 @@ def test_nothing_is_fitted_where_nothing_is_to_be(finished_run, data_dir):
   unlabelled = ijckd_jax.Arrays(splits['train'].images, blank)
   how = dict(mapper=parallel.Mapper(), batch_size=120, delta=0.1, seed=0)
   pair = pairs.Pair(judge, student.network, student.network)
-  variables = {'teacher': judge.frozen, 'connected': student.variables}
+  variables = {'teacher': judge.arrays, 'connected': student.variables}
   variables['student'] = student.variables
   for train_split, number in ((splits['train'], 0), (unlabelled, 100)):
     measured = measure.measure(
@@ -304,7 +304,7 @@ def test_nothing_is_fitted_where_nothing_is_to_be(finished_run, data_dir):
     assert measured.rows.joint_teacher is None
   # Rows are those of the networks, one by one.
   test = splits['test']
-  taught = judge(judge.frozen, test.images)
+  taught = judge(judge.arrays, test.images)
   net = student.network
   seen = net(student.variables, net.preprocessing(test.images))
   np.testing.assert_allclose(

@@ -91,7 +91,7 @@ def make_bundle(
   fresh = jax.eval_shape(
     lambda key: exp.distiller.init(key, (8, 8, 1)), jax.random.key(0)
   )
-  frozen = random(exp.teacher.frozen) if exp.teacher else None
+  frozen = random(exp.frozen)
   return bundles.Bundle(
     network=exp.distiller.deployed_network,
     variables=exp.distiller.deployed(random(fresh), frozen),
@@ -184,7 +184,7 @@ def test_as_teacher_its_head_reads_its_pooled_features():
   bundle = make_bundle()
   teacher = bundle.teacher()
   images = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 1), np.uint8)
-  out = teacher(teacher.frozen, jnp.asarray(images))
+  out = teacher(teacher.arrays, jnp.asarray(images))
   np.testing.assert_allclose(out.logits, logits(bundle), rtol=1e-5)
   by_hand = out.pooled @ teacher.head['kernel'] + teacher.head['bias']
   np.testing.assert_allclose(out.logits, by_hand, rtol=1e-5)
@@ -230,7 +230,7 @@ def test_a_pool_with_parameters_as_teacher(tmp_path, method):
     shapes = {k: v.shape for k, v in arrays_of(teacher.pool_variables).items()}
     assert shapes == POOL_ARRAYS
     images = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 1), np.uint8)
-    out = teacher(teacher.frozen, jnp.asarray(images))
+    out = teacher(teacher.arrays, jnp.asarray(images))
     pooled = teacher.pool(teacher.pool_variables, out.final)
     np.testing.assert_array_equal(out.pooled, pooled)
     assert out.pooled.shape == (3, 5)

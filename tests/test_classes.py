@@ -124,10 +124,10 @@ def test_a_teacher_teaches_the_classes_of_its_names(small_config, data_dir):
   for bundle in (plain, turned):
     exp = experiment.build(config, dataset=data, teacher=bundle.teacher())
     (teacher,) = exp.distiller.teachers
-    found.append(np.asarray(teacher(teacher.frozen, images).logits))
+    found.append(np.asarray(teacher(teacher.arrays, images).logits))
     assert bool(exp.notes) == (bundle is turned)
   np.testing.assert_array_equal(*found)
-  own = np.asarray(turned.teacher()(turned.teacher().frozen, images).logits)
+  own = np.asarray(turned.teacher()(turned.teacher().arrays, images).logits)
   np.testing.assert_array_equal(own, found[0][:, order])
   other = plain.in_order(np.arange(7), list('abcdefg')).teacher()
   with pytest.raises(config_utils.UserError, match='classes_by_number=True'):

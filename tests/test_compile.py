@@ -175,8 +175,8 @@ def test_its_arithmetic_is_that_of_forward_and_backward(exp):
   counts = [
     cost.multiply_adds(net, *arguments)
     for net, arguments in (
-      (exp.distiller.student, (variables, frozen, batch['image'])),
-      (exp.distiller.teacher, (frozen, batch['image'])),
+      (exp.distiller.run_student, (variables, frozen, batch['image'])),
+      (exp.distiller.run_teachers, (frozen, batch['image'])),
     )
   ]
   expected = 2 * (3 * counts[0] + counts[1])

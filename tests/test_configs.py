@@ -36,11 +36,7 @@ def trace(config):
     rows = jnp.zeros(config.batch_size, jnp.int32)
     batch = {name: rows for name in ('label', 'index', 'epoch')}
     batch['image'] = jnp.zeros((config.batch_size, *shape), jnp.uint8)
-    frozen = None
-    if exp.distiller.teacher is not None:
-      frozen = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), exp.distiller.teacher.frozen
-      )
+    frozen = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), exp.frozen)
     return jax.vmap(
       exp.train_step(tx),
       in_axes=(None, None, 0, None),
@@ -109,7 +105,7 @@ def test_every_backbone_teaches_and_learns(name):
       config.method.connector = 'mlp'
       config.method.feature_site = 'pooled'
     exp = experiment.build(config)
-    connector = exp.distiller.network.connector
+    connector = exp.distiller.connected_network.connector
     assert connector.signed == exp.teacher.signed
     assert exp.distiller.network.backbone.truncated
 

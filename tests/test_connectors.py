@@ -337,7 +337,7 @@ def test_what_does_not_fit_is_said_before_anything_runs(fields, width, message):
       backbone=models.build('resnet8', truncated=True),
       preprocessing=augment.Preprocessing((0.0,), (1.0,), (8, 8)),
       method=methods.get('ijckd')(**fields),
-      teacher=teacher_of(width),
+      given=(teacher_of(width),),
       image_shape=(8, 8, 1),
       num_classes=3,
       axis_name=None,

@@ -68,7 +68,7 @@ def test_a_head_predicts_is_trained_or_not_and_is_deployed(
     assert not same(kept, first['params']['head'])
   # The teacher is the same one, whatever head the student has.
   found = result.summary['config']['teacher']['fingerprint']
-  assert found == run_record.checksum(exp.teacher.frozen)
+  assert found == run_record.checksum(exp.teacher.arrays)
   # What was evaluated is what predicts in training, and what is deployed.
   has_connector = head != 'own'
   assert ('connector' in result.bundle.variables['params']) == has_connector
@@ -101,11 +101,11 @@ def test_the_labels_alone_reach_all_that_is_trained(head, config_of):
   images = rng.integers(0, 256, (6, 8, 8, 1)).astype(np.uint8)
 
   def loss(params):
-    student, _ = exp.distiller.student(
+    students, _ = exp.distiller.run_student(
       {**variables, 'params': params}, exp.frozen, images
     )
     total, terms = exp.distiller.loss(
-      student, None, {'label': np.arange(6, dtype=np.int32)}
+      students, (None,), {'label': np.arange(6, dtype=np.int32)}
     )
     assert terms.keys() == {'cross_entropy'}
     return total

@@ -73,7 +73,7 @@ def test_confusion_and_top5_against_numpy(finished_run, data_dir):
   )
   result = evaluator(
     student.variables,
-    mapper.replicate(teacher.teacher().frozen),
+    mapper.replicate(teacher.teacher().arrays),
     datasets.Arrays(test.images, labels),
   )
   for bundle, found in ((student, result), (teacher, result.teacher)):

@@ -57,7 +57,7 @@ def test_a_head_is_fitted_on_the_teachers_features(config_of, tmp_path):
   teacher = bundles.load(config_of().teacher.checkpoint).teacher()
   exp = experiment.build(config_of())
   test = exp.dataset.load('test')
-  pooled = np.asarray(teacher(teacher.frozen, test.images).pooled)
+  pooled = np.asarray(teacher(teacher.arrays, test.images).pooled)
   right = (pooled @ fitted.kernel + fitted.bias).argmax(-1) == test.labels
   assert result.summary['teacher']['top1'] == pytest.approx(right.mean())
   # It is no worse than what the teacher was trained with, on what both saw.
@@ -174,11 +174,11 @@ def test_the_joint_head_is_fitted_on_both(refitted, finished_run):
     (8, made[5].head),
     (9, made[8].head),
   ):
-    given = refits.before(step, frozen)['head']
+    given = refits.before(step, frozen).joint['head']
     np.testing.assert_array_equal(given['kernel'], wanted['kernel'])
   # The bundle has the head that its student was trained with.
   best = result.summary['best_step']
-  wanted = refits.before(best, frozen)['head']['kernel']
+  wanted = refits.before(best, frozen).joint['head']['kernel']
   given = result.bundle.variables['params']['head']['kernel']
   np.testing.assert_array_equal(given, wanted)
 

@@ -36,6 +36,6 @@ def test_teacher_is_its_network(library):
     teacher = equinox_teacher.teacher(net, preprocessing)
     maps = jax.vmap(net.features)(np.moveaxis(x, 3, 1))
     wanted = jax.vmap(net.head)(maps.mean(axis=(2, 3)))
-  given = teacher(teacher.frozen, images)
+  given = teacher(teacher.arrays, images)
   np.testing.assert_allclose(given.logits, wanted, rtol=1e-5, atol=1e-6)
   assert teacher.shapes((8, 8, 1)).pooled.shape == (1, 8)

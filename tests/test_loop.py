@@ -99,7 +99,7 @@ def test_the_state_is_donated_and_the_teacher_is_not(mapper):
   tx, _ = exp.optimizer(steps_on_devices.BATCH_SIZE)
   p_train_step = exp.map_train_step(exp.train_step(tx))
   state = exp.mapper.replicate(steps_on_devices.initial_state(exp))
-  frozen = exp.mapper.replicate(exp.teacher.frozen)
+  frozen = exp.mapper.replicate(exp.frozen)
   key = exp.mapper.replicate(jax.random.key(0))
   batch = exp.mapper.shard(steps_on_devices.make_batches()[0])
   after, _ = p_train_step(state, frozen, batch, key)

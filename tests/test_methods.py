@@ -89,10 +89,10 @@ def bind(method, pair=Pair(), **fields):  # noqa: B008
       'backbone': models.build(pair.student, truncated=method.tap == 'stage'),
       'preprocessing': preprocessing(pair.student_side),
       'method': method,
-      'teacher': (
-        make_teacher(pair.teacher, pair.teacher_side)
+      'given': (
+        (make_teacher(pair.teacher, pair.teacher_side),)
         if method.needs_teacher
-        else None
+        else ()
       ),
       'image_shape': (8, 8, 1),
       'num_classes': NUM_CLASSES,
@@ -125,16 +125,15 @@ def complete(method, batch, num_examples=20):
 
 def value_and_gradients(distiller, variables, batch):
   """Returns total, terms, and gradients for the student's and teacher's."""
-  teacher = distiller.teacher
-  frozen = teacher and teacher.frozen
+  frozen = distiller.frozen
   batch = complete(distiller.method, batch)
 
   @jax.jit
   def run(params, frozen):
     def loss(params, frozen):
-      seen = teacher and teacher(frozen, batch['image'])
+      given = distiller.run_teachers(frozen, batch['image'])
       total, (terms, *_) = distiller.objective(
-        {**variables, 'params': params}, frozen, seen, batch
+        {**variables, 'params': params}, frozen, given, batch
       )
       return total, terms
 
@@ -257,7 +256,7 @@ def test_gradients_reach_all_that_is_trained_and_nothing_else(name):
   parts = {'backbone'}
   if method.predicts_with == 'own':
     parts.add('head')
-  if distiller.network.connector is not None:
+  if distiller.connected_network is not None:
     parts.add('connector')
   if distiller.auxiliary is not None:
     parts.add('auxiliary')
@@ -269,8 +268,8 @@ def test_gradients_reach_all_that_is_trained_and_nothing_else(name):
   ]
   assert not idle
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained))
-  if frozen is not None:
-    leaves = jax.tree.leaves(frozen['network'])
+  for arrays in frozen.teachers:
+    leaves = jax.tree.leaves(arrays['network'])
     assert leaves and not any(np.any(leaf) for leaf in leaves)
 
 
@@ -495,7 +494,7 @@ def test_simkd_is_ijckd_without_cross_entropy_and_logits(pair):
 
 def simkd_by_hand(distiller, variables, batch, pair):
   """Returns SimKD's loss from its parts: the smaller map wins."""
-  net, teacher = distiller.network, distiller.teacher
+  net, (teacher,) = distiller.connected_network, distiller.teachers
 
   def train(module, part, x):
     parts = {kind: variables[kind][part] for kind in variables}
@@ -505,7 +504,7 @@ def simkd_by_hand(distiller, variables, batch, pair):
   images = batch['image']
   features = train(net.backbone, 'backbone', net.preprocessing(images))
   source = np.asarray(features.stages[-1])
-  target = np.asarray(teacher(teacher.frozen, images).final)
+  target = np.asarray(teacher(teacher.arrays, images).final)
   side, teacher_side = pair.student_side // 4, pair.teacher_side // 4
   assert source.shape[1:3] == (side, side)
   assert target.shape[1:3] == (teacher_side, teacher_side)
@@ -521,10 +520,9 @@ def simkd_by_hand(distiller, variables, batch, pair):
 
 def test_ijckd_reads_the_connected_features_through_the_teachers_head():
   distiller, variables = bind(methods.get('ijckd')())
-  frozen = distiller.teacher.frozen
-  batch = make_batch()
-  student, _ = distiller.student(variables, frozen, batch['image'])
-  head = frozen['head']
+  frozen, images = distiller.frozen, make_batch()['image']
+  (student,), _ = distiller.run_student(variables, frozen, images)
+  head = frozen.joint['head']
   pooled = np.asarray(student.connected.map).mean((1, 2))
   np.testing.assert_allclose(
     student.logits, pooled @ head['kernel'] + head['bias'], rtol=1e-4, atol=1e-5
@@ -536,9 +534,10 @@ def test_ijckd_reads_the_connected_features_through_the_teachers_head():
 def test_srrl_connects_before_or_after_the_pool(connects):
   method = methods.get('srrl')(connects=connects)
   distiller, variables = bind(method)
-  net, frozen = distiller.network, distiller.teacher.frozen
-  batch = make_batch()
-  student, _ = distiller.student(variables, frozen, batch['image'])
+  net, frozen = distiller.connected_network, distiller.frozen
+  images = make_batch()['image']
+  (student,), _ = distiller.run_student(variables, frozen, images)
+  head = frozen.joint['head']
   source = {
     'map': student.final,
     'pooled': student.pooled[:, None, None, :],
@@ -555,7 +554,7 @@ def test_srrl_connects_before_or_after_the_pool(connects):
   )
   np.testing.assert_allclose(
     student.connected.logits,
-    pooled @ frozen['head']['kernel'] + frozen['head']['bias'],
+    pooled @ head['kernel'] + head['bias'],
     rtol=1e-4,
     atol=1e-5,
   )
@@ -640,10 +639,10 @@ def test_wrong_connectors_are_said_when_they_are_built(fields, message):
 def test_a_teacher_that_does_not_pool_its_map_needs_pooled_features():
   teacher = dataclasses.replace(make_teacher('resnet14', 8), pools_map=False)
   with pytest.raises(config_utils.UserError, match='does not pool its map'):
-    bind(methods.get('ijckd')(), teacher=teacher)
+    bind(methods.get('ijckd')(), given=(teacher,))
   fits = methods.get('ijckd')(connector='mlp', feature_site='pooled')
-  distiller, _ = bind(fits, teacher=teacher)
-  assert distiller.network.connect_size is None
+  distiller, _ = bind(fits, given=(teacher,))
+  assert distiller.connected_network.connect_size is None
 
 
 def test_unknown_name_names_the_nearest():

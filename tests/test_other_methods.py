@@ -441,9 +441,9 @@ def test_the_teacher_is_in_inference_mode():
   """Its outputs of an image do not depend on the others in the batch."""
   distiller, _ = shared.bind(methods.get('kd')())
   images = shared.make_batch()['image']
-  teach = jax.jit(distiller.teach)
-  together = teach(distiller.frozen, images)
-  alone = teach(distiller.frozen, images[:1])
+  run = jax.jit(distiller.run_teachers)
+  (together,) = run(distiller.frozen, images)
+  (alone,) = run(distiller.frozen, images[:1])
   np.testing.assert_allclose(
     together.logits[:1], alone.logits, rtol=1e-4, atol=1e-4
   )

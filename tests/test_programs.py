@@ -165,7 +165,7 @@ def test_teacher_of_programs():
   teacher = make_converted().teacher()
   assert teacher.num_params == {'backbone': 24, 'connector': 0, 'head': 27}
   images = np.zeros((2, *SHAPE), np.uint8)
-  result = teacher(teacher.frozen, images)
+  result = teacher(teacher.arrays, images)
   np.testing.assert_allclose(
     result.logits, result.pooled @ teacher.head['kernel'], rtol=1e-5
   )

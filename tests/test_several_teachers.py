@@ -11,8 +11,6 @@ import pytest
 from experiments.benchmarks import classifiers
 import ijckd_jax
 from ijckd_jax.bundles import bundles
-from ijckd_jax.distillation import distiller as distiller_lib
-from ijckd_jax.distillation import methods
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.training import experiment
 from ijckd_jax.training import train
@@ -60,9 +58,9 @@ def bound(config):
 
 
 def run(distiller, variables, frozen, batch):
-  """Returns the student's Outputs and updated statistics, and the teachers'."""
-  student, stats = distiller.student(variables, frozen, batch['image'])
-  return student, stats, distiller.teach(frozen, batch['image'])
+  """Returns the student's Outputs for each link, statistics, the teachers'."""
+  students, stats = distiller.run_student(variables, frozen, batch['image'])
+  return students, stats, distiller.run_teachers(frozen, batch['image'])
 
 
 @pytest.mark.parametrize(
@@ -73,18 +71,14 @@ def test_the_loss_is_the_mean_of_the_losses(config_of, method, weights):
   """Each of the student, as it is connected to that teacher alone."""
   config = config_of(method, **{'teacher.weights': weights})
   distiller, variables, batch = bound(config)
-  student, _, taught = jax.jit(functools.partial(run, distiller))(
+  students, _, given = jax.jit(functools.partial(run, distiller))(
     variables, distiller.frozen, batch
   )
-  total, terms = distiller.loss(student, taught, batch)
+  total, terms = distiller.loss(students, given, batch)
   values = []
-  pairs = zip(
-    distiller.teachers, (student.connected, *student.others), strict=True
-  )
-  for teacher, connected in pairs:
-    alone = jax.jit(teacher.__call__)(teacher.frozen, batch['image'])
-    seen = student.replace(connected=connected, others=())
-    values.append(distiller.method.loss(seen, alone, batch))
+  for teacher, student in zip(distiller.teachers, students, strict=True):
+    alone = jax.jit(teacher.__call__)(teacher.arrays, batch['image'])
+    values.append(distiller.method.loss(student, alone, batch))
   shares = np.array(weights or (1.0, 1.0)) / sum(weights or (1.0, 1.0))
   wanted = sum(
     share * value[0] for share, value in zip(shares, values, strict=True)
@@ -103,11 +97,10 @@ def test_each_has_a_connector_and_one_is_deployed(config_of, folders):
   assert set(variables['params']) == {'backbone', 'connector', 'connector_1'}
   widths = [teacher.num_features for teacher in distiller.teachers]
   assert widths == [32, 256]
-  student, stats, _ = jax.eval_shape(
+  students, stats, _ = jax.eval_shape(
     functools.partial(run, distiller), variables, distiller.frozen, batch
   )
-  assert student.connected.pooled.shape == (6, 32)
-  assert student.others[0].pooled.shape == (6, 256)
+  assert [s.connected.pooled.shape for s in students] == [(6, 32), (6, 256)]
   assert set(stats) == {'backbone', 'connector', 'connector_1'}
   deployed = distiller.deployed(variables, distiller.frozen)
   assert set(deployed['params']) == {'backbone', 'connector', 'head'}
@@ -127,10 +120,10 @@ def test_a_gradient_reaches_all_connectors(config_of):
   distiller, variables, batch = bound(config_of())
 
   def loss(params):
-    student, _, taught = run(
+    students, _, given = run(
       distiller, {**variables, 'params': params}, distiller.frozen, batch
     )
-    return distiller.loss(student, taught, batch)[0]
+    return distiller.loss(students, given, batch)[0]
 
   gradients = jax.jit(jax.grad(loss))(variables['params'])
   for part in gradients.values():
@@ -142,7 +135,7 @@ def test_another_may_have_the_joint_classifier(config_of, folders):
     config_of(**{'teacher.joint': 1, 'teacher.weights': (3.0, 1.0)})
   )
   assert [t.num_features for t in distiller.teachers] == [256, 32]
-  assert distiller.weights == (1.0, 3.0)
+  assert [link.weight for link in distiller.links] == [1.0, 3.0]
 
 
 @pytest.mark.slow
@@ -206,13 +199,16 @@ def test_what_cannot_be_is_said(config_of, fields, said):
     experiment.build(config_of(**fields))
 
 
-def test_one_teacher_is_the_plain_case(config_of):
-  """Nothing is added where nothing is averaged."""
-  distiller, _, batch = bound(config_of(**{'teacher.others': ()}))
-  assert distiller.frozen.keys() == {'network', 'head', 'pool'}
-  taught = jax.eval_shape(distiller.teach, distiller.frozen, batch['image'])
-  assert taught.logits.shape == (6, 10)
-  method = methods.get('ijckd')()
-  assert distiller == distiller_lib.Distiller(
-    distiller.network, method, distiller.teacher, 10
+def test_one_teacher_is_a_mean_over_one(config_of):
+  """Whatever its weight, the loss is the method's."""
+  config = config_of(**{'teacher.others': (), 'teacher.weights': (7.0,)})
+  distiller, variables, batch = bound(config)
+  assert [link.weight for link in distiller.links] == [7.0]
+  students, _, given = jax.jit(functools.partial(run, distiller))(
+    variables, distiller.frozen, batch
+  )
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    distiller.loss(students, given, batch),
+    distiller.method.loss(students[0], given[0], batch),
   )

@@ -122,7 +122,7 @@ def test_float32_rows_are_what_the_live_teacher_gives(exact):
   @cpu_conv.fast_convolutions()  # As the steps have them.
   def live(epochs):
     views = exp.augmentation(key, arrays.images, epochs, indices)
-    return exp.teacher(exp.teacher.frozen, views)
+    return exp.teacher(exp.teacher.arrays, views)
 
   for epoch in range(2 * VIEWS):
     epochs = np.full(len(arrays), epoch)
@@ -158,7 +158,7 @@ def test_twenty_steps_from_the_store_are_those_of_the_live_teacher(exact):
     )
     for stored in (None, exp.stored)
   )
-  frozen, key = exp.teacher.frozen, jax.random.key(0)
+  frozen, key = exp.frozen, jax.random.key(0)
   totals = []
   for step, batch in enumerate(batches_of(exp, arrays, 20, store.read)):
     rows = exp.mapper.shard(batch)
@@ -180,19 +180,19 @@ def test_student_learns_from_the_rounded_values(dtype):
   final = np.random.default_rng(0).normal(size=(4, 2, 2, 8)).astype(np.float32)
   teacher = outputs.Outputs((), final, final[:, 0, 0], final[:, 0, 1])
   stored = stored_outputs.Stored(
-    jax.eval_shape(lambda: teacher), ('final',), jnp.dtype(dtype)
+    jax.eval_shape(lambda: (teacher,)), ('final',), jnp.dtype(dtype)
   )
 
   @jax.jit
   def step(teacher):
-    rows = stored.take(teacher)
-    return rows, stored.restore(rows)
+    rows = stored.take((teacher,))
+    return rows, stored.restore(rows)[0]
 
   rows, seen = step(teacher)
   np.testing.assert_array_equal(
     rows['final'], final.astype(rows['final'].dtype)
   )
-  np.testing.assert_array_equal(seen.final, stored.restore(rows).final)
+  np.testing.assert_array_equal(seen.final, stored.restore(rows)[0].final)
   assert seen.final.dtype == np.float32
   assert not seen.logits.any()  # Whoever reads it has it stored.
 

@@ -14,6 +14,7 @@ from ijckd_jax.distillation import connectors
 from ijckd_jax.distillation import methods
 from ijckd_jax.distillation import network
 from ijckd_jax.distillation import teachers
+from ijckd_jax.distillation.methods import base
 from ijckd_jax.models import outputs
 from ijckd_jax.runtime import config_utils
 from tests import test_models as shared
@@ -53,7 +54,7 @@ def bind(teacher, method):
     backbone=models.build('resnet8', truncated=method.tap == 'stage'),
     preprocessing=PREPROCESSING,
     method=method,
-    teacher=teacher,
+    given=() if teacher is None else (teacher,),
     image_shape=(8, 8, 1),
     num_classes=3,
     axis_name=None,
@@ -97,16 +98,17 @@ def test_a_connector_can_reach_what_it_must(
   teacher = make_teacher(
     centred, pool_name='my.nets:Centred', signed=False, pooled_signed=True
   )
-  net = bind(teacher, methods.get(method)(**fields)).network
+  net = bind(teacher, methods.get(method)(**fields)).connected_network
   assert net.connector.signed == signed
   assert net.pooled_signed == pooled_signed
 
 
 def test_a_students_sign_follows_from_its_connector_and_pool():
   teacher = make_teacher(signed=False)
-  net = bind(teacher, methods.get('ijckd')()).network
+  net = bind(teacher, methods.get('ijckd')()).connected_network
   assert not net.connector.signed and not net.pooled_signed
-  net = bind(teacher, methods.get('ijckd')(connector='linear')).network
+  linear = methods.get('ijckd')(connector='linear')
+  net = bind(teacher, linear).connected_network
   assert net.connector.signed and net.pooled_signed
 
 
@@ -124,14 +126,11 @@ def test_what_is_no_connector(name):
 
 
 @dataclasses.dataclass(frozen=True)
-class Unconnected:
+class Unconnected(base.Method):
   """A method that predicts with a head that nothing leads to."""
 
   predicts_with = 'teacher'
   tap = 'stage'
-
-  def build_connector(self, student, teacher):
-    del student, teacher
 
   def loss(self, student, teacher, batch):
     del teacher, batch

@@ -237,13 +237,13 @@ def random_bundle(method, teacher, student, **fields):
     backbone=models.build(student, truncated=method.tap == 'stage'),
     preprocessing=preprocessing,
     method=method,
-    teacher=judge.teacher(),
+    given=(judge.teacher(),),
     image_shape=judge.image_shape,
     num_classes=NUM_CLASSES,
     axis_name=None,
     dtype=jnp.float32,
   )
-  frozen, rng = judge.teacher().frozen, np.random.RandomState(0)
+  frozen, rng = bound.frozen, np.random.RandomState(0)
   fresh = jax.tree.map(
     lambda x: rng.uniform(0.5, 1.0, x.shape).astype(np.float32) / x.shape[0],
     jax.eval_shape(lambda: bound.init(jax.random.key(0), judge.image_shape)),

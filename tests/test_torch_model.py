@@ -97,7 +97,7 @@ def of_torch(model, bundle, images):
 
 def outputs_of(teacher, images):
   """Returns a teacher's Outputs, compiled."""
-  return jax.jit(lambda frozen, x: teacher(frozen, x))(teacher.frozen, images)
+  return jax.jit(lambda arrays, x: teacher(arrays, x))(teacher.arrays, images)
 
 
 def assert_near(given, wanted, tolerance=1e-5):
@@ -230,7 +230,7 @@ def test_a_network_that_says_nothing_is_watched(kind, pool, signed):
   bundle = convert(model).bundle
   images = images_of(bundle)
   teacher = bundle.teacher()
-  given = teacher(teacher.frozen, images)
+  given = teacher(teacher.arrays, images)
   assert_near(given.logits, of_torch(model, bundle, images))
   assert bundle.network.signed == signed
   assert bundle.network.pools_map
@@ -606,7 +606,7 @@ def test_its_accuracy_in_the_step_is_its_accuracy_alone(
   fitted = head_fitting.load(
     tmp_path / 'run' / 'heads' / 'teacher_0.safetensors'
   )
-  exp = experiment.build(config, heads=[fitted.head])
+  exp = exp.with_teachers([exp.teacher.with_head(fitted.head)])
   stored = _stored(exp, tmp_path / 'run', train_split)
   teacher = exp.teacher
   alone = np.asarray(outputs_of(teacher, train_split.images).logits)

@@ -169,7 +169,7 @@ def bound(teacher, student, method, unbiased, dtype):
     ),
     preprocessing=PREPROCESSING,
     method=method,
-    teacher=bundle.teacher(),
+    given=(bundle.teacher(),),
     image_shape=SHAPE,
     num_classes=NUM_CLASSES,
     axis_name=None,
@@ -180,9 +180,10 @@ def bound(teacher, student, method, unbiased, dtype):
 def names_of(dist):
   """Returns PyTorch's names of what is trained, and where it lies."""
   shapes = jax.eval_shape(lambda: dist.init(jax.random.key(0), SHAPE))
-  params = {'head': dist.teacher.head, **shapes['params']}
+  params = {'head': dist.teachers[0].head, **shapes['params']}
   names = published_names.names_of(
-    dist.network, {**shapes, 'params': params, 'pool': {}}
+    dist.connected_network or dist.network,
+    {**shapes, 'params': params, 'pool': {}},
   )
   head = dist.network.backbone.torch_head
   if dist.reuses_head:
@@ -196,7 +197,7 @@ def train_here(pair, dist):
   flat, state = {}, pair.state_dict()
   for name, entry in names_of(dist).items():
     flat[entry.path] = entry.to_flax(state[name].numpy()).astype(dtype)
-  frozen = jax.tree.map(lambda x: x.astype(dtype), dist.teacher.frozen)
+  frozen = jax.tree.map(lambda x: x.astype(dtype), dist.frozen)
   config = optim.default_config()
   for name, value in SETTINGS.items():
     config[name] = value

@@ -60,7 +60,7 @@ class Case:
       backbone=models.build(self.student, truncated=True),
       preprocessing=preprocessing(self.image_shape),
       method=methods.build(fields),
-      teacher=teacher,
+      given=(teacher,),
       image_shape=self.image_shape,
       num_classes=self.num_classes,
       axis_name=None,
@@ -71,7 +71,7 @@ class Case:
     )
     return bundles.Bundle(
       network=bound.deployed_network,
-      variables=bound.deployed(random_arrays(shapes), teacher.frozen),
+      variables=bound.deployed(random_arrays(shapes), bound.frozen),
       backbone_name=self.student,
       pool_name=teacher.pool_name,
       image_shape=self.image_shape,

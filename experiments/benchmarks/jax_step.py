@@ -79,7 +79,7 @@ def make_step(
   """
   tx, _ = exp.optimizer(50_000)
   mapper, key = exp.mapper, jax.random.key(0)
-  frozen = jax.tree.map_with_path(draw, exp.teacher.frozen)
+  frozen = jax.tree.map_with_path(draw, exp.frozen)
   state = train_state.create(exp.init(key), tx, with_ema=False)
   body = exp.train_step(tx)
   batches = [make_batch(exp, pair, seed) for seed in range(pairs.NUM_BATCHES)]
@@ -123,17 +123,17 @@ def flops(exp: experiment.Experiment) -> int:
   product, in a forward pass of the teacher, and in a forward pass of the
   student with its connector times three, for the backward pass costs two.
   """
-  teacher, network = exp.teacher, exp.distiller.network
+  teacher, network = exp.teacher, exp.distiller.deployed_network
   shape = tuple(exp.dataset.image_shape)
   image = jax.ShapeDtypeStruct((1, *shape), jnp.uint8)
   student = jax.eval_shape(
     lambda key: exp.distiller.deployed(
-      exp.distiller.init(key, shape), teacher.frozen
+      exp.distiller.init(key, shape), exp.frozen
     ),
     jax.random.key(0),
   )
   taught = cost.multiply_adds(
-    lambda frozen, x: teacher(frozen, x).logits, teacher.frozen, image
+    lambda arrays, x: teacher(arrays, x).logits, teacher.arrays, image
   )
   trained = cost.multiply_adds(
     lambda variables, x: network(variables, network.preprocessing(x)).logits,

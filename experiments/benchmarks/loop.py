@@ -80,7 +80,7 @@ class BareSteps:
       train_state.create(exp.init(key), tx, with_ema=False)
     )
     arguments = (
-      mapper.replicate(teacher.frozen),
+      mapper.replicate(exp.frozen),
       mapper.shard(
         {
           'image': rows.images,

@@ -81,15 +81,17 @@ def convolution_bytes(exp, stored: bool) -> int:
 
   distiller = exp.distiller
   shape = tuple(exp.dataset.image_shape)
-  frozen = distiller.teacher.frozen
+  frozen = distiller.frozen
   images = jax.ShapeDtypeStruct((1, *shape), jnp.uint8)
   variables = jax.eval_shape(
     functools.partial(distiller.init, image_shape=shape), jax.random.key(0)
   )
   student = convolved(
-    jax.make_jaxpr(distiller.student)(variables, frozen, images).jaxpr
+    jax.make_jaxpr(distiller.run_student)(variables, frozen, images).jaxpr
   )
-  teacher = convolved(jax.make_jaxpr(distiller.teacher)(frozen, images).jaxpr)
+  teacher = convolved(
+    jax.make_jaxpr(distiller.run_teachers)(frozen, images).jaxpr
+  )
   total = 3 * sum(student) - student[0]
   return total if stored else total + sum(teacher)
 

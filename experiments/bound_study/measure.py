@@ -39,7 +39,7 @@ def measure_run(work, pair: str, name: str, seed: int, splits) -> dict:
   measured = measure.measure(
     pairs.Pair(teacher, student.network, connected and connected.network),
     {
-      'teacher': teacher.frozen,
+      'teacher': teacher.arrays,
       'student': student.variables,
       'connected': connected and connected.variables,
     },

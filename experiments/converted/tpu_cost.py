@@ -23,11 +23,11 @@ def cost(teacher, device) -> tuple[float, float]:
   place = jax.sharding.SingleDeviceSharding(device)
   arguments = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    (teacher.frozen, jax.ShapeDtypeStruct((IMAGES, *SHAPE), jnp.uint8)),
+    (teacher.arrays, jax.ShapeDtypeStruct((IMAGES, *SHAPE), jnp.uint8)),
   )
 
-  def run(frozen, images):
-    result = teacher(frozen, images)
+  def run(arrays, images):
+    result = teacher(arrays, images)
     return result.final, result.logits
 
   compiled = jax.jit(run).lower(*arguments).compile()

@@ -35,7 +35,7 @@ class Pair:
     """Returns both of them on the images; arrays of (B, ...).
 
     Args:
-      variables: 'teacher' (Teacher.frozen), and of the networks 'student' and
+      variables: 'teacher' (Teacher.arrays), and of the networks 'student' and
         'connected'.
       images: of 0 to 255.
 

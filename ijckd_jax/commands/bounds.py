@@ -151,7 +151,7 @@ def main(argv: list[str], prog: str = PROG) -> None:
   viewer = measure.Viewer(
     pair,
     {
-      'teacher': teacher.frozen,
+      'teacher': teacher.arrays,
       'student': student.variables,
       'connected': connected and connected.variables,
     },

@@ -251,7 +251,7 @@ def step_arguments(exp):
 
   key = jax.eval_shape(lambda: jax.random.key(0))
   state = jax.eval_shape(init, key)
-  frozen = exp.distiller.frozen
+  frozen = exp.frozen
   # The step that most of a run is made of.
   batch = exp.abstract_batch(rows, with_teacher=exp.stored is not None)
   whole, cut = exp.mapper.replicated, exp.mapper.cut

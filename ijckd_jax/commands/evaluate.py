@@ -58,7 +58,7 @@ def main(argv: list[str], prog: str = PROG) -> None:
     connected=connected,
     num_workers=flags.num_workers,
   )
-  frozen = mapper.replicate(teacher.frozen) if teacher else None
+  frozen = mapper.replicate(teacher.arrays) if teacher else None
   result = evaluate(bundle.variables, frozen, arrays)
   named = {'student' if teacher else 'network': result.metrics}
   if teacher:

@@ -1,4 +1,4 @@
-"""From backbones, a method and teachers to a Distiller, if they fit."""
+"""From a backbone, a method and teachers to a Distiller, if they fit."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -20,148 +20,119 @@ def bind(
   backbone,
   preprocessing,
   method,
-  teacher: teachers.Teacher | None,
+  given: Sequence[teachers.Teacher],
   image_shape: tuple[int, int, int],
   num_classes: int,
   axis_name: str | None,
   dtype,
   mixed: bool = False,
-  others: Sequence[teachers.Teacher] = (),
-  weights: Sequence[float] = (1.0,),
+  weights: Sequence[float] | None = None,
   seed: int = 0,
   num_rows: int = 2,
 ) -> distiller_lib.Distiller:
-  """Returns the Distiller of a pair, with the connector that the method wants.
+  """Returns the Distiller of a student and its teachers, linked by a method.
 
   Args:
     backbone: the student's.
     preprocessing: the student's.
     method: the objective.
-    teacher: required unless the method says `needs_teacher = False`.
+    given: the teachers, that with the joint classifier first; their arrays may
+      be shapes. Needed unless the method says `needs_teacher = False`.
     image_shape: (H, W, C) of the shared view.
     num_classes: K of the data set.
     axis_name: mapped axis over which batch norm is synchronised, or None.
-    dtype: of the connector's computation.
+    dtype: of the connectors' computation.
     mixed: whether its batches hold mixing.MixedLabels.
-    others: further teachers.
-    weights: see Distiller.
+    weights: of the teachers' losses; None: all alike.
     seed: of the head, where it is random and not trained.
     num_rows: images in a batch that is traced; 1 where a device gets no more.
 
   Raises:
     config_utils.UserError: the pair does not fit; nothing has been compiled.
   """
-  source = None
-  if teacher is not None:
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
-    features = jax.eval_shape(
-      lambda x: backbone.init_with_output(
-        jax.random.key(0), preprocessing(x), train=False
-      )[0],
-      images,
-    )
-    source = outputs.Shapes(
-      features.stages,
-      features.final,
-      features.pooled,
-      backbone.signed,
-      backbone.pools_map,
-      backbone.pooled_signed,
-      features.before,
-    )
-
-  def connected(teacher):
-    return _connect(
+  network = network_lib.Network(
+    backbone, preprocessing, None, None, network_lib.pool_of(backbone)
+  )
+  if not method.needs_teacher:
+    given = weights = ()
+  weights = weights or (1.0,) * len(given)
+  source = _source(network, image_shape) if given else None
+  runtime = {
+    'axis_name': axis_name,
+    'dtype': dtype,
+    'unbiased_variance': backbone.unbiased_variance,
+  }
+  links = tuple(
+    distiller_lib.Link(
       teacher,
-      source,
-      network_lib.Network(
-        backbone, preprocessing, None, None, teachers.average_pool
-      ),
-      method=method,
-      image_shape=image_shape,
-      axis_name=axis_name,
-      dtype=dtype,
+      _connect(network, source, teacher, method, image_shape, runtime),
+      weight,
     )
-
-  network = connected(teacher)
+    for teacher, weight in zip(given, weights, strict=True)
+  )
   if method.predicts_with not in outputs.HEADS:
     raise config_utils.unknown('head', method.predicts_with, outputs.HEADS)
-  if method.predicts_with != 'own' and network.connector is None:
+  if method.predicts_with != 'own' and not (
+    links and links[0].network.connector
+  ):
     raise config_utils.UserError(
       f'{method} predicts behind a connector, but builds none: return one from '
       "build_connector, or say predicts_with = 'own'"
     )
-  auxiliary = None
-  if teacher is not None:
-    auxiliary = method.auxiliary(source, teacher.shapes(image_shape))
-  if auxiliary is not None:
-    if others:
-      raise config_utils.UserError(
-        f'{method} trains a module of its own beside the student, for one '
-        'teacher: set teacher.others=()'
-      )
-    auxiliary = auxiliary.clone(
-      axis_name=axis_name,
-      dtype=dtype,
-      unbiased_variance=backbone.unbiased_variance,
-    )
   random_head = None
   if method.predicts_with == 'random':
     random_head = network_lib.random_head(
-      seed, teacher.num_features, num_classes
+      seed, given[0].num_features, num_classes
     )
   distiller = distiller_lib.Distiller(
     network,
     method,
-    teacher,
+    links,
     num_classes,
-    tuple(distiller_lib.Other(other, connected(other)) for other in others),
-    tuple(weights),
     random_head,
-    auxiliary,
+    _auxiliary(source, given, method, image_shape, runtime),
   )
-  if not _trace_terms(distiller, image_shape, num_rows):
-    raise config_utils.UserError(
-      f'there is nothing to learn: every weight of {method} is zero'
-    )
-  if mixed:
-    try:
-      _trace_terms(distiller, image_shape, num_rows, mixed=True)
-    except Exception as error:  # The method may be anyone's.
-      config_utils.raise_outside(error)
-      raise config_utils.UserError(
-        f'{method} does not take the labels of mixed images '
-        f'({config_utils.short(error)}): let it read them by '
-        'losses.cross_entropy or losses.single_labels, or set '
-        'augment.mixup_alpha=0 and augment.cutmix_alpha=0'
-      ) from error
+  _check_loss(distiller, image_shape, num_rows, mixed=mixed)
   return distiller
 
 
+def _source(network, image_shape) -> outputs.Shapes:
+  """Returns the shapes of what a student gives for images (H, W, C)."""
+  backbone = network.backbone
+  features = jax.eval_shape(
+    lambda x: backbone.init_with_output(
+      jax.random.key(0), network.preprocessing(x), train=False
+    )[0],
+    jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8),
+  )
+  return outputs.Shapes(
+    features.stages,
+    features.final,
+    features.pooled,
+    backbone.signed,
+    backbone.pools_map,
+    backbone.pooled_signed,
+    features.before,
+  )
+
+
 def _connect(
-  teacher, source, network, *, method, image_shape, axis_name, dtype
+  network, source, teacher, method, image_shape, runtime
 ) -> network_lib.Network:
   """Returns a student's network connected to a teacher, as the method wants.
 
   Args:
-    teacher: it, or None.
-    source: outputs.Shapes of the student.
     network: the student's, without a connector.
-    method: as `bind` takes it, like the others.
+    source: outputs.Shapes of the student.
+    teacher: whom it is connected to.
+    method: see `bind`.
     image_shape: (H, W, C) of the shared view.
-    axis_name: see `bind`.
-    dtype: see `bind`.
+    runtime: fields of the connector that are the run's.
   """
-  if teacher is None:
-    return network
   target = teacher.shapes(image_shape)
   connector, connect_size = method.build_connector(source, target), None
   if connector is not None:
-    connector = connector.clone(
-      axis_name=axis_name,
-      dtype=dtype,
-      unbiased_variance=network.backbone.unbiased_variance,
-    )
+    connector = connector.clone(**runtime)
     if connector.takes == 'map':
       if not teacher.pools_map:
         raise config_utils.UserError(
@@ -181,6 +152,41 @@ def _connect(
   )
 
 
+def _auxiliary(source, given, method, image_shape, runtime):
+  """Returns the module that a method trains beside the student, or None."""
+  if not given:
+    return None
+  auxiliary = method.auxiliary(source, given[0].shapes(image_shape))
+  if auxiliary is None:
+    return None
+  if len(given) > 1:
+    raise config_utils.UserError(
+      f'{method} trains a module of its own beside the student, for one '
+      'teacher: set teacher.others=()'
+    )
+  return auxiliary.clone(**runtime)
+
+
+def _check_loss(distiller, image_shape, num_rows, *, mixed: bool) -> None:
+  """Raises UserError where there is no loss, or not of mixed labels."""
+  if not _trace_terms(distiller, image_shape, num_rows):
+    raise config_utils.UserError(
+      f'there is nothing to learn: every weight of {distiller.method} is zero'
+    )
+  if not mixed:
+    return
+  try:
+    _trace_terms(distiller, image_shape, num_rows, mixed=True)
+  except Exception as error:  # The method may be anyone's.
+    config_utils.raise_outside(error)
+    raise config_utils.UserError(
+      f'{distiller.method} does not take the labels of mixed images '
+      f'({config_utils.short(error)}): let it read them by '
+      'losses.cross_entropy or losses.single_labels, or set '
+      'augment.mixup_alpha=0 and augment.cutmix_alpha=0'
+    ) from error
+
+
 def _trace_terms(distiller, image_shape, num_rows, *, mixed=False):
   """Traces a loss and returns its terms' shapes.
 
@@ -196,7 +202,6 @@ def _trace_terms(distiller, image_shape, num_rows, *, mixed=False):
     return distiller.objective(variables, frozen, teacher_outputs, batch)[1][0]
 
   images = jax.ShapeDtypeStruct((num_rows, *image_shape), jnp.uint8)
-  frozen, teacher_outputs = distiller.frozen, None
-  if distiller.teacher is not None:
-    teacher_outputs = jax.eval_shape(distiller.teach, frozen, images)
+  frozen = distiller.frozen
+  teacher_outputs = jax.eval_shape(distiller.run_teachers, frozen, images)
   return parallel.trace(loss, frozen, teacher_outputs, images)[1]

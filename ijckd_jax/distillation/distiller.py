@@ -1,8 +1,9 @@
-"""Student, connector, head, teacher and method, bound into pure functions."""
+"""Student, teachers and method, bound into pure functions."""
 
 import dataclasses
 from typing import Any
 
+from flax import struct
 import jax
 import jax.numpy as jnp
 
@@ -18,17 +19,44 @@ AUXILIARY_STREAM = 2**31 - 1
 EXAMPLES = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Other:
-  """A further teacher, whose head is not the joint classifier.
+@struct.dataclass
+class Frozen:
+  """The arrays that a step reads and does not train.
 
   Attributes:
-    teacher: it.
-    network: the student's parts, as they are connected to it.
+    teachers: Teacher.arrays of each teacher, the joint classifier's first.
+    random_head: of a student that predicts with a random head; None for all
+      others.
+  """
+
+  teachers: tuple[dict[str, Any], ...] = ()
+  random_head: dict[str, jax.Array] | None = None
+
+  @property
+  def joint(self) -> dict[str, Any] | None:
+    """Arrays of the teacher with the joint classifier; None: no teacher."""
+    return self.teachers[0] if self.teachers else None
+
+  def with_joint_head(self, head: dict[str, jax.Array]) -> 'Frozen':
+    """Returns the same arrays, but for another joint classifier."""
+    first, *others = self.teachers
+    return self.replace(teachers=({**first, 'head': head}, *others))
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+  """A teacher, and the student as it is connected to that teacher.
+
+  Attributes:
+    teacher: the teacher.
+    network: the student's backbone, the connector to the teacher (None: the
+      method wants none) and the teacher's pool.
+    weight: of the teacher's loss; the losses of several are averaged by it.
   """
 
   teacher: teachers.Teacher
   network: network_lib.Network
+  weight: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +64,12 @@ class Distiller:
   """What a step needs to know, apart from arrays.
 
   Attributes:
-    network: the student's parts.
+    network: the student's backbone, pool and head, without a connector.
     method: the objective, see methods.
-    teacher: whom it learns from; None for a method that needs none. Of several,
-      the one whose head is the joint classifier.
+    links: to the teachers, that to the joint classifier's first; () for a
+      method that needs no teacher.
     num_classes: K.
-    others: further teachers, each with a connector of its own in training.
-    weights: of the teachers' losses, which are averaged by them.
-    random_head: of a student that predicts with a random one, which is not
+    random_head: of a student that predicts with a random head, which is not
       trained; None for all others.
     auxiliary: auxiliary.Auxiliary of the method, trained beside the student;
       None for most.
@@ -51,10 +77,8 @@ class Distiller:
 
   network: network_lib.Network
   method: Any
-  teacher: teachers.Teacher | None
+  links: tuple[Link, ...]
   num_classes: int
-  others: tuple[Other, ...] = ()
-  weights: tuple[float, ...] = (1.0,)
   random_head: Any = None
   auxiliary: auxiliary_lib.Auxiliary | None = None
 
@@ -73,39 +97,69 @@ class Distiller:
     """Whether the head that makes the prediction is trained."""
     return self.method.predicts_with not in ('teacher', 'random')
 
+  @property
+  def remembers(self) -> bool:
+    """Whether the method keeps arrays in the state."""
+    return self.method.remembers
+
+  @property
+  def teachers(self) -> tuple[teachers.Teacher, ...]:
+    """The teachers that the student learns from, in the order of the links."""
+    return tuple(link.teacher for link in self.links)
+
+  @property
+  def frozen(self) -> Frozen:
+    """The arrays that are not trained."""
+    arrays = tuple(teacher.arrays for teacher in self.teachers)
+    return Frozen(arrays, self.random_head)
+
+  def with_teachers(self, given) -> 'Distiller':
+    """Returns the same for teachers of the same shapes, in the same order."""
+    links = tuple(
+      dataclasses.replace(
+        link,
+        teacher=teacher,
+        network=dataclasses.replace(link.network, pool=teacher.pool),
+      )
+      for link, teacher in zip(self.links, given, strict=True)
+    )
+    return dataclasses.replace(self, links=links)
+
   def init(
     self, key: jax.Array, image_shape: tuple[int, int, int]
   ) -> dict[str, Any]:
     """Returns fresh 'params' and 'batch_stats' of what is trained."""
     width = None
     if self.through_connector:
-      width = self.teacher.num_features
+      width = self.links[0].teacher.num_features
     num_classes = self.num_classes if self.trains_head else None
-    variables = self.network.init(key, image_shape, num_classes, width)
-    if self.others:
+    network = self.links[0].network if self.links else self.network
+    variables = network.init(key, image_shape, num_classes, width)
+    made = {}
+    if len(self.links) > 1:
       features = jax.eval_shape(
         lambda: network_lib.run(
-          self.network.backbone,
+          network.backbone,
           network_lib.part(variables, 'backbone'),
-          self.network.preprocessing(jnp.zeros((1, *image_shape), jnp.uint8)),
+          network.preprocessing(jnp.zeros((1, *image_shape), jnp.uint8)),
           train=False,
         )[0]
       )
-    made = {
-      _connector(number): other.network.init_connector(
-        jax.random.fold_in(key, number), features
-      )
-      for number, other in enumerate(self.others, 1)
-      if other.network.connector is not None
-    }
+      made = {
+        _connector(number): link.network.init_connector(
+          jax.random.fold_in(key, number), features
+        )
+        for number, link in enumerate(self.links[1:], 1)
+        if link.network.connector is not None
+      }
     if self.auxiliary is not None:
       images = jax.ShapeDtypeStruct((2, *image_shape), jnp.uint8)
       shapes = jax.eval_shape(lambda: (variables, self.frozen))
       # Where batch norm is synchronised, its training has collectives.
       _, given = parallel.trace(
         lambda variables, frozen, images: (
-          self.student(variables, frozen, images)[0],
-          self.teach(frozen, images),
+          self.run_student(variables, frozen, images)[0][0],
+          self.run_teachers(frozen, images)[0],
         ),
         *shapes,
         images,
@@ -118,83 +172,112 @@ class Distiller:
         variables[kind][name] = tree
     return variables
 
-  @property
-  def teachers(self) -> tuple[teachers.Teacher, ...]:
-    """All of them, the one with the joint classifier first."""
-    if self.teacher is None:
-      return ()
-    return (self.teacher, *(other.teacher for other in self.others))
+  def run_teachers(
+    self, frozen: Frozen, images: jax.Array
+  ) -> tuple[outputs.Outputs, ...]:
+    """Returns each teacher's Outputs of the shared view."""
+    return tuple(
+      link.teacher(arrays, images)
+      for link, arrays in zip(self.links, frozen.teachers, strict=False)
+    )
 
-  @property
-  def teacher_arrays(self) -> dict[str, Any] | None:
-    """The arrays of all teachers: the first one's, and 'others'."""
-    if self.teacher is None or not self.others:
-      return self.teacher and self.teacher.frozen
-    others = tuple(other.teacher.frozen for other in self.others)
-    return {**self.teacher.frozen, 'others': others}
+  def run_student(
+    self, variables, frozen: Frozen, images: jax.Array
+  ) -> tuple[tuple[outputs.Outputs, ...], dict[str, Any]]:
+    """Runs the student in training on the shared view.
 
-  @property
-  def frozen(self) -> dict[str, Any] | None:
-    """All that is not trained: `teacher_arrays`, and a 'random_head'."""
-    if self.random_head is None:
-      return self.teacher_arrays
-    return {**self.teacher_arrays, 'random_head': self.random_head}
+    Args:
+      variables: its 'params' and 'batch_stats'.
+      frozen: the arrays that are not trained.
+      images: (B, H, W, C) uint8, or float32 of 0 to 255.
 
-  def teach(self, frozen, images: jax.Array):
-    """Returns the teacher's Outputs of the shared view; of several, a tuple."""
-    first = self.teacher(frozen, images)
-    if not self.others:
-      return first
-    pairs = zip(self.others, frozen['others'], strict=True)
-    return (first, *(other.teacher(own, images) for other, own in pairs))
+    Returns:
+      The student's Outputs for each link, which differ in `connected` alone
+      (one, without `connected`, where there are no links); and the updated
+      batch statistics.
+    """
+    features, backbone_stats = network_lib.run(
+      self.network.backbone,
+      network_lib.part(variables, 'backbone'),
+      self.network.preprocessing(images),
+      train=True,
+    )
+    batch_stats = {'backbone': backbone_stats}
+    connected = [None] * max(1, len(self.links))
+    for number, link in enumerate(self.links):
+      if link.network.connector is not None:
+        name, teacher = _connector(number), frozen.teachers[number]
+        connected[number], batch_stats[name] = link.network.connect(
+          network_lib.part(variables, name),
+          features,
+          teacher['pool'],
+          teacher['head'],
+          train=True,
+        )
+    if self.reuses_head:
+      logits = connected[0].logits
+    else:
+      predicting = connected[0] if self.through_connector else features
+      head = self._head(variables, frozen)
+      logits = network_lib.classify(head, predicting.pooled)
+    return tuple(
+      outputs.Outputs(
+        features.stages,
+        features.final,
+        features.pooled,
+        logits,
+        one,
+        features.before,
+      )
+      for one in connected
+    ), batch_stats
 
-  def objective(self, variables, frozen, teacher_outputs, batch):
-    """Runs the student in training, and the method on both.
+  def objective(self, variables, frozen: Frozen, teacher_outputs, batch):
+    """Runs the student in training, and the method on student and teachers.
 
     Args:
       variables: the student's 'params' and 'batch_stats'.
-      frozen: see `student`.
-      teacher_outputs: as `teach` gives it; None without a teacher.
+      frozen: the arrays that are not trained.
+      teacher_outputs: as `run_teachers` gives them.
       batch: of the step.
 
     Returns:
       The total; and the terms, the student's outputs.Outputs and the updated
       batch statistics.
     """
-    student, batch_stats = self.student(variables, frozen, batch['image'])
-    if self.auxiliary is not None:
+    students, batch_stats = self.run_student(variables, frozen, batch['image'])
+    if self.auxiliary is not None:  # There is one link then.
       made, batch_stats['auxiliary'] = network_lib.run(
         self.auxiliary,
         network_lib.part(variables, 'auxiliary'),
-        student,
-        teacher_outputs,
+        students[0],
+        teacher_outputs[0],
         train=True,
       )
-      student = student.replace(auxiliary=made)
-    total, terms = self.loss(student, teacher_outputs, batch)
-    return total, (terms, student, batch_stats)
+      students = (students[0].replace(auxiliary=made),)
+    total, terms = self.loss(students, teacher_outputs, batch)
+    return total, (terms, students[0], batch_stats)
 
-  def loss(self, student: outputs.Outputs, teacher_outputs, batch):
-    """Returns the method's total and terms; over several teachers, the mean.
+  def loss(self, students, teacher_outputs, batch):
+    """Returns the method's total and terms: the links' weighted mean.
 
-    The prediction is the same for all of them; each is compared with the
-    student as it is connected to that one.
+    The prediction is the same for all links; each teacher is compared with the
+    student as it is connected to that teacher.
 
     Args:
-      student: as `student` gives it.
-      teacher_outputs: as `teach` gives it.
+      students: as `run_student` gives them.
+      teacher_outputs: as `run_teachers` gives them.
       batch: of the step.
     """
-    if not self.others:
-      return self.method.loss(student, teacher_outputs, batch)
+    if not self.links:
+      return self.method.loss(students[0], None, batch)
     total, terms = 0.0, {}
-    connected = (student.connected, *student.others)
-    for weight, own, teacher in zip(
-      self.weights, connected, teacher_outputs, strict=True
+    whole = sum(link.weight for link in self.links)
+    for link, student, teacher in zip(
+      self.links, students, teacher_outputs, strict=True
     ):
-      share = weight / sum(self.weights)
-      one = student.replace(connected=own, others=())
-      value, found = self.method.loss(one, teacher, batch)
+      share = link.weight / whole
+      value, found = self.method.loss(student, teacher, batch)
       total += share * value
       for name, term in found.items():
         terms[name] = terms.get(name, 0.0) + share * term
@@ -210,77 +293,15 @@ class Distiller:
     return batch
 
   @property
-  def remembers(self) -> bool:
-    """Whether the method keeps arrays in the state."""
-    return self.method.remembers
-
-  def student(self, variables, frozen, images: jax.Array):
-    """Runs the student in training on the shared view.
-
-    Args:
-      variables: its 'params' and 'batch_stats'.
-      frozen: the teacher's arrays (Teacher.frozen); None without a teacher.
-      images: (B, H, W, C) uint8, or float32 of 0 to 255.
-
-    Returns:
-      outputs.Outputs and the updated batch statistics.
-    """
-    net = self.network
-    features, backbone_stats = network_lib.run(
-      net.backbone,
-      network_lib.part(variables, 'backbone'),
-      net.preprocessing(images),
-      train=True,
-    )
-    batch_stats = {'backbone': backbone_stats}
-    connected = None
-    if net.connector is not None:
-      connected, batch_stats['connector'] = net.connect(
-        network_lib.part(variables, 'connector'),
-        features,
-        frozen['pool'],
-        frozen['head'],
-        train=True,
-      )
-    others = []
-    for number, other in enumerate(self.others, 1):
-      if other.network.connector is None:
-        others.append(None)
-        continue
-      own, name = frozen['others'][number - 1], _connector(number)
-      connected_to, batch_stats[name] = other.network.connect(
-        network_lib.part(variables, name),
-        features,
-        own['pool'],
-        own['head'],
-        train=True,
-      )
-      others.append(connected_to)
-    if self.reuses_head:
-      logits = connected.logits
-    else:
-      predicting = connected if self.through_connector else features
-      logits = network_lib.classify(
-        self._head(variables, frozen), predicting.pooled
-      )
-    result = outputs.Outputs(
-      features.stages,
-      features.final,
-      features.pooled,
-      logits,
-      connected,
-      tuple(others),
-      features.before,
-    )
-    return result, batch_stats
-
-  @property
   def connected_network(self) -> network_lib.Network | None:
     """The student through the teacher's head; None: it has no connector to it.
 
-    It is `deployed_network` itself where that is how it predicts.
+    It is the same object as `deployed_network` if the student predicts that
+    way.
     """
-    return None if self.network.connector is None else self.network
+    if not self.links or self.links[0].network.connector is None:
+      return None
+    return self.links[0].network
 
   @property
   def deployed_network(self) -> network_lib.Network:
@@ -289,55 +310,52 @@ class Distiller:
     A connector that only served training is not in it.
     """
     if self.reuses_head:
-      return self.network
+      return self.connected_network
     if self.through_connector:
       # A copy: `evaluator` asks whether this is the very `connected_network`,
       # and with another head it is not.
-      return dataclasses.replace(self.network)
-    return dataclasses.replace(
-      self.network,
-      connector=None,
-      connect_size=None,
-      pool=network_lib.pool_of(self.network.backbone),
-      pool_signed=False,
-    )
+      return dataclasses.replace(self.connected_network)
+    return self.network
 
-  def deployed(self, variables, frozen) -> dict[str, Any]:
+  def deployed(self, variables, frozen: Frozen) -> dict[str, Any]:
     """Returns the variables of `deployed_network`.
 
     Args:
       variables: the student's 'params' and 'batch_stats'.
-      frozen: the teacher's arrays, whose head and pool become the student's
-        where its head is reused.
+      frozen: the arrays that are not trained: the teacher's head and pool
+        become the student's where its head is reused.
     """
     if self.through_connector:
       return self._connected(variables, frozen, self._head(variables, frozen))
     kept = _parts(variables, 'backbone', 'head')
     return {**kept, 'pool': {}}
 
-  def _head(self, variables, frozen) -> dict[str, jax.Array]:
-    """Returns the head that makes the student's prediction."""
-    if self.trains_head:
-      return variables['params']['head']
-    return frozen['head' if self.reuses_head else 'random_head']
-
-  def connected_variables(self, variables, frozen) -> dict[str, Any] | None:
+  def connected_variables(
+    self, variables, frozen: Frozen
+  ) -> dict[str, Any] | None:
     """Returns the variables of `connected_network`, where it is not deployed.
 
     Args:
       variables: as `deployed` takes them.
       frozen: as `deployed` takes it.
     """
-    if self.reuses_head or self.network.connector is None:
+    if self.reuses_head or self.connected_network is None:
       return None
-    return self._connected(variables, frozen, frozen['head'])
+    return self._connected(variables, frozen, frozen.joint['head'])
 
-  def _connected(self, variables, frozen, head) -> dict[str, Any]:
+  def _head(self, variables, frozen: Frozen) -> dict[str, jax.Array]:
+    """Returns the head that makes the student's prediction."""
+    if self.trains_head:
+      return variables['params']['head']
+    return frozen.joint['head'] if self.reuses_head else frozen.random_head
+
+  def _connected(self, variables, frozen: Frozen, head) -> dict[str, Any]:
     """Returns the variables of the student through the connector and a head."""
     kept = _parts(variables, 'backbone', 'connector')
     kept['params']['head'] = head
     # A connector on pooled features stands behind the pool.
-    return {**kept, 'pool': frozen['pool'] if self.network.pools_map else {}}
+    pools_map = self.connected_network.pools_map
+    return {**kept, 'pool': frozen.joint['pool'] if pools_map else {}}
 
 
 def _parts(variables, *names: str) -> dict[str, Any]:
@@ -351,5 +369,5 @@ def _parts(variables, *names: str) -> dict[str, Any]:
 
 
 def _connector(number: int) -> str:
-  """Returns what the connector to another teacher is called."""
-  return f'connector_{number}'
+  """Returns what the connector of a link is called among the variables."""
+  return f'connector_{number}' if number else 'connector'

@@ -1,7 +1,6 @@
 """One step of training, on one device; the devices meet over parallel.AXIS."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ METHOD_STREAM = 3
 @cpu_conv.fast_convolutions()
 def train_step(
   state: train_state_lib.TrainState,
-  frozen: Any,
+  frozen: distiller_lib.Frozen,
   batch: dict[str, jax.Array],
   key: jax.Array,
   *,
@@ -41,7 +40,7 @@ def train_step(
 
   Args:
     state: the state before; its buffers may be taken over.
-    frozen: the teacher's arrays, never donated; None without a teacher.
+    frozen: distiller.Frozen; never donated.
     batch: 'image' uint8 (B, H, W, C), 'label', 'index' and 'epoch' int32 (B,);
       and 'teacher', its stored outputs, where it is not to run.
     key: the run's key.
@@ -123,18 +122,18 @@ def _piece(params, frozen, key, distiller, stored, carry, rows):
       'memory': memory,
       'key': jax.random.fold_in(key, METHOD_STREAM),
     }
-  teacher, kept = None, rows.pop('teacher', None)
-  if kept is None and distiller.teacher is not None:
-    teacher = distiller.teach(frozen, rows['image'])
+  stored_rows = rows.pop('teacher', None)
+  if stored_rows is None:
+    teacher_outputs = distiller.run_teachers(frozen, rows['image'])
     if stored is not None:
-      kept = stored.take(teacher)
-  if kept is not None:
-    teacher = stored.restore(kept)
+      stored_rows = stored.take(teacher_outputs)
+  if stored_rows is not None:
+    teacher_outputs = stored.restore(stored_rows)
 
-  def loss_fn(params, batch_stats, teacher, rows):
+  def loss_fn(params, batch_stats, teacher_outputs, rows):
     variables = {'params': params, 'batch_stats': batch_stats}
     total, (terms, student, batch_stats) = distiller.objective(
-      variables, frozen, teacher, rows
+      variables, frozen, teacher_outputs, rows
     )
     notes = None
     if distiller.remembers:
@@ -143,14 +142,14 @@ def _piece(params, frozen, key, distiller, stored, carry, rows):
 
   (total, (batch_stats, terms, logits, notes)), new = jax.value_and_grad(
     loss_fn, has_aux=True
-  )(params, batch_stats, teacher, rows)
+  )(params, batch_stats, teacher_outputs, rows)
   gradients = jax.tree.map(jnp.add, gradients, new)
   if distiller.remembers:
     # The same on every device: all of them note the rows of all.
     notes = jax.lax.all_gather(notes, parallel.AXIS, tiled=True)
     memory = distiller.method.remember(memory, notes)
   sums = _sums({'loss': total, **terms}, logits, rows['label'])
-  return (batch_stats, gradients, memory), (sums, kept)
+  return (batch_stats, gradients, memory), (sums, stored_rows)
 
 
 def _update(state, gradients, batch_stats, memory, tx, ema_decay):

@@ -23,7 +23,8 @@ class Stored:
   """The outputs that are stored, out of all.
 
   Attributes:
-    like: what Distiller.teach gives for two images, as ShapeDtypeStructs.
+    like: what Distiller.run_teachers gives for two images, as
+      ShapeDtypeStructs.
     names: which of its leaves are stored.
     dtype: in which they are.
   """
@@ -32,7 +33,7 @@ class Stored:
   names: tuple[str, ...]
   dtype: Any
 
-  def take(self, teacher: Any) -> dict[str, jax.Array]:
+  def take(self, teacher_outputs: Any) -> dict[str, jax.Array]:
     """Returns the rows to be stored, rounded."""
     # A plain cast there and back may be optimised away.
     info = jnp.finfo(self.dtype)
@@ -40,7 +41,7 @@ class Stored:
       name: jax.lax.reduce_precision(leaf, info.nexp, info.nmant).astype(
         self.dtype
       )
-      for name, leaf in _leaves(teacher).items()
+      for name, leaf in _leaves(teacher_outputs).items()
       if name in self.names
     }
 
@@ -62,8 +63,14 @@ class Stored:
     return {name: tuple(leaves[name].shape[1:]) for name in self.names}
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
-  """Returns the leaves by name: 'final', 'logits', 'stages/0', ..."""
+def _leaves(tree: tuple[Any, ...]) -> dict[str, Any]:
+  """Returns the leaves of the teachers' outputs by name.
+
+  Those of a single teacher are 'final', 'logits', 'stages/0', ...; of several,
+  the teacher's number comes first: '0/final'.
+  """
+  if len(tree) == 1:
+    (tree,) = tree
   return {
     jax.tree_util.keystr(path, simple=True, separator='/'): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -81,18 +88,20 @@ def plan(distiller, image_shape: tuple[int, int, int], dtype: str) -> Stored:
   Raises:
     config_utils.UserError: there is nothing to store.
   """
-  if distiller.teacher is None:
+  if not distiller.links:
     raise _nothing_to_store(distiller)
   frozen = distiller.frozen
 
-  def loss(teacher, frozen, images):
+  def loss(teacher_outputs, frozen, images):
     variables = distiller.init(jax.random.key(0), image_shape)
     batch = distiller.example_batch(images)
-    total, (terms, *_) = distiller.objective(variables, frozen, teacher, batch)
+    total, (terms, *_) = distiller.objective(
+      variables, frozen, teacher_outputs, batch
+    )
     return total, terms
 
   images = jax.ShapeDtypeStruct((2, *image_shape), jnp.uint8)
-  like = jax.eval_shape(distiller.teach, frozen, images)
+  like = jax.eval_shape(distiller.run_teachers, frozen, images)
   traced = parallel.trace(loss, like, frozen, images)[0].jaxpr
   _, read = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
   # The teacher's outputs are the first of the inputs.

@@ -107,28 +107,32 @@ class Teacher:
     )
 
   @property
-  def frozen(self) -> dict[str, Any]:
-    """All its arrays, as the steps take them."""
+  def arrays(self) -> dict[str, Any]:
+    """All its arrays, as a step takes them."""
     return {
       'network': self.variables,
       'head': self.head,
       'pool': self.pool_variables,
     }
 
-  def __call__(self, frozen, images: jax.Array) -> outputs.Outputs:
+  def __call__(self, arrays, images: jax.Array) -> outputs.Outputs:
     """Returns the Outputs of the view (B, H, W, C), of 0 to 255.
+
+    Args:
+      arrays: `self.arrays`, or others of the same shapes.
+      images: of the shared view.
 
     Raises:
       config_utils.UserError: the head is not as wide as the features.
     """
-    result = self.apply(frozen['network'], self.preprocessing(images))
+    result = self.apply(arrays['network'], self.preprocessing(images))
     width = result.pooled.shape[-1]
-    if frozen['head']['kernel'].shape[0] != width:
+    if arrays['head']['kernel'].shape[0] != width:
       raise config_utils.UserError(
-        f'teacher {self.name}: its head is {frozen["head"]["kernel"].shape}, '
+        f'teacher {self.name}: its head is {arrays["head"]["kernel"].shape}, '
         f'but its pooled features are {width} wide'
       )
-    logits = network.classify(frozen['head'], result.pooled)
+    logits = network.classify(arrays['head'], result.pooled)
     return jax.lax.stop_gradient(result.replace(logits=logits))
 
   def shapes(self, image_shape: tuple[int, int, int]) -> outputs.Shapes:
@@ -136,7 +140,7 @@ class Teacher:
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
     # Not `self`: JAX would write out all of its arrays, for messages.
     result = jax.eval_shape(
-      lambda frozen, images: self(frozen, images), self.frozen, images
+      lambda arrays, images: self(arrays, images), self.arrays, images
     )
     return outputs.Shapes(
       result.stages,

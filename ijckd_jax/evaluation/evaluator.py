@@ -60,8 +60,8 @@ def make(
     num_workers: processes that decode images which do not lie in memory.
 
   Returns:
-    A function of the network's variables, the teacher's arrays as the mapper
-    placed them (None without a teacher), datasets.Arrays and, where `connected`
+    A function of the network's variables, Teacher.arrays as the mapper placed
+    them (None without a teacher), datasets.Arrays and, where `connected`
     is another network, its variables.
   """
   p_eval_step = mapper.map(

@@ -55,10 +55,8 @@ class Outputs:
     final: as in Features.
     pooled: as in Features.
     logits: the network's prediction (B, K) float32, by whichever head makes it.
-    connected: a student's Connected; None for teachers and for students that
-      have no connector.
-    others: the same to each further teacher; a method sees one at a time, as
-      `connected`.
+    connected: a student's Connected to the teacher that it is compared with;
+      None for teachers and for students that have no connector.
     before: as in Features.
     auxiliary: a student's, what the method's auxiliary module made of it and of
       the teacher; None where there is none.
@@ -69,7 +67,6 @@ class Outputs:
   pooled: jax.Array
   logits: jax.Array
   connected: Connected | None = None
-  others: tuple[Connected | None, ...] = ()
   before: tuple[jax.Array, ...] = ()
   auxiliary: Any = None
 

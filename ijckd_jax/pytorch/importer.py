@@ -401,13 +401,13 @@ def _from_simkd(found, proj, request, origin):
     backbone=models.build(name, truncated=True, dtype=dtype),
     preprocessing=preprocessing,
     method=_simkd_method(proj),
-    teacher=teacher,
+    given=(teacher,),
     image_shape=image_shape,
     num_classes=teacher.num_classes,
     axis_name=None,
     dtype=dtype,
   )
-  network, frozen = bound.deployed_network, teacher.frozen
+  network, frozen = bound.deployed_network, bound.frozen
   shapes = jax.eval_shape(
     lambda: bound.deployed(bound.init(jax.random.key(0), image_shape), frozen)
   )

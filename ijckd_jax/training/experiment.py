@@ -160,10 +160,13 @@ class Experiment:
   Attributes:
     config: the config that it was made from.
     dataset: see datasets.
-    distiller: student, teacher and method.
-    teacher: the teacher that the student is compared with at the end, also by
-      methods that learn without one; None where there is none. Of several, the
-      one whose head is the joint classifier.
+    distiller: student, teachers and method.
+    teachers: those that are given, or trained first, that with the joint
+      classifier first; a method that learns without a teacher has the first
+      alone. Where they are still to be trained, or their heads to be fitted,
+      they have shapes in place of arrays.
+    teacher_run: the experiment that trains the teacher first; None where
+      teachers are given, or none is needed.
     augmentation: of the training images.
     mapper: see parallel.
     dtype: of the computation.
@@ -177,7 +180,8 @@ class Experiment:
   config: ml_collections.ConfigDict
   dataset: Any
   distiller: distiller_lib.Distiller
-  teacher: teachers.Teacher | None
+  teachers: tuple[teachers.Teacher, ...]
+  teacher_run: 'Experiment | None'
   augmentation: augment.Augmentation
   mapper: parallel.Mapper
   dtype: Any
@@ -188,16 +192,33 @@ class Experiment:
   notes: tuple[str, ...] = ()
 
   @property
-  def teacher_arrays(self) -> dict[str, Any] | None:
-    """The arrays of all teachers."""
-    return self.distiller.teacher_arrays or (
-      self.teacher and self.teacher.frozen
-    )
+  def teacher(self) -> teachers.Teacher | None:
+    """The teacher that the student is compared with at the end.
+
+    It has the joint classifier; None where there is no teacher.
+    """
+    return self.teachers[0] if self.teachers else None
 
   @property
-  def frozen(self) -> dict[str, Any] | None:
-    """All that is not trained, as the steps take it."""
-    return self.distiller.frozen or (self.teacher and self.teacher.frozen)
+  def frozen(self) -> distiller_lib.Frozen:
+    """The arrays that are not trained, as a step takes them."""
+    arrays = tuple(teacher.arrays for teacher in self.teachers)
+    return distiller_lib.Frozen(arrays, self.distiller.random_head)
+
+  def with_teachers(self, given: Sequence[teachers.Teacher]) -> 'Experiment':
+    """Returns the same with teachers whose arrays are there.
+
+    Args:
+      given: in the order of `teachers`, of the same shapes.
+
+    Raises:
+      config_utils.UserError: a teacher has other shapes.
+    """
+    teacher_loading.check_same_shapes(given, self.teachers)
+    distiller = self.distiller
+    if distiller.links:
+      distiller = distiller.with_teachers(given)
+    return dataclasses.replace(self, teachers=tuple(given), distiller=distiller)
 
   def init(self, key: jax.Array) -> dict[str, Any]:
     """Returns 'params' and 'batch_stats' with which training starts."""
@@ -207,6 +228,15 @@ class Experiment:
     if self.distiller.method.predicts_with == 'copy':
       variables['params']['head'] = jax.tree.map(jnp.array, self.teacher.head)
     return variables if self.start is None else self.start.fill(variables)
+
+  def abstract_teacher(self) -> teachers.Teacher:
+    """Returns the teacher that this run will leave, with shapes for arrays."""
+    return teacher_loading.abstract(
+      self.distiller.deployed_network,
+      self.config.student.backbone,
+      tuple(self.dataset.image_shape),
+      self.dataset.class_names,
+    )
 
   def memory(self, key: jax.Array, num_examples: int) -> Any:
     """Returns what the method keeps in the state at the start, or None."""
@@ -314,7 +344,6 @@ def build(
   *,
   dataset: Any = None,
   teacher: teachers.Teacher | Sequence[teachers.Teacher] | None = None,
-  heads: Sequence[dict[str, Any]] | None = None,
   devices: Sequence[Any] | None = None,
 ) -> Experiment:
   """Returns the experiment that a config describes; nothing runs or compiles.
@@ -323,10 +352,7 @@ def build(
     config: see `default_config`.
     dataset: overrides `config.dataset`.
     teacher: overrides `config.teacher`; one, or several as they are listed
-      there. Where neither names one, and the method needs one, the teacher is
-      abstract: shapes in place of arrays.
-    heads: that were fitted, in the order of Distiller.teachers; None: where
-      they are to be, they are abstract.
+      there.
     devices: that share a batch; None: all that JAX has. Devices that the step
       is only compiled for take `config.mapper='shard_map'`.
 
@@ -341,26 +367,17 @@ def build(
     dataset = config_utils.instantiate(
       'dataset', datasets.get(config.dataset.name), config.dataset
     )
+  image_shape = tuple(dataset.image_shape)
   method = methods.build(config.method)
   num_devices = jax.device_count() if devices is None else len(devices)
   config_checks.check_numbers(
     config, num_devices=num_devices, teacher_given=teacher is not None
   )
+  config_checks.check_refit(config, method)
   mixing = mixing_lib.build(config.augment)
+  datasets.check_statistics(dataset.mean, dataset.std, image_shape[-1])
   axis_name = parallel.AXIS if config.sync_batch_norm else None
-  height, width, num_channels = dataset.image_shape
-  datasets.check_statistics(dataset.mean, dataset.std, num_channels)
-  preprocessing = augment.Preprocessing(
-    tuple(dataset.mean), tuple(dataset.std), (height, width)
-  )
-  start = None
-  if config.student.init_from:
-    start = pretrained.load(
-      config.student.init_from,
-      config.student.backbone,
-      tuple(dataset.image_shape),
-    )
-    preprocessing = start.preprocessing
+  start, preprocessing = _start(config, dataset)
   backbone = models.build(
     config.student.backbone,
     truncated=method.tap == 'stage',
@@ -368,39 +385,20 @@ def build(
     dtype=dtype,
     unbiased_variance=config.unbiased_variance,
   )
-  given = (teacher,) if isinstance(teacher, teachers.Teacher) else teacher
-  if given is None and config.teacher.checkpoint:
-    given = teacher_loading.load(config.teacher, dtype)
-  elif given is None and method.needs_teacher:
-    given = (
-      teacher_loading.abstract(
-        config.teacher.backbone, dataset, preprocessing, dtype
-      ),
+  teacher_run = None
+  if method.needs_teacher and teacher is None and not config.teacher.checkpoint:
+    teacher_run = build(
+      teacher_config(config), dataset=dataset, devices=devices
     )
-  given, weights = teacher_loading.order(given or (), config.teacher)
-  if config.teacher.head == 'fit':
-    num_classes = len(dataset.class_names)
-    heads = heads or [
-      network.head_shapes(teacher.num_features, num_classes)
-      for teacher in given
-    ]
-    given = tuple(map(teachers.Teacher.with_head, given, heads))
-  for teacher in given:
-    teacher_loading.check(teacher, dataset)
-  notes = ()
-  if config.teacher.head != 'fit':
-    given, notes = teacher_loading.in_class_order(
-      given, dataset, by_number=config.teacher.classes_by_number
-    )
-  config_checks.check_refit(config, method)
+    teacher = teacher_run.abstract_teacher()
+  given, weights, notes = _teachers(config, dataset, teacher, dtype)
   distiller = binding.bind(
     backbone=backbone,
     preprocessing=preprocessing,
     method=method,
-    teacher=given[0] if method.needs_teacher else None,
-    others=given[1:] if method.needs_teacher else (),
+    given=given,
     weights=weights,
-    image_shape=tuple(dataset.image_shape),
+    image_shape=image_shape,
     num_classes=len(dataset.class_names),
     axis_name=axis_name,
     dtype=dtype,
@@ -408,22 +406,21 @@ def build(
     seed=config.seed,
     num_rows=min(2, _num_normalised(config, num_devices)),
   )
-  if start is not None:
+  if start is not None:  # Raises where the weights do not fit.
     start.fill(
-      jax.eval_shape(
-        lambda: distiller.init(jax.random.key(0), tuple(dataset.image_shape))
-      )
+      jax.eval_shape(lambda: distiller.init(jax.random.key(0), image_shape))
     )
   stored, views = None, config.teacher.store.views
   if views:
     stored = stored_outputs.plan(
-      distiller, tuple(dataset.image_shape), config.teacher.store.dtype
+      distiller, image_shape, config.teacher.store.dtype
     )
   return Experiment(
     config=config,
     dataset=dataset,
     distiller=distiller,
-    teacher=given[0] if given else None,
+    teachers=given if method.needs_teacher else given[:1],
+    teacher_run=teacher_run,
     augmentation=augment.build(config.augment, dataset, views),
     mapper=parallel.Mapper(config.mapper, devices and tuple(devices)),
     dtype=dtype,
@@ -432,3 +429,50 @@ def build(
     mixing=mixing,
     notes=notes,
   )
+
+
+def _start(config, dataset):
+  """Returns where the student's backbone starts, and its preprocessing."""
+  height, width, _ = dataset.image_shape
+  if not config.student.init_from:
+    return None, augment.Preprocessing(
+      tuple(dataset.mean), tuple(dataset.std), (height, width)
+    )
+  start = pretrained.load(
+    config.student.init_from,
+    config.student.backbone,
+    tuple(dataset.image_shape),
+  )
+  return start, start.preprocessing
+
+
+def _teachers(config, dataset, given, dtype):
+  """Returns the teachers of a run, their weights, and notes on their classes.
+
+  Args:
+    config: the run's.
+    dataset: see datasets.
+    given: a teacher, or several as the config lists them; None: those that the
+      config names, if any.
+    dtype: of the computation.
+  """
+  section = config.teacher
+  if isinstance(given, teachers.Teacher):
+    given = (given,)
+  if given is None:
+    given = teacher_loading.load(section, dtype) if section.checkpoint else ()
+  given, weights = teacher_loading.order(given, section)
+  if section.head == 'fit':
+    num_classes = len(dataset.class_names)
+    given = tuple(
+      teacher.with_head(network.head_shapes(teacher.num_features, num_classes))
+      for teacher in given
+    )
+  for teacher in given:
+    teacher_loading.check(teacher, dataset)
+  notes = ()
+  if section.head != 'fit':
+    given, notes = teacher_loading.in_class_order(
+      given, dataset, by_number=section.classes_by_number
+    )
+  return given, weights, notes

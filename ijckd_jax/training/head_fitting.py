@@ -12,6 +12,7 @@ import numpy as np
 import safetensors.numpy
 
 from ijckd_jax.data import input_pipeline
+from ijckd_jax.distillation import distiller
 from ijckd_jax.evaluation import feature_extraction as features_lib
 from ijckd_jax.evaluation import logistic
 from ijckd_jax.runtime import config_utils
@@ -101,7 +102,7 @@ def fit_teachers(exp, workdir: epath.Path, splits) -> list[logistic.Fitted]:
     workdir: of the run.
     splits: datasets.Arrays by name.
   """
-  teachers = exp.distiller.teachers or (exp.teacher,)
+  teachers = exp.teachers
   paths = [
     workdir / workdirs.HEADS / f'teacher_{number}.safetensors'
     for number in range(len(teachers))
@@ -213,24 +214,24 @@ class Refits:
     """Returns whether the head changes after a step."""
     return step in self._steps
 
-  def before(self, step: int, frozen) -> dict[str, Any]:
-    """Returns the teachers' arrays by which a student of that step is judged.
+  def before(self, step: int, frozen) -> distiller.Frozen:
+    """Returns the arrays beside which a student of that step is evaluated.
 
     Args:
       step: of the student.
-      frozen: the teachers' arrays with the head of the start.
+      frozen: distiller.Frozen with the head of the start, placed.
     """
     return self._with(frozen, [n for n in self._steps if n < step])
 
-  def after(self, step: int, state, frozen) -> dict[str, Any]:
-    """Returns the teachers' arrays with the head for what follows a step.
+  def after(self, step: int, state, frozen) -> distiller.Frozen:
+    """Returns the arrays with the head for what follows a step.
 
     A head that is due and not there is fitted, and kept.
 
     Args:
       step: that was made.
       state: train_state.TrainState after it.
-      frozen: the teachers' arrays, placed.
+      frozen: distiller.Frozen, placed.
     """
     if self.is_due(step) and not hosts.share(self._path(step).exists):
       self._fit(step, state, frozen)
@@ -241,19 +242,18 @@ class Refits:
     if not made:
       return frozen
     head = load(self._path(made[-1])).head
-    return {**frozen, 'head': self._exp.mapper.replicate(head)}
+    return frozen.with_joint_head(self._exp.mapper.replicate(head))
 
   def _fit(self, step: int, state, frozen) -> None:
     """Fits the head on the features of teacher and student, and keeps it."""
     exp = self._exp
-    teacher, network = exp.distiller.teacher, exp.distiller.deployed_network
+    teacher, network = exp.teacher, exp.distiller.deployed_network
     student = exp.distiller.deployed(state.evaluated, frozen)
     functions = (
       lambda own, images: teacher(own, images).pooled,
       lambda own, images: network(own, network.preprocessing(images)).pooled,
     )
-    own = {name: frozen[name] for name in ('network', 'head', 'pool')}
-    variables = (own, exp.mapper.replicate(student))
+    variables = (frozen.joint, exp.mapper.replicate(student))
     train, validation = (
       logistic.join(features(functions, variables, self._splits[split], exp))
       if len(self._splits[split])

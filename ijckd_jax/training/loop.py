@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from ijckd_jax.data import input_pipeline
+from ijckd_jax.distillation import distiller as distiller_lib
 from ijckd_jax.distillation import train_state
 from ijckd_jax.evaluation import evaluator
 from ijckd_jax.runtime import config_utils
@@ -154,7 +155,7 @@ class Loop:
     splits: datasets.Arrays by 'train', 'validation' and 'test'.
     store: of the checkpoints.
     writer: of the metrics.
-    frozen: the teacher's arrays, placed; None without a teacher.
+    frozen: the arrays that are not trained, placed.
     key: the run's key.
     recorder: of the teacher's outputs; None where they are not stored.
     refits: of the head; None where it stays as it is.
@@ -165,7 +166,7 @@ class Loop:
   splits: dict[str, Any]
   store: checkpoints_lib.Checkpoints
   writer: metric_writer.Writers
-  frozen: Any
+  frozen: distiller_lib.Frozen
   key: jax.Array
   recorder: teacher_outputs.Recorder | None
   refits: head_fitting.Refits | None
@@ -286,13 +287,13 @@ class Loop:
 
     Args:
       variables: 'params' and 'batch_stats' of the student.
-      frozen: the teachers' arrays, placed.
+      frozen: the arrays that are not trained, placed.
       split: of `splits`.
     """
     distiller = self.experiment.distiller
     return self._evaluator(
       distiller.deployed(variables, frozen),
-      frozen,
+      frozen.joint,
       self.splits[split],
       distiller.connected_variables(variables, frozen),
     )
@@ -377,8 +378,8 @@ class Loop:
         )
     return self.experiment.mapper.shard(batch)
 
-  def frozen_of(self, step: int) -> Any:
-    """Returns the teachers' arrays by which a student of a step is judged."""
+  def frozen_of(self, step: int) -> distiller_lib.Frozen:
+    """Returns the arrays beside which a student of a step is evaluated."""
     if self.refits is None:
       return self.frozen
     return self.refits.before(step, self.frozen)

@@ -190,7 +190,9 @@ def finish(training, workdir, state, progress, history):
   )
   connected, connected_variables = None, distiller.connected_variables(*arrays)
   if connected_variables is not None:
-    connected = _bundle(exp, distiller.network, connected_variables, info)
+    connected = _bundle(
+      exp, distiller.connected_network, connected_variables, info
+    )
 
   def write_bundles():
     bundle.save(workdir / workdirs.BUNDLE)
@@ -271,7 +273,7 @@ def _measure(training, workdir, variables, frozen) -> measure.Measured | None:
         exp.teacher, distiller.deployed_network, distiller.connected_network
       ),
       {
-        'teacher': frozen,
+        'teacher': frozen.joint,
         'student': student,
         'connected': student
         if connected_variables is None
@@ -299,7 +301,7 @@ def _made(exp) -> dict[str, Any]:
     'teacher': teacher and teacher.name,
     'teacher_origin': teacher and teacher.origin,
     # Methods that learn from labels alone are only judged by it.
-    'taught': exp.distiller.teacher is not None,
+    'taught': bool(exp.distiller.links),
     'eval_batch_size': config.eval_batch_size,
     'ijckd_jax': importlib.metadata.version('ijckd_jax'),
   }
@@ -368,6 +370,6 @@ def _multiply_adds(bundle, teacher) -> dict[str, int | None]:
     ),
     'teacher': teacher
     and cost.multiply_adds(
-      lambda frozen, x: teacher(frozen, x).logits, teacher.frozen, image
+      lambda arrays, x: teacher(arrays, x).logits, teacher.arrays, image
     ),
   }

@@ -3,14 +3,11 @@
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 
-from ijckd_jax import models
 from ijckd_jax.bundles import bundles
-from ijckd_jax.data import augment
 from ijckd_jax.data import classes
-from ijckd_jax.distillation import network
+from ijckd_jax.distillation import network as network_lib
 from ijckd_jax.distillation import teachers
 from ijckd_jax.pytorch import hub
 from ijckd_jax.pytorch import importer
@@ -77,7 +74,7 @@ def order(
       f'teacher.weights={weights}: none may be negative, and not all zero'
     )
   if not given:
-    return (), (1.0,)
+    return (), ()
   if not 0 <= section.joint < len(given):
     raise config_utils.UserError(
       f'teacher.joint={section.joint}: there are {len(given)} teachers, '
@@ -88,44 +85,47 @@ def order(
 
 
 def abstract(
-  name: str, dataset, preprocessing: augment.Preprocessing, dtype
+  network: network_lib.Network,
+  name: str,
+  image_shape: tuple[int, int, int],
+  class_names: Sequence[str],
 ) -> teachers.Teacher:
-  """Returns a teacher that is yet to be trained, as shapes.
+  """Returns a teacher that is yet to be trained, with shapes for arrays.
 
   Args:
+    network: the teacher's, which has no connector.
     name: of its backbone.
-    dataset: see datasets.
-    preprocessing: of its images.
-    dtype: of the computation.
+    image_shape: (H, W, C) of the images.
+    class_names: K names.
   """
-  backbone = models.build(name, dtype=dtype)
-  net = network.Network(
-    backbone, preprocessing, None, None, network.pool_of(backbone)
+  variables = jax.eval_shape(
+    lambda: network.init(jax.random.key(0), image_shape, len(class_names))
   )
-  images = jnp.zeros((1, *dataset.image_shape), jnp.uint8)
-
-  def variables():
-    key = jax.random.key(0)
-    features, made = backbone.init_with_output(
-      key, preprocessing(images), train=False
-    )
-    num_features = features.pooled.shape[-1]
-    head = backbone.init_head(key, num_features, len(dataset.class_names))
-    return {
-      'params': {'backbone': made['params'], 'head': head},
-      'batch_stats': {'backbone': made.get('batch_stats', {})},
-      'pool': {},
-    }
-
   return bundles.Bundle(
-    network=net,
-    variables=jax.eval_shape(variables),
+    network=network,
+    variables={**variables, 'pool': {}},
     backbone_name=name,
     pool_name=name,
-    image_shape=tuple(dataset.image_shape),
-    class_names=tuple(dataset.class_names),
+    image_shape=image_shape,
+    class_names=tuple(class_names),
     info={},
   ).teacher()
+
+
+def check_same_shapes(
+  given: Sequence[teachers.Teacher], wanted: Sequence[teachers.Teacher]
+) -> None:
+  """Raises UserError where a teacher is not of the shapes that are wanted."""
+  for teacher, other in zip(given, wanted, strict=True):
+    shapes = (
+      jax.tree.map(lambda x: (x.shape, str(x.dtype)), one.arrays)
+      for one in (teacher, other)
+    )
+    if next(shapes) != next(shapes):
+      raise config_utils.UserError(
+        f'teacher {teacher.name} has arrays of other shapes than its config '
+        'describes: remove it, and it is trained again'
+      )
 
 
 def in_class_order(

@@ -112,7 +112,7 @@ def check(exp, folder: epath.Path, arrays, *, overwrite: bool) -> None:
     )
   store = _store(exp, folder, arrays)
   if exp.config.teacher.store.directory or not overwrite:
-    unknown = ('teacher',) if _is_abstract(exp.distiller.frozen) else ()
+    unknown = ('teacher',) if _is_abstract(exp.frozen) else ()
     store.check(ignore=unknown)
     if store.complete:
       return
@@ -159,15 +159,13 @@ def start(exp, folder: epath.Path, arrays, step: int) -> Recorder | None:
 
 def _store(exp, folder, arrays) -> teacher_store.Store:
   """Returns the store that a run's config describes."""
-  settings, teacher = exp.config.teacher.store, exp.teacher
+  settings, given = exp.config.teacher.store, exp.teachers
   layout = teacher_store.Layout(
     len(arrays), settings.views, exp.stored.dtype, exp.stored.shapes
   )
   identity = {
-    'teacher': f'{teacher.name} {_digest(exp.distiller.teacher_arrays)}',
-    'preprocessing': ' '.join(
-      str(teacher.preprocessing) for teacher in exp.distiller.teachers
-    ),
+    'teacher': ' '.join(f'{t.name} {_digest(t.arrays)}' for t in given),
+    'preprocessing': ' '.join(str(t.preprocessing) for t in given),
     'compute_dtype': exp.config.dtype,
     'dataset': exp.config.dataset.name,
     'examples': arrays.digest(),

@@ -205,36 +205,24 @@ def train_and_evaluate(
     raise config_utils.UserError('no workdir is given')
   workdir = epath.Path(config_utils.expand(workdir))
   exp = experiment.build(config, dataset=dataset, teacher=teacher)
+  if exp.teacher_run is None and exp.teacher is not None:
+    exp = _with_fingerprint(exp)
   runs = [(exp, workdir)]
-  if exp.distiller.teacher and not (teacher or config.teacher.checkpoint):
-    own = experiment.teacher_config(config)
-    runs.insert(
-      0, (experiment.build(own, dataset=exp.dataset), workdir / 'teacher')
-    )
-  elif exp.teacher is not None:
-    # By it the run knows a teacher that was changed under the same name.
-    config = ml_collections.ConfigDict(config.to_dict())
-    config.teacher.fingerprint = run_record.checksum(exp.teacher_arrays)
-    runs = [(dataclasses.replace(exp, config=config), workdir)]
+  if exp.teacher_run is not None:
+    runs.insert(0, (exp.teacher_run, workdir / 'teacher'))
   folders = [(folder, run.config) for run, folder in runs]
-  _check_hosts_agree(config)
+  _check_hosts_agree(exp.config)
   hosts.share(lambda: workdirs.check(folders, overwrite=overwrite))
-  finished = None if overwrite else results.found(*runs[-1])
-  splits, record, missing = {}, {}, None
+  finished = None if overwrite else results.found(exp, workdir)
   try:
-    splits = {split: exp.dataset.load(split) for split in datasets.SPLITS}
-    record = run_record.make(exp.dataset, splits, config)
+    splits, record = _load_data(exp)
   except config_utils.UserError as error:
-    missing = error
-  hosts.check_agree({'data': 'there' if missing is None else str(missing)})
-  if missing is not None:
     if finished is None:
-      raise missing
+      raise
     logger.warning(
-      '%s: finished, but its data could not be compared: %s', workdir, missing
+      '%s: finished, but its data could not be compared: %s', workdir, error
     )
     return finished
-  hosts.check_agree({'data': record['data']})
   stale = hosts.share(
     lambda: _check_records(folders, record, overwrite=overwrite)
   )
@@ -242,48 +230,78 @@ def train_and_evaluate(
     logger.info('%s: already finished', workdir)
     return finished
   factories = [
-    config_utils.resolve('writer', name, {}) for name in config.writers
+    config_utils.resolve('writer', name, {}) for name in exp.config.writers
   ]
   for run, folder in runs:
-    try:
-      run.optimizer(len(splits['train']))  # Raises where durations do not fit.
-    except config_utils.UserError as error:
-      if folder == workdir:
-        raise
-      raise config_utils.UserError(
-        f'of the teacher, which is trained first (see teacher.total_epochs): '
-        f'{error}'
-      ) from error
+    _check_durations(run, len(splits['train']), is_teacher=folder != workdir)
     teacher_outputs.check(run, folder, splits['train'], overwrite=overwrite)
   with contextlib.ExitStack() as stack:
     hosts.share(lambda: _take(stack, folders, overwrite, stale))
     hosts.check_seen(workdir)
-    trained = results.found(*runs[0]) if len(runs) == 2 else None
+    trained = results.found(*runs[0]) if exp.teacher_run is not None else None
     if trained is not None:
       logger.info('%s: already finished', runs[0][1])
     if hosts.is_primary():
-      made = [factory(config.to_dict(), str(workdir)) for factory in factories]
+      made = [f(exp.config.to_dict(), str(workdir)) for f in factories]
       writers = (*writers, *made)
     stop = stack.enter_context(loop.StopSignals())
-    if len(runs) == 2:
+    if exp.teacher_run is not None:
       trained = trained or _run(*runs[0], splits, (), stop, record)
-      exp = experiment.build(
-        config, dataset=exp.dataset, teacher=trained.bundle.teacher()
-      )
-    else:
-      exp, _ = runs[0]
+      exp = exp.with_teachers((trained.bundle.teacher(),))
     if exp.config.teacher.head:
-      fitted = head_fitting.fit_teachers(exp, workdir, splits)
-      exp = dataclasses.replace(
-        experiment.build(
-          exp.config,
-          dataset=exp.dataset,
-          teacher=teacher,
-          heads=[found.head for found in fitted],
-        ),
-        fitted=tuple(found.report for found in fitted),
-      )
+      exp = _with_fitted_heads(exp, workdir, splits)
     return _run(exp, workdir, splits, writers, stop, record)
+
+
+def _with_fingerprint(exp):
+  """Returns a run whose config tells its teachers, should they change later."""
+  config = ml_collections.ConfigDict(exp.config.to_dict())
+  config.teacher.fingerprint = run_record.checksum(exp.frozen.teachers)
+  return dataclasses.replace(exp, config=config)
+
+
+def _load_data(exp):
+  """Returns datasets.Arrays by split, and the run's record of them.
+
+  Raises:
+    config_utils.UserError: a host lacks the data, or has others.
+  """
+  splits, record, missing = {}, {}, None
+  try:
+    splits = {split: exp.dataset.load(split) for split in datasets.SPLITS}
+    record = run_record.make(exp.dataset, splits, exp.config)
+  except config_utils.UserError as error:
+    missing = error
+  hosts.check_agree({'data': 'there' if missing is None else str(missing)})
+  if missing is not None:
+    raise missing
+  hosts.check_agree({'data': record['data']})
+  return splits, record
+
+
+def _check_durations(exp, num_examples: int, *, is_teacher: bool) -> None:
+  """Raises UserError where the durations of a run's config do not fit."""
+  try:
+    exp.optimizer(num_examples)
+  except config_utils.UserError as error:
+    if not is_teacher:
+      raise
+    raise config_utils.UserError(
+      f'of the teacher, which is trained first (see teacher.total_epochs): '
+      f'{error}'
+    ) from error
+
+
+def _with_fitted_heads(exp, workdir, splits):
+  """Returns a run whose teachers have heads for the classes of its data."""
+  fitted = head_fitting.fit_teachers(exp, workdir, splits)
+  exp = exp.with_teachers(
+    [
+      teacher.with_head(found.head)
+      for teacher, found in zip(exp.teachers, fitted, strict=True)
+    ]
+  )
+  return dataclasses.replace(exp, fitted=tuple(f.report for f in fitted))
 
 
 def _check_records(folders: workdirs.Runs, record, *, overwrite: bool):
@@ -322,8 +340,7 @@ def _record(exp, workdir, record, continues: bool) -> None:
   Raises:
     config_utils.UserError: a run that continues began with another teacher.
   """
-  given = exp.distiller.teachers or (exp.teacher,) * (exp.teacher is not None)
-  record = {**record, 'teachers': run_record.of_teachers(given)}
+  record = {**record, 'teachers': run_record.of_teachers(exp.teachers)}
   if continues and not run_record.exists(workdir):
     logger.warning(
       '%s: there is no %s, so that it cannot be told whether the data and the '
@@ -379,10 +396,9 @@ def _warn_of_unsettled_statistics(exp, workdir, num_examples):
     )
 
 
-def _run(exp, workdir, splits, writers, stop, record) -> results.Result:
-  """Trains one network on loaded data, from where it was stopped."""
-  metrics_file = workdir / workdirs.METRICS
-  config, mapper = exp.config, exp.mapper
+def _announce(exp, workdir) -> None:
+  """Logs what a run trains, and what is to be known of its start."""
+  config = exp.config
   logger.info(
     '%s: %s by %s on %s',
     workdir,
@@ -401,41 +417,52 @@ def _run(exp, workdir, splits, writers, stop, record) -> results.Result:
       workdir,
       exp.start.path,
     )
-  key = jax.random.key(config.seed)
+
+
+def _start(exp, workdir, key, num_examples: int, store):
+  """Returns the state, fresh or from a checkpoint, and its loop.Progress.
+
+  Args:
+    exp: experiment.Experiment.
+    workdir: of the run.
+    key: the run's.
+    num_examples: of the training set.
+    store: checkpoints.Checkpoints of the run.
+
+  Returns:
+    The state on the host, the progress, and whether the run continues.
+  """
   state = train_state.create(
     exp.init(jax.random.fold_in(key, steps.INIT_STREAM)),
-    exp.optimizer(len(splits['train']))[0],
-    with_ema=config.ema_decay > 0,
-    memory=exp.memory(key, len(splits['train'])),
+    exp.optimizer(num_examples)[0],
+    with_ema=exp.config.ema_decay > 0,
+    memory=exp.memory(key, num_examples),
   )
   if state.batch_stats['backbone'] and exp.start is None:
-    _warn_of_unsettled_statistics(exp, workdir, len(splits['train']))
-  frozen = None if exp.frozen is None else mapper.replicate(exp.frozen)
-  store = checkpoints.Checkpoints(
-    workdir / workdirs.CHECKPOINTS, keep=config.keep_checkpoints
-  )
-  start, progress = 0, loop.Progress()
+    _warn_of_unsettled_statistics(exp, workdir, num_examples)
   if found := store.restore_newest(state):
     state, memo = found
-    start, progress = int(state.step), loop.Progress(**memo)
-    logger.info('%s: continues after step %d', workdir, start)
-  elif hosts.share(lambda: bool(metric_writer.read_rows(metrics_file))):
+    logger.info('%s: continues after step %d', workdir, int(state.step))
+    return state, loop.Progress(**memo), True
+  metrics_file = workdir / workdirs.METRICS
+  if hosts.share(lambda: bool(metric_writer.read_rows(metrics_file))):
     logger.warning(
       '%s: there is no checkpoint to continue from: the run starts anew, and '
       'the rows of %s go',
       workdir,
       workdirs.METRICS,
     )
-  continues = found is not None
-  hosts.share(lambda: _record(exp, workdir, record, continues))
-  state = mapper.replicate(state)
-  recorder = teacher_outputs.start(exp, workdir, splits['train'], start)
+  return state, loop.Progress(), False
+
+
+def _open_writers(workdir, writers, start: int, num_rows: int):
+  """Returns the Writers of a run: its files', and those that are given."""
   own = []
 
   def open_own():
     own.append(
       metric_writer.JsonLinesWriter(
-        metrics_file, resume_step=start, num_rows=progress.rows
+        workdir / workdirs.METRICS, resume_step=start, num_rows=num_rows
       )
     )
     own.append(
@@ -445,20 +472,35 @@ def _run(exp, workdir, splits, writers, stop, record) -> results.Result:
     )
 
   hosts.share(open_own)
-  writers = (*own, *writers) if hosts.is_primary() else ()
-  writer = metric_writer.Writers(writers)
+  return metric_writer.Writers((*own, *writers) if hosts.is_primary() else ())
+
+
+def _run(exp, workdir, splits, writers, stop, record) -> results.Result:
+  """Trains one network on loaded data, from where it was stopped."""
+  config, mapper, num_examples = exp.config, exp.mapper, len(splits['train'])
+  _announce(exp, workdir)
+  key = jax.random.key(config.seed)
+  store = checkpoints.Checkpoints(
+    workdir / workdirs.CHECKPOINTS, keep=config.keep_checkpoints
+  )
+  state, progress, continues = _start(exp, workdir, key, num_examples, store)
+  start = int(state.step)
+  hosts.share(lambda: _record(exp, workdir, record, continues))
+  state = mapper.replicate(state)
+  recorder = teacher_outputs.start(exp, workdir, splits['train'], start)
+  writer = _open_writers(workdir, writers, start, progress.rows)
   training = loop.Loop(
     experiment=exp,
     splits=splits,
     store=store,
     writer=writer,
-    frozen=frozen,
+    frozen=mapper.replicate(exp.frozen),
     key=mapper.replicate(key),
     recorder=recorder,
     refits=head_fitting.Refits(exp, workdir, splits)
     if config.teacher.refit
     else None,
-    name='student' if exp.distiller.teacher else config.student.backbone,
+    name='student' if exp.distiller.links else config.student.backbone,
   )
   try:
     state = training.run(state, start, progress, stop)
@@ -471,7 +513,7 @@ def _run(exp, workdir, splits, writers, stop, record) -> results.Result:
       writer.close()
     if isinstance(error, loop.Diverged):
       place = workdir / workdirs.DIVERGED
-      described = _describe(error, exp, len(splits['train']))
+      described = _describe(error, exp, num_examples)
       hosts.share(lambda: disk.write_text(place, described))
       more = (
         f'checkpoints saved before are kept, and {place} holds its batch, and '
@@ -479,7 +521,7 @@ def _run(exp, workdir, splits, writers, stop, record) -> results.Result:
       )
       raise loop.Diverged(error.step, error.what, more) from error
     raise
-  history = metric_writer.read_rows(metrics_file)
+  history = metric_writer.read_rows(workdir / workdirs.METRICS)
   try:
     bundle, summary = results.finish(
       training, workdir, state, progress, history
