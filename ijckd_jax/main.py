@@ -52,43 +52,12 @@ def main(argv: list[str], prog: str = PROG) -> int:
     print(USAGE.format(prog=prog, configs=textwrap.fill(names, 80)))
     return 0
   config, flags = _parse(argv, prog)
-  handler = logging.StreamHandler()
-  handler.setFormatter(config_utils.LineFormatter())
-  logging.basicConfig(handlers=[handler])
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  _start(config, flags)
 
-  import jax
-
-  if config.num_cpu_devices < 1:
-    raise config_utils.UserError(
-      f'num_cpu_devices={config.num_cpu_devices}: it must be at least 1'
-    )
-  if config.num_cpu_devices != 1:
-    jax.config.update('jax_num_cpu_devices', config.num_cpu_devices)
-
-  from ijckd_jax.runtime import backend
   from ijckd_jax.runtime import hosts
-
-  hosts.initialize(
-    coordinator=flags.coordinator,
-    num_processes=flags.num_processes,
-    process_id=flags.process_id,
-    heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
-  )
-  backend.start()
-  if hosts.is_primary():  # The others would only say the same.
-    logging.getLogger('ijckd_jax').setLevel(logging.INFO)
-  if jax.default_backend() == 'cpu':
-    cpu_memory.keep_freed()
-
-  from etils import epath
-
-  from ijckd_jax.reports import report
-  from ijckd_jax.runtime import compilation_cache
   from ijckd_jax.training import loop
   from ijckd_jax.training import train
 
-  compilation_cache.enable(config.compilation_cache)
   try:
     result = train.train_and_evaluate(
       config, flags.workdir, overwrite=flags.overwrite
@@ -107,13 +76,59 @@ def main(argv: list[str], prog: str = PROG) -> int:
     print(config_utils.printable(said), file=sys.stderr)
     return 1
   if hosts.is_primary():
-    print(report.table(result.summary))
-    where = flags.workdir
-    more = f'{where}/report.md shows more; '
-    if not (epath.Path(where) / 'report.md').exists():
-      more = ''
-    print(f'\n{more}the student is in {where}/bundle')
+    _show(result, flags.workdir)
   return 0
+
+
+def _start(config, flags) -> None:
+  """Starts logging, JAX, the processes of the run and the compilation cache.
+
+  Raises:
+    config_utils.UserError: there is no such device, or no such process.
+  """
+  handler = logging.StreamHandler()
+  handler.setFormatter(config_utils.LineFormatter())
+  logging.basicConfig(handlers=[handler])
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+  import jax
+
+  if config.num_cpu_devices < 1:
+    raise config_utils.UserError(
+      f'num_cpu_devices={config.num_cpu_devices}: it must be at least 1'
+    )
+  if config.num_cpu_devices != 1:
+    jax.config.update('jax_num_cpu_devices', config.num_cpu_devices)
+
+  from ijckd_jax.runtime import backend
+  from ijckd_jax.runtime import compilation_cache
+  from ijckd_jax.runtime import hosts
+
+  hosts.initialize(
+    coordinator=flags.coordinator,
+    num_processes=flags.num_processes,
+    process_id=flags.process_id,
+    heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
+  )
+  backend.start()
+  if hosts.is_primary():  # The others would only say the same.
+    logging.getLogger('ijckd_jax').setLevel(logging.INFO)
+  if jax.default_backend() == 'cpu':
+    cpu_memory.keep_freed()
+  compilation_cache.enable(config.compilation_cache)
+
+
+def _show(result, workdir: str) -> None:
+  """Prints what a finished run was worth, and where its student is."""
+  from etils import epath
+
+  from ijckd_jax.reports import report
+
+  print(report.table(result.summary))
+  more = f'{workdir}/report.md shows more; '
+  if not (epath.Path(workdir) / 'report.md').exists():
+    more = ''
+  print(f'\n{more}the student is in {workdir}/bundle')
 
 
 def _parse(argv: list[str], prog: str):

@@ -16,7 +16,7 @@ from ijckd_jax.deploy import pictures
 from ijckd_jax.deploy import sessions
 from ijckd_jax.runtime import compilation_cache
 from ijckd_jax.runtime import config_utils
-from ijckd_jax.training import teacher_outputs
+from ijckd_jax.training import output_recorder
 from ijckd_jax.training import train
 
 
@@ -67,7 +67,7 @@ def test_a_new_workdir_and_what_the_config_names(
   def take(exp, folder, *_):
     folders.append(folder)
 
-  monkeypatch.setattr(train, '_run', take)
+  monkeypatch.setattr(train.one_run, 'run', take)
   config = small_config(**{'teacher.checkpoint': '~/run/teacher'})
   train.train_and_evaluate(config, '~/new')
   assert folders == [home / 'new'] and (home / 'new/config.json').exists()
@@ -76,7 +76,7 @@ def test_a_new_workdir_and_what_the_config_names(
 def test_a_store(home, small_config, monkeypatch):
   made = []
   monkeypatch.setattr(
-    teacher_outputs.teacher_store, 'Store', lambda *args, **_: made.append(args)
+    output_recorder.output_store, 'Store', lambda *args, **_: made.append(args)
   )
   from ijckd_jax.training import experiment
 
@@ -84,7 +84,7 @@ def test_a_store(home, small_config, monkeypatch):
     **{'teacher.store.views': 1, 'teacher.store.directory': '~/store'}
   )
   exp = experiment.build(config)
-  teacher_outputs._store(exp, home / 'run', exp.dataset.load('validation'))
+  output_recorder._store(exp, home / 'run', exp.dataset.load('validation'))
   assert made[0][0] == f'{home}/store'
 
 

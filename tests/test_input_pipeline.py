@@ -24,7 +24,7 @@ def stream(arrays, *, start=0, steps=20, rows=slice(0, 16), seed=3):
       batch_size=16,
       seed=seed,
       start_step=start,
-      num_steps=steps,
+      stop_step=steps,
       rows=rows,
     )
   )

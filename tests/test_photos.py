@@ -130,7 +130,7 @@ def stream(arrays, num_workers, rows=slice(0, 8), views=0):
       batch_size=8,
       seed=3,
       start_step=2,
-      num_steps=12,
+      stop_step=12,
       rows=rows,
       views=views,
       num_workers=num_workers,
@@ -168,7 +168,7 @@ def test_workers_outlive_the_signals_that_stop_a_run(data_dir):
     batch_size=8,
     seed=3,
     start_step=2,
-    num_steps=12,
+    stop_step=12,
     rows=slice(0, 8),
     num_workers=2,
   )
@@ -188,7 +188,7 @@ from tests import test_photos
 if __name__ == '__main__':
   arrays = test_photos.dataset(sys.argv[1]).load('train')
   batches = test_photos.input_pipeline.train_batches(
-    arrays, batch_size=8, seed=0, start_step=0, num_steps=10**6,
+    arrays, batch_size=8, seed=0, start_step=0, stop_step=10**6,
     rows=slice(0, 8), num_workers=1)
   next(batches)
   print(*[child.pid for child in multiprocessing.active_children()], flush=True)

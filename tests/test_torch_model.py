@@ -619,9 +619,9 @@ def test_its_accuracy_in_the_step_is_its_accuracy_alone(
 
 def _stored(exp, workdir, arrays):
   """Returns the logits that a run stored, in the images' order."""
-  from ijckd_jax.training import teacher_outputs
+  from ijckd_jax.training import output_recorder
 
-  store = teacher_outputs._store(exp, workdir, arrays)
+  store = output_recorder._store(exp, workdir, arrays)
   store.load()
   indices = np.arange(len(arrays), dtype=np.int32)
   return store.read(indices, np.zeros_like(indices))['logits']

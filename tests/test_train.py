@@ -18,6 +18,7 @@ from ijckd_jax.training import checkpoints
 from ijckd_jax.training import experiment
 from ijckd_jax.training import loop
 from ijckd_jax.training import metric_writer
+from ijckd_jax.training import one_run
 from ijckd_jax.training import train
 
 TIMES = 'train/images_per_second'
@@ -494,7 +495,7 @@ def test_too_few_steps_for_batch_norm_are_told(
     config = small_config(
       'ce', **{'student.backbone': student}, total_steps=num_steps
     )
-    train._warn_of_unsettled_statistics(
+    one_run._warn_of_unsettled_statistics(
       experiment.build(config), tmp_path, num_examples=1437
     )
   assert f'{percent}% of them will be what they started as' in caplog.text

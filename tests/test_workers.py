@@ -47,7 +47,7 @@ def batches(death):
     batch_size=16,
     seed=0,
     start_step=0,
-    num_steps=4,
+    stop_step=4,
     rows=slice(0, 16),
     num_workers=1,
   )

@@ -29,7 +29,7 @@ def ours(num_workers, folder, *, resize=None, decode=None):
     batch_size=BATCH,
     seed=0,
     start_step=0,
-    num_steps=10**6,
+    stop_step=10**6,
     rows=slice(0, BATCH),
     num_workers=num_workers,
   )

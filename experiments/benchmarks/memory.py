@@ -47,7 +47,7 @@ def epoch():
     batch_size=BATCH_SIZE,
     seed=0,
     start_step=0,
-    num_steps=NUM_EXAMPLES // BATCH_SIZE,
+    stop_step=NUM_EXAMPLES // BATCH_SIZE,
     rows=slice(0, BATCH_SIZE),
   ):
     pass

@@ -31,7 +31,7 @@ def train_batches(
   batch_size: int,
   seed: int,
   start_step: int,
-  num_steps: int,
+  stop_step: int,
   rows: slice,
   views: int = 0,
   num_workers: int = 0,
@@ -47,7 +47,7 @@ def train_batches(
     batch_size: rows of the global batch.
     seed: of the order, and of what views there are.
     start_step: batches to leave out at the start.
-    num_steps: where to end, counted from the start of the stream.
+    stop_step: before which the batches end.
     rows: this process's part of the global batch.
     views: how many there are of an image, in turn; 0: a new one in each epoch.
     num_workers: processes that decode; see `_read`.
@@ -74,7 +74,7 @@ def train_batches(
       batch['teacher'] = teacher(indices, epochs)
     return batch
 
-  batches = grain.MapDataset.range(start_step, num_steps).map(gather)
+  batches = grain.MapDataset.range(start_step, stop_step).map(gather)
   yield from _read(batches, 0 if arrays.in_memory else num_workers)
 
 

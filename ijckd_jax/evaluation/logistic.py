@@ -25,7 +25,7 @@ HELD_OUT = 10  # One labelled image of so many, where there is no validation.
 CONVERGED = (1e-6, 1000)
 COMPARED = (1e-5, 200)
 CHUNK = 8192  # Rows whose logits are in memory at a time.
-SPLIT_STREAM = 3  # Beside those of steps; here it seeds NumPy.
+HELD_OUT_STREAM = 3  # Beside those of steps; here it seeds NumPy.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def fit(
   chosen_on, used = validation, train
   if not len(validation):
     images = np.unique(train.images)
-    rng = np.random.default_rng((seed, SPLIT_STREAM))
+    rng = np.random.default_rng((seed, HELD_OUT_STREAM))
     num_held_out = max(1, len(images) // HELD_OUT)
     held_out = rng.permutation(images)[:num_held_out]
     is_out = np.isin(train.images, held_out)

@@ -1,4 +1,4 @@
-"""Numbers of a config that cannot be are told before anything is built."""
+"""Rejects invalid values of a config before anything is built."""
 
 import jax
 
@@ -9,16 +9,25 @@ from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import parallel
 
 
-def check_numbers(
+def check_values(
   config, *, num_devices: int, teacher_given: bool = False
 ) -> None:
-  """Raises UserError where a number of a config (see experiment) cannot be.
+  """Raises UserError where a value of a config (see experiment) is invalid.
 
   Args:
     config: the run's.
     num_devices: devices that share a batch.
     teacher_given: whether teachers come from Python, not from the config.
   """
+  _check_choices(config)
+  augment.check(config.augment)
+  _check_store(config)
+  _check_teachers(config.teacher, teacher_given)
+  _check_batches(config, num_devices)
+
+
+def _check_choices(config) -> None:
+  """Raises UserError where a field that stands alone is wrong."""
   for what in ('total', 'log', 'eval', 'checkpoint'):
     _, value = config_utils.duration(config, what)
     if what != 'checkpoint' and not value:
@@ -40,6 +49,25 @@ def check_numbers(
       f'bounds.fit_examples={config.bounds.fit_examples}: it cannot be '
       'negative; 0 fits nothing'
     )
+  if config.num_workers < 0:
+    raise config_utils.UserError(
+      f'num_workers={config.num_workers}: it cannot be negative'
+    )
+  config_utils.check_positive(
+    'heartbeat_timeout_seconds', config.heartbeat_timeout_seconds
+  )
+  if not 0 <= config.ema_decay < 1:
+    raise config_utils.UserError(
+      f'ema_decay={config.ema_decay}: it must be in [0, 1)'
+    )
+  if config.keep_checkpoints < 1:
+    raise config_utils.UserError(
+      f'keep_checkpoints={config.keep_checkpoints}: it must be at least 1'
+    )
+
+
+def _check_store(config) -> None:
+  """Raises UserError where the settings of stored outputs are invalid."""
   store = config.teacher.store
   if store.views < 0:
     raise config_utils.UserError(
@@ -51,27 +79,16 @@ def check_numbers(
       'teacher.store.dtype', store.dtype, list(stored_outputs.DTYPES)
     )
   config_utils.check_positive('teacher.store.limit_gib', store.limit_gib)
-  if config.teacher.checkpoint and config.teacher.init_from:
-    raise config_utils.UserError(
-      'teacher.checkpoint is a teacher that is there, teacher.init_from the '
-      'start of one to train: give one of them'
-    )
-  _check_teachers(config.teacher, teacher_given)
-  if config.num_workers < 0:
-    raise config_utils.UserError(
-      f'num_workers={config.num_workers}: it cannot be negative'
-    )
-  config_utils.check_positive(
-    'heartbeat_timeout_seconds', config.heartbeat_timeout_seconds
-  )
-  augment.check(config.augment)
-  mixed = mixing_lib.build(config.augment) is not None
-  if mixed and store.views:
+  if store.views and mixing_lib.build(config.augment) is not None:
     raise config_utils.UserError(
       f'teacher.store.views={store.views}: mixup and cutmix mix an image with '
       'another one in each epoch, so that no view is seen twice and could be '
       'stored: set it to 0, or augment.mixup_alpha and augment.cutmix_alpha'
     )
+
+
+def _check_batches(config, num_devices: int) -> None:
+  """Raises UserError where batches cannot be divided over the devices."""
   if config.num_cpu_devices > 1 and (
     jax.default_backend() == 'cpu'
     and config.num_cpu_devices != jax.local_device_count()
@@ -93,20 +110,17 @@ def check_numbers(
       f'accumulation={config.accumulation}: it must divide the {rows} rows '
       'that a device gets of a batch'
     )
-  if mixed:
+  if mixing_lib.build(config.augment) is not None:
     mixing_lib.check_rows(rows)
-  if not 0 <= config.ema_decay < 1:
-    raise config_utils.UserError(
-      f'ema_decay={config.ema_decay}: it must be in [0, 1)'
-    )
-  if config.keep_checkpoints < 1:
-    raise config_utils.UserError(
-      f'keep_checkpoints={config.keep_checkpoints}: it must be at least 1'
-    )
 
 
 def _check_teachers(section, given) -> None:
-  """Raises UserError where what is asked of teachers and heads cannot be."""
+  """Raises UserError where the settings of teachers and heads contradict."""
+  if section.checkpoint and section.init_from:
+    raise config_utils.UserError(
+      'teacher.checkpoint is a teacher that is there, teacher.init_from the '
+      'start of one to train: give one of them'
+    )
   for name, known in (('head', ('', 'fit')), ('refit', ('', 'joint'))):
     if section[name] not in known:
       raise config_utils.unknown(f'teacher.{name}', section[name], known)
@@ -141,7 +155,7 @@ def _check_teachers(section, given) -> None:
 
 
 def check_refit(config, method) -> None:
-  """Raises UserError where a method has no use for a head that is refitted."""
+  """Raises UserError where a head is refitted that the student does not use."""
   if config.teacher.refit and method.predicts_with != 'teacher':
     raise config_utils.UserError(
       f"teacher.refit is for a student that predicts with the teacher's head, "

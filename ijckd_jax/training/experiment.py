@@ -52,6 +52,7 @@ def default_config(
     student: the student's backbone.
     method: name or reference (methods.METHODS); fills `config.method`.
   """
+  # Long, because a reader looks here for all fields, each with its comment.
   config = ml_collections.ConfigDict()
   config.seed = 0
   if dataset is None:
@@ -359,6 +360,8 @@ def build(
   Raises:
     config_utils.UserError: something in the config is wrong.
   """
+  # Long, because it is the order in which a config is resolved: whatever fails
+  # here costs nothing, and later parts take what earlier ones made.
   backend.start()
   if config.dtype not in DTYPES:
     raise config_utils.unknown('dtype', config.dtype, list(DTYPES))
@@ -370,14 +373,13 @@ def build(
   image_shape = tuple(dataset.image_shape)
   method = methods.build(config.method)
   num_devices = jax.device_count() if devices is None else len(devices)
-  config_checks.check_numbers(
+  config_checks.check_values(
     config, num_devices=num_devices, teacher_given=teacher is not None
   )
   config_checks.check_refit(config, method)
   mixing = mixing_lib.build(config.augment)
   datasets.check_statistics(dataset.mean, dataset.std, image_shape[-1])
   axis_name = parallel.AXIS if config.sync_batch_norm else None
-  start, preprocessing = _start(config, dataset)
   backbone = models.build(
     config.student.backbone,
     truncated=method.tap == 'stage',
@@ -385,6 +387,7 @@ def build(
     dtype=dtype,
     unbiased_variance=config.unbiased_variance,
   )
+  start, preprocessing = _start(config, dataset)
   teacher_run = None
   if method.needs_teacher and teacher is None and not config.teacher.checkpoint:
     teacher_run = build(

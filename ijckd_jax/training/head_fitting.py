@@ -67,7 +67,7 @@ def features(
       batch_size=size,
       seed=config.seed,
       start_step=0,
-      num_steps=-(-len(arrays) * views // size),
+      stop_step=-(-len(arrays) * views // size),
       rows=slice(first, first + size // jax.process_count()),
       num_workers=config.num_workers,
     )

@@ -26,7 +26,7 @@ from ijckd_jax.training import checkpoints as checkpoints_lib
 from ijckd_jax.training import experiment as experiment_lib
 from ijckd_jax.training import head_fitting
 from ijckd_jax.training import metric_writer
-from ijckd_jax.training import teacher_outputs
+from ijckd_jax.training import output_recorder
 
 # How far the host may run ahead of the devices: each step holds its batch.
 MAX_STEPS_AHEAD = 8
@@ -153,7 +153,7 @@ class Loop:
   Attributes:
     experiment: what is trained.
     splits: datasets.Arrays by 'train', 'validation' and 'test'.
-    store: of the checkpoints.
+    checkpoints: the saved states of the run.
     writer: of the metrics.
     frozen: the arrays that are not trained, placed.
     key: the run's key.
@@ -164,11 +164,11 @@ class Loop:
 
   experiment: experiment_lib.Experiment
   splits: dict[str, Any]
-  store: checkpoints_lib.Checkpoints
+  checkpoints: checkpoints_lib.Checkpoints
   writer: metric_writer.Writers
   frozen: distiller_lib.Frozen
   key: jax.Array
-  recorder: teacher_outputs.Recorder | None
+  recorder: output_recorder.Recorder | None
   refits: head_fitting.Refits | None
   name: str
 
@@ -192,6 +192,7 @@ class Loop:
       Interrupted: a stop was asked for; the state is saved.
       config_utils.UserError: too many images cannot be decoded.
     """
+    # Long, and not to be split: its order is what makes resuming exact.
     exp, config = self.experiment, self.experiment.config
     num_examples = len(self.splits['train'])
     total_steps = exp.total_steps(num_examples)
@@ -269,7 +270,7 @@ class Loop:
         if evaluation or save or stopping:
           self._save(step, jax.device_get(state), score, progress)
         if stopping and step < total_steps:
-          self.store.wait()
+          self.checkpoints.wait()
           took = ''
           if stop.seconds is not None:
             took = f', {stop.seconds:.1f} s after the signal'
@@ -321,7 +322,7 @@ class Loop:
       self.recorder.close_file()
       hosts.wait('teacher outputs closed')
     memo = dataclasses.asdict(progress)
-    self.store.save(step, state, score=score, memo=memo)
+    self.checkpoints.save(step, state, score=score, memo=memo)
 
   def _batches(
     self, start: int, stop: int, progress: Progress
@@ -346,7 +347,7 @@ class Loop:
           batch_size=config.batch_size,
           seed=config.seed,
           start_step=first,
-          num_steps=last,
+          stop_step=last,
           rows=slice(first_row, first_row + rows),
           views=config.teacher.store.views,
           num_workers=config.num_workers,

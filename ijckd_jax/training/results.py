@@ -143,67 +143,54 @@ def _load(exp, folder) -> bundles.Bundle:
 
 
 def finish(training, workdir, state, progress, history):
-  """Evaluates the last and the best state, and writes what is kept."""
-  distiller, config = training.experiment.distiller, training.experiment.config
-  states = {'last': state}
-  best_step = training.store.best_step
-  if best_step != int(state.step):
-    states['best'], _ = training.store.restore_best(state)
-    best_step = int(states['best'].step)
-  frozen = {
-    name: training.frozen_of(int(kept.step)) for name, kept in states.items()
-  }
-  evaluated = {name: kept.evaluated for name, kept in states.items()}
-  if state.ema is not None:
-    raw = {'params': state.params, 'batch_stats': state.batch_stats}
-    frozen['last_without_ema'] = frozen['last']
-    evaluated['last_without_ema'] = raw
+  """Evaluates the last and the best state, and writes what is kept.
+
+  Args:
+    training: loop.Loop that has come to its end.
+    workdir: of the run.
+    state: train_state.TrainState after the last step.
+    progress: loop.Progress at that step.
+    history: rows of the metrics.
+
+  Returns:
+    The bundle and the summary.
+  """
+  # Long, because its order decides what a kill leaves: bundle, summary, report.
+  exp, config = training.experiment, training.experiment.config
+  kept, best_step = _kept(training, state)
   results = {
-    name: training.evaluate(arrays, frozen[name], 'test')
-    for name, arrays in evaluated.items()
+    name: training.evaluate(*arrays, 'test') for name, arrays in kept.items()
   }
   chosen = config.bundle if config.bundle in results else 'last'
   student = {name: result.metrics for name, result in results.items()}
   student.setdefault('best', student['last'])
-  exp = training.experiment
-  arrays = evaluated[chosen], frozen[chosen]
-  judged = results[chosen].teacher
+  teacher = results[chosen].teacher and results[chosen].teacher.metrics
   facts = {
     'best_step': best_step,
     'best_by': training.ranking_split,
     'steps': int(state.step),
     'test_examples': len(training.splits['test']),
   }
-  info = {'which': chosen, **_made(exp)}
-  run = {
-    'test': student,
-    'teacher': judged and judged.metrics,
-    'seed': config.seed,
-    'recipe': _recipe(config),
-    **facts,
-  }
-  bundle = _bundle(
-    exp,
-    distiller.deployed_network,
-    distiller.deployed(*arrays),
-    {**info, 'test': student[chosen], 'run': run},
-  )
-  connected, connected_variables = None, distiller.connected_variables(*arrays)
-  if connected_variables is not None:
-    connected = _bundle(
-      exp, distiller.connected_network, connected_variables, info
-    )
-
-  def write_bundles():
-    bundle.save(workdir / workdirs.BUNDLE)
-    if connected is not None:
-      connected.save(workdir / workdirs.CONNECTED)
-
   # First: whatever is said of it, the student is kept.
-  hosts.share(lambda: disk.retry(write_bundles, 'the bundle'))
+  bundle = _write_bundles(
+    exp,
+    workdir,
+    kept[chosen],
+    {'which': chosen, **_made(exp)},
+    {
+      'test': student[chosen],
+      'run': {
+        'test': student,
+        'teacher': teacher,
+        'seed': config.seed,
+        'recipe': _recipe(config),
+        **facts,
+      },
+    },
+  )
   measured = failure = None
   try:
-    measured = _measure(training, workdir, *arrays)
+    measured = _measure(training, workdir, *kept[chosen])
   except Exception as error:  # Whatever it is, it must not cost the run.
     failure = error
   summary = {
@@ -214,15 +201,11 @@ def finish(training, workdir, state, progress, history):
       training.splits['train'].name_of(index) for index in progress.damaged
     ],
     'bounds': measured and measured.report,
-    **_circumstances(training.experiment, bundle, judged),
+    **_circumstances(exp, bundle, teacher),
   }
-
-  def write_summary():
-    # By its report a run is known to be whole: an old one is not of this end.
-    (workdir / workdirs.WEB_REPORT).unlink(missing_ok=True)
-    disk.write_text(
-      workdir / workdirs.SUMMARY, json.dumps(summary, indent=2) + '\n'
-    )
+  hosts.share(
+    lambda: disk.retry(lambda: _write_summary(summary, workdir), 'the summary')
+  )
 
   def write_report():
     report.write(
@@ -235,25 +218,87 @@ def finish(training, workdir, state, progress, history):
       measured=measured,
     )
 
-  def try_report():
-    try:
-      if failure is not None:
-        raise failure
-      disk.retry(write_report, 'the report')
-    except Exception as error:  # As above.
-      logger.debug('the report failed', exc_info=True)
-      logger.warning(
-        '%s: the report could not be made (%s: %s); the student and %s are '
-        'there, and the same command tries again',
-        workdir,
-        type(error).__name__,
-        config_utils.short(error),
-        workdirs.SUMMARY,
-      )
-
-  hosts.share(lambda: disk.retry(write_summary, 'the summary'))
-  hosts.share(try_report)
+  hosts.share(lambda: _try_report(write_report, failure, workdir))
   return bundle, summary
+
+
+def _kept(training, state):
+  """Returns the states that are evaluated at the end, and the best one's step.
+
+  They are (variables, Frozen) by 'last', and where they are others 'best' and
+  'last_without_ema'.
+  """
+  states = {'last': state}
+  best_step = training.checkpoints.best_step
+  if best_step != int(state.step):
+    states['best'], _ = training.checkpoints.restore_best(state)
+    best_step = int(states['best'].step)
+  kept = {
+    name: (one.evaluated, training.frozen_of(int(one.step)))
+    for name, one in states.items()
+  }
+  if state.ema is not None:
+    raw = {'params': state.params, 'batch_stats': state.batch_stats}
+    kept['last_without_ema'] = raw, kept['last'][1]
+  return kept, best_step
+
+
+def _write_bundles(exp, workdir, arrays, info, more) -> bundles.Bundle:
+  """Writes the student's bundle, and where it is another the connected one.
+
+  Args:
+    exp: experiment.Experiment.
+    workdir: of the run.
+    arrays: the student's variables and Frozen.
+    info: what both bundles say of themselves.
+    more: what the student's bundle says too.
+
+  Returns:
+    The student's bundle.
+  """
+  distiller = exp.distiller
+  bundle = _bundle(
+    exp,
+    distiller.deployed_network,
+    distiller.deployed(*arrays),
+    {**info, **more},
+  )
+  connected = distiller.connected_variables(*arrays)
+  if connected is not None:
+    connected = _bundle(exp, distiller.connected_network, connected, info)
+
+  def write():
+    bundle.save(workdir / workdirs.BUNDLE)
+    if connected is not None:
+      connected.save(workdir / workdirs.CONNECTED)
+
+  hosts.share(lambda: disk.retry(write, 'the bundle'))
+  return bundle
+
+
+def _write_summary(summary, workdir) -> None:
+  # By its report a run is known to be whole: an old one is not of this end.
+  (workdir / workdirs.WEB_REPORT).unlink(missing_ok=True)
+  text = json.dumps(summary, indent=2) + '\n'
+  disk.write_text(workdir / workdirs.SUMMARY, text)
+
+
+def _try_report(write, failure, workdir) -> None:
+  """Writes the report; a failure, also one before, is logged."""
+  try:
+    if failure is not None:
+      raise failure
+    disk.retry(write, 'the report')
+  except Exception as error:  # Whatever it is, it must not cost the run.
+    logger.debug('the report failed', exc_info=True)
+    logger.warning(
+      '%s: the report could not be made (%s: %s); the student and %s are '
+      'there, and the same command tries again',
+      workdir,
+      type(error).__name__,
+      config_utils.short(error),
+      workdirs.SUMMARY,
+    )
 
 
 def _measure(training, workdir, variables, frozen) -> measure.Measured | None:
@@ -338,11 +383,11 @@ def _bundle(exp, network, variables, info) -> bundles.Bundle:
   )
 
 
-def _circumstances(exp, bundle, judged) -> dict[str, Any]:
+def _circumstances(exp, bundle, teacher_metrics) -> dict[str, Any]:
   """Returns what a summary says beside the student's numbers."""
   teacher = exp.teacher
   return {
-    'teacher': judged and judged.metrics,
+    'teacher': teacher_metrics,
     'teacher_name': teacher and teacher.name,
     'teacher_origin': teacher and teacher.origin,
     'heads': exp.fitted,

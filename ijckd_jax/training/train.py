@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import dataclasses
-import json
 import logging
-import math
 import os
 import tempfile
 from typing import Any
@@ -17,30 +15,22 @@ import ml_collections
 
 from ijckd_jax import models
 from ijckd_jax.data import datasets
-from ijckd_jax.data import input_pipeline
-from ijckd_jax.distillation import steps
 from ijckd_jax.distillation import teachers
-from ijckd_jax.distillation import train_state
 from ijckd_jax.runtime import backend
 from ijckd_jax.runtime import config_utils
-from ijckd_jax.runtime import disk
 from ijckd_jax.runtime import hosts
 from ijckd_jax.runtime import locks
 from ijckd_jax.runtime import workdirs
 from ijckd_jax.runtime import workers
-from ijckd_jax.training import checkpoints
 from ijckd_jax.training import experiment
 from ijckd_jax.training import head_fitting
 from ijckd_jax.training import loop
 from ijckd_jax.training import metric_writer
+from ijckd_jax.training import one_run
+from ijckd_jax.training import output_recorder
 from ijckd_jax.training import results
 from ijckd_jax.training import run_record
-from ijckd_jax.training import teacher_outputs
 
-# What may be left, at the end, of the running statistics' start. A MobileNetV3
-# of 188 steps tested at 10% with 15% left; once more images had brought that to
-# 2 and to 0.4%, without any training, at 49 and at 70%.
-MAX_OF_FIRST_STATISTICS = 0.01
 # Where hosts may differ: in where things lie, and how many hands they have.
 HOST_FIELDS = (
   'compilation_cache',
@@ -51,11 +41,6 @@ HOST_FIELDS = (
   'teacher.store.directory',
 )
 NOT_KEPT = 'nothing is kept, because no workdir was given'
-ONE_STEP = (
-  'The same command with --config.checkpoint_epochs=0 '
-  '--config.checkpoint_examples=0 --config.checkpoint_steps=1 saves the state '
-  'before this step; the same command once more then makes this step alone.'
-)
 
 logger = logging.getLogger('ijckd_jax')
 
@@ -115,9 +100,8 @@ def distill(
     student=student,
     method=method,
   )
-  if not named:
-    if hasattr(data, 'fingerprint'):
-      config.dataset.fingerprint = data.fingerprint()
+  if not named and hasattr(data, 'fingerprint'):
+    config.dataset.fingerprint = data.fingerprint()
   several = isinstance(teacher, list | tuple)
   first, *others = teacher if several else (teacher,)
   if isinstance(first, teachers.Teacher):
@@ -234,7 +218,7 @@ def train_and_evaluate(
   ]
   for run, folder in runs:
     _check_durations(run, len(splits['train']), is_teacher=folder != workdir)
-    teacher_outputs.check(run, folder, splits['train'], overwrite=overwrite)
+    output_recorder.check(run, folder, splits['train'], overwrite=overwrite)
   with contextlib.ExitStack() as stack:
     hosts.share(lambda: _take(stack, folders, overwrite, stale))
     hosts.check_seen(workdir)
@@ -246,11 +230,11 @@ def train_and_evaluate(
       writers = (*writers, *made)
     stop = stack.enter_context(loop.StopSignals())
     if exp.teacher_run is not None:
-      trained = trained or _run(*runs[0], splits, (), stop, record)
+      trained = trained or one_run.run(*runs[0], splits, (), stop, record)
       exp = exp.with_teachers((trained.bundle.teacher(),))
     if exp.config.teacher.head:
       exp = _with_fitted_heads(exp, workdir, splits)
-    return _run(exp, workdir, splits, writers, stop, record)
+    return one_run.run(exp, workdir, splits, writers, stop, record)
 
 
 def _with_fingerprint(exp):
@@ -334,31 +318,6 @@ def _take(stack, folders: workdirs.Runs, overwrite: bool, stale):
   workdirs.claim(folders, overwrite=overwrite, stale=stale)
 
 
-def _record(exp, workdir, record, continues: bool) -> None:
-  """Writes a run's record, and compares it with the one that was there.
-
-  Raises:
-    config_utils.UserError: a run that continues began with another teacher.
-  """
-  record = {**record, 'teachers': run_record.of_teachers(exp.teachers)}
-  if continues and not run_record.exists(workdir):
-    logger.warning(
-      '%s: there is no %s, so that it cannot be told whether the data and the '
-      'code are those that the run began with',
-      workdir,
-      workdirs.RECORD,
-    )
-  if continues:
-    run_record.check_teachers(workdir, record)
-    for change in run_record.code_changes(workdir, record):
-      logger.warning(
-        '%s: goes on with other code or versions than it began with: %s',
-        workdir,
-        change,
-      )
-  run_record.write(workdir, record)
-
-
 def _check_hosts_agree(config: ml_collections.ConfigDict) -> None:
   """Raises where the processes of a run do not run the same."""
   if jax.process_count() == 1:
@@ -371,179 +330,3 @@ def _check_hosts_agree(config: ml_collections.ConfigDict) -> None:
       'versions': run_record.versions(),
     }
   )
-
-
-def _warn_of_unsettled_statistics(exp, workdir, num_examples):
-  """Warns where batch norm's first statistics would count in the last ones."""
-  momentum = exp.distiller.network.backbone.momentum
-  num_steps = exp.total_steps(num_examples)
-  updates = exp.config.accumulation  # In a step.
-  remaining = momentum ** (num_steps * updates)
-  if remaining > MAX_OF_FIRST_STATISTICS:
-    enough = math.log(MAX_OF_FIRST_STATISTICS) / math.log(momentum) / updates
-    logger.warning(
-      '%s: %d steps are few for the batch norm of %s, which keeps %g of its '
-      'running statistics at each update: at the end %.0f%% of them will be '
-      'what they started as, before any image, and test accuracy may be far '
-      'below that of training. %d steps leave less than %.0f%%',
-      workdir,
-      num_steps,
-      exp.config.student.backbone,
-      momentum,
-      100 * remaining,
-      math.ceil(enough),
-      100 * MAX_OF_FIRST_STATISTICS,
-    )
-
-
-def _announce(exp, workdir) -> None:
-  """Logs what a run trains, and what is to be known of its start."""
-  config = exp.config
-  logger.info(
-    '%s: %s by %s on %s',
-    workdir,
-    config.student.backbone,
-    config.method.name,
-    config.dataset.name,
-  )
-  if exp.teacher is not None and exp.teacher.origin:
-    said = (f'{name} {value}' for name, value in exp.teacher.origin.items())
-    logger.info('%s: the teacher is of %s', workdir, ', '.join(said))
-  for note in exp.notes:
-    logger.warning('%s: %s', workdir, note)
-  if exp.start is not None:
-    logger.info(
-      '%s: the backbone starts with the weights of %s, the rest afresh',
-      workdir,
-      exp.start.path,
-    )
-
-
-def _start(exp, workdir, key, num_examples: int, store):
-  """Returns the state, fresh or from a checkpoint, and its loop.Progress.
-
-  Args:
-    exp: experiment.Experiment.
-    workdir: of the run.
-    key: the run's.
-    num_examples: of the training set.
-    store: checkpoints.Checkpoints of the run.
-
-  Returns:
-    The state on the host, the progress, and whether the run continues.
-  """
-  state = train_state.create(
-    exp.init(jax.random.fold_in(key, steps.INIT_STREAM)),
-    exp.optimizer(num_examples)[0],
-    with_ema=exp.config.ema_decay > 0,
-    memory=exp.memory(key, num_examples),
-  )
-  if state.batch_stats['backbone'] and exp.start is None:
-    _warn_of_unsettled_statistics(exp, workdir, num_examples)
-  if found := store.restore_newest(state):
-    state, memo = found
-    logger.info('%s: continues after step %d', workdir, int(state.step))
-    return state, loop.Progress(**memo), True
-  metrics_file = workdir / workdirs.METRICS
-  if hosts.share(lambda: bool(metric_writer.read_rows(metrics_file))):
-    logger.warning(
-      '%s: there is no checkpoint to continue from: the run starts anew, and '
-      'the rows of %s go',
-      workdir,
-      workdirs.METRICS,
-    )
-  return state, loop.Progress(), False
-
-
-def _open_writers(workdir, writers, start: int, num_rows: int):
-  """Returns the Writers of a run: its files', and those that are given."""
-  own = []
-
-  def open_own():
-    own.append(
-      metric_writer.JsonLinesWriter(
-        workdir / workdirs.METRICS, resume_step=start, num_rows=num_rows
-      )
-    )
-    own.append(
-      metric_writer.TensorBoardWriter(
-        workdir / workdirs.TENSORBOARD, resume_step=start
-      )
-    )
-
-  hosts.share(open_own)
-  return metric_writer.Writers((*own, *writers) if hosts.is_primary() else ())
-
-
-def _run(exp, workdir, splits, writers, stop, record) -> results.Result:
-  """Trains one network on loaded data, from where it was stopped."""
-  config, mapper, num_examples = exp.config, exp.mapper, len(splits['train'])
-  _announce(exp, workdir)
-  key = jax.random.key(config.seed)
-  store = checkpoints.Checkpoints(
-    workdir / workdirs.CHECKPOINTS, keep=config.keep_checkpoints
-  )
-  state, progress, continues = _start(exp, workdir, key, num_examples, store)
-  start = int(state.step)
-  hosts.share(lambda: _record(exp, workdir, record, continues))
-  state = mapper.replicate(state)
-  recorder = teacher_outputs.start(exp, workdir, splits['train'], start)
-  writer = _open_writers(workdir, writers, start, progress.rows)
-  training = loop.Loop(
-    experiment=exp,
-    splits=splits,
-    store=store,
-    writer=writer,
-    frozen=mapper.replicate(exp.frozen),
-    key=mapper.replicate(key),
-    recorder=recorder,
-    refits=head_fitting.Refits(exp, workdir, splits)
-    if config.teacher.refit
-    else None,
-    name='student' if exp.distiller.links else config.student.backbone,
-  )
-  try:
-    state = training.run(state, start, progress, stop)
-    hosts.share(writer.close)
-    store.wait()
-  except BaseException as error:
-    with contextlib.suppress(OSError):  # The first error is the one to tell.
-      store.close()
-    with contextlib.suppress(OSError):
-      writer.close()
-    if isinstance(error, loop.Diverged):
-      place = workdir / workdirs.DIVERGED
-      described = _describe(error, exp, num_examples)
-      hosts.share(lambda: disk.write_text(place, described))
-      more = (
-        f'checkpoints saved before are kept, and {place} holds its batch, and '
-        'how to make that one step again'
-      )
-      raise loop.Diverged(error.step, error.what, more) from error
-    raise
-  history = metric_writer.read_rows(workdir / workdirs.METRICS)
-  try:
-    bundle, summary = results.finish(
-      training, workdir, state, progress, history
-    )
-  finally:
-    store.close()
-  return results.Result(state, history, bundle, summary)
-
-
-def _describe(error: loop.Diverged, exp, num_examples: int) -> str:
-  """Returns what it takes to make the step again after which a run diverged."""
-  indices, epochs = input_pipeline.examples(
-    error.step - 1,
-    batch_size=exp.config.batch_size,
-    seed=exp.config.seed,
-    num_examples=num_examples,
-  )
-  content = {
-    'step': error.step,
-    'what': error.what,
-    'indices': indices.tolist(),
-    'epochs': epochs.tolist(),
-    'again': ONE_STEP,
-  }
-  return json.dumps(content, indent=2) + '\n'

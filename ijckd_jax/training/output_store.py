@@ -1,7 +1,7 @@
 """A teacher's outputs on the disk: one record for each view of each image.
 
 A store is a folder: `manifest.json` says whose outputs it holds and how a
-record is cut into arrays, record_files hold them. It is filled as a run passes
+record is cut into arrays, output_files hold them. It is filled as a run passes
 the first M epochs, and read from then on, by other runs as well.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import disk
-from ijckd_jax.training import record_files
+from ijckd_jax.training import output_files
 
 FORMAT_VERSION = 1
 MANIFEST = 'manifest.json'
@@ -114,14 +114,14 @@ class Store:
       'leaves': {name: list(shape) for name, shape in layout.leaves.items()},
       'owner': owner,
     }
-    self._writer = record_files.Writer(self.directory, process, num_processes)
+    self._writer = output_files.Writer(self.directory, process, num_processes)
     self._reader, self._stored = None, layout
 
   @property
   def complete(self) -> bool:
     """Whether all views of all images are there."""
-    files = record_files.find(self.directory)
-    return record_files.covered(files) == self.layout.size
+    files = output_files.find(self.directory)
+    return output_files.covered(files) == self.layout.size
 
   @property
   def is_own(self) -> bool:
@@ -200,7 +200,7 @@ class Store:
       )
     there = sum(
       (self.directory / file.name).stat().length
-      for file in record_files.find(self.directory)
+      for file in output_files.find(self.directory)
     )
     existing = self.directory
     while not existing.exists() and existing != existing.parent:
@@ -225,12 +225,12 @@ class Store:
     self.check()
     if self.complete:
       return
-    files = record_files.find(self.directory)
+    files = output_files.find(self.directory)
     kept = [file for file in files if file.end <= covered]
     wanted = min(covered, self.layout.size)
-    if record_files.covered(kept) != wanted:
+    if output_files.covered(kept) != wanted:
       raise config_utils.UserError(
-        f'{self.directory} lacks {record_files.gap(kept, wanted)}, which the '
+        f'{self.directory} lacks {output_files.gap(kept, wanted)}, which the '
         'run has written before its last checkpoint: put it back, or start '
         'anew with --overwrite'
       )
@@ -294,7 +294,7 @@ class Store:
       config_utils.UserError: it is another, or something is missing or damaged.
     """
     self._stored = self.check()
-    self._reader = record_files.Reader(self.directory, self.layout.size)
+    self._reader = output_files.Reader(self.directory, self.layout.size)
 
   def read(
     self, indices: np.ndarray, epochs: np.ndarray

@@ -29,9 +29,9 @@ from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import workdirs
 from ijckd_jax.training import experiment
 from ijckd_jax.training import loop
-from ijckd_jax.training import record_files
-from ijckd_jax.training import teacher_outputs
-from ijckd_jax.training import teacher_store
+from ijckd_jax.training import output_files
+from ijckd_jax.training import output_recorder
+from ijckd_jax.training import output_store
 from ijckd_jax.training import train
 from tests import test_train
 
@@ -74,7 +74,7 @@ def store_of(config, workdir, teacher):
   """Returns the run's store, loaded, its experiment and training images."""
   exp = experiment.build(config, teacher=teacher)
   arrays = exp.dataset.load('train')
-  store = teacher_outputs._store(exp, workdir, arrays)
+  store = output_recorder._store(exp, workdir, arrays)
   store.load()
   return store, exp, arrays
 
@@ -85,7 +85,7 @@ def batches_of(exp, arrays, num_steps, read=None):
     batch_size=exp.config.batch_size,
     seed=exp.config.seed,
     start_step=0,
-    num_steps=num_steps,
+    stop_step=num_steps,
     rows=slice(0, exp.config.batch_size),
     teacher=read,
   )
@@ -284,7 +284,7 @@ def test_files_beyond_the_checkpoint_are_written_again(
       config_of(), tmp_path, teacher=teacher, writers=[test_train.StopAt(3)]
     )
   folder = tmp_path / workdirs.TEACHER_OUTPUTS
-  beyond = folder / record_files.File(144, 240, 1, 0).name
+  beyond = folder / output_files.File(144, 240, 1, 0).name
   beyond.write_bytes(b'of a killed process')
   (folder / '.00000.partial').write_bytes(b'half')
   result = train.train_and_evaluate(config_of(), tmp_path, teacher=teacher)
@@ -554,10 +554,10 @@ def make_store(tmp_path):
   """Returns a function that gives a process's store of 2 views of 10 images."""
 
   def make(process=0, num_processes=1, owner='a run', **identity):
-    layout = teacher_store.Layout(
+    layout = output_store.Layout(
       10, 2, np.dtype(np.float32), {'final': (2, 1, 3), 'logits': (4,)}
     )
-    return teacher_store.Store(
+    return output_store.Store(
       tmp_path / 'store',
       layout,
       identity,
@@ -626,7 +626,7 @@ def test_processes_write_their_rows_and_read_all(make_store, batch_size):
 def test_large_files_are_closed(make_store, monkeypatch):
   store = make_store()
   record_bytes = store.layout.record_bytes
-  monkeypatch.setattr(record_files, 'MAX_BYTES', 8 * record_bytes)
+  monkeypatch.setattr(output_files, 'MAX_BYTES', 8 * record_bytes)
   store.open(0)
   fill([store])
   assert len(list(store.directory.glob('*.array_record'))) == 3
@@ -696,7 +696,7 @@ def test_damage_is_found_and_its_file_named(make_store):
       assert '\n' not in str(error)
   assert refused > 0.9 * len(changed)
   path.write_bytes(good)
-  manifest = store.directory / teacher_store.MANIFEST
+  manifest = store.directory / output_store.MANIFEST
   manifest.write_text('{"half')
   with pytest.raises(config_utils.UserError, match='manifest.json is damaged'):
     make_store().check()

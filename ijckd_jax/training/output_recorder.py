@@ -4,8 +4,8 @@ The teacher of a run with `config.teacher.store.views = M` sees M fixed views of
 each image. In the first M epochs it runs, and what the method reads of it
 (`stored_outputs.plan` decides that) is rounded and stored; from then on it is
 read. The student learns from the rounded values in both, so that it does not
-matter when a step is made. What a store is, and whose: `teacher_store`; its
-files: `record_files`.
+matter when a step is made. What a store is, and whose: `output_store`; its
+files: `output_files`.
 """
 
 import collections
@@ -22,7 +22,7 @@ from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import disk
 from ijckd_jax.runtime import hosts
 from ijckd_jax.runtime import workdirs
-from ijckd_jax.training import teacher_store
+from ijckd_jax.training import output_store
 
 # How far writing is behind the steps, lest it wait for the devices.
 STEPS_BEHIND = 8
@@ -33,7 +33,7 @@ logger = logging.getLogger('ijckd_jax')
 class Recorder:
   """What a loop knows of a store: whether to fill it, and when to read."""
 
-  def __init__(self, store: teacher_store.Store, mapper, batch_size: int):
+  def __init__(self, store: output_store.Store, mapper, batch_size: int):
     """Takes a store that is open.
 
     Args:
@@ -146,7 +146,7 @@ def start(exp, folder: epath.Path, arrays, step: int) -> Recorder | None:
     '%s: %s: %.3g GiB, %d views of %d images, %d bytes each (%s in %s)%s',
     folder,
     store.directory,
-    layout.num_bytes / teacher_store.GIB,
+    layout.num_bytes / output_store.GIB,
     layout.views,
     layout.num_examples,
     layout.record_bytes,
@@ -157,10 +157,10 @@ def start(exp, folder: epath.Path, arrays, step: int) -> Recorder | None:
   return Recorder(store, exp.mapper, batch_size)
 
 
-def _store(exp, folder, arrays) -> teacher_store.Store:
+def _store(exp, folder, arrays) -> output_store.Store:
   """Returns the store that a run's config describes."""
   settings, given = exp.config.teacher.store, exp.teachers
-  layout = teacher_store.Layout(
+  layout = output_store.Layout(
     len(arrays), settings.views, exp.stored.dtype, exp.stored.shapes
   )
   identity = {
@@ -172,7 +172,7 @@ def _store(exp, folder, arrays) -> teacher_store.Store:
     'augmentation': exp.augmentation.identity,
     'seed': exp.config.seed,
   }
-  return teacher_store.Store(
+  return output_store.Store(
     config_utils.expand(settings.directory)
     or folder / workdirs.TEACHER_OUTPUTS,
     layout,
