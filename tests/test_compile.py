@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from ijckd_jax.commands import estimate as compile_lib
 from ijckd_jax.evaluation import cost
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import parallel
+from ijckd_jax.training import cost_estimate
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = str(ROOT / 'configs' / 'digits.py')
@@ -26,7 +26,7 @@ def budget(**fields):
   given = dict(flops=197e9, bytes_accessed=819e6, peak_bytes=2e9)
   given |= dict(gradient_bytes=40e6, images=256, run_images=None)
   given |= dict(topology='v5e:2x2', num_chips=4, devices_per_chip=1)
-  return compile_lib.Budget(**given | fields)
+  return cost_estimate.Budget(**given | fields)
 
 
 def test_the_estimate_is_the_longer_of_arithmetic_and_memory():
@@ -49,15 +49,15 @@ def test_a_run_of_256000_steps_of_a_millisecond():
 
 def test_a_ring_sends_each_part_twice_but_one():
   """Four devices: three of four parts to sum, and three to spread the sums."""
-  assert compile_lib.ring_bytes(40e6, 4) == pytest.approx(60e6)
-  assert compile_lib.ring_bytes(40e6, 1) == 0
+  assert cost_estimate.ring_bytes(40e6, 4) == pytest.approx(60e6)
+  assert cost_estimate.ring_bytes(40e6, 1) == 0
   assert budget().interconnect_bytes == pytest.approx(60e6)
   of_v4 = budget(topology='v4:2x2x1', devices_per_chip=2)
   assert of_v4.interconnect_bytes == pytest.approx(70e6)  # A ring of eight.
 
 
 def test_the_command_says_what_the_numbers_are():
-  said = compile_lib.describe(
+  said = cost_estimate.describe(
     budget(bytes_accessed=2 * 819e6, run_images=128_000 * 3600)
   )
   assert '4 v5e, 256 images each' in said
@@ -75,12 +75,12 @@ def test_the_command_says_what_the_numbers_are():
   [(22.093, '22.1'), (0.012345, '0.0123'), (105965.0, '105,965'), (0, '0')],
 )
 def test_numbers_keep_three_digits(value, said):
-  assert compile_lib.number(value) == said
+  assert cost_estimate.number(value) == said
 
 
-@pytest.mark.parametrize('name', compile_lib.CHIPS)
+@pytest.mark.parametrize('name', cost_estimate.CHIPS)
 def test_a_chip_names_the_page_of_its_numbers(name):
-  chip = compile_lib.CHIPS[name]
+  chip = cost_estimate.CHIPS[name]
   assert chip.source == f'https://cloud.google.com/tpu/docs/{name}'
   # FLOP per byte that balance a chip: all of them lie in the low hundreds.
   assert 100 < chip.flops / chip.hbm_bandwidth < 1000
@@ -96,13 +96,13 @@ def test_a_chip_names_the_page_of_its_numbers(name):
 )
 def test_no_such_topology(topology, said):
   with pytest.raises(config_utils.UserError, match=said):
-    compile_lib.topology_devices(topology)
+    cost_estimate.topology_devices(topology)
 
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, 'libtpu', None)
   with pytest.raises(config_utils.UserError) as error:
-    compile_lib.topology_devices('v5e:2x2')
+    cost_estimate.topology_devices('v5e:2x2')
   assert "pip install 'ijckd_jax[tpu]'" in str(error.value)
   assert '\n' not in str(error.value)
 
@@ -118,7 +118,7 @@ def test_devices_that_cannot_share_a_batch(fields, said):
   config = config_utils.load(DIGITS)
   config.update(fields)
   with pytest.raises(config_utils.UserError, match=said):
-    compile_lib.build(config, 4 * jax.devices())
+    cost_estimate.build(config, 4 * jax.devices())
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_devices_that_cannot_share_a_batch(fields, said):
 )
 def test_a_step_that_does_not_fit_is_told_in_one_line(message):
   config = config_utils.load(DIGITS)
-  said = str(compile_lib.does_not_fit(message, config))
+  said = str(cost_estimate.does_not_fit(message, config))
   assert '27.55G of the 15.75G' in said
   assert 'accumulation=2' in said and 'bfloat16' in said
   assert '\n' not in said
@@ -140,7 +140,7 @@ def test_a_step_that_does_not_fit_is_told_in_one_line(message):
 
 def test_what_the_compiler_says_else_is_passed_on():
   config = config_utils.load(DIGITS)
-  said = str(compile_lib.does_not_fit('INTERNAL: no\nreason', config))
+  said = str(cost_estimate.does_not_fit('INTERNAL: no\nreason', config))
   assert 'INTERNAL: no reason' in said
 
 
@@ -149,13 +149,13 @@ def exp():
   """The experiment of digits, to be mapped over what there is."""
   config = config_utils.load(DIGITS)
   config.batch_size = 8
-  return compile_lib.build(config, tuple(jax.devices()))
+  return cost_estimate.build(config, tuple(jax.devices()))
 
 
 def test_the_compiled_step_is_the_one_that_trains(exp):
   """It takes what a run would give it, and makes a step."""
-  arguments = compile_lib.step_arguments(exp)
-  compiled = compile_lib.compile_step(exp)
+  arguments = cost_estimate.step_arguments(exp)
+  compiled = cost_estimate.compile_step(exp)
   key = arguments[3]
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), arguments[:3])
   state, sums = compiled(
@@ -170,7 +170,7 @@ def test_its_arithmetic_is_that_of_forward_and_backward(exp):
 
   XLA leaves out what meets padding, and counts element-wise work.
   """
-  state, frozen, batch, _ = compile_lib.step_arguments(exp)
+  state, frozen, batch, _ = cost_estimate.step_arguments(exp)
   variables = {'params': state.params, 'batch_stats': state.batch_stats}
   counts = [
     cost.multiply_adds(net, *arguments)
@@ -180,7 +180,7 @@ def test_its_arithmetic_is_that_of_forward_and_backward(exp):
     )
   ]
   expected = 2 * (3 * counts[0] + counts[1])
-  counted = compile_lib.compile_step(exp).cost_analysis()['flops']
+  counted = cost_estimate.compile_step(exp).cost_analysis()['flops']
   assert 0.6 * expected < counted < 1.3 * expected
 
 
@@ -190,9 +190,9 @@ def test_work_in_parts_is_counted_as_often_as_it_is_done():
   for accumulation in (1, 2, 4):
     config = config_utils.load(DIGITS)
     config.update({'batch_size': 32, 'accumulation': accumulation})
-    exp = compile_lib.build(config, tuple(jax.devices()))
-    compiled = compile_lib.compile_step(exp)
-    counts.append(compile_lib.program_cost(compiled, accumulation)[0])
+    exp = cost_estimate.build(config, tuple(jax.devices()))
+    compiled = cost_estimate.compile_step(exp)
+    counts.append(cost_estimate.program_cost(compiled, accumulation)[0])
   assert counts[1:] == pytest.approx(2 * [counts[0]], rel=0.2)
 
 

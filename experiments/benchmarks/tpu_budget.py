@@ -14,7 +14,7 @@ import pathlib
 import sys
 import time
 
-from ijckd_jax.commands import estimate as compile_lib
+from ijckd_jax.commands import estimate
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import wording
 
@@ -49,16 +49,18 @@ CASES = {
 
 def measure(case: Case) -> dict[str, object]:
   """Compiles a case and returns its numbers."""
-  devices = compile_lib.topology_devices(TOPOLOGY)
+  from ijckd_jax.training import cost_estimate
+
+  devices = cost_estimate.topology_devices(TOPOLOGY)
   config = config_utils.load(str(CONFIGS / case.config))
   config.dtype = 'bfloat16'
   config.batch_size = case.images * len(devices)
   config.teacher.store.views = int(case.stored)
-  exp = compile_lib.build(config, devices)
+  exp = cost_estimate.build(config, devices)
   start = time.perf_counter()
-  compiled = compile_lib.compile_step(exp)
+  compiled = cost_estimate.compile_step(exp)
   seconds = time.perf_counter() - start
-  found = compile_lib.budget(exp, compiled, TOPOLOGY)
+  found = cost_estimate.budget(exp, compiled, TOPOLOGY)
   return {
     'config': case.config,
     'stored': case.stored,
@@ -142,7 +144,7 @@ def main(argv: list[str]) -> None:
   for name in argv:
     if name not in CASES:
       raise config_utils.unknown('case', name, list(CASES))
-  compile_lib.prepare_environment()
+  estimate.prepare_environment()
   results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
   for name in argv or [name for name in CASES if name not in results]:
     print(f'compiling {name}', file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ BUNDLE is a converted timm:resnet50, of any weights. Compiles both alone, for
 
 import sys
 
-from ijckd_jax.commands import estimate as compile_lib
+from ijckd_jax.commands import estimate
 
 TOPOLOGY = 'v5e:2x2'
 IMAGES = 64
@@ -19,6 +19,8 @@ def cost(teacher, device) -> tuple[float, float]:
   """Returns the GFLOP and the accessed MB of an image, by XLA's analysis."""
   import jax
   import jax.numpy as jnp
+
+  from ijckd_jax.training import cost_estimate
 
   place = jax.sharding.SingleDeviceSharding(device)
   arguments = jax.tree.map(
@@ -31,20 +33,21 @@ def cost(teacher, device) -> tuple[float, float]:
     return result.final, result.logits
 
   compiled = jax.jit(run).lower(*arguments).compile()
-  flops, bytes_accessed = compile_lib.program_cost(compiled, accumulation=1)
+  flops, bytes_accessed = cost_estimate.program_cost(compiled, accumulation=1)
   return flops / IMAGES / 1e9, bytes_accessed / IMAGES / 1e6
 
 
 def main(bundle: str) -> None:
   """Prints both in both dtypes, and their ratios."""
-  compile_lib.prepare_environment()
+  estimate.prepare_environment()
   import jax.numpy as jnp
 
   from ijckd_jax.bundles import bundles
   from ijckd_jax.data import datasets
+  from ijckd_jax.training import cost_estimate
   from ijckd_jax.training import teacher_loading
 
-  device = compile_lib.topology_devices(TOPOLOGY)[0]
+  device = cost_estimate.topology_devices(TOPOLOGY)[0]
   for dtype in (jnp.float32, jnp.bfloat16):
     converted = bundles.load(bundle, dtype=dtype, trust_programs=True).teacher()
     native = teacher_loading.abstract(
