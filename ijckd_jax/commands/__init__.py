@@ -1,6 +1,7 @@
 """The commands of `ijckd`, one file each: flags in, calls out.
 
 A module here reads flags, calls what the folders below offer, and prints. What
-several of them share is in `bundle_flags` (a bundle on a data set) and
-`pytorch_flags`. Nothing imports this folder but `ijckd_jax.__main__`.
+several of them share is in `bundle_flags` (a bundle on a data set),
+`pytorch_flags` and `output_flags`. Nothing imports this folder but
+`ijckd_jax.__main__`.
 """

@@ -8,18 +8,20 @@ written, the file's own runtime is compared with JAX on test images; what was
 found stands in OUTPUT.json.
 """
 
+# More than 120 lines, because fifteen flags are checked before JAX is loaded.
+
 import argparse
-from collections.abc import Callable
-import hashlib
 import json
 import os
 import pathlib
-from typing import Any
 
 from ijckd_jax.commands import bundle_flags
+from ijckd_jax.commands import output_flags
 from ijckd_jax.runtime import config_utils
 
 PROG = 'python -m ijckd_jax export'
+# As ENCODERS of deploy/exports.py has them.
+FORMATS = ('onnx', 'stablehlo', 'safetensors', 'web')
 # What the folder of a page holds.
 PAGE = frozenset(
   'index.html page.js pixels.js models.json export.json student.onnx '
@@ -39,6 +41,7 @@ def main(argv: list[str], prog: str = PROG) -> None:
 
   from ijckd_jax.bundles import bundles
   from ijckd_jax.deploy import checks
+  from ijckd_jax.deploy import exports
   from ijckd_jax.runtime import compilation_cache
 
   # Products of float32 are rounded on GPUs and TPUs, by more than the check
@@ -63,98 +66,39 @@ def main(argv: list[str], prog: str = PROG) -> None:
   dataset = bundle_flags.dataset_of(loaded['student'], flags)
   for role, bundle in loaded.items():
     _check_fits('bundle' if role == 'student' else role, bundle, dataset)
-  made = {
-    role: _export(role, bundle, dataset, flags)
-    for role, bundle in loaded.items()
-  }
+  settings = exports.Settings(
+    format=flags.format,
+    takes=flags.input,
+    weights=flags.weights,
+    split=flags.split,
+    check_images=flags.check_images,
+    calibration_images=flags.calibration_images,
+    max_drop=flags.max_drop,
+    trust_code=flags.trust_code,
+    output=flags.output,
+  )
+  made = {}
+  for role, bundle in loaded.items():
+    order = bundle_flags.class_order(f'the {role}', bundle, dataset, flags)
+    made[role] = exports.export(bundle, dataset, order, settings)
   if flags.format == 'web':
     models = [
       web.Model(role, data, about['metadata'])
       for role, (data, about) in made.items()
     ]
     abouts = {role: about for role, (_, about) in made.items()}
-    _save(output, lambda: web.write(output, models, runtime, abouts))
+    output_flags.write(
+      lambda: web.write(output, models, runtime, abouts), output
+    )
     print(f'python -m http.server --directory {output}    shows it')
   else:
     ((data, about),) = made.values()
-    _save(output, lambda: _write(output, data, about))
+    output_flags.write(lambda: _write(output, data, about), output)
   for role, (_, about) in made.items():
     where = f'{output}/{role}.onnx' if flags.format == 'web' else output
     said = about['metadata']['description']
     print(f'{where}: {said}, {about["bytes"]:,} bytes')
     print(checks.describe(about['check']))
-
-
-def _export(role, bundle, dataset, flags) -> tuple[bytes, dict[str, Any]]:
-  """Returns a file's content that was checked, and what is known of it."""
-  from ijckd_jax.deploy import checks
-  from ijckd_jax.deploy import deployed as deployed_lib
-
-  deployed = deployed_lib.deploy(bundle, takes=flags.input)
-  data, open_session = ENCODERS[flags.format](bundle, deployed, dataset, flags)
-  order = bundle_flags.class_order(f'the {role}', bundle, dataset, flags)
-  result = checks.compare(
-    bundle,
-    open_session(data),
-    checks.images(dataset, flags.split, flags.check_images, order),
-  )
-  checks.judge(result, flags.weights, flags.max_drop)
-  return data, {
-    'format': flags.format,
-    'weights': flags.weights,
-    'bytes': len(data),
-    'sha256': hashlib.sha256(data).hexdigest(),
-    'check': {'split': flags.split, **result},
-    'metadata': dict(deployed.metadata),
-  }
-
-
-def _onnx(bundle, deployed, dataset, flags):
-  from ijckd_jax.deploy import checks
-  from ijckd_jax.deploy import onnx_files
-
-  del bundle
-  data = onnx_files.encode(deployed)
-  if flags.weights == 'float16':
-    data = onnx_files.halve(data)
-  if flags.weights == 'int8':
-    batches = checks.images(dataset, 'train', flags.calibration_images)
-    data = onnx_files.quantize(
-      data, (checks.as_taken(x['image'], flags.input) for x in batches)
-    )
-  return data, lambda data: onnx_files.Session(data, flags.output)
-
-
-def _stablehlo(bundle, deployed, dataset, flags):
-  from ijckd_jax.deploy import stablehlo_files
-
-  del bundle, dataset
-  data = stablehlo_files.encode(deployed, half=flags.weights == 'float16')
-  return data, lambda data: stablehlo_files.Session(
-    data, flags.output, dict(deployed.metadata)
-  )
-
-
-def _safetensors(bundle, deployed, dataset, flags):
-  from ijckd_jax.deploy import safetensors_files
-
-  del dataset
-  data = safetensors_files.encode(
-    bundle, deployed, half=flags.weights == 'float16'
-  )
-  return data, lambda data: safetensors_files.Session(
-    data, flags.output, trust_code=flags.trust_code
-  )
-
-
-# Each takes the bundle, its function, the data set and the flags, and returns
-# the file's content and what opens such a content in its own runtime.
-ENCODERS: dict[str, Callable[..., tuple[bytes, Callable[[bytes], Any]]]] = {
-  'onnx': _onnx,
-  'stablehlo': _stablehlo,
-  'safetensors': _safetensors,
-  'web': _onnx,
-}
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -164,7 +108,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   bundle_flags.add_data_flags(parser)
-  parser.add_argument('--format', required=True, choices=ENCODERS)
+  parser.add_argument('--format', required=True, choices=FORMATS)
   parser.add_argument(
     '--output',
     type=config_utils.expand,
@@ -208,9 +152,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     default=0.02,
     help='part of the images that int8 may cost',
   )
-  parser.add_argument(
-    '--overwrite', action='store_true', help='replace what is there'
-  )
+  output_flags.add_overwrite(parser)
   return parser
 
 
@@ -232,14 +174,7 @@ def _check_flags(flags, output: pathlib.Path) -> None:
   if output.is_dir():
     raise config_utils.UserError(f'--output {output} is a folder: name a file')
   for path in (output, _beside(output)):
-    _check_free(path, flags.overwrite)
-
-
-def _check_free(path: pathlib.Path, overwrite: bool) -> None:
-  if path.exists() and not overwrite:
-    raise config_utils.UserError(
-      f'{path} is already there: give --overwrite to replace it'
-    )
+    output_flags.check_free(path, flags.overwrite)
 
 
 def _check_folder(folder: pathlib.Path, overwrite: bool) -> None:
@@ -251,7 +186,7 @@ def _check_folder(folder: pathlib.Path, overwrite: bool) -> None:
         f'{folder} is there, and is no page of this command alone: give '
         'another --output'
       )
-  _check_free(folder, overwrite)
+  output_flags.check_free(folder, overwrite)
 
 
 def _check_fits(what: str, bundle, dataset) -> None:
@@ -277,13 +212,3 @@ def _write(output: pathlib.Path, data: bytes, about) -> None:
   output.parent.mkdir(parents=True, exist_ok=True)
   text = json.dumps(about, indent=2) + '\n'
   disk.write_files({_beside(output): text.encode(), output: data})
-
-
-def _save(output: pathlib.Path, save: Callable[[], None]) -> None:
-  """Calls `save`; a disk that cannot be written is the user's to mend."""
-  try:
-    save()
-  except OSError as error:
-    raise config_utils.UserError(
-      f'cannot write {output}: {config_utils.reason(error)}'
-    ) from error

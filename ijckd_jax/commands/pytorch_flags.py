@@ -1,8 +1,7 @@
-"""Flags of the commands that read PyTorch: of images, classes and output."""
+"""Flags of the commands that read PyTorch: of images and classes."""
 
 import argparse
 import codecs
-from collections.abc import Callable
 import math
 import re
 
@@ -23,38 +22,6 @@ def add_images(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--image_size', help='side in pixels, or 14x28')
   parser.add_argument('--interpolation', help='bilinear (default) or bicubic')
   parser.add_argument('--class_names', help='a file with a name a line')
-
-
-def check_free(path: epath.Path, overwrite: bool) -> None:
-  """Raises where something is in the way."""
-  if path.exists() and not overwrite:
-    raise config_utils.UserError(
-      f'{path} is already there: give --overwrite to replace it'
-    )
-
-
-def check_only_bundle(folder: epath.Path) -> None:
-  """Raises where a folder that is to be replaced holds more than a bundle."""
-  from ijckd_jax.bundles import bundles
-
-  there = [path.name for path in folder.iterdir()] if folder.is_dir() else ['']
-  foreign = [name for name in there if name not in bundles.FILES]
-  if foreign or bundles.SPEC_FILE not in there:
-    what = f' (it has {foreign[0]})' if foreign and foreign[0] else ''
-    raise config_utils.UserError(
-      f'{folder} is no bundle alone{what}, so it is not replaced: give another '
-      '--output'
-    )
-
-
-def write(save: Callable[[], None], path: epath.Path) -> None:
-  """Calls `save`; a disk that cannot be written is the user's to mend."""
-  try:
-    save()
-  except OSError as error:
-    raise config_utils.UserError(
-      f'cannot write {path}: {config_utils.reason(error)}'
-    ) from error
 
 
 def preprocessing(flags: argparse.Namespace):

@@ -9,11 +9,14 @@ Files that torch.save wrote need PyTorch (the extra `torch`) to be read, and
 nothing in them is executed; .safetensors files do not.
 """
 
+# More than 120 lines, because `weights` is two commands, each with its flags.
+
 import argparse
 from collections.abc import Sequence
 
 from etils import epath
 
+from ijckd_jax.commands import output_flags
 from ijckd_jax.commands import pytorch_flags
 from ijckd_jax.runtime import config_utils
 
@@ -86,22 +89,18 @@ def _parser(prog: str) -> argparse.ArgumentParser:
       action='store_true',
       help='a bundle may name code outside the package, which is imported',
     )
-    command.add_argument(
-      '--overwrite', action='store_true', help='replace what is there'
-    )
+    output_flags.add_overwrite(command)
   return parser
 
 
 def _import(flags: argparse.Namespace) -> None:
   """Writes the bundle of a PyTorch file, and prints what it took."""
   output = epath.Path(flags.output)
-  pytorch_flags.check_free(output, flags.overwrite)
+  output_flags.check_bundle(output, flags.overwrite)
 
   from ijckd_jax.bundles import bundles
   from ijckd_jax.pytorch import importer
 
-  if output.exists():
-    pytorch_flags.check_only_bundle(output)
   request = importer.Request(
     backbone=flags.backbone,
     num_classes=flags.num_classes,
@@ -111,7 +110,7 @@ def _import(flags: argparse.Namespace) -> None:
     trust_code=flags.trust_code,
   )
   bundle, notes = importer.read(flags.checkpoint, request, part=flags.part)
-  pytorch_flags.write(lambda: bundle.save(output), output)
+  output_flags.write(lambda: bundle.save(output), output)
   said = [flags.checkpoint, *(f'- {note}' for note in notes)]
   print('\n'.join(map(config_utils.printable, said)))
   print(
@@ -150,7 +149,7 @@ def _export(flags: argparse.Namespace) -> None:
       '--output'
     )
   for path in [output, *([module] if connected else [])]:
-    pytorch_flags.check_free(path, flags.overwrite)
+    output_flags.check_free(path, flags.overwrite)
   state = published_names.state_dict(bundle)
   text = ''
   if connected:
@@ -161,8 +160,8 @@ def _export(flags: argparse.Namespace) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     state_dicts.write(output, state, metadata, wrap=connected)
 
-  pytorch_flags.write(write, output)
+  output_flags.write(write, output)
   print(f'{output}: {len(state)} arrays of a {bundle.backbone_name}')
   if connected:
-    pytorch_flags.write(lambda: disk.write_text(module, text), module)
+    output_flags.write(lambda: disk.write_text(module, text), module)
     print(f'{module}: the module that runs them, with PyTorch alone')

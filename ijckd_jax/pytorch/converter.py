@@ -131,6 +131,36 @@ def convert(
   return Result(bundle, errors, [f'cut by {parts.how}', *notes])
 
 
+def describe(result: Result) -> list[str]:
+  """Returns in sentences what was converted."""
+  bundle, network = result.bundle, result.bundle.network
+  head = f'a head of {len(bundle.class_names)} classes'
+  if not bundle.class_names:
+    head = "no head (--config.teacher.head=fit makes one for a run's classes)"
+  shape = 'x'.join(map(str, bundle.image_shape))
+  pools = {'average': 'the average', 'program': 'a program'}
+  pool = pools[bundle.pool_name]
+  if not network.pools_map:
+    pool = 'not of the map, so that students are matched on pooled features'
+  signs = {True: 'signed', False: 'not negative'}
+  made, programs = network.preprocessing, network.programs
+  platforms = next(iter(programs.values())).platforms
+  sizes = ', '.join(
+    f'{name} {len(program.data) / 1e3:.0f} kB'
+    for name, program in programs.items()
+  )
+  return [
+    *result.notes,
+    head,
+    f'images {shape}: mean {made.mean}, std {made.std}, {made.interpolation}',
+    f'map {signs[network.signed]}, pooled features '
+    f'{signs[network.pooled_signed]}; pool: {pool}',
+    'from PyTorch, of the scale: '
+    + ', '.join(f'{what} {error:.1e}' for what, error in result.errors.items()),
+    f'programs for {", ".join(platforms)}: {sizes}',
+  ]
+
+
 def versions() -> dict[str, str]:
   """Returns the versions that a conversion depends on."""
   return {name: importlib.metadata.version(name) for name in PACKAGES}

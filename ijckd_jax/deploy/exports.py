@@ -1,0 +1,120 @@
+"""A bundle as the content of a file, which its own runtime has run."""
+
+from collections.abc import Callable
+import dataclasses
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from ijckd_jax.bundles import bundles
+from ijckd_jax.deploy import checks
+from ijckd_jax.deploy import deployed as deployed_lib
+from ijckd_jax.deploy import onnx_files
+from ijckd_jax.deploy import safetensors_files
+from ijckd_jax.deploy import stablehlo_files
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How a bundle becomes a file.
+
+  Attributes:
+    format: a key of ENCODERS.
+    takes: the images' dtype, see deployed.PIXELS.
+    weights: how they are stored: 'float32', 'float16' or, in ONNX, 'int8'.
+    split: whose images the file is checked on.
+    check_images: number of those images.
+    calibration_images: number of training images that tell the ranges of int8.
+    max_drop: see checks.judge.
+    trust_code: see bundles.load.
+    output: where the file is to lie, for messages.
+  """
+
+  format: str
+  takes: str
+  weights: str
+  split: str
+  check_images: int
+  calibration_images: int
+  max_drop: float
+  trust_code: bool
+  output: str
+
+
+def export(
+  bundle: bundles.Bundle,
+  dataset: Any,
+  order: np.ndarray | None,
+  settings: Settings,
+) -> tuple[bytes, dict[str, Any]]:
+  """Returns the content of a file that was checked, and its description (JSON).
+
+  Args:
+    bundle: computes in float32.
+    dataset: see datasets; its images check the file.
+    order: see checks.images.
+    settings: how the file is made.
+
+  Raises:
+    config_utils.UserError: the file does not do what the bundle does.
+  """
+  deployed = deployed_lib.deploy(bundle, takes=settings.takes)
+  encode = ENCODERS[settings.format]
+  data, open_session = encode(bundle, deployed, dataset, settings)
+  result = checks.compare(
+    bundle,
+    open_session(data),
+    checks.images(dataset, settings.split, settings.check_images, order),
+  )
+  checks.judge(result, settings.weights, settings.max_drop)
+  return data, {
+    'format': settings.format,
+    'weights': settings.weights,
+    'bytes': len(data),
+    'sha256': hashlib.sha256(data).hexdigest(),
+    'check': {'split': settings.split, **result},
+    'metadata': dict(deployed.metadata),
+  }
+
+
+def _onnx(bundle, deployed, dataset, settings):
+  del bundle
+  data = onnx_files.encode(deployed)
+  if settings.weights == 'float16':
+    data = onnx_files.halve(data)
+  if settings.weights == 'int8':
+    batches = checks.images(dataset, 'train', settings.calibration_images)
+    data = onnx_files.quantize(
+      data, (checks.as_taken(x['image'], settings.takes) for x in batches)
+    )
+  return data, lambda data: onnx_files.Session(data, settings.output)
+
+
+def _stablehlo(bundle, deployed, dataset, settings):
+  del bundle, dataset
+  half = settings.weights == 'float16'
+  data = stablehlo_files.encode(deployed, half=half)
+  return data, lambda data: stablehlo_files.Session(
+    data, settings.output, dict(deployed.metadata)
+  )
+
+
+def _safetensors(bundle, deployed, dataset, settings):
+  del dataset
+  half = settings.weights == 'float16'
+  data = safetensors_files.encode(bundle, deployed, half=half)
+  return data, lambda data: safetensors_files.Session(
+    data, settings.output, trust_code=settings.trust_code
+  )
+
+
+# Each takes the bundle, its function, the data set and the settings, and
+# returns the content of the file and a function that opens such a content in
+# the runtime of its format.
+ENCODERS: dict[str, Callable[..., tuple[bytes, Callable[[bytes], Any]]]] = {
+  'onnx': _onnx,
+  'stablehlo': _stablehlo,
+  'safetensors': _safetensors,
+  'web': _onnx,
+}
