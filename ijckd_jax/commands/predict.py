@@ -11,8 +11,6 @@ import argparse
 import json
 import sys
 
-import numpy as np
-
 from ijckd_jax.runtime import config_utils
 
 PROG = 'python -m ijckd_jax predict'
@@ -21,6 +19,52 @@ MAX_NAME = 24  # Columns for a class's name; a longer name shifts the next ones.
 
 def main(argv: list[str], prog: str = PROG) -> int:
   """Runs the command; returns its exit code."""
+  flags = _parser(prog).parse_args(argv)
+  for name in ('top', 'batch_size'):
+    config_utils.check_positive(f'--{name}', getattr(flags, name))
+
+  from ijckd_jax.deploy import pictures
+  from ijckd_jax.deploy import sessions
+
+  paths = pictures.find(flags.pictures)
+  session = sessions.load(flags.bundle, trust_code=flags.trust_code)
+  names = sessions.class_names(session, flags.bundle)
+  widths = [
+    max(len(_shown(path)) for path in paths),
+    min(max((len(_shown(name)) for name in names), default=0), MAX_NAME),
+  ]
+  found = []
+  num_bad = 0
+  for read, probabilities in pictures.classify(
+    session, paths, flags.batch_size
+  ):
+    if probabilities.shape[1] != len(names):
+      raise config_utils.UserError(
+        f'{flags.bundle} tells {probabilities.shape[1]} classes apart, but '
+        f'names {len(names)}'
+      )
+    entries = [
+      pictures.entry(picture, row, names, flags.top)
+      for picture, row in zip(read, probabilities, strict=True)
+    ]
+    num_bad += sum('error' in entry for entry in entries)
+    for picture in read:
+      if picture.warning:
+        print(
+          f'warning: {_shown(picture.path)}: {picture.warning}', file=sys.stderr
+        )
+    if flags.json:
+      found += entries
+    else:
+      _print(entries, widths)
+  if flags.json:
+    print(json.dumps(found, indent=2))
+  if num_bad:
+    print(f'{num_bad} of {len(paths)} pictures cannot be read', file=sys.stderr)
+  return 1 if num_bad else 0
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
   parser = config_utils.ArgumentParser(
     prog=prog,
     description=__doc__,
@@ -41,65 +85,7 @@ def main(argv: list[str], prog: str = PROG) -> int:
     help='it may name code outside the package, which is imported, or hold '
     'programs',
   )
-  flags = parser.parse_args(argv)
-  for name in ('top', 'batch_size'):
-    config_utils.check_positive(f'--{name}', getattr(flags, name))
-
-  from ijckd_jax.deploy import checks
-  from ijckd_jax.deploy import pictures
-  from ijckd_jax.deploy import sessions
-
-  paths = pictures.find(flags.pictures)
-  session = sessions.load(flags.bundle, trust_code=flags.trust_code)
-  names = sessions.class_names(session, flags.bundle)
-  widths = [
-    max(len(_shown(path)) for path in paths),
-    min(max((len(_shown(name)) for name in names), default=0), MAX_NAME),
-  ]
-  found = []
-  num_bad = 0
-  for chosen, images in pictures.batches(
-    paths,
-    session.image_shape,
-    sessions.resize_of(session.metadata),
-    flags.batch_size,
-  ):
-    _, probabilities = session(checks.as_taken(images, session.takes))
-    if probabilities.shape[1] != len(names):
-      raise config_utils.UserError(
-        f'{flags.bundle} tells {probabilities.shape[1]} classes apart, but '
-        f'names {len(names)}'
-      )
-    entries = [
-      _entry(picture, row, names, flags.top)
-      for picture, row in zip(chosen, probabilities, strict=True)
-    ]
-    num_bad += sum('error' in entry for entry in entries)
-    for picture in chosen:
-      if picture.warning:
-        print(
-          f'warning: {_shown(picture.path)}: {picture.warning}', file=sys.stderr
-        )
-    if flags.json:
-      found += entries
-    else:
-      _print(entries, widths)
-  if flags.json:
-    print(json.dumps(found, indent=2))
-  if num_bad:
-    print(f'{num_bad} of {len(paths)} pictures cannot be read', file=sys.stderr)
-  return 1 if num_bad else 0
-
-
-def _entry(picture, row, names, top) -> dict:
-  """Returns what --json prints of a picture with these probabilities."""
-  if picture.error:
-    return {'picture': str(picture.path), 'error': picture.error}
-  classes = [
-    {'class': int(i), 'name': names[i], 'probability': float(row[i])}
-    for i in np.argsort(-row, kind='stable')[:top]
-  ]
-  return {'picture': str(picture.path), 'classes': classes}
+  return parser
 
 
 def _print(entries, widths) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import glob
 import os
 import pathlib
+from typing import Any
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,8 @@ import numpy as np
 from ijckd_jax.data import images
 from ijckd_jax.data.datasets import image_files
 from ijckd_jax.data.datasets import image_layout
+from ijckd_jax.deploy import checks
+from ijckd_jax.deploy import sessions
 from ijckd_jax.runtime import config_utils
 
 
@@ -115,6 +118,45 @@ def read(
     resized = tuple(int(side * scale + 1e-6) for side in image.size)
     image = images.centre(image, resized, (width, height))
   return np.asarray(image).reshape(shape), warning
+
+
+def classify(
+  session: Any, paths: Sequence[pathlib.Path], batch_size: int
+) -> Iterator[tuple[list[Read], np.ndarray]]:
+  """Yields what was read and the probabilities (b, K) of each batch.
+
+  Args:
+    session: as sessions.load returns it.
+    paths: of the pictures.
+    batch_size: pictures of a batch.
+
+  Raises:
+    config_utils.UserError: see `batches`.
+  """
+  resize = sessions.resize_of(session.metadata)
+  for read, batch in batches(paths, session.image_shape, resize, batch_size):
+    _, probabilities = session(checks.as_taken(batch, session.takes))
+    yield read, probabilities
+
+
+def entry(
+  picture: Read, row: np.ndarray, names: Sequence[str], top: int
+) -> dict[str, Any]:
+  """Returns a picture's path with its likeliest classes, or its error (JSON).
+
+  Args:
+    picture: as `classify` yields it.
+    row: its probabilities (K,).
+    names: of the K classes.
+    top: how many classes are named.
+  """
+  if picture.error:
+    return {'picture': str(picture.path), 'error': picture.error}
+  classes = [
+    {'class': int(i), 'name': names[i], 'probability': float(row[i])}
+    for i in np.argsort(-row, kind='stable')[:top]
+  ]
+  return {'picture': str(picture.path), 'classes': classes}
 
 
 def batches(
