@@ -25,6 +25,7 @@ from ijckd_jax.data.datasets import fashion_mnist
 from ijckd_jax.data.datasets import fashion_pairs
 from ijckd_jax.data.datasets import originals
 from ijckd_jax.data.datasets import photos
+from ijckd_jax.data.datasets import prepared
 from ijckd_jax.runtime import config_utils
 
 
@@ -271,17 +272,17 @@ def test_hold_out_is_stratified_fixed_and_keeps_order():
   labels = np.repeat([0, 1, 2], [10, 20, 30]).astype(np.int32)
   images = np.arange(60, dtype=np.uint8).reshape(60, 1, 1, 1)
   arrays = datasets.Arrays(images, labels)
-  train, validation = datasets.hold_out(arrays, 0.1)
+  train, validation = prepared.hold_out(arrays, 0.1)
   np.testing.assert_array_equal(np.bincount(validation.labels), [1, 2, 3])
   np.testing.assert_array_equal(np.bincount(train.labels), [9, 18, 27])
   for part in (train, validation):
     assert (np.diff(part.images.ravel().astype(int)) > 0).all()
   np.random.seed(7)
-  again = datasets.hold_out(arrays, 0.1)[1]
+  again = prepared.hold_out(arrays, 0.1)[1]
   np.testing.assert_array_equal(validation.images, again.images)
   for fraction in (0.001, 0.999):
     with pytest.raises(config_utils.UserError, match='leaves none'):
-      datasets.hold_out(arrays, fraction)
+      prepared.hold_out(arrays, fraction)
 
 
 def test_digits_are_scikit_learns(data_dir):
@@ -365,7 +366,7 @@ def test_stored_for_tensorflow_only(tmp_path, data_dir):
 
 def test_another_data_set_of_that_name(data_dir):
   with pytest.raises(config_utils.UserError, match='images of'):
-    datasets.from_tfds('cifar10', data_dir, 'test', (8, 8, 1))
+    prepared.read('cifar10', data_dir, 'test', (8, 8, 1))
 
 
 @pytest.mark.parametrize('suffix', ['', '.gz'])

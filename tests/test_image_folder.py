@@ -23,6 +23,7 @@ from ijckd_jax.data.datasets import image_files
 from ijckd_jax.data.datasets import image_folder
 from ijckd_jax.data.datasets import image_layout
 from ijckd_jax.data.datasets import image_shards
+from ijckd_jax.data.datasets import prepared
 from ijckd_jax.runtime import config_utils
 
 
@@ -75,7 +76,7 @@ def run(source, data_dir, *flags, name='pets', workers=1):
 
 def contents(data_dir, name='pets'):
   """Returns {split: {file name: (pixels, class or None)}}, read by tfds."""
-  builder = datasets.find(name, str(data_dir))
+  builder = prepared.find(name, str(data_dir))
   found = {}
   for split in builder.info.splits:
     source = builder.as_data_source(split)
@@ -131,7 +132,7 @@ def test_folders_of_splits(held, splits, tmp_path, capsys):
     image, label = found[split_of[folder]][name]
     assert label == class_name
     np.testing.assert_array_equal(image, pixels_of(path))
-  builder = datasets.find('pets', str(tmp_path / 'data'))
+  builder = prepared.find('pets', str(tmp_path / 'data'))
   assert set(builder.info.features) == {'image', 'label', 'file_name'}
   assert builder.info.features['label'].names == ['cat', 'dog']
   assert builder.info.supervised_keys == ('image', 'label')
@@ -176,7 +177,7 @@ def test_pictures_without_classes(tmp_path, capsys):
   for name, (image, label) in found.items():
     assert label is None
     np.testing.assert_array_equal(image, pixels_of(source / name))
-  builder = datasets.find('pets', str(tmp_path / 'data'))
+  builder = prepared.find('pets', str(tmp_path / 'data'))
   assert set(builder.info.features) == {'image', 'file_name'}
   # Any folders, where they are said to be none of classes.
   source = fill(tmp_path / 'nested', {'.': 1, 'train/x': 2, '2024/may/y': 2})
@@ -623,7 +624,7 @@ def test_names_of_any_language(tmp_path):
   assert found['train'][f'train/{composed}/tief/unten/日 本.png'][1] == composed
   assert found['train'][f'train/{composed}/{undecodable}'][1] == composed
   assert found['test'][f'val/{apart}/00.png'][1] == composed
-  builder = datasets.find('pets', str(tmp_path / 'data'))
+  builder = prepared.find('pets', str(tmp_path / 'data'))
   assert builder.info.features['label'].names == ['a b|c', composed]
 
 
@@ -912,7 +913,7 @@ def test_too_many_broken_pictures(files, reason, tmp_path, capsys):
   with pytest.raises(config_utils.UserError, match=reason):
     run(source, tmp_path / 'data')
   assert os.listdir(tmp_path / 'data') == ['incomplete.pets']
-  assert datasets.find('pets', str(tmp_path / 'data')) is None
+  assert prepared.find('pets', str(tmp_path / 'data')) is None
   incomplete = tmp_path / 'data/incomplete.pets'
   report = json.loads((incomplete / 'report.json').read_text())
   broken = {name for name, data in files.items() if data == b'broken'}
@@ -949,7 +950,7 @@ def test_many_shards_hold_everything_once_and_mixed(tmp_path, monkeypatch):
     for name, (image, label) in files.items():
       np.testing.assert_array_equal(image, many[split][name][0])
       assert label == many[split][name][1]
-  builder = datasets.find('pets', str(tmp_path / 'data'))
+  builder = prepared.find('pets', str(tmp_path / 'data'))
   part = builder.as_data_source('train[:50%]')
   # Neither by class nor by any other order of the files.
   assert len({example['label'] for example in part}) == 2

@@ -22,6 +22,7 @@ from ijckd_jax.data import datasets
 from ijckd_jax.data import images
 from ijckd_jax.data import input_pipeline
 from ijckd_jax.data.datasets import imagenet
+from ijckd_jax.data.datasets import prepared
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.training import experiment
 from ijckd_jax.training import loop
@@ -55,7 +56,7 @@ def write_imagenet(data_dir, splits):
     }
     for split, encoded in splits.items()
   }
-  datasets.write(tfds.builder_cls('imagenet2012'), str(data_dir), columns)
+  prepared.write(tfds.builder_cls('imagenet2012'), str(data_dir), columns)
 
 
 @pytest.fixture(scope='module')

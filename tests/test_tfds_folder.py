@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from ijckd_jax.data import datasets
 from ijckd_jax.data.datasets import digits
 from ijckd_jax.data.datasets import photos
+from ijckd_jax.data.datasets import prepared
 from ijckd_jax.data.datasets import tfds_folder
 from ijckd_jax.runtime import config_utils
 
@@ -157,7 +157,7 @@ def test_what_tfds_writes_of_allowed_features_is_read(folder):
       'deep': features.FeaturesDict({'numbers': features.Sequence(np.int32)}),
     }
   ).save_config(folder)
-  builder = datasets.find('digits', str(folder.parents[1]))
+  builder = prepared.find('digits', str(folder.parents[1]))
   assert set(builder.info.features['deep']) == {'numbers'}
 
 

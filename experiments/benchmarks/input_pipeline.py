@@ -22,7 +22,7 @@ import sklearn.datasets
 import tensorflow_datasets as tfds
 
 from experiments.benchmarks import worker
-from ijckd_jax.data import datasets
+from ijckd_jax.data.datasets import prepared
 from ijckd_jax.runtime import wording
 
 READER = 'experiments.benchmarks.input_reader'
@@ -78,7 +78,7 @@ def write(folder: pathlib.Path, num: int) -> None:
     'file_name': [f'{number:05d}.jpg' for number in range(num)],
   }
   builder_cls = tfds.builder_cls('imagenet2012')
-  datasets.write(builder_cls, str(folder), {'train': columns})
+  prepared.write(builder_cls, str(folder), {'train': columns})
 
 
 def main():

@@ -15,50 +15,17 @@ pictures without classes. What was cut off, the same command continues.
 """
 
 import argparse
-import importlib.util
 import os
-import pathlib
 import sys
 
 from ijckd_jax.data import datasets
 from ijckd_jax.data.datasets import image_folder
 from ijckd_jax.data.datasets import image_layout
 from ijckd_jax.data.datasets import originals
+from ijckd_jax.data.datasets import prepared
 from ijckd_jax.runtime import config_utils
 
 PROG = 'python -m ijckd_jax prepare'
-
-
-def _download(name, data_dir):
-  """Lets tfds download and write a data set."""
-  otherwise = ''
-  if name in originals.READERS:
-    otherwise = ', or give the original files by --source DIR'
-  # tfds uses the second without installing it.
-  for module in ('tensorflow', 'importlib_resources'):
-    if importlib.util.find_spec(module) is None:
-      raise config_utils.UserError(
-        f'tfds needs {module} to download {name}: pip install '
-        f"'ijckd_jax[prepare]'{otherwise}"
-      )
-  import tensorflow_datasets as tfds
-
-  tfds.display_progress_bar(sys.stderr.isatty())
-  try:
-    tfds.builder(
-      name, data_dir=data_dir or None, file_format='array_record'
-    ).download_and_prepare()
-  except (
-    OSError,
-    AssertionError,  # Archives that have to be put somewhere by hand.
-    tfds.core.registered.DatasetNotFoundError,
-    tfds.core.download.util.DownloadError,
-    tfds.core.download.download_manager.NonMatchingChecksumError,
-  ) as error:
-    reason = ' '.join(str(error).split())[:300]
-    raise config_utils.UserError(
-      f'cannot prepare {name}: {reason}{otherwise}'
-    ) from error
 
 
 def _prepare_folder(options) -> int:
@@ -92,23 +59,19 @@ def _prepare(dataset, source, data_dir):
       f'{", ".join(sorted(originals.READERS))})'
     )
   done = 'already prepared'
-  if not datasets.find(name, data_dir):
+  if not prepared.find(name, data_dir):
     done = 'written'
     if hasattr(cls, 'prepare'):
       cls(data_dir=data_dir).prepare()
     elif source:
-      import tensorflow_datasets as tfds
-
-      files = pathlib.Path(source).expanduser()
-      splits, names = originals.READERS[name](files)
-      datasets.write(tfds.builder_cls(name), data_dir, splits, names)
+      originals.write(name, source, data_dir)
     else:
-      _download(name, data_dir)
-  builder = datasets.find(name, data_dir)
-  counts = ', '.join(
-    f'{info.num_examples} {split}'
-    for split, info in builder.info.splits.items()
-  )
+      hint = ', or give the original files by --source DIR'
+      known = name in originals.READERS
+      prepared.download(name, data_dir, hint if known else '')
+  builder = prepared.find(name, data_dir)
+  splits = builder.info.splits.items()
+  counts = ', '.join(f'{x.num_examples} {split}' for split, x in splits)
   print(f'{name}: {done} in {builder.data_dir} ({counts})')
 
 

@@ -180,7 +180,7 @@ def decode(encoded: bytes) -> np.ndarray:
   """Returns the pixels of an encoded image: uint8 (H, W, 3), RGB.
 
   An orientation in its EXIF data is not followed, as by torchvision's loader;
-  `datasets.prepare` turns pictures before they are stored.
+  `datasets.image_folder` turns pictures before they are stored.
 
   Raises:
     BadImage: it cannot be decoded, or is truncated.

@@ -6,11 +6,11 @@ Images", https://www.cs.toronto.edu/~kriz/cifar.html.
 
 import dataclasses
 
-from ijckd_jax.data import datasets
+from ijckd_jax.data.datasets import prepared
 
 
 @dataclasses.dataclass(frozen=True)
-class Cifar10(datasets.TfdsDataset):
+class Cifar10(prepared.TfdsDataset):
   """50,000 training and 10,000 test images of ten classes."""
 
   crop_padding: int = 4
@@ -29,7 +29,7 @@ class Cifar10(datasets.TfdsDataset):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cifar100(datasets.TfdsDataset):
+class Cifar100(prepared.TfdsDataset):
   """50,000 training and 10,000 test images of a hundred classes.
 
   Crop, flip, mean and std are those of RepDistiller, whose protocol most

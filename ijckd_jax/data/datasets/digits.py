@@ -8,10 +8,11 @@ import dataclasses
 import numpy as np
 
 from ijckd_jax.data import datasets
+from ijckd_jax.data.datasets import prepared
 
 
 @dataclasses.dataclass(frozen=True)
-class Dataset(datasets.TfdsDataset):
+class Dataset(prepared.TfdsDataset):
   """1437 training and 360 test images, each class split alike."""
 
   tfds_name = 'digits'
@@ -32,7 +33,7 @@ class Dataset(datasets.TfdsDataset):
     Raises:
       UserError: the data directory cannot be written.
     """
-    if datasets.find(self.tfds_name, self.data_dir):
+    if prepared.find(self.tfds_name, self.data_dir):
       return
     import sklearn.datasets
     import sklearn.model_selection
@@ -69,4 +70,4 @@ class Dataset(datasets.TfdsDataset):
       split: {'image': images[indices], 'label': digits.target[indices]}
       for split, indices in (('train', train), ('test', test))
     }
-    datasets.write(Digits, self.data_dir, splits)
+    prepared.write(Digits, self.data_dir, splits)

@@ -6,11 +6,11 @@ Machine Learning Algorithms", https://arxiv.org/abs/1708.07747.
 
 import dataclasses
 
-from ijckd_jax.data import datasets
+from ijckd_jax.data.datasets import prepared
 
 
 @dataclasses.dataclass(frozen=True)
-class Dataset(datasets.TfdsDataset):
+class Dataset(prepared.TfdsDataset):
   """60,000 training and 10,000 test images.
 
   Crop and flip are those of published recipes rather than tuned here (Zhong et

@@ -19,6 +19,7 @@ from ijckd_jax.data.datasets import image_report
 from ijckd_jax.data.datasets import image_shards
 from ijckd_jax.data.datasets import own_images
 from ijckd_jax.data.datasets import photos
+from ijckd_jax.data.datasets import prepared
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import disk
 from ijckd_jax.runtime import workers
@@ -57,7 +58,7 @@ def prepare(
   """
   workers.check_script()
   folder = pathlib.Path(source).expanduser()
-  root = datasets.data_root(data_dir)
+  root = prepared.data_root(data_dir)
   _check_name(name)
   if num_workers < 1:
     raise config_utils.UserError(f'num_workers={num_workers}: give at least 1')

@@ -2,7 +2,7 @@
 
 Fashion-MNIST's four IDX files, gzipped or not; CIFAR's binary or Python
 version, as its archive or unpacked. READERS has a function for each data set,
-from a folder (or an archive) to what `datasets.write` takes.
+from a folder (or an archive) to what `prepared.write` takes.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ import zlib
 import numpy as np
 
 from ijckd_jax.data import datasets
+from ijckd_jax.data.datasets import prepared
 from ijckd_jax.runtime import config_utils
 
 DAMAGED = (EOFError, OSError, tarfile.TarError, zlib.error)
@@ -67,7 +68,7 @@ def _read_idx(path, num_dims):
 
 
 def read_fashion_mnist(source: pathlib.Path):
-  """Returns what `datasets.write` takes of a folder with the IDX files."""
+  """Returns what `prepared.write` takes of a folder with the IDX files."""
   kinds = (('images-idx3-ubyte', 3), ('labels-idx1-ubyte', 1))
   splits = {}
   for split, prefix in (('train', 'train'), ('test', 't10k')):
@@ -274,7 +275,7 @@ def _find_cifar(source, versions):
 
 
 def read_cifar(name: str, source: pathlib.Path):
-  """Returns what `datasets.write` takes of a folder or archive of CIFAR."""
+  """Returns what `prepared.write` takes of a folder or archive of CIFAR."""
   features, *versions = _CIFAR[name]
   version, files = _find_cifar(source, versions)
   columns = {}
@@ -337,3 +338,21 @@ READERS = {
   'cifar100': lambda source: read_cifar('cifar100', source),
   'fashion_mnist': read_fashion_mnist,
 }
+
+
+def write(name: str, source: str, data_dir: str) -> None:
+  """Writes a data set of READERS as tfds stores it.
+
+  Args:
+    name: a key of READERS.
+    source: the folder, or an archive, with its original files.
+    data_dir: see `prepared.write`.
+
+  Raises:
+    UserError: the files are not those of the data set, or `data_dir` cannot be
+      written.
+  """
+  import tensorflow_datasets as tfds
+
+  splits, names = READERS[name](pathlib.Path(source).expanduser())
+  prepared.write(tfds.builder_cls(name), data_dir, splits, names)

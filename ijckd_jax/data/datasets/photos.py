@@ -12,6 +12,7 @@ import numpy as np
 
 from ijckd_jax.data import datasets
 from ijckd_jax.data import images
+from ijckd_jax.data.datasets import prepared
 from ijckd_jax.data.datasets import tfds_folder
 from ijckd_jax.runtime import config_utils
 
@@ -48,7 +49,7 @@ class Source:
     Raises:
       UserError: it is not prepared, or without such a split.
     """
-    builder = datasets.prepared(self.name, self.data_dir)
+    builder = prepared.require(self.name, self.data_dir)
     tfds_folder.check_shards(builder, self.split)
     return builder
 
