@@ -32,7 +32,7 @@ class Result:
   """A converted classifier.
 
   Attributes:
-    bundle: it.
+    bundle: the classifier, as a network of this package.
     errors: by 'map', 'pooled' and 'logits', the largest difference from
       PyTorch's on random images in float32, of the largest number there; and by
       'bfloat16 logits', say, what that costs.
@@ -88,13 +88,7 @@ def convert(
     features['bfloat16'] = traced.export(image_shape, dtype=dtype)
   except config_utils.UserError as error:  # Some operators know none.
     notes.append(f'no program in bfloat16: {error}')
-  pool, pool_name, pool_arrays = teachers.average_pool, 'average', {}
-  if parts.pool is not None:
-    found = tracing.trace(model, parts.pool, parts.pool_takes)
-    # A student is trained through it.
-    pool = programs_lib.Pool(found.export(parts.pool_takes, vjp_order=1))
-    pool_name = programs_lib.PROGRAM
-    pool_arrays = {'params': found.arrays} if found.arrays else {}
+  pool, pool_name, pool_arrays = _pool(model, parts)
   network = converted.Converted(
     features=core.FrozenDict(features),
     pool=pool,
@@ -104,12 +98,10 @@ def convert(
     pools_map=parts.pools_map,
     buffers=tuple(sorted(traced.arrays.keys() - traced.trainable)),
   )
-  kinds = {'params': {}, 'batch_stats': {}}
-  for key, array in traced.arrays.items():
-    kind = 'params' if key in traced.trainable else 'batch_stats'
-    kinds[kind][key] = array
-  variables = {kind: {'backbone': arrays} for kind, arrays in kinds.items()}
-  variables |= {'pool': pool_arrays}
+  variables = {
+    kind: {'backbone': arrays} for kind, arrays in _by_kind(traced).items()
+  }
+  variables['pool'] = pool_arrays
   variables['params']['head'] = _head(parts, network)
   bundle = bundles.Bundle(
     network=network,
@@ -121,13 +113,7 @@ def convert(
     info={'origin': {**origin, **versions()}},
   )
   errors = _compare(bundle, model, parts)
-  for what in ('map', 'pooled', 'logits'):
-    if not errors.get(what, 0.0) <= MAX_ERROR:
-      raise config_utils.UserError(
-        f'what was traced does not compute what PyTorch does: its {what} is '
-        f'{errors[what]:.1e} of the scale away, more than {MAX_ERROR:.0e}; the '
-        'network cannot be converted'
-      )
+  _check(errors)
   return Result(bundle, errors, [f'cut by {parts.how}', *notes])
 
 
@@ -164,6 +150,26 @@ def describe(result: Result) -> list[str]:
 def versions() -> dict[str, str]:
   """Returns the versions that a conversion depends on."""
   return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _pool(model, parts) -> tuple[Any, str, dict[str, Any]]:
+  """Returns the pool, its name in the bundle, and its arrays."""
+  if parts.pool is None:
+    return teachers.average_pool, 'average', {}
+  traced = tracing.trace(model, parts.pool, parts.pool_takes)
+  # A student is trained through it.
+  pool = programs_lib.Pool(traced.export(parts.pool_takes, vjp_order=1))
+  arrays = {'params': traced.arrays} if traced.arrays else {}
+  return pool, programs_lib.PROGRAM, arrays
+
+
+def _by_kind(traced) -> dict[str, dict[str, np.ndarray]]:
+  """Returns the trainable arrays as 'params', the others as 'batch_stats'."""
+  kinds = {'params': {}, 'batch_stats': {}}
+  for key, array in traced.arrays.items():
+    kind = 'params' if key in traced.trainable else 'batch_stats'
+    kinds[kind][key] = array
+  return kinds
 
 
 def _head(parts, network) -> dict[str, np.ndarray]:
@@ -211,6 +217,17 @@ def _compare(bundle, model, parts) -> dict[str, float]:
       name = what if dtype == 'float32' else f'{dtype} {what}'
       errors[name] = _error(found[what], right.numpy())
   return errors
+
+
+def _check(errors: Mapping[str, float]) -> None:
+  """Raises UserError where a bundle is further from PyTorch than rounding."""
+  for what in ('map', 'pooled', 'logits'):
+    if not errors.get(what, 0.0) <= MAX_ERROR:
+      raise config_utils.UserError(
+        f'what was traced does not compute what PyTorch does: its {what} is '
+        f'{errors[what]:.1e} of the scale away, more than {MAX_ERROR:.0e}; the '
+        'network cannot be converted'
+      )
 
 
 def _error(given, wanted) -> float:

@@ -407,17 +407,7 @@ def _from_simkd(found, proj, request, origin):
     axis_name=None,
     dtype=dtype,
   )
-  network, frozen = bound.deployed_network, bound.frozen
-  shapes = jax.eval_shape(
-    lambda: bound.deployed(bound.init(jax.random.key(0), image_shape), frozen)
-  )
-  names = {
-    key: entry
-    for key, entry in published_names.names_of(
-      network, shapes, teacher.pool_name
-    ).items()
-    if key.startswith(('backbone.', 'connector.'))
-  }
+  names = _simkd_names(bound, teacher, image_shape)
   arrays = {f'backbone.{key}': array for key, array in found.arrays.items()}
   unused = [key for key in arrays if key not in names]
   taken = {key: arrays[key] for key in arrays if key in names} | proj
@@ -428,8 +418,8 @@ def _from_simkd(found, proj, request, origin):
       f'{teacher.name}: {problem}'
     )
   bundle = bundles.Bundle(
-    network=network,
-    variables=bound.deployed(_variables(taken, names), frozen),
+    network=bound.deployed_network,
+    variables=bound.deployed(_variables(taken, names), teacher.frozen),
     backbone_name=name,
     pool_name=teacher.pool_name,
     image_shape=image_shape,
@@ -442,6 +432,20 @@ def _from_simkd(found, proj, request, origin):
     f'{teacher.name}; not used, as SimKD does not: {left}',
     _describe(key, preprocessing, request),
   ]
+
+
+def _simkd_names(bound, teacher, image_shape) -> published_names.Names:
+  """Returns the names of the arrays of a student that its own file holds."""
+  shapes = jax.eval_shape(
+    lambda: bound.deployed(
+      bound.init(jax.random.key(0), image_shape), bound.frozen
+    )
+  )
+  names = published_names.names_of(
+    bound.deployed_network, shapes, teacher.pool_name
+  )
+  own = ('backbone.', 'connector.')
+  return {key: entry for key, entry in names.items() if key.startswith(own)}
 
 
 def _simkd_method(proj):

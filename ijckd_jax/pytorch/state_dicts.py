@@ -3,54 +3,23 @@
 What is read may come from strangers: nothing in a file is ever executed.
 """
 
-import argparse
 import collections
 from collections.abc import Mapping
 import dataclasses
 import hashlib
 import io
-import re
-import warnings
-import zipfile
 
 from etils import epath
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ijckd_jax.pytorch import file_kinds
+from ijckd_jax.pytorch import safe_loading
 from ijckd_jax.pytorch import wrappers
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import disk
 
-SUFFIXES = ('.safetensors', '.pth', '.pt')
-
-_OF_TORCH = 'only weights of PyTorch are read'
-# What else is downloaded in place of a checkpoint, by where it says so.
-_MAGIC = (
-  (0, b'\x89PNG', 'a PNG image'),
-  (0, b'\xff\xd8\xff', 'a JPEG image'),
-  (0, b'\x1f\x8b', 'compressed by gzip; unpack it first'),
-  (0, b'BZh', 'compressed by bzip2; unpack it first'),
-  (0, b'\xfd7zXZ', 'compressed by xz; unpack it first'),
-  (0, b'\x28\xb5\x2f\xfd', 'compressed by zstd; unpack it first'),
-  (0, b'7z\xbc\xaf', 'a 7z archive; unpack it first'),
-  (0, b'Rar!', 'a RAR archive; unpack it first'),
-  (0, b'\x89HDF', f'an HDF5 file, such as Keras writes; {_OF_TORCH}'),
-  (0, b'\x93NUMPY', 'an array of NumPy, without names'),
-  (0, b'GGUF', f'a GGUF file; {_OF_TORCH}'),
-  (0, b'%PDF', 'a PDF'),
-  (4, b'TFL3', f'a model of TensorFlow Lite; {_OF_TORCH}'),
-)
-# In files of NumPy 1 and 2.
-_NUMPY_NAMES = (
-  'numpy.dtype',
-  'numpy.ndarray',
-  *(
-    f'numpy.{core}.multiarray.{name}'
-    for core in ('core', '_core')
-    for name in ('scalar', '_reconstruct')
-  ),
-)
 _PRECISIONS = {
   'float16': 'half precision',
   'bfloat16': 'half precision',
@@ -64,9 +33,6 @@ _SAFETENSORS_TYPES = {
 # Eight bits become float32, with room for a few views.
 _MAX_GROWTH = 8
 _MAX_SAFETENSORS_HEADER = 100_000_000
-# Older unpicklers can be made to run code in spite of weights_only:
-# CVE-2025-32434 up to 2.5, CVE-2026-24747 up to 2.9.
-_SAFE_TORCH = (2, 10)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +124,7 @@ def write(
   if path.suffix == '.safetensors':
     data = safetensors.numpy.save(arrays, metadata or None)
   else:
-    torch = _import_torch(f'to write {path}')
+    torch = safe_loading.import_torch(f'to write {path}')
     tensors = collections.OrderedDict(
       (key, _to_torch(value, torch)) for key, value in arrays.items()
     )
@@ -175,7 +141,7 @@ def load_into(model, state: StateDict, source: str) -> None:
     config_utils.UserError: an entry is missing, is not there, or of another
       shape.
   """
-  torch = _import_torch('loads a model')
+  torch = safe_loading.import_torch('loads a model')
   wanted = model.state_dict()
   tensors = {
     name: _to_torch(array, torch) for name, array in state.arrays.items()
@@ -205,7 +171,7 @@ def load_into(model, state: StateDict, source: str) -> None:
 
 def check_suffix(path: epath.Path) -> None:
   """Raises UserError unless a state dict can be written to a path."""
-  if path.suffix not in SUFFIXES:
+  if path.suffix not in file_kinds.SUFFIXES:
     raise config_utils.UserError(
       f'{path}: a state dict is written to a .safetensors file, or to a .pth '
       'or .pt for PyTorch'
@@ -220,8 +186,8 @@ def _read(path, part):
     tensors, metadata = _load_safetensors(path, size, head)
     others, convert = {}, _from_safetensors
   elif head.startswith((b'PK', b'\x80')):
-    torch = _import_torch(f'to read {path}')
-    content = _load_torch(path, size, torch)
+    torch = safe_loading.import_torch(f'to read {path}')
+    content = safe_loading.load(path, size, torch)
     tensors, others, metadata, part = wrappers.unwrap(
       path, content, part, torch.is_tensor, notes
     )
@@ -242,7 +208,7 @@ def _read(path, part):
       return array, dtype
   else:
     raise config_utils.UserError(
-      f'{path} is not a checkpoint: {_describe(head)}'
+      f'{path} is not a checkpoint: {file_kinds.describe(head)}'
     )
   tensors = wrappers.strip(tensors, notes)
   tensors = wrappers.choose(path, tensors, part, notes)
@@ -284,50 +250,6 @@ def _header_size(head):
   return int.from_bytes(head[:8], 'little')
 
 
-def _is_text(head):
-  """Returns whether the first bytes are of a text."""
-  try:
-    text = head.decode()
-  except UnicodeDecodeError as error:
-    if error.start < len(head) - 3:  # Otherwise a character that is cut.
-      return False
-    text = head[: error.start].decode()
-  return all(char.isprintable() or char in '\t\r\n' for char in text)
-
-
-def _is_page(head):
-  """Returns whether the first bytes are those of a web page, or of an error."""
-  text = head.decode('utf-8-sig', 'ignore').lstrip().lower()
-  return text.startswith(('<!doctype html', '<html', '<head', '<body')) or (
-    text.startswith('<') and ('<html' in text or text.startswith('<?xml'))
-  )
-
-
-def _describe(head):
-  """Returns what a file is whose first bytes are no checkpoint's."""
-  if len(head) < 9:
-    return f'it has only {len(head)} bytes'
-  if head.startswith(b'version https://git-lfs'):
-    return (
-      'it is a Git LFS pointer, which only names one; git lfs pull fetches the '
-      'file itself'
-    )
-  if _is_page(head):
-    return 'it is a web page; the address led to a page, not to the file'
-  for start, magic, name in _MAGIC:
-    if head[start:].startswith(magic):
-      return f'it is {name}'
-  if head[0] == 8 and 3 <= head[1] < 32 and head[2] in b'\x12\x1a\x22\x2a\x3a':
-    return 'it is an ONNX model; give the PyTorch file that it was made of'
-  if head.startswith(b'\x08\x01\x12'):
-    return f'it is a SavedModel of TensorFlow; {_OF_TORCH}'
-  if head[257:262] == b'ustar':
-    return 'it is a tar archive; unpack it first'
-  if _is_text(head):
-    return 'it is a text'
-  return 'its first bytes are those of no known format'
-
-
 def _load_safetensors(path, size, head):
   """Returns the tensors of a safetensors file and its metadata."""
   header_size = _header_size(head)
@@ -358,158 +280,6 @@ def _from_safetensors(tensor):
     raise config_utils.UserError(f'is of type {kind}, which is not read')
   array = np.frombuffer(data, f'<{_SAFETENSORS_TYPES[kind]}').reshape(shape)
   return array, array.dtype.name
-
-
-def _import_torch(purpose):
-  try:
-    import torch
-  except ImportError as error:
-    raise config_utils.UserError(
-      f"PyTorch is needed {purpose}: pip install 'ijckd_jax[torch]', or give a "
-      '.safetensors file, which needs no PyTorch'
-    ) from error
-  return torch
-
-
-def _load_torch(path, size, torch):
-  """Returns what torch.save put into a file, of weights and plain values."""
-  if torch.__version__ < _SAFE_TORCH:
-    raise config_utils.UserError(
-      f'{path}: PyTorch {torch.__version__} cannot read the files of others '
-      "safely: pip install --upgrade 'torch >= 2.10', or give a .safetensors "
-      'file'
-    )
-  # Others put NumPy's scalars and arrays beside the weights, such as the best
-  # accuracy. None of them is read, so a stand-in takes their place, and none of
-  # NumPy's code is reached.
-  # RepDistiller and torchdistill save their flags along, an argparse.Namespace.
-  # Allowing it gives a file no power. The unpickler makes one without arguments
-  # and fills its __dict__. Of all attributes it would call only __setstate__,
-  # which a file could indeed put there, but only as something that it was
-  # allowed to call in the first place: globals are looked up in torch's list
-  # alone, and attributes never. Here no attribute of it is read.
-  allowed = torch.serialization.safe_globals(
-    [argparse.Namespace, *((_OfNumpy, name) for name in _NUMPY_NAMES)]
-  )
-  with path.open('rb') as stream, warnings.catch_warnings(), allowed:
-    warnings.simplefilter('ignore')
-    if stream.read(2) == b'PK':
-      _check_zip(path, size, stream)
-    stream.seek(0)
-    try:
-      return torch.load(
-        stream, map_location='cpu', weights_only=True, mmap=False
-      )
-    except Exception as error:
-      config_utils.raise_outside(error)
-      raise _refusal(path, size, stream, error, torch) from error
-
-
-def _describe_members(members):
-  """Returns what a zip archive is that holds no checkpoint as its content."""
-  inside = [name for name in members if name.endswith(SUFFIXES)]
-  if inside:
-    return f'unpack it first, it holds {wrappers.word(inside[0])}'
-  if 'model.weights.h5' in members:
-    return f'it is a model of Keras; {_OF_TORCH}'
-  if members and all(name.endswith('.npy') for name in members):
-    return 'it is an .npz file of NumPy'
-  some = ', '.join(wrappers.word(name) for name in members[:3])
-  return f'it holds {some or "nothing"}' + (', ...' if members[3:] else '')
-
-
-class _OfNumpy:
-  """Stands for a scalar, an array or a dtype of NumPy, and holds nothing."""
-
-  __slots__ = ()
-
-  def __new__(cls, *_):
-    return super().__new__(cls)
-
-  def __setstate__(self, _):
-    pass
-
-
-def _check_zip(path, size, stream):
-  """Raises unless a zip archive is whole and a checkpoint."""
-  try:
-    archive = zipfile.ZipFile(stream)
-    members = archive.namelist()
-  except zipfile.BadZipFile as error:
-    raise config_utils.UserError(
-      f'{path} is cut off or damaged: its end is missing; fetch it again'
-    ) from error
-  names = {name.rpartition('/')[2] for name in members}
-  if 'constants.pkl' in names:
-    raise config_utils.UserError(
-      f'{path} is a program (TorchScript), not weights; if you trust it: '
-      "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
-    )
-  if 'data.pkl' not in names:
-    raise config_utils.UserError(
-      f'{path} is a zip archive, but not one that torch.save wrote: '
-      f'{_describe_members(members)}'
-    )
-  # torch.save compresses nothing, nor does it store anything twice.
-  unpacked = sum(member.file_size for member in archive.infolist())
-  if unpacked > size:
-    raise config_utils.UserError(
-      f'{path} would become {unpacked:,} bytes from {size:,}: it is '
-      'compressed, which torch.save never does, so it is not unpacked; if you '
-      'trust it, load it once with PyTorch and save it again'
-    )
-  # torch.load does not look at the checksums.
-  if damaged := archive.testzip():
-    raise config_utils.UserError(
-      f'{path} is damaged: {wrappers.word(damaged)} in it has another '
-      'checksum; fetch it again, or save it once more if PyTorch saved it '
-      'without checksums'
-    )
-
-
-def _refusal(path, size, stream, error, torch):
-  """Returns the UserError for what torch.load raised."""
-  message = str(error)
-  ended = stream.tell() >= size
-  wanted = re.findall(
-    r'GLOBAL (\S+) (?:was not an allowed|whose module)', message
-  ) or re.findall(r'``(\S+)`` must be imported to load', message)
-  zipped = False
-  try:
-    stream.seek(0)
-    zipped = stream.read(2) == b'PK'
-    stream.seek(0)
-    wanted = sorted(
-      torch.serialization.get_unsafe_globals_in_checkpoint(stream) or wanted
-    )
-  except Exception:  # It reads zip archives of few opcodes; `wanted` is enough.
-    wanted = sorted(wanted)
-  # A name that the end of the file cuts is no name.
-  if wanted and (zipped or not ended):
-    names = ', '.join(wrappers.word(name) for name in wanted[:5])
-    more = f' and {len(wanted) - 5} more' if len(wanted) > 5 else ''
-    return config_utils.UserError(
-      f'{path} needs more than weights: {names}{more}; such a file can run '
-      'code, so if you trust it, load it once with PyTorch and save its state '
-      'dict alone: x = torch.load(FILE, weights_only=False); torch.save('
-      "x.state_dict() if hasattr(x, 'state_dict') else x['state_dict'], "
-      "'weights.pth'), or convert it to .safetensors"
-    )
-  if 'magic number' in message:
-    return config_utils.UserError(
-      f'{path} is a pickle, but not one that torch.save wrote'
-    )
-  if not zipped and (ended or 'unexpected EOF' in message):
-    return config_utils.UserError(
-      f'{path} is cut off: it ends too early; fetch it again'
-    )
-  # The rest of torch's message tells how to load it without protection.
-  message = message.rpartition('WeightsUnpickler error:')[2]
-  message = message.partition('Check the documentation')[0]
-  return config_utils.UserError(
-    f'{path} is damaged, or not a checkpoint that torch.save wrote: '
-    f'{config_utils.short(message.strip() or error)}'
-  )
 
 
 def _convert(path, where, tensors, convert, dtypes):

@@ -45,15 +45,12 @@ def unwrap(path, content, part, is_tensor, notes):
     for inner, state in _state_dicts(value, is_tensor).items()
   }
   networks = {**found, **deeper}
-  alone = ''
-  beneath = [key for key in deeper if key.startswith(f'{part}.')]
-  if part in networks:
-    taken, part = part, ''
-  elif part and len(beneath) == 1:
-    taken, part = beneath[0], ''
-  else:
-    taken = next((key for key in (*WRAPPERS, *AVERAGES) if key in found), None)
+  taken = _asked_for(part, found, deeper)
+  if taken is None:
     alone = ', as there is nothing else'
+    taken = next((key for key in (*WRAPPERS, *AVERAGES) if key in found), None)
+  else:
+    part, alone = '', ''
   if taken is not None:
     state = networks.pop(taken)
     left = [
@@ -65,29 +62,13 @@ def unwrap(path, content, part, is_tensor, notes):
     state = content
     left = [key for key, value in content.items() if not is_tensor(value)]
   else:
-    keys = ', '.join(word(key) for key in list(networks or content)[:8])
-    raise config_utils.UserError(
-      f'{path} holds no state dict, bare or under {", ".join(WRAPPERS)}; it '
-      + (
-        f'has state dicts under {keys}: {_choice(next(iter(networks)))} takes '
-        'that one'
-        if networks
-        else f'has {keys or "nothing"}'
-      )
-    )
-  for key in networks:
-    if _is_average(key):
-      notes.append(
-        f'left out {word(key)}, a moving average: {_choice(key)} takes it'
-      )
+    raise _no_state_dict(path, content, networks)
+  _note_others(networks, notes)
   others = {
     key: value
     for key, value in networks.items()
     if key in found and key not in (*WRAPPERS, *AVERAGES)
   }
-  beside = [word(key) for key in networks if not _is_average(key)]
-  if beside:
-    notes.append(f'beside it: {", ".join(beside)}')
   metadata = {
     key: content[key]
     for key in left
@@ -105,6 +86,40 @@ def unwrap(path, content, part, is_tensor, notes):
 
   others = {key: tensors(value) for key, value in others.items()}
   return tensors(state), others, metadata, part
+
+
+def _asked_for(part, found, deeper):
+  """Returns the key of the state dict that a part names; None if none is."""
+  beneath = [key for key in deeper if key.startswith(f'{part}.')]
+  if part in found or part in deeper:
+    return part
+  return beneath[0] if part and len(beneath) == 1 else None
+
+
+def _no_state_dict(path, content, networks):
+  """Returns the UserError for a file without a state dict in a usual place."""
+  keys = ', '.join(word(key) for key in list(networks or content)[:8])
+  return config_utils.UserError(
+    f'{path} holds no state dict, bare or under {", ".join(WRAPPERS)}; it '
+    + (
+      f'has state dicts under {keys}: {_choice(next(iter(networks)))} takes '
+      'that one'
+      if networks
+      else f'has {keys or "nothing"}'
+    )
+  )
+
+
+def _note_others(networks, notes):
+  """Adds to the notes which other state dicts a file has."""
+  for key in networks:
+    if _is_average(key):
+      notes.append(
+        f'left out {word(key)}, a moving average: {_choice(key)} takes it'
+      )
+  beside = [word(key) for key in networks if not _is_average(key)]
+  if beside:
+    notes.append(f'beside it: {", ".join(beside)}')
 
 
 def _state_dicts(content, is_tensor):
