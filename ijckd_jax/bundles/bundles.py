@@ -202,15 +202,9 @@ def load(
   directory = find(directory)
   if trust_programs is None:
     trust_programs = bool(trust_code)
-  # Data from strangers can be wrong in more ways than a list could name, so
-  # here whatever goes wrong with it is the user's error, and said in one line.
-  try:
+  unreadable = f'the bundle in {directory} cannot be read'
+  with config_utils.blame(unreadable):
     spec = json.loads(_read(directory, SPEC_FILE, MAX_TEXT_BYTES))
-  except Exception as error:
-    config_utils.raise_outside(error)
-    raise config_utils.UserError(
-      f'the bundle in {directory} cannot be read: {config_utils.short(error)}'
-    ) from error
   network, pool_backbone = build(
     spec,
     directory,
@@ -220,37 +214,24 @@ def load(
       directory, spec, name, is_trusted=trust_programs
     ),
   )
-  try:
+  with config_utils.blame(
+    f'the {SPEC_FILE} in {directory} does not fit together'
+  ):
     wanted = jax.tree.leaves(specification.shapes(network, pool_backbone, spec))
-  except Exception as error:
-    config_utils.raise_outside(error)
-    raise config_utils.UserError(
-      f'the {SPEC_FILE} in {directory} does not fit together: '
-      f'{config_utils.short(error)}'
-    ) from error
-  try:
+  with config_utils.blame(unreadable):
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in wanted)
     data = _read(directory, ARRAYS_FILE, size + MAX_TEXT_BYTES)
     arrays = safetensors.numpy.load(data)
-  except Exception as error:
-    config_utils.raise_outside(error)
-    raise config_utils.UserError(
-      f'the bundle in {directory} cannot be read: {config_utils.short(error)}'
-    ) from error
-  try:
+  with config_utils.blame(
+    f'the arrays in {directory} do not fit its {SPEC_FILE}'
+  ):
     specification.check_arrays(arrays, network, pool_backbone, spec)
-    # Bundles of before have none.
+    # Bundles of earlier versions have no checksum.
     if spec.get(CHECKSUM, '') not in ('', hashlib.sha256(data).hexdigest()):
       raise ValueError('they are not those that were saved')
     variables = traverse_util.unflatten_dict(arrays, sep='/')
     for kind in (*network_lib.COLLECTIONS, 'pool'):
       variables.setdefault(kind, {})
-  except Exception as error:
-    config_utils.raise_outside(error)
-    raise config_utils.UserError(
-      f'the arrays in {directory} do not fit its {SPEC_FILE}: '
-      f'{config_utils.short(error)}'
-    ) from error
   return Bundle(
     network=network,
     variables=variables,
@@ -277,15 +258,10 @@ def _read_program(
       'load it with trust_code=True (--trust_code) if you trust it'
     )
   file = f'{name}{PROGRAM_SUFFIX}'
-  try:
+  with config_utils.blame(f'the bundle in {directory} cannot be read'):
     data = _read(directory, file, MAX_PROGRAM_BYTES)
     if hashlib.sha256(data).hexdigest() != spec['programs'][name]:
       raise ValueError(f'{file} is not the one that was saved')
-  except Exception as error:
-    config_utils.raise_outside(error)
-    raise config_utils.UserError(
-      f'the bundle in {directory} cannot be read: {config_utils.short(error)}'
-    ) from error
   return programs_lib.load(data, f'{directory / file}')
 
 
@@ -335,19 +311,13 @@ def build(
       f'the bundle in {where} has format {version}; this version of ijckd_jax '
       f'reads {" and ".join(map(str, FORMAT_VERSIONS))}'
     )
-  try:
+  with config_utils.blame(f"{where}: the bundle's description is damaged"):
     specification.check(spec)
     outside = [
       name
       for name in specification.names_outside(spec)
       if not _is_trusted(name, trust_code)
     ]
-  except Exception as error:
-    config_utils.raise_outside(error)
-    raise config_utils.UserError(
-      f"{where}: the bundle's description is damaged: "
-      f'{config_utils.short(error)}'
-    ) from error
   if outside:
     raise config_utils.UserError(
       f'the bundle in {where} names code outside the package '
@@ -357,15 +327,9 @@ def build(
   backend.start()
   names = spec.get('programs', {}) if read else {}
   programs = {name: read(name) for name in names}
-  try:
+  with config_utils.blame(f'{where}: what its bundle names cannot be built'):
     dtype = dtype or getattr(jnp, spec['dtype'])
     return specification.build(spec, dtype, programs)
-  except Exception as error:
-    config_utils.raise_outside(error)
-    raise config_utils.UserError(
-      f'{where}: what its bundle names cannot be built: '
-      f'{config_utils.short(error)}'
-    ) from error
 
 
 def _is_trusted(name: str, trust_code: bool | str) -> bool:

@@ -37,6 +37,7 @@ CONNECTOR_RUNTIME_FIELDS = (
 )
 # A file may ask for anything: arrays as large as these sides still fit.
 MAX_SIDE = 4096
+SIDES = f'a list of sides from 1 to {MAX_SIDE}'
 MAX_NUMBER = 2.0**127  # Beyond it float32 is infinite, and so are NaN and inf.
 MAX_EVAL_BATCH_SIZE = 2**20
 
@@ -67,33 +68,49 @@ def _is_texts(values):
 
 def check(spec):
   """Raises ValueError unless each field is of its type and within bounds."""
+  _check_network(spec)
+  _check_images(spec)
+  _check_connection(spec)
+  info = spec.get('info')
+  _require(isinstance(info, dict), 'info', 'an object')
+  _require(
+    _is_count(info.get('eval_batch_size', 1), MAX_EVAL_BATCH_SIZE),
+    'eval_batch_size',
+    f'from 1 to {MAX_EVAL_BATCH_SIZE}',
+  )
+  for field in ('dataset', 'origin'):
+    _require(isinstance(info.get(field, {}), dict), field, 'an object')
 
-  def require(is_right, field, wanted):
-    if not is_right:
-      raise ValueError(f'{field} must be {wanted}')
 
+def _require(is_right, field, wanted):
+  if not is_right:
+    raise ValueError(f'{field} must be {wanted}')
+
+
+def _check_network(spec):
+  """Raises ValueError unless backbone, pool, classes and programs are right."""
   for field in ('backbone', 'pool'):
-    require(isinstance(spec.get(field), str), field, 'a name')
+    _require(isinstance(spec.get(field), str), field, 'a name')
   flags = ('signed', 'pooled_signed', 'pools_map')
   found = spec.get('converted')
   if found is None:
     flags, owner = ('truncated',), spec
   else:
-    require(isinstance(found, dict), 'converted', 'null or an object')
-    require(_is_texts(found.get('buffers')), 'buffers', 'a list of names')
-    require(
+    _require(isinstance(found, dict), 'converted', 'null or an object')
+    _require(_is_texts(found.get('buffers')), 'buffers', 'a list of names')
+    _require(
       spec['pool'] in ('average', programs_lib.PROGRAM), 'pool', 'its own'
     )
     owner = found
   for field in flags:
-    require(isinstance(owner.get(field), bool), field, 'true or false')
-  require(spec.get('dtype') in DTYPES, 'dtype', f'one of {", ".join(DTYPES)}')
+    _require(isinstance(owner.get(field), bool), field, 'true or false')
+  _require(spec.get('dtype') in DTYPES, 'dtype', f'one of {", ".join(DTYPES)}')
   names = spec.get('class_names')
   # A converted network may have none, and then no head.
   wanted = 'a list of names'
-  require(_is_texts(names) and (names or found), 'class_names', wanted)
+  _require(_is_texts(names) and (names or found), 'class_names', wanted)
   hashes = spec.get('programs', {})
-  require(
+  _require(
     isinstance(hashes, dict)
     and set(hashes) <= set(PROGRAMS)
     and _is_texts(list(hashes.values())),
@@ -101,23 +118,25 @@ def check(spec):
     f'checksums of {", ".join(PROGRAMS)}',
   )
 
-  sides = f'a list of sides from 1 to {MAX_SIDE}'
+
+def _check_images(spec):
+  """Raises ValueError unless the images and their preprocessing are right."""
   shape = spec.get('image_shape')
-  require(
+  _require(
     isinstance(shape, list) and _is_size(shape[:2]) and len(shape) == 3,
     'image_shape',
-    f'{sides}, and the number of channels',
+    f'{SIDES}, and the number of channels',
   )
-  require(_is_count(shape[2], MAX_SIDE), 'image_shape', 'of 1 channel or more')
+  _require(_is_count(shape[2], MAX_SIDE), 'image_shape', 'of 1 channel or more')
   preprocessing = spec.get('preprocessing')
-  require(
+  _require(
     isinstance(preprocessing, dict)
     and set(preprocessing) - {'interpolation'} == {'mean', 'std', 'size'},
     'preprocessing',
     'a mean, a std, a size and an interpolation',
   )
   # Bundles that do not name one were made when all were bilinear.
-  require(
+  _require(
     preprocessing.get('interpolation', 'bilinear') in augment.INTERPOLATIONS,
     'interpolation',
     f'one of {", ".join(augment.INTERPOLATIONS)}',
@@ -125,37 +144,30 @@ def check(spec):
   for field in ('mean', 'std'):
     values = preprocessing[field]
     wanted = f'a list of {shape[2]} numbers, one per channel'
-    require(_is_numbers(values, shape[2]), field, wanted)
-  require(min(preprocessing['std']) > 0, 'std', 'positive')
-  require(_is_size(preprocessing['size']), 'size', sides)
+    _require(_is_numbers(values, shape[2]), field, wanted)
+  _require(min(preprocessing['std']) > 0, 'std', 'positive')
+  _require(_is_size(preprocessing['size']), 'size', SIDES)
 
+
+def _check_connection(spec):
+  """Raises ValueError unless the connector and its size are right."""
   connector = spec.get('connector', '')
-  connect_size = spec.get('connect_size', '')
-  require(
+  size = spec.get('connect_size', '')
+  _require(
     connector is None
     or (isinstance(connector, dict) and isinstance(connector.get('name'), str)),
     'connector',
     'null, or have a name and fields',
   )
-  require(
-    connect_size is None
+  _require(
+    size is None
     or (
-      _is_size(connect_size)
-      and all(map(int.__le__, connect_size, preprocessing['size']))
+      _is_size(size)
+      and all(map(int.__le__, size, spec['preprocessing']['size']))
     ),
     'connect_size',
-    f"null, or {sides}, at most the images'",
+    f"null, or {SIDES}, at most the images'",
   )
-
-  info = spec.get('info')
-  require(isinstance(info, dict), 'info', 'an object')
-  require(
-    _is_count(info.get('eval_batch_size', 1), MAX_EVAL_BATCH_SIZE),
-    'eval_batch_size',
-    f'from 1 to {MAX_EVAL_BATCH_SIZE}',
-  )
-  for field in ('dataset', 'origin'):
-    require(isinstance(info.get(field, {}), dict), field, 'an object')
 
 
 def names_outside(spec) -> list[str]:

@@ -203,15 +203,10 @@ class Session:
     # files as well.
     options.add_session_config_entry('session.load_model_format', 'ONNX')
     options.intra_op_num_threads = num_threads
-    try:
+    with config_utils.blame(f'{what} cannot be read by onnxruntime'):
       self._session = onnxruntime.InferenceSession(
         data, options, providers=['CPUExecutionProvider']
       )
-    except Exception as error:  # Of a class that onnxruntime keeps private.
-      config_utils.raise_outside(error)
-      raise config_utils.UserError(
-        f'{what} cannot be read by onnxruntime: {config_utils.short(error)}'
-      ) from error
     self.metadata = dict(self._session.get_modelmeta().custom_metadata_map)
     inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
     names = [x.name for x in (*inputs, *outputs)]
@@ -236,13 +231,8 @@ def _check_self_contained(data: bytes, what: str) -> None:
   """
   import onnx
 
-  try:
+  with config_utils.blame(f'{what} cannot be read as ONNX'):
     model = onnx.load_from_string(data)
-  except Exception as error:  # Of a class that protobuf keeps private.
-    config_utils.raise_outside(error)
-    raise config_utils.UserError(
-      f'{what} cannot be read as ONNX: {config_utils.short(error)}'
-    ) from error
   for message in _messages(model):
     if isinstance(message, onnx.TensorProto) and (
       message.data_location == onnx.TensorProto.EXTERNAL

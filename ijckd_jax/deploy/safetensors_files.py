@@ -74,16 +74,11 @@ def decode(
   Raises:
     config_utils.UserError: it is no such file, or damaged.
   """
-  try:
+  with config_utils.blame(f'{what} is no file that ijckd export wrote'):
     arrays = safetensors.numpy.load(data)
     metadata = disk.safetensors_metadata(data)
     spec, unread = (json.loads(metadata[key]) for key in (NETWORK, UNREAD))
     takes = metadata['takes']
-  except Exception as error:
-    config_utils.raise_outside(error)
-    raise config_utils.UserError(
-      f'{what} is no file that ijckd export wrote: {config_utils.short(error)}'
-    ) from error
   network, _ = bundles.build(
     spec, what, dtype=jnp.float32, trust_code=trust_code
   )
@@ -116,13 +111,8 @@ class Session:
     self.metadata, self.takes = dict(found.metadata), found.takes
     self.image_shape = found.image_shape
     self._call, self._arrays = jax.jit(found), found.arrays
-    try:
+    with config_utils.blame(f'the arrays in {what} do not fit together'):
       jax.eval_shape(found, found.arrays, found.shape(1))
-    except Exception as error:
-      config_utils.raise_outside(error)
-      raise config_utils.UserError(
-        f'the arrays in {what} do not fit together: {config_utils.short(error)}'
-      ) from error
 
   def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns logits and probabilities, (B, K) float32 each."""

@@ -67,15 +67,9 @@ class Session:
       config_utils.UserError: it is no program, or not one of `encode`.
     """
     backend.start()
-    try:
+    with config_utils.blame(f'{what} cannot be read by jax {jax.__version__}'):
       exported = export.deserialize(bytearray(data))
       (images,) = exported.in_avals
-    except Exception as error:  # Whatever a parser may raise.
-      config_utils.raise_outside(error)
-      raise config_utils.UserError(
-        f'{what} cannot be read by jax {jax.__version__}: '
-        f'{config_utils.short(error)}'
-      ) from error
     self.metadata, self.takes = metadata, images.dtype.name
     self.image_shape = tuple(images.shape[1:])
     self._call = jax.jit(exported.call)

@@ -95,20 +95,14 @@ def affine(head, z):
       return head(x[:, :, None, None]).flatten(1)
     return head(x)
 
-  try:
+  layer = f'its last layer, a {type(head).__name__}'
+  with config_utils.blame(f'{layer}, does not take its pooled features'):
     bias = apply(torch.zeros_like(z[:1]))[0]
     kernel = apply(torch.eye(z.shape[1])) - bias
     is_linear = close(z @ kernel + bias, apply(z))
-  except Exception as error:
-    config_utils.raise_outside(error)
-    raise config_utils.UserError(
-      f'its last layer, a {type(head).__name__}, does not take its pooled '
-      f'features: {config_utils.short(error)}'
-    ) from error
   if not is_linear:
     raise config_utils.UserError(
-      f'its last layer, a {type(head).__name__}, is not linear: a student '
-      'cannot be given it as its head'
+      f'{layer}, is not linear: a student cannot be given it as its head'
     )
   return kernel, bias
 

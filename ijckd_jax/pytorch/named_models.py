@@ -74,13 +74,8 @@ def _timm_model(name, arguments):
 
 def _call(factory, name, arguments):
   """Returns what a factory makes; its errors are the user's."""
-  try:
+  with config_utils.blame(f'{name} cannot be made with {arguments}'):
     return factory(**arguments)
-  except Exception as error:  # The code may be anyone's.
-    config_utils.raise_outside(error)
-    raise config_utils.UserError(
-      f'{name} cannot be made with {arguments}: {config_utils.short(error)}'
-    ) from error
 
 
 def load_weights(

@@ -33,14 +33,10 @@ def split(model, image_shape: tuple[int, int, int]) -> classifier_parts.Parts:
   shape = (classifier_parts.NUM_PROBES, channels, height, width)
   probes = torch.randn(shape, generator=classifier_parts.generator())
   with torch.no_grad(), classifier_parts.unchanged(model):
-    try:
+    with config_utils.blame(
+      f'it does not run on images of {height}x{width} with {channels} channels'
+    ):
       logits = model(probes)
-    except Exception as error:  # The model may be anyone's.
-      config_utils.raise_outside(error)
-      raise config_utils.UserError(
-        f'it does not run on images of {height}x{width} with {channels} '
-        f'channels: {config_utils.short(error)}'
-      ) from error
     refusal = None
     if all(hasattr(model, name) for name in classifier_parts.PROTOCOL):
       features = model.forward_features(probes)

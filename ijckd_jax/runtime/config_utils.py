@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -558,6 +559,20 @@ def raise_outside(error: Exception) -> None:
   """
   if cause_outside(error):
     raise error
+
+
+@contextlib.contextmanager
+def blame(said: str):
+  """Makes a UserError of whatever its block raises: `said`, and the reason.
+
+  For blocks that read what others have made, which can be wrong in more ways
+  than a list could name. `raise_outside` raises what no data is to blame for.
+  """
+  try:
+    yield
+  except Exception as error:
+    raise_outside(error)
+    raise UserError(f'{said}: {short(error)}') from error
 
 
 def expand(path: str | os.PathLike) -> str:
