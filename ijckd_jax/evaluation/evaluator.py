@@ -69,32 +69,15 @@ def make(
     rows_in=(False, False, True),
     rows_out=True,
   )
-  # By split. They stay when a head is fitted again: it only reads them.
-  teacher_features = {}
+  batches = functools.partial(
+    input_pipeline.eval_batches,
+    batch_size=batch_size,
+    process_index=jax.process_index(),
+    num_processes=jax.process_count(),
+    num_workers=num_workers,
+  )
   if teacher is not None:
-    p_teach_step = feature_extraction.make_step(
-      lambda frozen, images: teacher(frozen, images).pooled, mapper
-    )
-
-  def batches(arrays):
-    return input_pipeline.eval_batches(
-      arrays,
-      batch_size=batch_size,
-      process_index=jax.process_index(),
-      num_processes=jax.process_count(),
-      num_workers=num_workers,
-    )
-
-  def teach(frozen, arrays) -> list[np.ndarray]:
-    """Returns the pooled features of this process's rows, by batch."""
-    if id(arrays) not in teacher_features:
-      found = (
-        p_teach_step(frozen, mapper.shard(batch), None)
-        for batch in batches(arrays)
-      )
-      pooled = [mapper.rows(rows['rows']) for _, rows in parallel.ahead(found)]
-      teacher_features[id(arrays)] = arrays, pooled
-    return teacher_features[id(arrays)][1]
+    pooled_by_batch = _make_pooled_by_batch(teacher, mapper, batches)
 
   def evaluate(
     variables, frozen, arrays, connected_variables=None
@@ -102,7 +85,7 @@ def make(
     variables = mapper.replicate(
       {'student': variables, 'connected': connected_variables}
     )
-    inputs, joint, head = batches(arrays), None, None
+    inputs, joint = batches(arrays), None
     if teacher is not None:
       head = variables[
         'student' if connected_variables is None else 'connected'
@@ -111,45 +94,84 @@ def make(
       joint = {'head': frozen['head'], 'described': None}
       if connected is not None:
         joint['described'] = mapper.replicate(pointwise.describe(head))
-      pairs = zip(inputs, teach(frozen, arrays), strict=True)
+      pairs = zip(inputs, pooled_by_batch(frozen, arrays), strict=True)
       inputs = ({**batch, 'teacher_pooled': pooled} for batch, pooled in pairs)
     results = (
       (batch, *p_eval_step(variables, joint, mapper.shard(batch)))
       for batch in inputs
     )
-    totals, rows = None, []
-    for batch, sums, predicted in parallel.ahead(results):
-      sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
-      if totals is None:
-        totals = sums
-      else:
-        totals = jax.tree.map(np.add, totals, sums)
-      about = {name: batch[name] for name in ('index', 'label', 'mask')}
-      rows.append({**mapper.rows(predicted), **about})
-    joined = {name: np.concatenate([r[name] for r in rows]) for name in rows[0]}
-    if jax.process_count() > 1:
-      joined = multihost_utils.process_allgather(joined, tiled=True)
-    chosen = np.flatnonzero(joined['mask'])
-    chosen = chosen[np.argsort(joined['index'][chosen])]
-    joined = {name: values[chosen] for name, values in joined.items()}
+    totals, rows = _gather(results, mapper)
     num_classes = variables['student']['params']['head']['bias'].shape[0]
-
-    def evaluation(name, more, below):
-      return Evaluation(
-        {**metrics.summarize(totals[name]), **more},
-        _confusion(joined['label'], joined[name], num_classes),
-        joined[name],
-        joined['label'],
-        below,
-      )
-
+    student = _evaluation('student', totals, rows, num_classes)
     if teacher is None:
-      return evaluation('student', {}, None)
+      return student
     pair = metrics.summarize_pair(totals['pair'])
     pair |= pointwise.summarize(totals['bounds'], *head['kernel'].shape)
-    return evaluation('student', pair, evaluation('teacher', {}, None))
+    return dataclasses.replace(
+      student,
+      metrics={**student.metrics, **pair},
+      teacher=_evaluation('teacher', totals, rows, num_classes),
+    )
 
   return evaluate
+
+
+def _make_pooled_by_batch(teacher, mapper, batches):
+  """Returns a function that gives the teacher's pooled features of a split.
+
+  They are a list of this process's rows, by batch, which stays in memory when a
+  head is fitted again, because a fit only reads them.
+  """
+  p_teach_step = feature_extraction.make_step(
+    lambda frozen, images: teacher(frozen, images).pooled, mapper
+  )
+  known = {}  # The split, which keeps its id from being used again; features.
+
+  def pooled_by_batch(frozen, arrays) -> list[np.ndarray]:
+    if id(arrays) not in known:
+      found = (
+        p_teach_step(frozen, mapper.shard(batch), None)
+        for batch in batches(arrays)
+      )
+      pooled = [mapper.rows(rows['rows']) for _, rows in parallel.ahead(found)]
+      known[id(arrays)] = arrays, pooled
+    return known[id(arrays)][1]
+
+  return pooled_by_batch
+
+
+def _gather(results, mapper):
+  """Returns the sums over all batches, and the rows of each example in order.
+
+  Args:
+    results: of each batch: itself, and the sums and rows of eval_step.
+    mapper: parallel.Mapper.
+  """
+  totals, rows = None, []
+  for batch, sums, predicted in parallel.ahead(results):
+    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+    if totals is None:
+      totals = sums
+    else:
+      totals = jax.tree.map(np.add, totals, sums)
+    about = {name: batch[name] for name in ('index', 'label', 'mask')}
+    rows.append({**mapper.rows(predicted), **about})
+  joined = {name: np.concatenate([r[name] for r in rows]) for name in rows[0]}
+  if jax.process_count() > 1:
+    joined = multihost_utils.process_allgather(joined, tiled=True)
+  chosen = np.flatnonzero(joined['mask'])
+  chosen = chosen[np.argsort(joined['index'][chosen])]
+  return totals, {name: values[chosen] for name, values in joined.items()}
+
+
+def _evaluation(name, totals, rows, num_classes) -> Evaluation:
+  """Returns what one network does; `name` is 'student' or 'teacher'."""
+  return Evaluation(
+    metrics.summarize(totals[name]),
+    _confusion(rows['label'], rows[name], num_classes),
+    rows[name],
+    rows['label'],
+  )
 
 
 def _confusion(labels, predictions, num_classes):
