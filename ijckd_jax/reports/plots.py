@@ -273,11 +273,8 @@ def _confusions(summary, evaluation, class_names) -> tuple:
     panel.confusion / np.maximum(panel.confusion.sum(axis=1, keepdims=True), 1)
     for panel in panels.values()
   ]
-  errors = [rate * (1 - np.eye(num_classes)) for rate in rates]
   block = -(-num_classes // MAX_CELLS)
-  for axis in (0, 1):
-    starts = range(0, num_classes, block)
-    errors = [np.maximum.reduceat(error, starts, axis) for error in errors]
+  errors = [_errors(rate, block) for rate in rates]
   # A network that is nearly always right should not look alarming.
   highest = max(0.1, *map(np.max, errors))
   norm = colors.PowerNorm(0.5, 0, highest)
@@ -295,11 +292,7 @@ def _confusions(summary, evaluation, class_names) -> tuple:
     ax.set_title(f'{name}: {panels[name].metrics["top1"]:.2%} right')
     ax.set_xlabel('predicted class')
     if named:
-      ticks = [shorten(name, 14) for name in class_names]
-      upright = 90 if sum(map(len, ticks)) > 40 else 0
-      ax.set_xticks(range(num_classes), ticks, rotation=upright)
-      ax.set_yticks(range(num_classes), ticks)
-      ax.grid(False)
+      _name_classes(ax, class_names)
       _write_cells(ax, rate, error > 0.3 * highest)
     else:
       tenths = np.linspace(0, len(error), 11) - 0.5
@@ -325,6 +318,24 @@ def _confusions(summary, evaluation, class_names) -> tuple:
     f'after each tenth.\n\n{_frequent(panels, class_names)}',
   )
   return ('Confusion by class', 'confusion', figure, text)
+
+
+def _errors(rate, block) -> np.ndarray:
+  """Returns the off-diagonal rates, the worst of each block x block of them."""
+  errors = rate * (1 - np.eye(len(rate)))
+  starts = range(0, len(rate), block)
+  for axis in (0, 1):
+    errors = np.maximum.reduceat(errors, starts, axis)
+  return errors
+
+
+def _name_classes(ax, class_names) -> None:
+  """Writes the classes beside both axes."""
+  ticks = [shorten(name, 14) for name in class_names]
+  upright = 90 if sum(map(len, ticks)) > 40 else 0
+  ax.set_xticks(range(len(ticks)), ticks, rotation=upright)
+  ax.set_yticks(range(len(ticks)), ticks)
+  ax.grid(False)
 
 
 def _frequent(panels, class_names):
