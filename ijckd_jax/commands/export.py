@@ -66,17 +66,7 @@ def main(argv: list[str], prog: str = PROG) -> None:
   dataset = bundle_flags.dataset_of(loaded['student'], flags)
   for role, bundle in loaded.items():
     _check_fits('bundle' if role == 'student' else role, bundle, dataset)
-  settings = exports.Settings(
-    format=flags.format,
-    takes=flags.input,
-    weights=flags.weights,
-    split=flags.split,
-    check_images=flags.check_images,
-    calibration_images=flags.calibration_images,
-    max_drop=flags.max_drop,
-    trust_code=flags.trust_code,
-    output=flags.output,
-  )
+  settings = _settings(flags)
   made = {}
   for role, bundle in loaded.items():
     order = bundle_flags.class_order(f'the {role}', bundle, dataset, flags)
@@ -99,6 +89,23 @@ def main(argv: list[str], prog: str = PROG) -> None:
     said = about['metadata']['description']
     print(f'{where}: {said}, {about["bytes"]:,} bytes')
     print(checks.describe(about['check']))
+
+
+def _settings(flags):
+  """Returns the exports.Settings that the flags describe."""
+  from ijckd_jax.deploy import exports
+
+  return exports.Settings(
+    format=flags.format,
+    takes=flags.input,
+    weights=flags.weights,
+    split=flags.split,
+    check_images=flags.check_images,
+    calibration_images=flags.calibration_images,
+    max_drop=flags.max_drop,
+    trust_code=flags.trust_code,
+    output=flags.output,
+  )
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
