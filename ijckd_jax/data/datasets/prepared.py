@@ -276,6 +276,8 @@ def _writer(
 
     class Builder(builder_cls):
       name = builder_cls.name
+      # tfds writes this into dataset_info.json, as it stands in older files.
+      __module__ = 'ijckd_jax.data.datasets'
       # Nothing is downloaded; tfds's search for checksums beside this module
       # needs importlib_resources, which it does not install.
       url_infos = None
