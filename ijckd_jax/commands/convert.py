@@ -87,12 +87,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     help='a file with its weights, or hf:OWNER/NAME@COMMIT; a module:attribute '
     'may bring its own',
   )
-  parser.add_argument(
-    '--output',
-    type=config_utils.expand,
-    required=True,
-    help='folder of the bundle',
-  )
+  output_flags.add_output(parser, 'folder of the bundle')
   parser.add_argument(
     '--name', default='', help='what the bundle is called; default: the model'
   )

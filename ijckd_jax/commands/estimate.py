@@ -8,7 +8,9 @@ docs/tpu.md explains the numbers.
 
 import json
 import os
+import pathlib
 
+from ijckd_jax.commands import output_flags
 from ijckd_jax.runtime import config_utils
 
 USAGE = """\
@@ -64,13 +66,9 @@ def main(argv: list[str], prog: str = PROG) -> int:
   found = cost_estimate.budget(exp, compiled, flags.topology)
   print(cost_estimate.describe(found))
   if flags.json:
-    try:
-      with open(flags.json, 'w') as file:
-        json.dump(found.to_json(), file, indent=2)
-    except OSError as error:
-      raise config_utils.UserError(
-        f'cannot write --json {flags.json}: {config_utils.reason(error)}'
-      ) from error
+    file = pathlib.Path(flags.json)
+    text = json.dumps(found.to_json(), indent=2)
+    output_flags.write(lambda: file.write_text(text), f'--json {flags.json}')
   return 0
 
 

@@ -11,6 +11,7 @@ found stands in OUTPUT.json.
 # More than 120 lines, because fifteen flags are checked before JAX is loaded.
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -66,7 +67,8 @@ def main(argv: list[str], prog: str = PROG) -> None:
   dataset = bundle_flags.dataset_of(loaded['student'], flags)
   for role, bundle in loaded.items():
     _check_fits('bundle' if role == 'student' else role, bundle, dataset)
-  settings = _settings(flags)
+  names = [field.name for field in dataclasses.fields(exports.Settings)]
+  settings = exports.Settings(**{name: getattr(flags, name) for name in names})
   made = {}
   for role, bundle in loaded.items():
     order = bundle_flags.class_order(f'the {role}', bundle, dataset, flags)
@@ -91,23 +93,6 @@ def main(argv: list[str], prog: str = PROG) -> None:
     print(checks.describe(about['check']))
 
 
-def _settings(flags):
-  """Returns the exports.Settings that the flags describe."""
-  from ijckd_jax.deploy import exports
-
-  return exports.Settings(
-    format=flags.format,
-    takes=flags.input,
-    weights=flags.weights,
-    split=flags.split,
-    check_images=flags.check_images,
-    calibration_images=flags.calibration_images,
-    max_drop=flags.max_drop,
-    trust_code=flags.trust_code,
-    output=flags.output,
-  )
-
-
 def _parser(prog: str) -> argparse.ArgumentParser:
   parser = config_utils.ArgumentParser(
     prog=prog,
@@ -116,12 +101,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   )
   bundle_flags.add_data_flags(parser)
   parser.add_argument('--format', required=True, choices=FORMATS)
-  parser.add_argument(
-    '--output',
-    type=config_utils.expand,
-    required=True,
-    help='the file to write; for web, the folder',
-  )
+  output_flags.add_output(parser, 'the file to write; for web, the folder')
   parser.add_argument(
     '--teacher', help='bundle or run that the page of web shows beside it'
   )

@@ -8,6 +8,13 @@ from etils import epath
 from ijckd_jax.runtime import config_utils
 
 
+def add_output(parser: argparse.ArgumentParser, help_text: str) -> None:
+  """Adds the flag that says where a command writes."""
+  parser.add_argument(
+    '--output', type=config_utils.expand, required=True, help=help_text
+  )
+
+
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
   """Adds the flag that lets a command replace what is there."""
   parser.add_argument(
@@ -41,7 +48,7 @@ def check_bundle(folder: epath.Path, overwrite: bool) -> None:
     )
 
 
-def write(save: Callable[[], None], path: epath.Path) -> None:
+def write(save: Callable[[], object], path: epath.Path | str) -> None:
   """Calls `save`; a disk that cannot be written is the user's to mend."""
   try:
     save()

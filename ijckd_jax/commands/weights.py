@@ -50,12 +50,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     required=True,
     help='a file, or hf:OWNER/NAME@COMMIT',
   )
-  reader.add_argument(
-    '--output',
-    type=config_utils.expand,
-    required=True,
-    help='folder of the bundle',
-  )
+  output_flags.add_output(reader, 'folder of the bundle')
   reader.add_argument(
     '--backbone', default='', help='default: told by the names in the file'
   )
@@ -77,12 +72,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   writer.add_argument(
     '--bundle', required=True, help='folder of a bundle, or of a finished run'
   )
-  writer.add_argument(
-    '--output',
-    type=config_utils.expand,
-    required=True,
-    help='FILE.safetensors or FILE.pth',
-  )
+  output_flags.add_output(writer, 'FILE.safetensors or FILE.pth')
   for command in (reader, writer):
     command.add_argument(
       '--trust_code',

@@ -17,11 +17,11 @@ from ijckd_jax.deploy import stablehlo_files
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How a bundle becomes a file.
+  """How a bundle becomes a file, by the names of the flags of `ijckd export`.
 
   Attributes:
     format: a key of ENCODERS.
-    takes: the images' dtype, see deployed.PIXELS.
+    input: the images' dtype, see deployed.PIXELS.
     weights: how they are stored: 'float32', 'float16' or, in ONNX, 'int8'.
     split: whose images the file is checked on.
     check_images: number of those images.
@@ -32,7 +32,7 @@ class Settings:
   """
 
   format: str
-  takes: str
+  input: str
   weights: str
   split: str
   check_images: int
@@ -59,7 +59,7 @@ def export(
   Raises:
     config_utils.UserError: the file does not do what the bundle does.
   """
-  deployed = deployed_lib.deploy(bundle, takes=settings.takes)
+  deployed = deployed_lib.deploy(bundle, takes=settings.input)
   encode = ENCODERS[settings.format]
   data, open_session = encode(bundle, deployed, dataset, settings)
   result = checks.compare(
@@ -86,7 +86,7 @@ def _onnx(bundle, deployed, dataset, settings):
   if settings.weights == 'int8':
     batches = checks.images(dataset, 'train', settings.calibration_images)
     data = onnx_files.quantize(
-      data, (checks.as_taken(x['image'], settings.takes) for x in batches)
+      data, (checks.as_taken(x['image'], settings.input) for x in batches)
     )
   return data, lambda data: onnx_files.Session(data, settings.output)
 
