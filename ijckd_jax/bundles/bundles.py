@@ -229,9 +229,7 @@ def load(
     # Bundles of earlier versions have no checksum.
     if spec.get(CHECKSUM, '') not in ('', hashlib.sha256(data).hexdigest()):
       raise ValueError('they are not those that were saved')
-    variables = traverse_util.unflatten_dict(arrays, sep='/')
-    for kind in (*network_lib.COLLECTIONS, 'pool'):
-      variables.setdefault(kind, {})
+    variables = specification.nested(arrays)
   return Bundle(
     network=network,
     variables=variables,

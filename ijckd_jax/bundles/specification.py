@@ -328,6 +328,14 @@ def shapes(network, pool_backbone, spec):
   return made
 
 
+def nested(arrays):
+  """Returns a network's variables out of arrays by name."""
+  variables = traverse_util.unflatten_dict(arrays, sep='/')
+  for kind in (*network_lib.COLLECTIONS, 'pool'):
+    variables.setdefault(kind, {})
+  return variables
+
+
 def check_whole(spec, network, variables):
   """Raises ValueError unless a bundle would be taken if it were loaded."""
   check(spec)

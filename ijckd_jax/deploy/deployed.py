@@ -14,6 +14,7 @@ import numpy as np
 
 from ijckd_jax.bundles import bundles
 from ijckd_jax.bundles import model_card
+from ijckd_jax.bundles import specification
 from ijckd_jax.distillation import connectors
 from ijckd_jax.distillation import network as network_lib
 from ijckd_jax.models import folding
@@ -56,7 +57,7 @@ class Deployed:
     """Returns the logits alone."""
     # Nothing comes of them, but Linen asks for them.
     missing = {k: jnp.zeros(x.shape, x.dtype) for k, x in self.unread.items()}
-    variables = _nested({**missing, **arrays})
+    variables = specification.nested({**missing, **arrays})
     if self.takes == 'float32':
       images = images * 255
     x = self.network.preprocessing(images)
@@ -155,14 +156,6 @@ def _folded(network, variables, image_shape):
     for kind, tree in part.items():
       found[kind][name] = tree
   return network, {**variables, **found}
-
-
-def _nested(arrays):
-  """Returns a network's variables out of arrays by name."""
-  variables = traverse_util.unflatten_dict(arrays, sep='/')
-  for kind in (*network_lib.COLLECTIONS, 'pool'):
-    variables.setdefault(kind, {})
-  return variables
 
 
 def metadata(bundle: bundles.Bundle, takes: str) -> dict[str, str]:

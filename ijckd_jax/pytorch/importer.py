@@ -182,11 +182,7 @@ def from_state(
   """
   if published_names.SPEC_KEY in state.metadata:
     return _from_export(state, request)
-  arrays = {
-    name: array
-    for name, array in state.arrays.items()
-    if name.rpartition('.')[2] != published_names.COUNTER
-  }
+  arrays = _without_counters(state.arrays)
   for name, array in arrays.items():
     if name.endswith('.running_var') and np.any(array < 0):
       raise config_utils.UserError(f'the variances {name} are negative')
@@ -246,6 +242,15 @@ def _describe_prefix(found) -> list[str]:
     more = ', ...' if groups.keys() - dict(groups.most_common(5)).keys() else ''
     notes.append(f'left out, beside {found.prefix}*: {", ".join(some)}{more}')
   return notes
+
+
+def _without_counters(arrays):
+  """Returns a state dict without the numbers of batches that norms count."""
+  return {
+    name: array
+    for name, array in arrays.items()
+    if name.rpartition('.')[2] != published_names.COUNTER
+  }
 
 
 def _variables(arrays, names: published_names.Names):
@@ -350,11 +355,7 @@ def _from_export(state, request):
     spec, 'the file', dtype=request.dtype, trust_code=request.trust_code
   )
   _check_said(request, spec['backbone'], len(spec['class_names']))
-  arrays = {
-    name: array
-    for name, array in state.arrays.items()
-    if name.rpartition('.')[2] != published_names.COUNTER
-  }
+  arrays = _without_counters(state.arrays)
   names = published_names.names_of(
     network, specification.shapes(network, pool_backbone, spec), spec['pool']
   )
@@ -388,8 +389,7 @@ def _from_simkd(found, proj, request, origin):
   _check_num_classes(teacher.num_classes, request)
   proj = {
     f'connector.{key.removeprefix("transfer.")}': array
-    for key, array in proj.items()
-    if key.rpartition('.')[2] != published_names.COUNTER
+    for key, array in _without_counters(proj).items()
   }
   name, dtype = found.name, request.dtype or jnp.float32
   if request.preprocessing is None:
