@@ -1,4 +1,4 @@
-"""A bundle as the content of a file, which its own runtime has run."""
+"""A bundle becomes the content of a file, checked in the file's own runtime."""
 
 from collections.abc import Callable
 import dataclasses
