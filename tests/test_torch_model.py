@@ -474,7 +474,7 @@ def test_vmap_has_no_rule_for_programs(saved):
   teacher = bundles.load(saved('resnet'), trust_code=True).teacher()
   with pytest.raises(NotImplementedError, match='Batching rule'):
     jax.vmap(teacher, in_axes=(None, 0))(
-      teacher.frozen, np.zeros((2, 1, 32, 32, 1), np.uint8)
+      teacher.arrays, np.zeros((2, 1, 32, 32, 1), np.uint8)
     )
   assert 'vmap' in programs.Program.__doc__
 

@@ -419,7 +419,7 @@ def _from_simkd(found, proj, request, origin):
     )
   bundle = bundles.Bundle(
     network=bound.deployed_network,
-    variables=bound.deployed(_variables(taken, names), teacher.frozen),
+    variables=bound.deployed(_variables(taken, names), bound.frozen),
     backbone_name=name,
     pool_name=teacher.pool_name,
     image_shape=image_shape,
