@@ -61,7 +61,7 @@ def test_zero_weights_are_said(finished_run):
   bundle = bundles.load(finished_run[0])
   method = {**bundle.info['method'], 'feature_weight': 0.0}
   changed = dataclasses.replace(bundle, info={**bundle.info, 'method': method})
-  card = model_card.markdown(changed, {'backbone': 1})
+  card = model_card.as_markdown(changed, {'backbone': 1})
   assert 'feature_weight=0.0' in row_of(card, 'method')
 
 
@@ -78,7 +78,7 @@ def test_imported_weights_have_their_licence(finished_run, tmp_path):
   assert '## Accuracy' not in card
   assert 'its accuracy was not measured here' in card
   unknown = dataclasses.replace(bundle, info={'origin': {'file': 'a.pth'}})
-  card = model_card.markdown(unknown, {'backbone': 1})
+  card = model_card.as_markdown(unknown, {'backbone': 1})
   assert row_of(card, 'weights from') == 'file=a.pth; licence: not stated'
   assert 'license' not in card
 
@@ -87,7 +87,7 @@ def test_taught_by_imported_weights(finished_run):
   bundle = bundles.load(finished_run[0])
   origin = {'file': 'a.pth', 'licence': 'bsd-3-clause'}
   info = {**bundle.info, 'teacher_origin': origin}
-  card = model_card.markdown(
+  card = model_card.as_markdown(
     dataclasses.replace(bundle, info=info), {'backbone': 1}
   )
   found = row_of(card, "the teacher's weights from")
@@ -108,7 +108,7 @@ def test_a_judge_is_no_teacher(finished_run, small_config, tmp_path):
 def test_a_bundle_whose_accuracy_is_not_stated(finished_run):
   bundle = bundles.load(finished_run[0])
   info = {k: v for k, v in bundle.info.items() if k not in ('test', 'run')}
-  card = model_card.markdown(
+  card = model_card.as_markdown(
     dataclasses.replace(bundle, info=info), {'backbone': 1}
   )
   assert 'imported' not in card
@@ -126,7 +126,7 @@ def test_names_are_text(finished_run):
   }
   names = ('![c0](x)', '<script>', 'a|b', '\x00', 'x\ny', 'n' * 5000)
   changed = dataclasses.replace(bundle, info=info, class_names=names)
-  card = model_card.markdown(changed, {'backbone': 1})
+  card = model_card.as_markdown(changed, {'backbone': 1})
   assert card.encode().isascii() and '\x1b' not in card
   parser = markdown_it.MarkdownIt('commonmark', {'html': True}).enable('table')
   tokens = parser.parse(card.split('---', 2)[2])
@@ -156,7 +156,7 @@ def test_whatever_a_stranger_says(finished_run):
     {'method': {'name': 'a\n| b'}, 'dataset': {}},
   ):
     changed = dataclasses.replace(bundle, info=json.loads(json.dumps(info)))
-    card = model_card.markdown(changed, {'backbone': 1})
+    card = model_card.as_markdown(changed, {'backbone': 1})
     table = card.split('\n\n')[2].splitlines()
     assert all(x.startswith('| ') and x.endswith(' |') for x in table[1:])
     assert card.count('\n# ') == 1

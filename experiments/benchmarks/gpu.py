@@ -31,7 +31,7 @@ import time
 
 from experiments.benchmarks import pairs
 from experiments.benchmarks import worker
-from ijckd_jax.runtime import wording
+from ijckd_jax.runtime import markdown
 
 JAX = 'experiments.benchmarks.jax_step'
 TORCH = 'experiments.benchmarks.torch_step'
@@ -525,7 +525,7 @@ def steps_table(content: dict) -> str:
     if best and mine:
       cell[4] = f'{mine / theirs[best]:.2f}'
     cells.append(cell)
-  return wording.grid(cells)
+  return markdown.grid(cells)
 
 
 def other_lines(content: dict) -> list[str]:

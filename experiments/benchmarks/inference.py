@@ -30,7 +30,7 @@ from ijckd_jax.bundles import bundles
 from ijckd_jax.deploy import deployed as deployed_lib
 from ijckd_jax.deploy import onnx_files
 from ijckd_jax.evaluation import cost
-from ijckd_jax.runtime import wording
+from ijckd_jax.runtime import markdown
 
 STEP = 'experiments.benchmarks.inference_step'
 
@@ -144,7 +144,7 @@ def costs(results: list[dict]) -> str:
           f'{about["multiply_adds"] / 1e6:,.1f}',
         ]
       )
-  return wording.grid(cells)
+  return markdown.grid(cells)
 
 
 def times(results: list[dict], size: int) -> str:
@@ -161,7 +161,7 @@ def times(results: list[dict], size: int) -> str:
       both = {'PyTorch', 'onnxruntime'} <= of.keys()
       row.append(f'{ratio(result, which, str(size)):.2f}' if both else '')
       cells.append(row)
-  return wording.grid(cells)
+  return markdown.grid(cells)
 
 
 def main():

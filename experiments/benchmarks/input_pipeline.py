@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 
 from experiments.benchmarks import worker
 from ijckd_jax.data.datasets import prepared
-from ijckd_jax.runtime import wording
+from ijckd_jax.runtime import markdown
 
 READER = 'experiments.benchmarks.input_reader'
 # More batches than any candidate has ready, which it made before its turn.
@@ -147,7 +147,7 @@ def main():
         ' + '.join(f'{size:.0f}' for size in memory[title]),
       ]
     )
-  print(wording.grid(rows))
+  print(markdown.grid(rows))
   if args.json:
     content = {'images_per_second': speeds, 'memory_mb': memory}
     args.json.write_text(json.dumps(content, indent=2) + '\n')

@@ -23,7 +23,7 @@ from ijckd_jax.data import datasets
 from ijckd_jax.distillation import train_state
 from ijckd_jax.runtime import compilation_cache
 from ijckd_jax.runtime import config_utils
-from ijckd_jax.runtime import wording
+from ijckd_jax.runtime import markdown
 from ijckd_jax.training import experiment
 from ijckd_jax.training import train
 
@@ -222,7 +222,7 @@ def main(argv=None):
         f'{row["ratio"]:.3f}',
       )
     )
-  print(wording.grid(cells))
+  print(markdown.grid(cells))
   if flags.json:
     content = {
       'device': jax.devices()[0].device_kind,

@@ -16,7 +16,7 @@ import time
 
 from ijckd_jax.commands import estimate
 from ijckd_jax.runtime import config_utils
-from ijckd_jax.runtime import wording
+from ijckd_jax.runtime import markdown
 
 FOLDER = pathlib.Path(__file__).parent
 RESULTS = FOLDER / 'results' / 'tpu_budget.json'
@@ -136,7 +136,7 @@ def table(results) -> str:
         f'{result["images_per_second"]:,.0f}',
       ]
     )
-  return wording.grid(rows)
+  return markdown.grid(rows)
 
 
 def main(argv: list[str]) -> None:

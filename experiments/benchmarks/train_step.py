@@ -17,7 +17,7 @@ import sys
 
 from experiments.benchmarks import pairs
 from experiments.benchmarks import worker
-from ijckd_jax.runtime import wording
+from ijckd_jax.runtime import markdown
 
 JAX = 'experiments.benchmarks.jax_step'
 TORCH = 'experiments.benchmarks.torch_step'
@@ -110,7 +110,7 @@ def main():
     for result in results
   ]
   titles = ['pair', *columns, 'ratio', 'ratio, stored']
-  print(wording.grid([titles, *rows]))
+  print(markdown.grid([titles, *rows]))
   ratios = [result['ratio'] for result in results]
   print(
     f'\ngeometric mean of the ratios: {statistics.geometric_mean(ratios):.2f}'

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from experiments.bound_study import train
-from ijckd_jax.runtime import wording
+from ijckd_jax.runtime import markdown
 
 FOLDER = pathlib.Path(__file__).parent
 RESAMPLES = 2000
@@ -313,7 +313,7 @@ def tables(study) -> str:
         ),
       ]
     )
-  parts.append(wording.grid(cells))
+  parts.append(markdown.grid(cells))
   cells = [['predictor', 'labels', 'connected', '95%', 'all', 'lead', '95%']]
   for name, row in study['predictors'].items():
     connected = row['connected']
@@ -329,7 +329,7 @@ def tables(study) -> str:
         '{:.2f} to {:.2f}'.format(*lead[1:]) if lead else '',
       ]
     )
-  parts.append(wording.grid(cells))
+  parts.append(markdown.grid(cells))
   cells = [['bound', 'runs', 'measured %', 'bound %', 'limit %', 'vacuous %']]
   for name, row in study['tightness'].items():
     cells.append(
@@ -339,11 +339,11 @@ def tables(study) -> str:
         *(percent(row[k]) for k in ('measured', 'bound', 'limit', 'vacuous')),
       ]
     )
-  parts.append(wording.grid(cells))
+  parts.append(markdown.grid(cells))
   cells = [['chosen by', 'regret, points', 'worst']]
   for name, row in study['choice']['rules'].items():
     cells.append([name, percent(row['regret']), percent(row['worst'])])
-  parts.append(wording.grid(cells))
+  parts.append(markdown.grid(cells))
   return '\n\n'.join(parts)
 
 

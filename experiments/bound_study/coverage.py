@@ -8,7 +8,7 @@ from scipy import stats
 
 from ijckd_jax.bounds import divergence
 from ijckd_jax.bounds import limits
-from ijckd_jax.runtime import wording
+from ijckd_jax.runtime import markdown
 
 DRAWS = 10_000
 DELTA = 0.05
@@ -96,7 +96,7 @@ def main() -> None:
     row[2:] = [f'{100 * held:.2f}' for held in row[2:]]
   print(f'Share of {DRAWS:,} samples in which the limit holds, %;')
   print(f'nominal {100 * (1 - DELTA):.0f}\n')
-  print(wording.grid(cells))
+  print(markdown.grid(cells))
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 
-from ijckd_jax.runtime import wording
+from ijckd_jax.runtime import markdown
 
 ARMS = {
   'views1': '1 stored view',
@@ -57,7 +57,7 @@ def table(results):
         str(len(runs)),
       )
     )
-  return wording.grid(rows)
+  return markdown.grid(rows)
 
 
 def _spread(values):

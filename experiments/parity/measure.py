@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from ijckd_jax import models
-from ijckd_jax.runtime import wording
+from ijckd_jax.runtime import markdown
 from tests import test_torch_import
 from tests import test_torch_training
 from tests import torch_networks
@@ -55,7 +55,7 @@ def main():
     rows.append(forward_row(name))
     print(name, *rows[-1][3:], file=sys.stderr)
     test_torch_import.imported.cache_clear()
-  print(wording.grid(rows))
+  print(markdown.grid(rows))
   kinds = ('parameters', 'running mean', 'running variance')
   rows = [['method', 'dtype', 'terms, step 1', 'terms, all 20', *kinds]]
   for dtype in ('float64', 'float32'):
@@ -63,7 +63,7 @@ def main():
       training_row(method, dtype) for method in ('ijckd', 'simkd', 'srrl')
     ]
   print()
-  print(wording.grid(rows))
+  print(markdown.grid(rows))
   versions = [torch_networks.torch, torch_networks.torchvision]
   versions += [torch_networks.timm, jax, np]
   print()

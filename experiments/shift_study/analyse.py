@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.shift_study import measure
 from experiments.shift_study import train
-from ijckd_jax.runtime import wording
+from ijckd_jax.runtime import markdown
 
 FOLDER = pathlib.Path(__file__).parent
 LIMITS = {
@@ -59,7 +59,7 @@ def table(groups: dict[str, dict]) -> str:
           f'{100 * row["vacuous"]:.1f}',
         ]
       )
-  return wording.grid(cells)
+  return markdown.grid(cells)
 
 
 def draw(rows) -> None:
@@ -181,7 +181,7 @@ def main() -> None:
         f'{100 * row["limit"]:.2f}',
       ]
     )
-  print(wording.grid(cells))
+  print(markdown.grid(cells))
 
 
 if __name__ == '__main__':

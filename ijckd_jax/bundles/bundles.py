@@ -162,7 +162,7 @@ class Bundle:
     )
     spec = {**self.spec(), CHECKSUM: hashlib.sha256(arrays).hexdigest()}
     text = json.dumps(spec, indent=2) + '\n'
-    card = model_card.markdown(self, num_params(self.variables))
+    card = model_card.as_markdown(self, num_params(self.variables))
     disk.write_folder(
       epath.Path(config_utils.expand(directory)),
       {

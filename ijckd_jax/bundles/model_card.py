@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from ijckd_jax.runtime import config_utils
-from ijckd_jax.runtime import wording
+from ijckd_jax.runtime import markdown
 
 FILE = 'README.md'  # As the hub calls it.
 UNSTATED = 'not stated'
@@ -28,7 +28,7 @@ def describe(bundle) -> str:
   return config_utils.short(f'{name}, {done} on {data}')
 
 
-def markdown(bundle, num_params: dict[str, int]) -> str:
+def as_markdown(bundle, num_params: dict[str, int]) -> str:
   """Returns the card of a bundle.
 
   Args:
@@ -37,7 +37,7 @@ def markdown(bundle, num_params: dict[str, int]) -> str:
   """
   parts = [
     _header(bundle),
-    f'# {wording.escape(describe(bundle))}',
+    f'# {markdown.escape(describe(bundle))}',
     _table(bundle, num_params),
   ]
   if accuracy := _accuracy(bundle):
@@ -92,7 +92,7 @@ def _accuracy(bundle) -> str:
     return ''
   count, which = run.get('test_examples', 0), bundle.info.get('which')
   said = [
-    wording.metrics(rows),
+    markdown.metrics(rows),
     f'On {count:,} test images, of one run with seed '
     f'{_cell(run.get("seed"))}. The {_cell(which)} step is the one in this '
     'bundle.',
@@ -198,7 +198,7 @@ def _some(names, most=10) -> str:
 
 def _cell(text) -> str:
   """Returns a text that fits into a table's cell."""
-  return wording.escape(' '.join(str(text).split()))
+  return markdown.escape(' '.join(str(text).split()))
 
 
 def _section(info, name: str) -> dict[str, Any]:

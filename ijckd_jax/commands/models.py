@@ -75,10 +75,10 @@ def main(argv: list[str], prog: str = PROG) -> None:
   flags: argparse.Namespace = parser.parse_args(argv)
 
   from ijckd_jax import models
-  from ijckd_jax.runtime import wording
+  from ijckd_jax.runtime import markdown
 
   names = flags.names or list(models.BACKBONES)
   for name in names:
     if name not in models.BACKBONES:
       raise config_utils.unknown('backbone', name, list(models.BACKBONES))
-  print(wording.grid([list(TITLES), *map(row, names)]))
+  print(markdown.grid([list(TITLES), *map(row, names)]))

@@ -8,7 +8,7 @@ import numpy as np
 from ijckd_jax.evaluation import pointwise
 from ijckd_jax.reports import bound_wording
 from ijckd_jax.reports import plots
-from ijckd_jax.runtime import wording
+from ijckd_jax.runtime import markdown
 
 FORMATS = ('png', 'svg')
 COLORS = {
@@ -179,7 +179,7 @@ def _history(history, split) -> list[tuple]:
     if (values := plots.points_of(history, f'{split}/{name}')[1])
     for first, last in [(values[0], values[-1])]
   )
-  text = wording.join(
+  text = markdown.join(
     "The student's error is the teacher's, plus what only the teacher gets "
     "right, less what only the student gets right; and at most the teacher's "
     'plus the disagreement.',

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ijckd_jax.runtime import wording
+from ijckd_jax.runtime import markdown
 
 OF = {
   'student': "student, through the teacher's head",
@@ -47,7 +47,7 @@ def _gist(report) -> str:
     )
   else:
     gist = 'No bound says anything: all of them are above 100%.'
-  return wording.join(
+  return markdown.join(
     gist,
     vacuous
     and best['upper'] < 1
@@ -73,7 +73,7 @@ def _terms(report) -> str:
         'yes' if term['labels'] else 'no',
       ]
     )
-  return wording.grid(cells)
+  return markdown.grid(cells)
 
 
 def _percent(value: float | None) -> str:
@@ -121,7 +121,7 @@ def _bounds(report) -> str:
         'vacuous' if bound['upper'] >= 1 else _percent(bound['upper']),
       ]
     )
-  return wording.grid(cells)
+  return markdown.grid(cells)
 
 
 def _risks(report) -> str:
@@ -136,7 +136,7 @@ def _risks(report) -> str:
     )
   return (
     'Losses have no bounded range, so these limits are right for large samples '
-    'only (asymptotic), and certify nothing:\n\n' + wording.grid(cells)
+    'only (asymptotic), and certify nothing:\n\n' + markdown.grid(cells)
   )
 
 
@@ -169,5 +169,5 @@ def _unlabelled(report) -> str:
     f'{found["examples"]:,} images without labels; each limit by itself holds '
     f'with {1 - found["delta"]:.0%} confidence, those by Dis² if the true '
     'labels are no more adversarial than the critic that was found, which '
-    'nothing here can check:\n\n' + wording.grid(cells)
+    'nothing here can check:\n\n' + markdown.grid(cells)
   )

@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 
 from ijckd_jax.runtime import config_utils
-from ijckd_jax.runtime import wording
+from ijckd_jax.runtime import markdown
 
 NOT_LOSSES = ('accuracy', 'gradient_norm', 'images_per_second', 'learning_rate')
 MAX_NAMED = 20  # More names do not fit beside a matrix.
@@ -195,7 +195,7 @@ def _losses(summary, history) -> tuple:
     for name in terms
     if f'{name}_weight' in method
   )
-  text = wording.join(
+  text = markdown.join(
     'Look for a term that still falls at the end: train longer.',
     len(terms) > 1
     and 'One that hardly moves has too small a weight or nothing to teach; one '
@@ -245,7 +245,7 @@ def _accuracy(summary, history) -> tuple:
   ax.set_ylim(min(settled) - room, max(settled) + room)
   scale_epochs(ax, history)
   label_ends(ax, ends)
-  text = wording.join(
+  text = markdown.join(
     f'Look how far {split} stays below training (over-fitting), and whether it '
     'has levelled off.',
     teacher and 'The dashed line is the mark to reach: the teacher.',
@@ -265,7 +265,10 @@ def _confusions(summary, evaluation, class_names) -> tuple:
   import matplotlib
   from matplotlib import colors
 
-  panels = {wording.learner(summary): evaluation, 'teacher': evaluation.teacher}
+  panels = {
+    markdown.learner(summary): evaluation,
+    'teacher': evaluation.teacher,
+  }
   panels = {name: panel for name, panel in panels.items() if panel}
   num_classes = len(class_names)
   named = num_classes <= MAX_NAMED
@@ -304,7 +307,7 @@ def _confusions(summary, evaluation, class_names) -> tuple:
   bar.set_ticks(ticks, labels=[f'{tick:.0%}' for tick in ticks])
   bar.set_label('share of the true class')
   bar.outline.set_visible(False)
-  text = wording.join(
+  text = markdown.join(
     'Look for errors that gather in a cell or a column.',
     len(panels) == 2
     and 'Which does the student make and the teacher does not?',
@@ -346,12 +349,14 @@ def _frequent(panels, class_names):
   cells = [['true → predicted', *panels, 'images of the class']]
   for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True):
     if wrong[i, j]:
-      pair = ' → '.join(wording.escape(shorten(class_names[k])) for k in (i, j))
+      pair = ' → '.join(
+        markdown.escape(shorten(class_names[k])) for k in (i, j)
+      )
       numbers = (*(count[i, j] for count in counts), counts[0][i].sum())
       cells.append([pair, *(f'{number:,}' for number in numbers)])
   if len(cells) == 1:
     return 'No class was taken for another.'
-  return f'The most frequent errors, counted:\n\n{wording.grid(cells)}'
+  return f'The most frequent errors, counted:\n\n{markdown.grid(cells)}'
 
 
 def _write_cells(ax, rates, dark):
@@ -371,7 +376,7 @@ def shorten(name: str, width: int = 60) -> str:
 
 def _images(summary, evaluation, arrays, class_names) -> tuple:
   """Draws test images that the network gets wrong and the teacher right."""
-  learner, teacher_evaluation = wording.learner(summary), evaluation.teacher
+  learner, teacher_evaluation = markdown.learner(summary), evaluation.teacher
   labels, num = evaluation.labels, len(evaluation.labels)
   wrong = evaluation.predictions != labels
   title = f'Test images that the {learner} gets wrong'

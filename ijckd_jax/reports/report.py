@@ -18,7 +18,7 @@ from ijckd_jax.reports import plots
 from ijckd_jax.reports import web_page
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import disk
-from ijckd_jax.runtime import wording
+from ijckd_jax.runtime import markdown
 from ijckd_jax.runtime import workdirs
 
 
@@ -28,7 +28,7 @@ def table(summary: Mapping[str, Any]) -> str:
   Args:
     summary: as in `summary.json`.
   """
-  learner, student = wording.learner(summary), summary['student']
+  learner, student = markdown.learner(summary), summary['student']
   best_by = 'the test set' if summary['best_by'] == 'test' else 'validation'
   best = f'{learner}, best by {best_by} (step {summary["best_step"]:,})'
   rows = {
@@ -39,7 +39,7 @@ def table(summary: Mapping[str, Any]) -> str:
   }
   rows = {name: metrics for name, metrics in rows.items() if metrics}
   return '\n'.join(
-    [wording.metrics(rows), '', *(f'- {x}' for x in _counts(summary))]
+    [markdown.metrics(rows), '', *(f'- {x}' for x in _counts(summary))]
   )
 
 
@@ -52,10 +52,10 @@ def _counts(summary):
       continue
     totals[who] = sum(parts.values())
     listed = ', '.join(f'{part} {count:,}' for part, count in parts.items())
-    name = wording.learner(summary) if who == 'student' else who
+    name = markdown.learner(summary) if who == 'student' else who
     backbone = summary['config']['student']['backbone']
     found = backbone if who == 'student' else summary['teacher_name']
-    name += f' {wording.escape(found)}'
+    name += f' {markdown.escape(found)}'
     yield f'{name}: {totals[who]:,} parameters ({listed})'
   if len(totals) == 2:
     share = totals['student'] / totals['teacher']
@@ -210,7 +210,7 @@ def _headline(summary, evaluation):
   config, teacher_evaluation = summary['config'], evaluation.teacher
   method = methods.build(config['method'])
   by, on, name, teacher = map(
-    wording.escape,
+    markdown.escape,
     (
       config['method']['name'],
       config['dataset']['name'],
@@ -259,14 +259,16 @@ def _circumstances(workdir, summary):
     '',
     f'- seed {summary["seed"]}, {summary["steps"]:,} steps',
     '- devices: '
-    + ', '.join(f'{count} x {wording.escape(kind)}' for kind, count in devices),
+    + ', '.join(
+      f'{count} x {markdown.escape(kind)}' for kind, count in devices
+    ),
     '- versions: ' + ', '.join(f'{name} {number}' for name, number in versions),
   ]
   if origin := summary['teacher_origin']:
     said = ', '.join(
       f'{key} {value or "(none)"}' for key, value in origin.items()
     )
-    lines.append(f"- the teacher's weights: {wording.escape(said)}")
+    lines.append(f"- the teacher's weights: {markdown.escape(said)}")
   page = f'teacher/{workdirs.REPORT}'
   given = summary['config']['teacher']['checkpoint']
   if summary['teacher'] and not given and (workdir / page).exists():

@@ -93,7 +93,7 @@ MODULES = {
   'train_state': 'distillation.train_state',
   'transforms': 'data.transforms',
   'web_page': 'reports.web_page',
-  'wording': 'runtime.wording',
+  'wording': 'runtime.markdown',
   'workdirs': 'runtime.workdirs',
   'workers': 'runtime.workers',
 }

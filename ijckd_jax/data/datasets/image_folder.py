@@ -180,7 +180,7 @@ def _fill(folder, name, source, layout, splits, num_workers):
     raise config_utils.UserError(
       f'{error}; {folder / "report.json"} lists all'
     ) from error
-  disk.write_text(folder / 'report.md', image_report.markdown(name, report))
+  disk.write_text(folder / 'report.md', image_report.as_markdown(name, report))
   _write_json(folder / photos.DIGESTS, _digests(splits))
   _write_metadata(folder, name, layout, splits)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ijckd_jax.data.datasets import image_layout
 from ijckd_jax.runtime import config_utils
-from ijckd_jax.runtime import wording
+from ijckd_jax.runtime import markdown
 
 MAX_SKIPPED = 0.05  # The part of a split that may be unreadable.
 FEW = 10  # Training pictures of a class.
@@ -156,16 +156,16 @@ def lines(report: Report) -> list[str]:
   return found
 
 
-def markdown(name: str, report: Report) -> str:
+def as_markdown(name: str, report: Report) -> str:
   """Returns the report as a page."""
-  listed = '\n'.join(f'- {wording.escape(line)}' for line in lines(report))
-  parts = [f'# {wording.escape(name)}', listed]
+  listed = '\n'.join(f'- {markdown.escape(line)}' for line in lines(report))
+  parts = [f'# {markdown.escape(name)}', listed]
   splits = list(report['num_examples'])
   rows = [['class', *splits]]
   for class_name, counts in report['classes'].items():
     rows.append([_cell(class_name), *(str(counts[split]) for split in splits)])
   totals = report['num_examples'].values()
-  parts.append(wording.grid([*rows, ['all', *map(str, totals)]]))
+  parts.append(markdown.grid([*rows, ['all', *map(str, totals)]]))
   for key, title in (
     ('skipped', 'Skipped'),
     ('in_several_splits', 'In two splits'),
@@ -176,7 +176,7 @@ def markdown(name: str, report: Report) -> str:
     if report.get(key):
       rows = [[_cell(path), _cell(why)] for path, why in _first(report[key])]
       parts.append(f'## {title}: {len(report[key])}')
-      parts.append(wording.grid([['file', ''], *rows]))
+      parts.append(markdown.grid([['file', ''], *rows]))
       if len(report[key]) > SHOWN:
         parts.append('All of them are in report.json.')
   return '\n\n'.join(parts) + '\n'
@@ -200,4 +200,4 @@ def _counted(counts: Mapping[str, int], most: int = SHOWN) -> str:
 
 
 def _cell(text: str) -> str:
-  return wording.escape(config_utils.short(text))
+  return markdown.escape(config_utils.short(text))

@@ -1,4 +1,4 @@
-"""What the report's text is made of."""
+"""Text as Markdown for reports, cards and tables."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence

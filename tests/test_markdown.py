@@ -4,7 +4,7 @@ import markdown_it
 import pytest
 
 from ijckd_jax.data.datasets import image_report
-from ijckd_jax.runtime import wording
+from ijckd_jax.runtime import markdown
 
 
 @pytest.mark.parametrize(
@@ -18,8 +18,8 @@ from ijckd_jax.runtime import wording
 def test_escaped_text_is_text(text):
   parser = markdown_it.MarkdownIt('commonmark', {'html': True})
   parser.enable(['table', 'strikethrough'])
-  escaped = wording.escape(text)
-  page = f'# {escaped}\n\n{escaped}\n\n- {escaped}\n\n' + wording.grid(
+  escaped = markdown.escape(text)
+  page = f'# {escaped}\n\n{escaped}\n\n- {escaped}\n\n' + markdown.grid(
     [['title', escaped], [escaped, 'x']]
   )
   inline = [token for token in parser.parse(page) if token.type == 'inline']
@@ -37,7 +37,7 @@ def test_what_needs_no_escape_stays_readable():
     'package.module:Name',
     "it's 3 + 4 (b), c-d",
   ):
-    assert wording.escape(text) == text
+    assert markdown.escape(text) == text
 
 
 def test_names_in_the_report_are_text():
@@ -55,7 +55,7 @@ def test_names_in_the_report_are_text():
     'converted': {},
     'ignored': {},
   }
-  page = image_report.markdown('<i>', report)
+  page = image_report.as_markdown('<i>', report)
   parser = markdown_it.MarkdownIt('commonmark', {'html': True}).enable('table')
   inline = [token for token in parser.parse(page) if token.children]
   kinds = {child.type for token in inline for child in token.children}
