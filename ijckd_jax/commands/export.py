@@ -8,7 +8,7 @@ written, the file's own runtime is compared with JAX on test images; what was
 found stands in OUTPUT.json.
 """
 
-# More than 120 lines, because fifteen flags are checked before JAX is loaded.
+# More than 120 lines: sixteen flags are read, and checked before JAX is loaded.
 
 import argparse
 import dataclasses
