@@ -10,6 +10,7 @@ import ml_collections
 import pytest
 
 from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import durations
 from ijckd_jax.training import experiment
 
 
@@ -22,7 +23,7 @@ def duration(what='total', *, epochs=0.0, steps=0, examples=0):
 
 
 def to_steps(config, **fields):
-  return config_utils.to_steps(
+  return durations.to_steps(
     config, 'total', **{'num_examples': 1000, 'batch_size': 64, **fields}
   )
 
@@ -37,7 +38,7 @@ def to_steps(config, **fields):
   ],
 )
 def test_duration(given, unit, value):
-  assert config_utils.duration(duration(**given), 'total') == (unit, value)
+  assert durations.duration(duration(**given), 'total') == (unit, value)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_duration(given, unit, value):
 )
 def test_durations_that_cannot_be(given, message):
   with pytest.raises(config_utils.UserError, match=message):
-    config_utils.duration(duration(**given), 'total')
+    durations.duration(duration(**given), 'total')
   with pytest.raises(config_utils.UserError, match=message):
     to_steps(duration(**given))
 
@@ -97,7 +98,7 @@ def ends(total_steps, **given):
   return [
     step
     for step in range(1, total_steps + 1)
-    if config_utils.is_period_end(
+    if durations.is_period_end(
       duration(**given), 'total', step, num_examples=1000, batch_size=64
     )
   ]
@@ -117,8 +118,8 @@ def test_period_ends():
 
 
 def test_epoch_end():
-  assert config_utils.epoch_end(150, 50_000, 64) == 117_188
-  assert config_utils.epoch_end(1, 1000, 64) == 16
+  assert durations.epoch_end(150, 50_000, 64) == 117_188
+  assert durations.epoch_end(1, 1000, 64) == 16
 
 
 TABLE = {'resnet8': dict, 'resnet14': 'json:loads', 'broken': 'no_such:Thing'}

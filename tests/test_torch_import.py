@@ -837,6 +837,13 @@ def test_a_bundle_of_code_outside_is_trusted_by_a_flag(tmp_path):
   assert '--trust_code' in failure('import', checkpoint=file, output=output)
   run('import', '--trust_code', checkpoint=file, output=output)
   assert_same(bundles.load(output, trust_code=True), bundle)
+  given = {
+    'checkpoint': tmp_path / 'absent.pth',
+    'output': tmp_path / 'student',
+    'teacher': tmp_path / 'bundle',
+  }
+  assert '--trust_code' in failure('import', **given)
+  assert 'absent.pth' in failure('import', '--trust_code', **given)
 
 
 @pytest.mark.slow

@@ -96,7 +96,9 @@ def _import(flags: argparse.Namespace) -> None:
     num_classes=flags.num_classes,
     preprocessing=pytorch_flags.preprocessing(flags),
     class_names=pytorch_flags.class_names(flags),
-    teacher=bundles.load(flags.teacher) if flags.teacher else None,
+    teacher=bundles.load(flags.teacher, trust_code=flags.trust_code)
+    if flags.teacher
+    else None,
     trust_code=flags.trust_code,
   )
   bundle, notes = importer.read(flags.checkpoint, request, part=flags.part)

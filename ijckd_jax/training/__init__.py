@@ -6,5 +6,6 @@ for the student. `loop` makes the steps, `checkpoints`, `metric_writer`,
 `run_record` and `results` keep what must outlive a kill, `teacher_loading` and
 `head_fitting` make the teachers ready. Of stored teacher outputs,
 `output_recorder` knows when a run fills and reads them, `output_store` whose
-they are, and `output_files` how they lie in files.
+they are, and `output_files` how they lie in files. `cost_estimate` says what a
+step would cost on a TPU.
 """

@@ -7,6 +7,7 @@ from ijckd_jax.data import mixing as mixing_lib
 from ijckd_jax.distillation import stored_outputs
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import parallel
+from ijckd_jax.training import durations
 
 
 def check_values(
@@ -29,7 +30,7 @@ def check_values(
 def _check_choices(config) -> None:
   """Raises UserError where a field that stands alone is wrong."""
   for what in ('total', 'log', 'eval', 'checkpoint'):
-    _, value = config_utils.duration(config, what)
+    _, value = durations.duration(config, what)
     if what != 'checkpoint' and not value:
       raise config_utils.UserError(
         f'no {what}_epochs, {what}_steps or {what}_examples: give one'

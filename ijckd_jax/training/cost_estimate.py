@@ -12,6 +12,7 @@ from jax.experimental import topologies
 
 from ijckd_jax.distillation import train_state
 from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import durations
 from ijckd_jax.training import experiment
 
 NOTE = """\
@@ -333,7 +334,7 @@ def budget(exp, compiled, topology: str) -> Budget:
 
 def run_images(exp) -> float | None:
   """Returns how many images a run trains on; None where it is not known."""
-  unit, value = config_utils.duration(exp.config, 'total')
+  unit, value = durations.duration(exp.config, 'total')
   if unit == 'steps':
     return value * exp.config.batch_size
   if unit == 'examples':

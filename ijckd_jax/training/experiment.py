@@ -27,6 +27,7 @@ from ijckd_jax.runtime import backend
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import parallel
 from ijckd_jax.training import config_checks
+from ijckd_jax.training import durations
 from ijckd_jax.training import optim
 from ijckd_jax.training import teacher_loading
 
@@ -142,8 +143,8 @@ def teacher_config(
   own.optimizer.learning_rate = config.teacher.learning_rate
   own.seed = config.teacher.seed
   own.ema_decay = 0.0
-  if config_utils.duration(config.teacher, 'total')[1]:
-    for unit in config_utils.UNITS:
+  if durations.duration(config.teacher, 'total')[1]:
+    for unit in durations.UNITS:
       own[f'total_{unit}'] = config.teacher[f'total_{unit}']
   for field in own.teacher:
     if field != 'store':
@@ -248,7 +249,7 @@ class Experiment:
 
   def total_steps(self, num_examples: int) -> int:
     """Returns the steps of the run."""
-    return config_utils.to_steps(
+    return durations.to_steps(
       self.config,
       'total',
       num_examples=num_examples,
@@ -257,7 +258,7 @@ class Experiment:
 
   def is_due(self, what: str, step: int, num_examples: int) -> bool:
     """Returns whether 'log', 'eval' or 'checkpoint' is due after a step."""
-    return config_utils.is_period_end(
+    return durations.is_period_end(
       self.config,
       what,
       step,
@@ -269,7 +270,7 @@ class Experiment:
     self, num_examples: int
   ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Returns the optimizer, and its learning rate by step."""
-    unit, value = config_utils.duration(self.config, 'total')
+    unit, value = durations.duration(self.config, 'total')
     schedule = optim.make_schedule(
       self.config.optimizer,
       num_examples=num_examples,

@@ -19,6 +19,7 @@ from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import disk
 from ijckd_jax.runtime import hosts
 from ijckd_jax.runtime import workdirs
+from ijckd_jax.training import durations
 
 logger = logging.getLogger('ijckd_jax')
 
@@ -206,7 +207,7 @@ class Refits:
     self._workdir = workdir
     self._splits = splits
     self._steps = [
-      config_utils.epoch_end(epoch, len(splits['train']), exp.config.batch_size)
+      durations.epoch_end(epoch, len(splits['train']), exp.config.batch_size)
       for epoch in exp.config.teacher.refit_epochs
     ]
 

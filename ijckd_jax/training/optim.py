@@ -8,6 +8,7 @@ import ml_collections
 import optax
 
 from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import durations
 
 OPTIMIZERS = ('sgd', 'adamw')
 SCHEDULES = ('step', 'cosine')
@@ -60,18 +61,18 @@ def make_schedule(
   config_utils.check_positive('optimizer.learning_rate', config.learning_rate)
   if config.schedule not in SCHEDULES:
     raise config_utils.unknown('schedule', config.schedule, SCHEDULES)
-  warmup = config_utils.to_steps(
+  warmup = durations.to_steps(
     config, 'warmup', num_examples=num_examples, batch_size=batch_size
   )
   if warmup >= total_steps:
-    unit, value = config_utils.duration(config, 'warmup')
+    unit, value = durations.duration(config, 'warmup')
     raise config_utils.UserError(
       f'optimizer.warmup_{unit}={value}, a warm-up of {warmup} steps, does not '
       f'fit into {total}, {total_steps} steps: shorten it, or train longer'
     )
   if config.schedule == 'step':
     boundaries = collections.Counter(
-      config_utils.epoch_end(epoch, num_examples, batch_size) - warmup
+      durations.epoch_end(epoch, num_examples, batch_size) - warmup
       for epoch in config.decay_epochs
     )
     main = optax.piecewise_constant_schedule(
