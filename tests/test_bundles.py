@@ -273,14 +273,12 @@ def test_a_student_connected_behind_the_pool_has_none(tmp_path):
   assert not bundle.teacher().pools_map
 
 
-def test_a_truncated_backbone_is_pooled_by_the_average():
+def test_a_backbone_that_ends_at_a_stage_is_pooled_by_the_average():
   bundle = make_bundle('ce', student=HIDDEN)
   params = bundle.variables['params']
   cut = dataclasses.replace(
     bundle,
-    network=dataclasses.replace(
-      bundle.network, backbone=Hidden(truncated=True)
-    ),
+    network=dataclasses.replace(bundle.network, backbone=Hidden(tap='stage')),
     variables={
       **bundle.variables,
       'params': {**params, 'backbone': {'body': params['backbone']['body']}},
@@ -357,7 +355,7 @@ def copy(sound, tmp_path):
     (bundles.SPEC_FILE, b'{', 'cannot be read'),
     (bundles.SPEC_FILE, b'\xff', 'cannot be read'),
     (bundles.SPEC_FILE, b'[' * 200_000, 'cannot be read'),
-    (bundles.SPEC_FILE, b'{"format_version": 3}', 'format 3'),
+    (bundles.SPEC_FILE, b'{"format_version": 4}', 'format 4'),
     (bundles.ARRAYS_FILE, b'', 'cannot be read'),
     (bundles.ARRAYS_FILE, b'\xff' * 99, 'cannot be read'),
   ],
@@ -454,6 +452,7 @@ def test_a_missing_field_of_the_connector(copy, field):
     ({'backbone': 'resnet14'}, 'do not fit'),
     ({'backbone': 'wrn_16_2'}, 'do not fit'),
     ({'truncated': False}, 'do not fit'),
+    ({'tap': 'stage'}, 'tap must be a name, or not there where truncated is'),
     ({'class_names': ['a', 'b']}, 'do not fit'),
     ({'image_shape': [800_000, 800_000, 1]}, 'image_shape must be'),
     ({'image_shape': [0, 0, 1]}, 'image_shape must be'),
@@ -470,6 +469,66 @@ def test_a_missing_field_of_the_connector(copy, field):
 def test_what_cannot_be(copy, fields, said):
   edit_spec(**fields)(copy)
   assert said in failure(copy)
+
+
+@pytest.fixture(scope='module')
+def cut(tmp_path_factory):
+  """The folder of a bundle whose backbone ends at stage 2."""
+  folder = tmp_path_factory.mktemp('cut') / 'bundle'
+  make_bundle(student='resnet8', **{'method.tap': 'stage2'}).save(folder)
+  return folder
+
+
+def test_a_bundle_that_ends_at_a_stage_says_so(cut):
+  spec = json.loads((cut / bundles.SPEC_FILE).read_text())
+  assert (spec['tap'], spec['format_version']) == ('stage2', 3)
+  assert 'truncated' not in spec
+  bundle = bundles.load(cut)
+  assert bundle.network.backbone.tap == 'stage2'
+  layers = bundle.variables['params']['backbone']
+  assert 'layer2_0_conv1' in layers
+  assert not [name for name in layers if name.startswith('layer3')]
+  whole = make_bundle(student='resnet8')
+  count = bundles.num_params(bundle.variables)['backbone']
+  # The last stage of a resnet8: two 3x3 convolutions, a 1x1, three batch norms.
+  last = 9 * 32 * 64 + 9 * 64 * 64 + 32 * 64 + 3 * 2 * 64
+  assert bundles.num_params(whole.variables)['backbone'] - count == last
+
+
+@pytest.mark.parametrize(
+  'tap, said',
+  [
+    ('stage3', 'do not fit'),
+    ('stage1', 'do not fit'),
+    ('stage9', "unknown tap 'stage9'; did you mean 'stage'"),
+    ('stage2 ', "unknown tap 'stage2 '; did you mean 'stage2'"),
+    ('x' * 10_000, 'unknown tap'),
+    (2, 'tap must be a name'),
+    (None, 'tap must be a name'),
+  ],
+)
+def test_taps_that_cannot_be(cut, tmp_path, tap, said):
+  folder = shutil.copytree(cut, tmp_path / 'bundle')
+  edit_spec(tap=tap)(folder)
+  assert said in failure(folder)
+
+
+@pytest.mark.parametrize('truncated, tap', [(True, 'stage'), (False, 'final')])
+def test_a_bundle_says_whether_it_is_truncated_or_names_its_tap(
+  tmp_path, truncated, tap
+):
+  """By the one older versions of the library read it, both mean the same."""
+  bundle = make_bundle(**{'method.tap': tap})
+  bundle.save(tmp_path / 'bundle')
+  path = tmp_path / 'bundle' / bundles.SPEC_FILE
+  spec = json.loads(path.read_text())
+  assert (spec.pop('truncated'), spec['format_version']) == (truncated, 1)
+  assert 'tap' not in spec
+  path.write_text(json.dumps({**spec, 'tap': tap}))
+  loaded = bundles.load(tmp_path / 'bundle')
+  assert loaded.network.backbone == bundle.network.backbone
+  assert loaded.network.backbone.tap == tap
+  assert loaded.spec() == bundle.spec()
 
 
 @pytest.mark.parametrize(

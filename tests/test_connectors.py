@@ -173,10 +173,10 @@ def test_every_target_lies_in_the_range(name, signed):
   )
 
 
-@pytest.mark.parametrize('truncated', [False, True])
+@pytest.mark.parametrize('tap', ['final', 'stage'])
 @pytest.mark.parametrize('name', ['resnet8', 'wrn_16_1'])
-def test_identity_reproduces_a_teachers_own_features(name, truncated):
-  backbone = models.build(name, truncated=truncated)
+def test_identity_reproduces_a_teachers_own_features(name, tap):
+  backbone = models.build(name, tap=tap)
   x = normal(0, 2, 8, 8, 1)
   features = backbone.apply(randomized(backbone, x), x, train=False)
   shapes = outputs.Shapes(
@@ -185,7 +185,7 @@ def test_identity_reproduces_a_teachers_own_features(name, truncated):
   connector = connectors.build('identity', shapes)
   y = connector.apply({}, features.final, train=False)
   np.testing.assert_array_equal(y, features.final)
-  assert (y.min() < 0) == (name == 'wrn_16_1' and truncated)
+  assert (y.min() < 0) == (name == 'wrn_16_1' and tap == 'stage')
 
 
 def kernels(connector, width, seed=0):
@@ -334,7 +334,7 @@ def teacher_of(width):
 def test_what_does_not_fit_is_said_before_anything_runs(fields, width, message):
   with pytest.raises(config_utils.UserError, match=message):
     binding.bind(
-      backbone=models.build('resnet8', truncated=True),
+      backbone=models.build('resnet8', tap='stage'),
       preprocessing=augment.Preprocessing((0.0,), (1.0,), (8, 8)),
       method=methods.get('ijckd')(**fields),
       given=(teacher_of(width),),

@@ -86,7 +86,7 @@ def bind(method, pair=Pair(), **fields):  # noqa: B008
   """Returns a Distiller and the student's variables, full of noise."""
   distiller = binding.bind(
     **{
-      'backbone': models.build(pair.student, truncated=method.tap == 'stage'),
+      'backbone': models.build(pair.student, tap=method.tap),
       'preprocessing': preprocessing(pair.student_side),
       'method': method,
       'given': (
@@ -614,7 +614,6 @@ def test_connectors_of_methods(name, fields, expected, signed):
   'name, fields, message',
   [
     ('ijckd', {'feature_site': 'maps'}, "feature_site 'maps'.*mean 'map'"),
-    ('ijckd', {'tap': 'stages'}, "tap 'stages'.*mean 'stage'"),
     ('srrl', {'connects': 'pool'}, "connects 'pool'.*mean 'pooled'"),
   ],
 )

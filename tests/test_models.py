@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 
 from flax import traverse_util
 import flax.linen as nn
@@ -17,6 +18,7 @@ from ijckd_jax.distillation import network
 from ijckd_jax.evaluation import cost
 from ijckd_jax.models import backbone as backbone_lib
 from ijckd_jax.models import layers
+from ijckd_jax.models import outputs
 from ijckd_jax.models import programs
 from ijckd_jax.runtime import config_utils
 from tests import marks
@@ -204,9 +206,9 @@ TAILS = {
 
 
 @functools.cache
-def shapes_of(name, image_shape, truncated=False, dtype=jnp.float32):
+def shapes_of(name, image_shape, tap='final', dtype=jnp.float32):
   """Returns shapes of the Features and of the variables."""
-  backbone = models.build(name, truncated=truncated, dtype=dtype)
+  backbone = models.build(name, tap=tap, dtype=dtype)
   images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
   return jax.eval_shape(
     lambda x: backbone.init_with_output(jax.random.key(0), x, train=False),
@@ -238,9 +240,9 @@ def small(name):
 
 
 @functools.cache
-def filled(name, image_shape, truncated=False):
+def filled(name, image_shape, tap='final'):
   """Returns noisy variables and an input of a backbone."""
-  _, shapes = shapes_of(name, image_shape, truncated)
+  _, shapes = shapes_of(name, image_shape, tap)
   x = np.random.RandomState(1).randn(2, *image_shape).astype(np.float32)
   return noise(shapes), x
 
@@ -249,7 +251,7 @@ def run(name, image_shape=None, **settings):
   """Returns Features, variables and input of a backbone full of noise."""
   backbone = models.build(name, **settings)
   variables, x = filled(
-    name, image_shape or small(name), settings.get('truncated', False)
+    name, image_shape or small(name), settings.get('tap', 'final')
   )
   forward = jax.jit(functools.partial(backbone.apply, train=False))
   return forward(variables, x), variables, x
@@ -321,17 +323,17 @@ def test_images_that_are_too_small():
 
 
 @pytest.mark.parametrize(
-  'name, truncated',
+  'name, tap',
   [
-    *by_default(OF_EACH_OPERATOR, False),
-    *by_default((*FASTEST, 'mobilenet_v3_small'), True),
+    *by_default(OF_EACH_OPERATOR, 'final'),
+    *by_default((*FASTEST, 'mobilenet_v3_small'), 'stage'),
   ],
 )
-def test_contract(name, truncated):
+def test_contract(name, tap):
   """The head of the pooled final map gives the logits, in every backbone."""
-  backbone = models.build(name, truncated=truncated)
-  variables, x = filled(name, small(name), truncated)
-  shapes, _ = shapes_of(name, small(name), truncated)
+  backbone = models.build(name, tap=tap)
+  variables, x = filled(name, small(name), tap)
+  shapes, _ = shapes_of(name, small(name), tap)
   rng = np.random.RandomState(2)
   head = {
     'kernel': rng.randn(shapes.pooled.shape[-1], 7).astype(np.float32),
@@ -374,7 +376,7 @@ def test_contract(name, truncated):
   np.testing.assert_allclose(
     out.logits, expected + head['bias'], atol=1e-5 * np.abs(expected).max()
   )
-  if truncated:
+  if tap == 'stage':
     np.testing.assert_array_equal(final, features.stages[-1])
   assert net.signed == backbone.signed
   assert net.pooled_signed == backbone.pooled_signed
@@ -383,8 +385,8 @@ def test_contract(name, truncated):
 
 
 @pytest.mark.parametrize('name', by_default(ONE_OF_EACH))
-def test_truncated_ends_at_the_last_stage(name):
-  features, cut = shapes_of(name, small(name), truncated=True)
+def test_a_backbone_ends_at_its_last_stage(name):
+  features, cut = shapes_of(name, small(name), 'stage')
   assert features.final.shape == features.stages[-1].shape
   assert features.pooled.shape == (2, features.final.shape[-1])
   _, full = shapes_of(name, small(name))
@@ -398,14 +400,114 @@ def test_truncated_ends_at_the_last_stage(name):
   assert dropped == TAILS.get(max(families, key=len, default=None), set())
 
 
+@pytest.mark.parametrize('name', by_default((*FASTEST, 'mobilenet_v3_small')))
+def test_a_backbone_that_ends_at_a_stage_is_the_start_of_the_whole_one(name):
+  """The same layers with the same start and results, and none after them."""
+  whole, key = models.build(name), jax.random.key(4)
+  variables, x = filled(name, small(name))
+  num_stages = len(shapes_of(name, small(name))[0].stages)
+  cuts = [models.build(name, tap=f'stage{i}') for i in range(num_stages)]
+  flat = traverse_util.flatten_dict(variables)
+
+  def own(cut):
+    shapes = jax.eval_shape(lambda: cut.init(key, x, train=False))
+    paths = traverse_util.flatten_dict(shapes)
+    return traverse_util.unflatten_dict({path: flat[path] for path in paths})
+
+  @jax.jit
+  def run(key, x):
+    started = [b.init(key, x, train=False) for b in (whole, *cuts)]
+    features = [
+      b.apply(v, x, train=False)
+      for b, v in zip((whole, *cuts), (variables, *map(own, cuts)), strict=True)
+    ]
+    return started, features
+
+  (start, *starts), (expected, *found) = run(key, x)
+  start, *starts = map(traverse_util.flatten_dict, (start, *starts))
+  for number, (cut, features) in enumerate(zip(cuts, found, strict=True)):
+    cut.check_tap(features.stages)
+    assert (
+      starts[number].keys() < starts[number + 1].keys()
+      if (number + 1 < num_stages)
+      else starts[number].keys()
+      == traverse_util.flatten_dict(
+        shapes_of(name, small(name), 'stage')[1]
+      ).keys()
+    )
+    for path, value in starts[number].items():
+      np.testing.assert_array_equal(value, start[path], err_msg=str(path))
+    assert len(features.stages) == number + 1
+    assert len(features.before) == (number + 1 if expected.before else 0)
+    for kind in ('stages', 'before'):
+      pairs = zip(
+        getattr(features, kind), getattr(expected, kind), strict=False
+      )
+      for mine, theirs in pairs:
+        np.testing.assert_array_equal(mine, theirs)
+    np.testing.assert_array_equal(features.final, features.stages[-1])
+    np.testing.assert_allclose(
+      features.pooled, features.final.mean((1, 2)), rtol=1e-5, atol=1e-5
+    )
+    assert (features.final.min() < 0) == cut.signed
+    assert (features.pooled.min() < 0) == cut.pooled_signed
+    assert cut.pools_map
+
+
 @pytest.mark.parametrize(
-  'name, truncated',
-  [*by_default(FASTEST, False), *by_default(FASTEST, True)],
+  'name, tap, said',
+  [
+    ('resnet8', 'stages', "unknown tap 'stages'; did you mean 'stage'"),
+    (
+      'resnet8',
+      'stage4',
+      'known: final, stage, stage0, stage1, stage2, stage3',
+    ),
+    ('resnet8', 'stage01', "did you mean 'stage1'.*, stage3$"),
+    ('resnet8', 'stage-1', "did you mean 'stage1'"),
+    ('resnet8', '1', "unknown tap '1'; known: .*, stage3$"),
+    ('resnet18', 'stage5', ', stage4$'),
+    ('mobilenet_v1', 'stage4', ', stage3$'),
+    (
+      f'{__name__}:NeverEnds',
+      'stage0',
+      'a NeverEnds does not end at stage0, but goes on to stage1: .*num_stages',
+    ),
+  ],
 )
-def test_every_parameter_has_an_effect(name, truncated):
-  shapes, _ = shapes_of(name, small(name), truncated)
-  variables, x = filled(name, small(name), truncated)
-  backbone = models.build(name, truncated=truncated)
+def test_a_tap_that_is_not_there(name, tap, said):
+  backbone = models.build(name, tap=tap)
+  net = network.Network(
+    backbone, augment.Preprocessing((0.5,), (0.5,), (8, 8)), None, None, None
+  )
+  with pytest.raises(config_utils.UserError) as error:
+    jax.eval_shape(lambda: net.init(jax.random.key(0), (8, 8, 1), 5))
+  assert re.search(said, str(error.value))
+
+
+class NeverEnds(backbone_lib.Backbone):
+  """Two stages, whatever its tap."""
+
+  @nn.compact
+  def __call__(self, images, *, train):
+    x = self.conv(4, 3)(images)
+    y = self.conv(4, 3)(x)
+    return outputs.Features((x, y), y, self.pool(y))
+
+
+@pytest.mark.parametrize(
+  'name, tap',
+  [
+    *by_default(FASTEST, 'final'),
+    *by_default(FASTEST, 'stage'),
+    *by_default(FASTEST, 'stage0'),
+    *by_default(FASTEST, 'stage1'),
+  ],
+)
+def test_every_parameter_has_an_effect(name, tap):
+  shapes, _ = shapes_of(name, small(name), tap)
+  variables, x = filled(name, small(name), tap)
+  backbone = models.build(name, tap=tap)
   rng = np.random.RandomState(3)
   weights = [rng.randn(*y.shape) for y in (shapes.final, shapes.pooled)]
 
@@ -459,9 +561,9 @@ def test_unknown_name_names_the_nearest():
 
 def test_build_reaches_outside_and_passes_settings_on():
   backbone = models.build(
-    'ijckd_jax.models:WideResNet', truncated=True, axis_name='a'
+    'ijckd_jax.models:WideResNet', tap='stage', axis_name='a'
   )
-  assert backbone == models.WideResNet(truncated=True, axis_name='a')
+  assert backbone == models.WideResNet(tap='stage', axis_name='a')
 
 
 @pytest.mark.parametrize(
@@ -477,7 +579,7 @@ def test_what_is_no_backbone(name, said):
   with pytest.raises(
     config_utils.UserError, match=f"^'{name}' {said}"
   ) as error:
-    models.build(name, truncated=True)
+    models.build(name, tap='stage')
   assert '\n' not in str(error.value)
 
 

@@ -51,7 +51,7 @@ def make_teacher(pool=teachers.average_pool, **fields):
 
 def bind(teacher, method):
   return binding.bind(
-    backbone=models.build('resnet8', truncated=method.tap == 'stage'),
+    backbone=models.build('resnet8', tap=method.tap),
     preprocessing=PREPROCESSING,
     method=method,
     given=() if teacher is None else (teacher,),
@@ -157,9 +157,9 @@ def test_pool_variables_are_those_named_so():
 
 @pytest.mark.parametrize('name', shared.by_default(shared.ONE_OF_EACH))
 def test_the_pools_variables_are_all_that_the_pool_needs(name):
-  """Of every backbone, whole and truncated."""
-  for truncated in (False, True):
-    backbone = models.build(name, truncated=truncated)
+  """Of every backbone, whole, and ending at its last stage."""
+  for tap in ('final', 'stage'):
+    backbone = models.build(name, tap=tap)
 
     def pooled_twice(x, backbone=backbone):
       features, variables = backbone.init_with_output(
@@ -173,4 +173,4 @@ def test_the_pools_variables_are_all_that_the_pool_needs(name):
       pooled_twice, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     )
     assert (pooled.shape, pooled.dtype) == (again.shape, again.dtype)
-    assert not (truncated and share)
+    assert not (tap == 'stage' and share)

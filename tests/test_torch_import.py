@@ -234,7 +234,7 @@ def random_bundle(method, teacher, student, **fields):
   fields = {'factor': 4, **fields} if method == 'ijckd' else fields
   method = methods.get(method)(**fields)
   bound = binding.bind(
-    backbone=models.build(student, truncated=method.tap == 'stage'),
+    backbone=models.build(student, tap=method.tap),
     preprocessing=preprocessing,
     method=method,
     given=(judge.teacher(),),

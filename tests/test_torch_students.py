@@ -70,16 +70,16 @@ def make(
   channels=3,
   signed=False,
   takes=None,
-  truncated=True,
+  tap='stage',
   connect_size=(1, 2),
   pool_backbone=None,
 ):
   """Returns a network and the text that runs it in PyTorch."""
-  backbone = models.build(name, truncated=truncated)
+  backbone = models.build(name, tap=tap)
   fields = {} if takes is None else {'takes': takes}
   features = NUM_FEATURES
   if connector == 'identity':
-    features = width_of(backbone, (*size, channels))
+    features = features_of(backbone, (*size, channels)).final.shape[-1]
   connector = connectors.CONNECTORS[connector](features, signed, **fields)
   pool = teachers.average_pool
   if pool_backbone is not None:
@@ -102,13 +102,13 @@ def make(
 
 
 @functools.cache
-def width_of(backbone, image_shape):
-  """Returns the channels of a backbone's last map."""
+def features_of(backbone, image_shape):
+  """Returns the shapes of a backbone's Features of one image."""
   features, _ = jax.eval_shape(
     lambda x: backbone.init_with_output(jax.random.key(0), x, train=False),
     jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
   )
-  return features.final.shape[-1]
+  return features
 
 
 def noise(network, channels, pool_backbone):
@@ -236,7 +236,25 @@ def test_every_backbone(name):
   ],
 )
 def test_backbones_that_are_not_cut_at_their_last_stage(name):
-  check(name, truncated=False, **image_shape(name))
+  check(name, tap='final', **image_shape(name))
+
+
+@pytest.mark.parametrize('tap', ['stage0', 'stage1', 'stage2', 'stage3'])
+def test_a_resnet_that_ends_at_a_stage(tap):
+  """It has the layers up to there, no others, and the same results."""
+  student, _ = check('resnet8', tap=tap, **image_shape('resnet8'))
+  names = [name for name, _ in student.backbone.named_children()]
+  stages = [f'layer{i + 1}' for i in range(int(tap[-1]))]
+  assert names == ['conv1', 'bn1', 'relu', *stages]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', LAYOUTS)
+def test_every_layout_ends_at_every_stage(name):
+  settings = image_shape(name)
+  sizes = (*settings['size'], settings['channels'])
+  for number in range(len(features_of(models.build(name), sizes).stages)):
+    check(name, tap=f'stage{number}', **settings)
 
 
 def test_a_vgg_pools_large_maps_once_more():
@@ -271,11 +289,11 @@ def test_the_pool_of_a_mobilenet_v3(connector):
   )
 
 
-def written(name, connector='bottleneck', truncated=True):
+def written(name, connector='bottleneck', tap='stage'):
   """Returns the text of a student of its usual size, with long numbers."""
   side = models.build(name).usual_size
   network = network_lib.Network(
-    models.build(name, truncated=truncated),
+    models.build(name, tap=tap),
     augment.Preprocessing(
       (0.507075, 0.486550, 0.440919),
       (0.267334, 0.256438, 0.276150),
@@ -309,7 +327,9 @@ def test_texts_are_linted(tmp_path):
   """No name is unused or missing, and no line has more than 88 columns."""
   texts = {f'{name}_stage': written(name) for name in LAYOUTS}
   for name in LONGER:
-    texts[f'{name}_final'] = written(name, truncated=False)
+    texts[f'{name}_final'] = written(name, tap='final')
+  for name in LAYOUTS:
+    texts[f'{name}_stage0'] = written(name, tap='stage0')
   for connector in set(student_source.CONNECTORS) - {'identity'}:
     texts[f'resnet8_{connector}'] = written('resnet8', connector)
   for name, text in texts.items():

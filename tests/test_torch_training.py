@@ -163,7 +163,7 @@ def bound(teacher, student, method, unbiased, dtype):
   return binding.bind(
     backbone=models.build(
       student,
-      truncated=method.tap == 'stage',
+      tap=method.tap,
       unbiased_variance=unbiased,
       dtype=dtype,
     ),

@@ -57,7 +57,7 @@ class Case:
     fields |= {'connector': name, 'factor': int(factor)}
     teacher = alone(self.teacher, self.image_shape, self.num_classes).teacher()
     bound = binding.bind(
-      backbone=models.build(self.student, truncated=True),
+      backbone=models.build(self.student, tap='stage'),
       preprocessing=preprocessing(self.image_shape),
       method=methods.build(fields),
       given=(teacher,),

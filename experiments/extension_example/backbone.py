@@ -15,6 +15,8 @@ class PlainNet(models.Backbone):
   def __call__(self, images, *, train):
     x, stages = images, []
     for stage in range(3):
+      if len(stages) == self.num_stages:  # It ends at its tap.
+        break
       x = self.conv(self.width * 2**stage, 3, stride=2 if stage else 1)(x)
       x = nn.relu(self.norm(train)(x))
       stages.append(x)

@@ -16,13 +16,14 @@ class Method:
   Attributes:
     cosine_weight: weight of one minus the cosine of the pooled features.
     connector: name of a connector.
+    tap: the student's map that is connected, see methods.base.
   """
 
   cosine_weight: float = 1.0
   connector: str = 'experiments.extension_example.connector:Gated'
+  tap: str = 'stage'
 
   predicts_with = 'teacher'
-  tap = 'stage'
 
   def build_connector(self, student, teacher):
     """Returns the connector."""

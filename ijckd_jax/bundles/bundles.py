@@ -34,8 +34,10 @@ from ijckd_jax.runtime import backend
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import disk
 
-# 2: those that hold programs.
-FORMAT_VERSIONS = (1, 2)
+# 2: those that hold programs. 3: those whose backbone ends at a stage by its
+# number; other backbones are said to be truncated or not, as older versions of
+# ijckd_jax read it.
+FORMAT_VERSIONS = (1, 2, 3)
 SPEC_FILE = 'bundle.json'
 CHECKSUM = 'arrays_sha256'  # Its field for that of ARRAYS_FILE.
 ARRAYS_FILE = 'variables.safetensors'
@@ -122,8 +124,10 @@ class Bundle:
         'pools_map': net.pools_map,
         'buffers': net.buffers,
       }
-    else:
+    elif net.backbone.num_stages is None:
       more['truncated'] = net.backbone.truncated
+    else:
+      more['tap'] = net.backbone.tap
     if net.connector is not None:
       connector = {
         field.name: getattr(net.connector, field.name)
@@ -134,7 +138,7 @@ class Bundle:
         net.connector, connectors.CONNECTORS
       )
     spec = {
-      'format_version': FORMAT_VERSIONS[1 if net.programs else 0],
+      'format_version': 3 if 'tap' in more else 2 if net.programs else 1,
       'backbone': self.backbone_name,
       **more,
       'dtype': jnp.dtype(net.dtype).name,
@@ -307,7 +311,7 @@ def build(
     version = config_utils.short(spec['format_version'])
     raise config_utils.UserError(
       f'the bundle in {where} has format {version}; this version of ijckd_jax '
-      f'reads {" and ".join(map(str, FORMAT_VERSIONS))}'
+      f'reads {", ".join(map(str, FORMAT_VERSIONS))}'
     )
   with config_utils.blame(f"{where}: the bundle's description is damaged"):
     specification.check(spec)

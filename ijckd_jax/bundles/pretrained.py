@@ -32,7 +32,7 @@ class Start:
 
     Args:
       variables: 'params' and 'batch_stats' of what is trained, or their shapes.
-        A truncated backbone takes the layers that it has.
+        A backbone that ends at a stage takes the layers that it has.
 
     Raises:
       config_utils.UserError: the backbone has what is not here, or of another
@@ -47,7 +47,8 @@ class Start:
         raise config_utils.UserError(
           f'{self.path}: {jax.tree_util.keystr(path)} must be {like.shape}, '
           f'but is {getattr(value, "shape", "not there")}: give a bundle of '
-          'the same backbone for the same size of images'
+          'the same backbone for the same size of images, which ends at the '
+          'same tap or later'
         )
       return value
 

@@ -94,7 +94,9 @@ def _check_network(spec):
   flags = ('signed', 'pooled_signed', 'pools_map')
   found = spec.get('converted')
   if found is None:
-    flags, owner = ('truncated',), spec
+    flags, owner = ('truncated',) if 'truncated' in spec else (), spec
+    is_right = isinstance(spec.get('tap'), str) ^ ('truncated' in spec)
+    require(is_right, 'tap', 'a name, or not there where truncated is')
   else:
     _require(isinstance(found, dict), 'converted', 'null or an object')
     _require(_is_texts(found.get('buffers')), 'buffers', 'a list of names')
@@ -170,6 +172,13 @@ def _check_connection(spec):
   )
 
 
+def _tap(spec) -> str:
+  """Returns the tap of a checked spec, which names it or says `truncated`."""
+  if 'truncated' in spec:
+    return 'stage' if spec['truncated'] else 'final'
+  return spec['tap']
+
+
 def names_outside(spec) -> list[str]:
   """Returns the names in a spec that are references to code elsewhere.
 
@@ -219,9 +228,7 @@ def build(spec, dtype, programs: Mapping[str, programs_lib.Program]):
     pool_signed = True
   if spec.get('converted') is not None:
     return _build_converted(spec, dtype, programs, preprocessing, pool), None
-  backbone = models.build(
-    spec['backbone'], truncated=spec['truncated'], dtype=dtype
-  )
+  backbone = models.build(spec['backbone'], tap=_tap(spec), dtype=dtype)
   if spec['connector'] is None:
     pool = network_lib.pool_of(backbone)
     return network_lib.Network(backbone, preprocessing, None, None, pool), None

@@ -139,6 +139,7 @@ class Network:
     backbone_key, connector_key, head_key = jax.random.split(key, 3)
     x = self.preprocessing(jnp.zeros((1, *image_shape), jnp.uint8))
     features, parts = init(self.backbone, backbone_key, x)
+    self.backbone.check_tap(features.stages)
     modules = {'backbone': parts}
     if self.connector is not None:
       modules['connector'] = self.init_connector(connector_key, features)

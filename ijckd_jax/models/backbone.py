@@ -1,5 +1,7 @@
 """What every backbone shares: its settings, its pool and its head's start."""
 
+from collections.abc import Sequence
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +11,7 @@ import numpy as np
 
 from ijckd_jax.models import layers
 from ijckd_jax.models import losses
+from ijckd_jax.runtime import config_utils
 
 
 class Backbone(nn.Module):
@@ -24,16 +27,23 @@ class Backbone(nn.Module):
   before them. It computes the same in training as in inference, and in float32
   whatever `dtype` is.
 
+  A backbone that ends at a stage leaves its loop over the layers where
+  `len(stages) == self.num_stages`, before it builds the next stage, and builds
+  the layers after its last stage only if it is not `truncated`.
+
   Attributes:
-    truncated: end at the last stage, without the layers between it and the
-      pool: `final` is then `stages[-1]`, `pooled` is its plain average, and
-      there are no 'pool_' layers.
+    tap: the map that the backbone ends at, without the layers after it. 'final'
+      is the whole backbone, 'stage' ends at the last stage, and 'stageN' ends
+      at `stages[N]`: N counts from 0, which is the stem, or the first stage of
+      a backbone whose stem is no stage of its own. At a stage, `final` is
+      `stages[-1]`, `pooled` is its plain average, and there are no 'pool_'
+      layers.
     axis_name: mapped axis over which batch norm is synchronised, or None.
     dtype: dtype of the computation; parameters stay float32.
     unbiased_variance: see layers.BatchNorm.
   """
 
-  truncated: bool = False
+  tap: str = 'final'
   axis_name: str | None = None
   dtype: Any = jnp.float32
   unbiased_variance: bool = False
@@ -42,6 +52,34 @@ class Backbone(nn.Module):
   torch_head = 'fc'  # The head's name in the published PyTorch network.
   momentum = 0.9  # What batch norm keeps of its running statistics at a step.
   kernel_init = staticmethod(layers.KAIMING_FAN_OUT)  # Of convolutions.
+
+  @property
+  def truncated(self) -> bool:
+    """Whether the backbone ends at a stage, without the layers after it."""
+    return self.tap != 'final'
+
+  @property
+  def num_stages(self) -> int | None:
+    """Number of stages that are built; None for all of them."""
+    found = re.fullmatch('stage(0|[1-9][0-9]?)', self.tap)
+    return found and int(found[1]) + 1
+
+  def check_tap(self, stages: Sequence[Any]) -> None:
+    """Raises UserError unless the backbone ends where `tap` says.
+
+    Args:
+      stages: its Features.stages, or their shapes.
+    """
+    known = [f'stage{number}' for number in range(len(stages))]
+    known += ['final', 'stage']
+    if self.tap not in known:
+      raise config_utils.unknown('tap', self.tap, known)
+    if self.num_stages not in (None, len(stages)):
+      raise config_utils.UserError(
+        f'a {type(self).__name__} does not end at {self.tap}, but goes on to '
+        f'stage{len(stages) - 1}: its __call__ must build no more stages where '
+        'len(stages) == self.num_stages'
+      )
 
   @property
   def pools_map(self) -> bool:

@@ -87,6 +87,8 @@ class DeiT(backbone.Backbone):
     x += positions.astype(x.dtype)
     stages = []
     for block in range(self.depth):
+      if len(stages) == self.num_stages:
+        break
       name = f'blocks_{block}'
       x += self.attention(self.layer_norm(x, f'{name}_norm1'), f'{name}_attn')
       x += self.mlp(self.layer_norm(x, f'{name}_norm2'), f'{name}_mlp')

@@ -49,6 +49,8 @@ class MobileNetV1(backbone.Backbone):
     x = nn.relu(step(images, 32, 3, 2, 'model_0_0', 'model_0_1'))
     stages, before = [], []
     for i, (width, stride) in enumerate(BLOCKS, 1):
+      if len(stages) == self.num_stages:
+        break
       name, channels = f'model_{i}', x.shape[-1]
       x = step(x, channels, 3, stride, f'{name}_0', f'{name}_1', channels)
       y = step(nn.relu(x), width, 1, 1, f'{name}_3', f'{name}_4')

@@ -53,7 +53,8 @@ class MobileNetV2(backbone.Backbone):
 
   @property
   def signed(self):
-    return self.truncated
+    # A stage is a linear bottleneck, but for the stem, which ends in a ReLU.
+    return self.truncated and self.num_stages != 1
 
   def init_head(self, key, num_features, num_classes):
     return backbone.normal_head(key, num_features, num_classes)
@@ -71,6 +72,8 @@ class MobileNetV2(backbone.Backbone):
     x = self.step(images, int(32 * self.width), 3, 2, train, stem)
     stages, index = [x], 0
     for group, (expansion, width, num_blocks, stride) in enumerate(GROUPS):
+      if len(stages) == self.num_stages:
+        break
       if self.cifar and group == 1:
         stride = 1
       for block in range(num_blocks):

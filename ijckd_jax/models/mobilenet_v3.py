@@ -81,6 +81,8 @@ class MobileNetV3Small(backbone.Backbone):
     x = nn.hard_swish(x)
     stages = [x]
     for i, block in enumerate(BLOCKS, 1):
+      if len(stages) == self.num_stages:
+        break
       x = self.block(x, *block, train, f'features_{i}_block')
       if i in STAGE_ENDS:
         stages.append(x)

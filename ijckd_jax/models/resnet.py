@@ -54,6 +54,8 @@ class ResNet(backbone.Backbone):
     x = nn.relu(self.norm(train, name='bn1')(x, pool))
     stages, before = [x], [x]
     for stage, num_blocks in enumerate(self.num_blocks, 1):
+      if len(stages) == self.num_stages:
+        break
       for block in range(num_blocks):
         stride = 2 if stage > 1 and block == 0 else 1
         name = f'layer{stage}_{block}'

@@ -35,6 +35,8 @@ class CifarResNet(backbone.Backbone):
     x = nn.relu(self.norm(train, name='bn1')(x))
     stages, before = [x], [x]
     for stage, width in enumerate(self.widths[1:], 1):
+      if len(stages) == self.num_stages:
+        break
       for block in range(num_blocks):
         stride = 2 if stage > 1 and block == 0 else 1
         name = f'layer{stage}_{block}'

@@ -29,6 +29,8 @@ class ShuffleNetV1(backbone.Backbone):
     x = nn.relu(self.norm(train, name='bn1')(x))
     stages, before = [x], [x]
     for stage, (width, num_units) in enumerate(STAGES, 1):
+      if len(stages) == self.num_stages:
+        break
       for unit in range(num_units):
         y = self.unit(x, width, unit == 0, train, f'layer{stage}_{unit}')
         x = nn.relu(y)

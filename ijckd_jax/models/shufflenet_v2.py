@@ -61,6 +61,8 @@ class ShuffleNetV2(backbone.Backbone):
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     stages = [x]
     for i, num_units in enumerate(NUM_UNITS):
+      if len(stages) == self.num_stages:
+        break
       stage = f'layer{i + 1}' if self.cifar else f'stage{i + 2}'
       for unit in range(num_units):
         width = self.widths[i] if unit == 0 else None

@@ -40,6 +40,8 @@ class Vgg(backbone.Backbone):
     for block, (width, num_convs) in enumerate(
       zip(widths, self.num_convs, strict=True)
     ):
+      if len(stages) == self.num_stages:
+        break
       if 0 < block < 4 or (block == 4 and min(images.shape[1:3]) >= 64):
         x = nn.max_pool(x, (2, 2), (2, 2))
       for i in range(num_convs):

@@ -17,8 +17,8 @@ class WideResNet(backbone.Backbone):
   """A WRN of depth 6n+4 for images of any size.
 
   Its stages are raw sums, before the next batch norm and ReLU; `final` is the
-  last one after them. Truncated, it has no last batch norm, and `final` is the
-  raw sum.
+  last one after them. Where it ends at a stage, it has no last batch norm, and
+  `final` is the raw sum.
 
   Attributes:
     depth: 16, 40, ...
@@ -54,6 +54,8 @@ class WideResNet(backbone.Backbone):
     x = self.conv(16, 3, name='conv1')(images)
     stages = [x]
     for stage, width in enumerate((16, 32, 64), 1):
+      if len(stages) == self.num_stages:
+        break
       for block in range(num_blocks):
         stride = 2 if stage > 1 and block == 0 else 1
         name = f'block{stage}_{block}'

@@ -4,6 +4,8 @@ It uses what `blocks` defines. Layers have their published names.
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence
+import itertools
 import textwrap
 
 from ijckd_jax import models
@@ -38,7 +40,7 @@ def write(
   if kind in (models.DeiT, models.MobileNetV3Small) and not backbone.truncated:
     raise config_utils.UserError(
       f'a {kind.__name__} student is written as a PyTorch module where it ends '
-      "at its last stage (method.tap='stage')"
+      "at a stage (method.tap='stage', or one by its number)"
     )
   return WRITERS[kind](backbone, size, channels)
 
@@ -74,18 +76,35 @@ def _stage(block, num_blocks, channels, width, stride, options=''):
 
 
 def _stages(block, num_blocks, widths, first_stride=1, options=''):
-  """Returns stages by name; `widths` starts with what the first one takes."""
-  strides = [first_stride, 2, 2, 2]
+  """Returns stages by name, one for each two widths that stand side by side.
+
+  `widths` starts with what the first one takes.
+  """
+  pairs = itertools.pairwise(widths)
+  numbers = zip(num_blocks, pairs, (first_stride, 2, 2, 2), strict=False)
   return {
-    f'layer{i + 1}': _stage(block, num, *widths[i : i + 2], strides[i], options)
-    for i, num in enumerate(num_blocks)
+    f'layer{i}': _stage(block, num, *pair, stride, options)
+    for i, (num, pair, stride) in enumerate(numbers, 1)
   }
+
+
+def _up_to_tap(backbone, layers: Sequence, ends: Sequence[int]) -> Sequence:
+  """Returns the layers that a backbone has.
+
+  Args:
+    backbone: ends at a stage, or is whole.
+    layers: of the whole backbone, from the first one after its stem.
+    ends: how many of the layers there are up to the end of each stage.
+  """
+  if backbone.num_stages is None:
+    return layers
+  return layers[: ends[backbone.num_stages - 1]]
 
 
 def _cifar_resnet(backbone, size, channels):
   del size
-  widths, num = backbone.widths, (backbone.depth - 2) // 6
-  stages = _stages('BasicBlock', (num, num, num), widths)
+  widths = backbone.widths[: backbone.num_stages]
+  stages = _stages('BasicBlock', 3 * [(backbone.depth - 2) // 6], widths)
   return sequential(_stem(channels, widths[0], 3) | stages)
 
 
@@ -98,6 +117,7 @@ def _resnet(backbone, size, channels):
   layers = _stem(channels, 64, 3)
   if not backbone.cifar:
     layers = _stem(channels, 64, 7, 2) | {'maxpool': 'nn.MaxPool2d(3, 2, 1)'}
+  widths = widths[: backbone.num_stages]
   stages = _stages(block, backbone.num_blocks, widths, options=options)
   return sequential(layers | stages)
 
@@ -106,6 +126,7 @@ def _wide_resnet(backbone, size, channels):
   del size
   widths = [16, *(base * backbone.widen for base in (16, 32, 64))]
   block = 'TorchdistillWideBlock' if backbone.torchdistill else 'WideBlock'
+  widths = widths[: backbone.num_stages]
   layers = _stages(block, 3 * [(backbone.depth - 4) // 6], widths)
   if not backbone.torchdistill:
     layers = {
@@ -118,8 +139,8 @@ def _wide_resnet(backbone, size, channels):
 
 
 def _vgg(backbone, size, channels):
-  layers = {}
-  for i, width in enumerate((64, 128, 256, 512, 512)):
+  layers, widths = {}, (64, 128, 256, 512, 512)
+  for i, width in enumerate(widths[: backbone.num_stages]):
     if 0 < i < 4 or (i == 4 and min(size) >= 64):
       layers[f'pool{i}'] = 'nn.MaxPool2d(2)'
     numbers = f'{channels}, {width}, {backbone.num_convs[i]}'
@@ -129,9 +150,10 @@ def _vgg(backbone, size, channels):
 
 
 def _mobilenet_v1(backbone, size, channels):
-  del backbone, size
+  del size
   layers, width = [f'conv_act({channels}, 32, 3, stride=2)'], 32
-  for wider, stride in mobilenet_v1.BLOCKS:
+  blocks, ends = mobilenet_v1.BLOCKS, mobilenet_v1.STAGE_ENDS
+  for wider, stride in _up_to_tap(backbone, blocks, ends):
     layers.append(f'separable({width}, {wider}, stride={stride})')
     width = wider
   return sequential({'model': sequential(layers)})
@@ -144,7 +166,9 @@ def _mobilenet_v2(backbone, size, channels):
     block, act = 'TorchvisionInvertedResidual', ', act=nn.ReLU6'
   width, stages = int(32 * backbone.width), []
   stem = f'conv_act({channels}, {width}, 3, stride=2{act})'
-  for i, (expansion, base, num, stride) in enumerate(mobilenet_v2.GROUPS):
+  ends = (0, *(group + 1 for group in mobilenet_v2.STAGE_ENDS))
+  groups = _up_to_tap(backbone, mobilenet_v2.GROUPS, ends)
+  for i, (expansion, base, num, stride) in enumerate(groups):
     stride = 1 if backbone.cifar and i == 1 else stride
     wider, options = int(base * backbone.width), f', expansion={expansion}'
     stages.append(_stage(block, num, width, wider, stride, options))
@@ -162,9 +186,11 @@ def _mobilenet_v2(backbone, size, channels):
 
 
 def _mobilenet_v3(backbone, size, channels):
-  del backbone, size
+  del size
   layers, width = [f'conv_act_v3({channels}, 16, 3, 2, act=nn.Hardswish)'], 16
-  for kernel, inner, wider, squeezes, swishes, stride in mobilenet_v3.BLOCKS:
+  ends = (0, *mobilenet_v3.STAGE_ENDS)
+  blocks = _up_to_tap(backbone, mobilenet_v3.BLOCKS, ends)
+  for kernel, inner, wider, squeezes, swishes, stride in blocks:
     numbers = f'{width}, {inner}, {wider}, {kernel}, stride={stride}'
     squeeze = mobilenet_v3.round_to_eight(inner / 4) if squeezes else 0
     act = 'nn.Hardswish' if swishes else 'nn.ReLU'
@@ -176,9 +202,9 @@ def _mobilenet_v3(backbone, size, channels):
 
 
 def _shufflenet_v1(backbone, size, channels):
-  del backbone, size
+  del size
   widths, num_units = zip(*shufflenet_v1.STAGES, strict=True)
-  widths = (shufflenet_v1.STEM_WIDTH, *widths)
+  widths = (shufflenet_v1.STEM_WIDTH, *widths)[: backbone.num_stages]
   stages = _stages('GroupedUnit', num_units, widths, first_stride=2)
   return sequential(_stem(channels, widths[0], 1) | stages)
 
@@ -187,7 +213,8 @@ def _shufflenet_v2(backbone, size, channels):
   del size
   widths, cifar = (shufflenet_v2.STEM_WIDTH, *backbone.widths), backbone.cifar
   block = 'SplitUnit' if cifar else 'BranchedUnit'
-  stages = _stages(block, shufflenet_v2.NUM_UNITS, widths, first_stride=2)
+  built = widths[:4][: backbone.num_stages]
+  stages = _stages(block, shufflenet_v2.NUM_UNITS, built, first_stride=2)
   if cifar:
     layers = _stem(channels, widths[0], 1) | stages
     last = {
@@ -199,10 +226,9 @@ def _shufflenet_v2(backbone, size, channels):
     layers = {
       'conv1': f'conv_act({channels}, {widths[0]}, 3, stride=2)',
       'maxpool': 'nn.MaxPool2d(3, 2, 1)',
-      'stage2': stages['layer1'],
-      'stage3': stages['layer2'],
-      'stage4': stages['layer3'],
     }
+    # torchvision counts the stem as its first stage.
+    layers |= {f'stage{i}': s for i, s in enumerate(stages.values(), 2)}
     last = {'conv5': f'conv_act({widths[3]}, {widths[4]})'}
   return sequential(layers if backbone.truncated else layers | last)
 
@@ -211,6 +237,8 @@ def _deit(backbone, size, channels):
   fields = {'channels': channels, 'size': tuple(size)}
   for name in ('patch', 'width', 'depth', 'num_heads'):
     fields[name] = getattr(backbone, name)
+  ends = [quarter * backbone.depth // 4 for quarter in (1, 2, 3, 4)]
+  fields['depth'] = len(_up_to_tap(backbone, range(backbone.depth), ends))
   return _call('DeiT', [f'{name}={value}' for name, value in fields.items()])
 
 

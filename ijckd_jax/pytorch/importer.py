@@ -398,7 +398,7 @@ def _from_simkd(found, proj, request, origin):
   key, preprocessing = _preprocessing(found, teacher.num_classes, request)
   image_shape = (*preprocessing.size, found.num_channels)
   bound = binding.bind(
-    backbone=models.build(name, truncated=True, dtype=dtype),
+    backbone=models.build(name, tap='stage', dtype=dtype),
     preprocessing=preprocessing,
     method=_simkd_method(proj),
     given=(teacher,),

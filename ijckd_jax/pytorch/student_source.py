@@ -69,7 +69,7 @@ def source(
 
   Args:
     network: has a connector; its backbone is one of this package, and ends at
-      its last stage if it is a DeiT or MobileNetV3.
+      a stage if it is a DeiT or MobileNetV3.
     backbone_name: what the text calls the backbone.
     pool_backbone: whose pool the network has; None: the plain average.
     image_shape: (H, W, C) of the images before preprocessing.

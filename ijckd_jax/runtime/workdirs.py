@@ -89,6 +89,12 @@ ADDED_FIELDS = {
   'teacher.weights': (),
   'unbiased_variance': False,
 }
+# The same of fields that a method has got since.
+ADDED_METHOD_FIELDS = {
+  'simkd': {'method.tap': 'stage'},
+  'srrl': {'method.tap': 'final'},
+  'vkd': {'method.tap': 'final'},
+}
 MAX_CHANGES = 5
 
 logger = logging.getLogger('ijckd_jax')
@@ -208,11 +214,10 @@ def _changes(folder, config) -> list[str]:
     return [f'its {CONFIG} is damaged']
   if not old:
     return []
+  added = ADDED_FIELDS | ADDED_METHOD_FIELDS.get(config.method.name, {})
   return [
     line
-    for line in config_utils.differences(
-      {**ADDED_FIELDS, **old}, config.to_dict()
-    )
+    for line in config_utils.differences({**added, **old}, config.to_dict())
     if line.partition(':')[0] not in RUNTIME_FIELDS
   ]
 

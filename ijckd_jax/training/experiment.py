@@ -383,7 +383,7 @@ def build(
   axis_name = parallel.AXIS if config.sync_batch_norm else None
   backbone = models.build(
     config.student.backbone,
-    truncated=method.tap == 'stage',
+    tap=method.tap,
     axis_name=axis_name,
     dtype=dtype,
     unbiased_variance=config.unbiased_variance,

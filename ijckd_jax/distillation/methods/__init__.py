@@ -81,6 +81,11 @@ def _parse(spec: str):
     if not separator or field == 'name' or field not in defaults:
       known = [key for key in defaults if key != 'name']
       raise config_utils.unknown(f'field of {name} in method.add', part, known)
+    if field == 'tap':
+      raise config_utils.UserError(
+        f'method.add: {part!r}: the student ends at the tap of the first '
+        f'method; set method.tap, or take {name} first and add the other to it'
+      )
     try:
       defaults[field] = config_utils.parse_value(value, defaults[field])
     except ValueError as error:

@@ -40,7 +40,7 @@ class Sum(base.Method):
 
   The student has one connector, that of the first method that builds one. All
   methods see the student through it, and read the prediction that the first
-  method makes.
+  method makes. The student ends at the first method's tap.
 
   Attributes:
     first: it.

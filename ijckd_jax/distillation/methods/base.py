@@ -13,8 +13,11 @@ class Method:
   Attributes:
     predicts_with: of outputs.HEADS, the head that makes the student's
       prediction: mostly 'teacher' or 'own'.
-    tap: the student's map that is connected: 'stage', its last stage, and it is
-      built without the layers after it, or 'final', the map that it pools.
+    tap: the map that the student ends at, and that is connected. 'stage' is its
+      last stage and 'stageN' its stage N, as models.Backbone counts them: the
+      student is trained and deployed without the layers after it. 'final' is
+      the map that the whole backbone pools. A method with a connector has `tap`
+      as a field; a student without one is whole.
     needs_teacher: whether it learns from one.
     remembers: whether it keeps arrays from step to step, in TrainState.memory:
       then it has `memory`, `notes` and `remember`.

@@ -65,7 +65,7 @@ class Method(base.Method):
   Attributes:
     cross_entropy_weight: weight of the labels' cross-entropy.
     weight: of the maps' squared error, mean over all elements.
-    stage: which one, counted from the stem, which is 0.
+    stage: which one of Features.stages, as `tap=stageN` counts them.
   """
 
   cross_entropy_weight: float = 1.0
@@ -77,7 +77,8 @@ class Method(base.Method):
     last = min(len(student.stages), len(teacher.stages)) - 1
     if not 0 <= self.stage <= last:
       raise config_utils.UserError(
-        f'method.stage={self.stage}: both networks have stages 0 to {last}'
+        f'method.stage={self.stage}: both networks have stages 0 to {last}; a '
+        'student has none after its tap'
       )
     return Regressor(stage=self.stage)
 

@@ -13,7 +13,6 @@ from ijckd_jax.models import outputs
 from ijckd_jax.runtime import config_utils
 
 SITES = ('map', 'pooled')
-TAPS = ('stage', 'final')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Method(base.Method):
       'pooled', after it.
     connector: name in connectors.CONNECTORS, or `package.module:Name`.
     factor: width divisor of the bottleneck connectors.
-    tap: 'stage', the student's last stage, or 'final', the map it would pool.
+    tap: the student's map that is connected, see base.Method.
     head: what predicts: 'teacher', the teacher's head as it is. The others are
       controls: behind the connector 'copy', the same trained on, 'fresh', one
       that is trained from the start, or 'random', one that is not trained; and
@@ -57,8 +56,6 @@ class Method(base.Method):
       raise config_utils.unknown('head', self.head, outputs.HEADS)
     if self.feature_site not in SITES:
       raise config_utils.unknown('feature_site', self.feature_site, SITES)
-    if self.tap not in TAPS:
-      raise config_utils.unknown('tap', self.tap, TAPS)
 
   def build_connector(self, student, teacher):
     """Returns the connector; it must give a map where maps are compared."""

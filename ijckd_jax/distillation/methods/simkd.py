@@ -18,13 +18,14 @@ class Method(base.Method):
   Attributes:
     feature_weight: weight of the maps' squared error, mean over all elements.
     factor: width divisor of the bottleneck.
+    tap: the student's map that is connected, see base.Method.
   """
 
   feature_weight: float = 1.0
   factor: int = 2
+  tap: str = 'stage'
 
   predicts_with = 'teacher'
-  tap = 'stage'
 
   def build_connector(self, student, teacher):
     """Returns the bottleneck."""

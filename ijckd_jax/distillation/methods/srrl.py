@@ -31,6 +31,8 @@ class Method(base.Method):
     standardize: standardise logits (losses.standardize_logits) in both terms.
     connects: 'map', the connector comes before the pool (official), or
       'pooled', after it (SimKD's toolbox).
+    tap: the student's map that is connected, and that its own head reads, see
+      base.Method.
   """
 
   cross_entropy_weight: float = 1.0
@@ -40,6 +42,7 @@ class Method(base.Method):
   temperature: float = 4.0
   standardize: bool = False
   connects: str = 'map'
+  tap: str = 'final'
 
   def __post_init__(self):
     if self.connects not in CONNECTS:

@@ -26,10 +26,13 @@ class Method(base.Method):
     cross_entropy_weight: weight of the labels' cross-entropy.
     weight: of the squared error, mean over B D; the paper's weights belong to
       its recipes, one is this library's.
+    tap: the student's map whose pooled features are projected, and that its own
+      head reads, see base.Method.
   """
 
   cross_entropy_weight: float = 1.0
   weight: float = 1.0
+  tap: str = 'final'
 
   def build_connector(self, student, teacher):
     """Returns the projection."""
