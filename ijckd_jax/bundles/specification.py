@@ -96,7 +96,7 @@ def _check_network(spec):
   if found is None:
     flags, owner = ('truncated',) if 'truncated' in spec else (), spec
     is_right = isinstance(spec.get('tap'), str) ^ ('truncated' in spec)
-    require(is_right, 'tap', 'a name, or not there where truncated is')
+    _require(is_right, 'tap', 'a name, or not there where truncated is')
   else:
     _require(isinstance(found, dict), 'converted', 'null or an object')
     _require(_is_texts(found.get('buffers')), 'buffers', 'a list of names')
