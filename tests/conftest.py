@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import pickle
+import sys
 
 import jax
 import jaxlib.version
@@ -16,6 +17,7 @@ import pytest
 from experiments.extension_example.backbone import PlainNet
 from ijckd_jax import models
 from ijckd_jax.reports import plots
+from ijckd_jax.runtime import config_utils
 from ijckd_jax.training import experiment
 from ijckd_jax.training import train
 
@@ -125,6 +127,20 @@ def root_logger():
   level = logging.root.level
   yield
   logging.root.setLevel(level)
+
+
+@pytest.fixture
+def run_command(monkeypatch, capsys):
+  """Returns a function that runs a command: its exit code and its words."""
+
+  def run(main, *argv):
+    monkeypatch.setattr(sys, 'argv', ['command', *map(str, argv)])
+    with pytest.raises(SystemExit) as stopped:
+      config_utils.run_command(main)
+    printed = capsys.readouterr()
+    return stopped.value.code, printed.out, printed.err
+
+  return run
 
 
 @pytest.fixture(scope='session')

@@ -1,8 +1,8 @@
 """From networks to reports of bounds: in runs, by command, without labels."""
 
 import dataclasses
+import functools
 import json
-import sys
 
 import numpy as np
 from PIL import Image
@@ -75,17 +75,8 @@ def runs(teacher, small_config, tmp_path_factory, blank_plots):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-  """Returns a function that runs the command: its exit code and its words."""
-
-  def run(*argv):
-    monkeypatch.setattr(sys, 'argv', ['bounds', *map(str, argv)])
-    with pytest.raises(SystemExit) as stopped:
-      config_utils.run_command(command_lib.main)
-    printed = capsys.readouterr()
-    return stopped.value.code, printed.out, printed.err
-
-  return run
+def command(run_command):
+  return functools.partial(run_command, command_lib.main)
 
 
 @pytest.mark.parametrize('method', BY_METHOD)

@@ -1,6 +1,7 @@
 """Evaluation against numpy, and what the command says to mistakes."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -24,17 +25,8 @@ from ijckd_jax.runtime import parallel
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-  """Returns a function that runs the command: its exit code and its words."""
-
-  def run(*argv):
-    monkeypatch.setattr(sys, 'argv', ['evaluate', *map(str, argv)])
-    with pytest.raises(SystemExit) as stopped:
-      config_utils.run_command(evaluate.main)
-    printed = capsys.readouterr()
-    return stopped.value.code, printed.out, printed.err
-
-  return run
+def command(run_command):
+  return functools.partial(run_command, evaluate.main)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Exported students: the same model in every format, or no file at all."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -42,17 +43,8 @@ FILES = ('onnx', 'stablehlo', 'safetensors')  # For 'web', see test_web.
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-  """Returns a function that runs the command: its exit code and its words."""
-
-  def run(*argv):
-    monkeypatch.setattr(sys, 'argv', ['export', *map(str, argv)])
-    with pytest.raises(SystemExit) as stopped:
-      config_utils.run_command(export.main)
-    printed = capsys.readouterr()
-    return stopped.value.code, printed.out, printed.err
-
-  return run
+def command(run_command):
+  return functools.partial(run_command, export.main)
 
 
 @pytest.fixture

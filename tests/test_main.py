@@ -13,24 +13,14 @@ import pytest
 from ijckd_jax import main
 from ijckd_jax.bundles import bundles
 from ijckd_jax.commands import evaluate
-from ijckd_jax.runtime import config_utils
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = str(ROOT / 'configs' / 'digits.py')
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-  """Returns a function that runs a command: its exit code and its words."""
-
-  def run(*argv, entry=main.main):
-    monkeypatch.setattr(sys, 'argv', ['command', *map(str, argv)])
-    with pytest.raises(SystemExit) as stopped:
-      config_utils.run_command(entry)
-    printed = capsys.readouterr()
-    return stopped.value.code, printed.out, printed.err
-
-  return run
+def command(run_command):
+  return lambda *argv, entry=main.main: run_command(entry, *argv)
 
 
 def test_help(command):

@@ -1,5 +1,6 @@
 """Predictions of picture files: the right pixels, and the right words."""
 
+import functools
 import io
 import json
 import os
@@ -21,21 +22,11 @@ from ijckd_jax.deploy import deployed as deployed_lib
 from ijckd_jax.deploy import onnx_files
 from ijckd_jax.deploy import pictures
 from ijckd_jax.deploy import sessions
-from ijckd_jax.runtime import config_utils
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-  """Returns a function that runs the command: its exit code and its words."""
-
-  def run(*argv):
-    monkeypatch.setattr(sys, 'argv', ['predict', *map(str, argv)])
-    with pytest.raises(SystemExit) as stopped:
-      config_utils.run_command(predict.main)
-    printed = capsys.readouterr()
-    return stopped.value.code, printed.out, printed.err
-
-  return run
+def command(run_command):
+  return functools.partial(run_command, predict.main)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -271,18 +272,9 @@ def test_a_network_of_other_images_is_refused():
 
 
 @pytest.fixture
-def command(capsys, tmp_path, monkeypatch):
-  """Returns a function that runs the command: its exit code and its words."""
+def command(run_command, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-
-  def run(*argv):
-    monkeypatch.setattr(sys, 'argv', ['convert', *map(str, argv)])
-    with pytest.raises(SystemExit) as stopped:
-      config_utils.run_command(convert_command.main)
-    printed = capsys.readouterr()
-    return stopped.value.code, printed.out, printed.err
-
-  return run
+  return functools.partial(run_command, convert_command.main)
 
 
 IMAGES = ('--mean', '0.3', '--std', '0.3', '--image_size', '32')
