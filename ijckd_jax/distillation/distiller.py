@@ -23,6 +23,12 @@ EXAMPLES = 4
 class Frozen:
   """The arrays that a step reads and does not train.
 
+  No gradient: `steps._piece` differentiates the parameters alone, and
+  `Teacher.__call__` stops what would flow through it. No optimizer and no
+  checkpoint: `Distiller.init`, which fills the state, gives no teacher. No
+  running statistics: a teacher runs with `train=False`. Not donated:
+  `Experiment.map_train_step` donates the state alone.
+
   Attributes:
     teachers: Teacher.arrays of each teacher, the joint classifier's first.
     random_head: of a student that predicts with a random head; None for all

@@ -106,15 +106,15 @@ def default_config(
   # PyTorch does, False the biased one, as Flax does.
   config.unbiased_variance = False
   config.dtype = 'float32'
-  for what, epochs in (
-    ('total', 0.0),
-    ('log', 1.0),
-    ('eval', 1.0),
-    ('checkpoint', 0.0),  # Beside those at each evaluation.
-  ):
-    config[f'{what}_epochs'] = epochs
-    config[f'{what}_steps'] = 0
-    config[f'{what}_examples'] = 0
+  config.total_epochs = 0.0
+  config.total_steps = config.total_examples = 0
+  config.log_epochs = 1.0
+  config.log_steps = config.log_examples = 0
+  config.eval_epochs = 1.0
+  config.eval_steps = config.eval_examples = 0
+  # Beside the checkpoints that follow each evaluation.
+  config.checkpoint_epochs = 0.0
+  config.checkpoint_steps = config.checkpoint_examples = 0
   config.keep_checkpoints = 2  # The last ones; the best is kept beside them.
   config.bundle = 'last'  # Or 'best', by the validation split or the test set.
   # Of the report at the end: with what probability any of its limits may fail,
@@ -331,7 +331,7 @@ class Experiment:
       step,
       rows_in=(False, False, True, False),
       rows_out=rows_out,
-      donate=0,
+      donate=0,  # The state; teachers, batch and key stay.
     )
 
 

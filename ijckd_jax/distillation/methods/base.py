@@ -6,18 +6,21 @@ import functools
 class Method:
   """An objective: its terms, their weights, and which head predicts.
 
-  A subclass is a frozen dataclass, in a module of its own as `Method`, whose
-  fields are its hyper-parameters. It must have `loss`; the rest is as here
-  unless it says otherwise.
+  A method is a frozen dataclass whose fields are its hyper-parameters; a config
+  names it, or another class as `package.module:Name`. It must have `loss`, and
+  to predict with another head than 'own' also `build_connector`; the rest is
+  as here unless it says otherwise. The weight of the labels, if it has one, is
+  called `cross_entropy_weight`: `method.add` sets it to 0 in methods it adds.
 
   Attributes:
     predicts_with: of outputs.HEADS, the head that makes the student's
       prediction: mostly 'teacher' or 'own'.
     tap: the map that the student ends at, and that is connected. 'stage' is its
-      last stage and 'stageN' its stage N, as models.Backbone counts them: the
-      student is trained and deployed without the layers after it. 'final' is
-      the map that the whole backbone pools. A method with a connector has `tap`
-      as a field; a student without one is whole.
+      last stage and 'stageN' is Features.stages[N], counted from 0, which in a
+      ResNet is the stem: its second group of blocks is 'stage2'. The student
+      is trained and deployed without the layers after its tap. 'final' is the
+      map that the whole backbone pools. A method with a connector has `tap` as
+      a field; a student without one is whole.
     needs_teacher: whether it learns from one.
     remembers: whether it keeps arrays from step to step, in TrainState.memory:
       then it has `memory`, `notes` and `remember`.
