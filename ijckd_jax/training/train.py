@@ -189,7 +189,7 @@ def train_and_evaluate(
     raise config_utils.UserError('no workdir is given')
   workdir = epath.Path(config_utils.expand(workdir))
   exp = experiment.build(config, dataset=dataset, teacher=teacher)
-  if exp.teacher_run is None and exp.teacher is not None:
+  if exp.teachers and exp.teacher_run is None:
     exp = _with_fingerprint(exp)
   runs = [(exp, workdir)]
   if exp.teacher_run is not None:
@@ -207,6 +207,7 @@ def train_and_evaluate(
       '%s: finished, but its data could not be compared: %s', workdir, error
     )
     return finished
+  hosts.check_agree({'data': record['data']})
   stale = hosts.share(
     lambda: _check_records(folders, record, overwrite=overwrite)
   )
@@ -248,7 +249,7 @@ def _load_data(exp):
   """Returns datasets.Arrays by split, and the run's record of them.
 
   Raises:
-    config_utils.UserError: a host lacks the data, or has others.
+    config_utils.UserError: a host lacks the data.
   """
   splits, record, missing = {}, {}, None
   try:
@@ -259,7 +260,6 @@ def _load_data(exp):
   hosts.check_agree({'data': 'there' if missing is None else str(missing)})
   if missing is not None:
     raise missing
-  hosts.check_agree({'data': record['data']})
   return splits, record
 
 
