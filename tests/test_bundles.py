@@ -524,11 +524,12 @@ def test_a_bundle_says_whether_it_is_truncated_or_names_its_tap(
   spec = json.loads(path.read_text())
   assert (spec.pop('truncated'), spec['format_version']) == (truncated, 1)
   assert 'tap' not in spec
-  path.write_text(json.dumps({**spec, 'tap': tap}))
-  loaded = bundles.load(tmp_path / 'bundle')
-  assert loaded.network.backbone == bundle.network.backbone
-  assert loaded.network.backbone.tap == tap
-  assert loaded.spec() == bundle.spec()
+  for field in ({'truncated': truncated}, {'tap': tap}):
+    path.write_text(json.dumps({**spec, **field}))
+    loaded = bundles.load(tmp_path / 'bundle')
+    assert loaded.network.backbone == bundle.network.backbone
+    assert loaded.network.backbone.tap == tap
+    assert loaded.spec() == bundle.spec()
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,7 @@ def test_a_resnet_that_ends_at_a_stage(tap):
   names = [name for name, _ in student.backbone.named_children()]
   stages = [f'layer{i + 1}' for i in range(int(tap[-1]))]
   assert names == ['conv1', 'bn1', 'relu', *stages]
+  assert f'\n\nThe backbone ends at {tap}.\n\n' in make('resnet8', tap=tap)[1]
 
 
 @pytest.mark.slow

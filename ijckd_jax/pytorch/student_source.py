@@ -32,7 +32,7 @@ LOAD_TORCH = "torch.load(PATH)['state_dict']"
 ABOUT = '''\
 """{name}, {connector} connector, teacher's head of {num_classes} classes.
 
-  student = Student()
+{end}  student = Student()
   student.load_state_dict({load})
 
 Input ({shape}): (pixels / 255 - mean) / std, for pixels from 0 to 255.
@@ -168,13 +168,16 @@ def _about(network, name, channels, num_classes, suffix):
   """Returns a file's docstring."""
   if name not in models.BACKBONES:  # It could be long, or end the docstring.
     name = type(network.backbone).__name__
-  preprocessing, numbers = network.preprocessing, ''
+  preprocessing, numbers, end = network.preprocessing, '', ''
+  if network.backbone.num_stages is not None:
+    end = f'The backbone ends at {network.backbone.tap}.\n\n'
   if channels <= MAX_LISTED_CHANNELS:
     for key in ('mean', 'std'):
       values = [f'{value:.6g}' for value in getattr(preprocessing, key)]
       numbers += f'  {key} = ({", ".join(values)})\n'
   return ABOUT.format(
     name=name,
+    end=end,
     connector=config_utils.reference(network.connector, connectors.CONNECTORS),
     num_classes=num_classes,
     load=LOAD if suffix == '.safetensors' else LOAD_TORCH,
