@@ -35,8 +35,8 @@ from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import disk
 
 # 2: those that hold programs. 3: those whose backbone ends at a stage by its
-# number; other backbones are said to be truncated or not, as older versions of
-# ijckd_jax read it.
+# number, named by `tap`. Of other backbones a bundle says whether they are
+# `truncated`, because older versions of ijckd_jax read that.
 FORMAT_VERSIONS = (1, 2, 3)
 SPEC_FILE = 'bundle.json'
 CHECKSUM = 'arrays_sha256'  # Its field for that of ARRAYS_FILE.
