@@ -72,7 +72,8 @@ def train_step(
     (gradients, batch_stats), parallel.AXIS
   )
   sums = jax.lax.psum(sums, parallel.AXIS)
-  # Not summed: it is the same on every device, and is there to be finite.
+  # Not summed, because it is the same on every device. The loop stops a run
+  # where it, like any other number here, is not finite.
   sums['gradient_norm'] = (optax.tree.norm(gradients), jnp.ones(()))
   state = _update(state, gradients, batch_stats, memory, tx, ema_decay)
   if not returns_rows:

@@ -192,7 +192,10 @@ class Loop:
       Interrupted: a stop was asked for; the state is saved.
       config_utils.UserError: too many images cannot be decoded.
     """
-    # Long, and not to be split: its order is what makes resuming exact.
+    # Long, and not to be split: its order is what makes resuming exact. Rows
+    # and evaluation come before the save, because the checkpoint counts them;
+    # the stop comes after it, so that no step is lost; the refit comes last,
+    # because a run that continues repeats it.
     exp, config = self.experiment, self.experiment.config
     num_examples = len(self.splits['train'])
     total_steps = exp.total_steps(num_examples)
