@@ -58,8 +58,8 @@ def main(argv: list[str], prog: str = PROG) -> None:
     connected=connected,
     num_workers=flags.num_workers,
   )
-  frozen = mapper.replicate(teacher.arrays) if teacher else None
-  result = evaluate(bundle.variables, frozen, arrays)
+  teacher_arrays = mapper.replicate(teacher.arrays) if teacher else None
+  result = evaluate(bundle.variables, teacher_arrays, arrays)
   named = {'student' if teacher else 'network': result.metrics}
   if teacher:
     named['teacher'] = result.teacher.metrics

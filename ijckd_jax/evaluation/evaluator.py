@@ -80,7 +80,7 @@ def make(
     pooled_by_batch = _make_pooled_by_batch(teacher, mapper, batches)
 
   def evaluate(
-    variables, frozen, arrays, connected_variables=None
+    variables, teacher_arrays, arrays, connected_variables=None
   ) -> Evaluation:
     variables = mapper.replicate(
       {'student': variables, 'connected': connected_variables}
@@ -91,10 +91,10 @@ def make(
         'student' if connected_variables is None else 'connected'
       ]
       head = jax.device_get(head['params']['head'])
-      joint = {'head': frozen['head'], 'described': None}
+      joint = {'head': teacher_arrays['head'], 'described': None}
       if connected is not None:
         joint['described'] = mapper.replicate(pointwise.describe(head))
-      pairs = zip(inputs, pooled_by_batch(frozen, arrays), strict=True)
+      pairs = zip(inputs, pooled_by_batch(teacher_arrays, arrays), strict=True)
       inputs = ({**batch, 'teacher_pooled': pooled} for batch, pooled in pairs)
     results = (
       (batch, *p_eval_step(variables, joint, mapper.shard(batch)))
@@ -123,14 +123,15 @@ def _make_pooled_by_batch(teacher, mapper, batches):
   head is fitted again, because a fit only reads them.
   """
   p_teach_step = feature_extraction.make_step(
-    lambda frozen, images: teacher(frozen, images).pooled, mapper
+    lambda teacher_arrays, images: teacher(teacher_arrays, images).pooled,
+    mapper,
   )
   known = {}  # The split, which keeps its id from being used again; features.
 
-  def pooled_by_batch(frozen, arrays) -> list[np.ndarray]:
+  def pooled_by_batch(teacher_arrays, arrays) -> list[np.ndarray]:
     if id(arrays) not in known:
       found = (
-        p_teach_step(frozen, mapper.shard(batch), None)
+        p_teach_step(teacher_arrays, mapper.shard(batch), None)
         for batch in batches(arrays)
       )
       pooled = [mapper.rows(rows['rows']) for _, rows in parallel.ahead(found)]
