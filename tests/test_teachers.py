@@ -1,6 +1,7 @@
 """Teachers from anywhere, and what a student must know to be tied to one."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from ijckd_jax import models
+from ijckd_jax.bundles import bundles
 from ijckd_jax.data import augment
 from ijckd_jax.distillation import binding
 from ijckd_jax.distillation import connectors
@@ -17,6 +19,8 @@ from ijckd_jax.distillation import teachers
 from ijckd_jax.distillation.methods import base
 from ijckd_jax.models import outputs
 from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
+from ijckd_jax.training import train
 from tests import test_models as shared
 
 PREPROCESSING = augment.Preprocessing((0.0,), (1.0,), (8, 8))
@@ -174,3 +178,62 @@ def test_the_pools_variables_are_all_that_the_pool_needs(name):
     )
     assert (pooled.shape, pooled.dtype) == (again.shape, again.dtype)
     assert not (tap == 'stage' and share)
+
+
+def test_arrays_take_the_place_of_shapes(small_config, finished_run):
+  """Bound before its teacher is trained, a run is as if it were given."""
+  teacher = bundles.load(finished_run[0] / 'teacher').teacher()
+  later = experiment.build(small_config()).with_teachers([teacher])
+  given = experiment.build(small_config(), teacher=teacher)
+  assert later.distiller.teachers[0] is later.teacher is teacher
+  variables = jax.jit(lambda key: given.distiller.init(key, (8, 8, 1)))(
+    jax.random.key(0)
+  )
+  images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1), np.uint8)
+
+  def losses(exp):
+    @jax.jit
+    def run(variables, frozen):
+      batch = {'image': images, 'label': np.arange(6, dtype=np.int32)}
+      outputs = exp.distiller.run_teachers(frozen, images)
+      total, (terms, *_) = exp.distiller.objective(
+        variables, frozen, outputs, batch
+      )
+      return total, terms
+
+    return run(variables, exp.frozen)
+
+  jax.tree.map(np.testing.assert_array_equal, losses(later), losses(given))
+
+
+def test_a_teacher_of_other_shapes_is_refused(small_config, finished_run):
+  exp = experiment.build(small_config())
+  assert exp.teacher_run is not None
+  teacher = bundles.load(finished_run[0] / 'teacher').teacher()
+  wider = {
+    'kernel': np.zeros((teacher.num_features, 11), np.float32),
+    'bias': np.zeros(11, np.float32),
+  }
+  with pytest.raises(config_utils.UserError, match='arrays of other shapes'):
+    exp.with_teachers([teacher.with_head(wider)])
+
+
+def test_a_start_binds_once(small_config, finished_run, monkeypatch, tmp_path):
+  """The student, and the teacher that is trained first."""
+  shutil.copytree(finished_run[0] / 'teacher', tmp_path / 'teacher')
+  bind, made, runs = binding.bind, [], []
+
+  def counted(**settings):
+    made.append(settings['method'])
+    return bind(**settings)
+
+  monkeypatch.setattr(binding, 'bind', counted)
+  monkeypatch.setattr(train.one_run, 'run', lambda exp, *_: runs.append(exp))
+  train.train_and_evaluate(small_config(), tmp_path)
+  assert [type(method) for method in made] == [
+    methods.get('ce'),
+    methods.get('ijckd'),
+  ]
+  (exp,) = runs
+  saved = bundles.load(tmp_path / 'teacher').teacher()
+  jax.tree.map(np.testing.assert_array_equal, exp.frozen.joint, saved.arrays)

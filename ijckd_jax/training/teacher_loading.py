@@ -123,8 +123,9 @@ def check_same_shapes(
     )
     if next(shapes) != next(shapes):
       raise config_utils.UserError(
-        f'teacher {teacher.name} has arrays of other shapes than its config '
-        'describes: remove it, and it is trained again'
+        f'teacher {teacher.name} has arrays of other shapes than the config '
+        'describes: remove its run, teacher/ in the workdir, and it is trained '
+        'again'
       )
 
 
