@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import zlib
 
 from etils import epath
 import jax
@@ -17,6 +18,7 @@ from ijckd_jax.data import datasets
 from ijckd_jax.data.datasets import digits
 from ijckd_jax.data.datasets import image_folder
 from ijckd_jax.data.datasets import own_images
+from ijckd_jax.distillation import teachers
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import disk
 from ijckd_jax.runtime import locks
@@ -333,3 +335,25 @@ def test_a_folder_that_was_prepared_again_is_compared_by_content(tmp_path):
     config_utils.UserError, match='prepare the data set again'
   ):
     turned.load('train').digest()
+
+
+def test_a_checksum_of_teachers_is_that_of_the_first_version():
+  """By it their runs are known: the first one's pool comes last."""
+
+  def teacher(number):
+    arrays = np.float32([[number], [number + 1], [number + 2], [number + 3]])
+    return teachers.Teacher(
+      apply=None,
+      variables={'w': arrays[0]},
+      head={'kernel': arrays[1:2], 'bias': arrays[2]},
+      preprocessing=None,
+      pool=None,
+      pool_name='my.nets:Pool',
+      pool_variables={'p': arrays[3]},
+    )
+
+  found = run_record.checksum(run_record.arrays_of([teacher(0)]))
+  assert found == zlib.crc32(np.float32([2, 1, 0, 3]))
+  both = run_record.arrays_of([teacher(0), teacher(4)])
+  wanted = zlib.crc32(np.float32([2, 1, 0, 6, 5, 4, 7, 3]))
+  assert run_record.checksum(both) == wanted

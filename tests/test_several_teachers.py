@@ -188,10 +188,16 @@ def test_heads_are_fitted_for_all(config_of, tmp_path):
   [
     ({'teacher.weights': (1.0,)}, 'has 1 numbers, for 2 teachers'),
     ({'teacher.weights': (1.0, -1.0)}, 'none may be negative'),
+    ({'teacher.weights': (float('inf'), 1.0)}, 'or infinite'),
+    ({'teacher.weights': (float('nan'), 1.0)}, 'or infinite'),
     ({'teacher.weights': (0.0, 0.0)}, 'not all zero'),
     ({'teacher.joint': 2}, 'there are 2 teachers'),
     ({'teacher.others': ('/nowhere',)}, 'there is no bundle in /nowhere'),
     ({'teacher.checkpoint': ''}, 'give teacher.checkpoint'),
+    (
+      {'teacher.checkpoint': '', 'teacher.others': (), 'teacher.joint': 1},
+      'give teacher.checkpoint',
+    ),
   ],
 )
 def test_what_cannot_be_is_said(config_of, fields, said):
@@ -212,3 +218,9 @@ def test_one_teacher_is_a_mean_over_one(config_of):
     distiller.loss(students, given, batch),
     distiller.method.loss(students[0], given[0], batch),
   )
+
+
+def test_weights_without_a_teacher_are_refused(small_config):
+  config = small_config('ce', **{'teacher.weights': (1.0,)})
+  with pytest.raises(config_utils.UserError, match='1 numbers, for 0 teachers'):
+    experiment.build(config)

@@ -125,10 +125,11 @@ def _check_teachers(section, given) -> None:
   for name, known in (('head', ('', 'fit')), ('refit', ('', 'joint'))):
     if section[name] not in known:
       raise config_utils.unknown(f'teacher.{name}', section[name], known)
-  if (section.others or section.head) and not section.checkpoint and not given:
+  for_given = section.others or section.joint or section.head
+  if for_given and not section.checkpoint and not given:
     raise config_utils.UserError(
-      'teacher.others and teacher.head=fit are for teachers that are there: '
-      'give teacher.checkpoint'
+      'teacher.others, teacher.joint and teacher.head=fit are for teachers '
+      'that are there: give teacher.checkpoint'
     )
   if section.head_views < 0:
     raise config_utils.UserError(

@@ -23,6 +23,7 @@ from ijckd_jax.runtime import disk
 from ijckd_jax.runtime import hosts
 from ijckd_jax.runtime import workdirs
 from ijckd_jax.training import output_store
+from ijckd_jax.training import run_record
 
 # How far writing is behind the steps, lest it wait for the devices.
 STEPS_BEHIND = 8
@@ -159,13 +160,14 @@ def start(exp, folder: epath.Path, arrays, step: int) -> Recorder | None:
 
 def _store(exp, folder, arrays) -> output_store.Store:
   """Returns the store that a run's config describes."""
-  settings, given = exp.config.teacher.store, exp.teachers
+  settings = exp.config.teacher.store
+  teacher_arrays = run_record.arrays_of(exp.teachers)
   layout = output_store.Layout(
     len(arrays), settings.views, exp.stored.dtype, exp.stored.shapes
   )
   identity = {
-    'teacher': ' '.join(f'{t.name} {_digest(t.arrays)}' for t in given),
-    'preprocessing': ' '.join(str(t.preprocessing) for t in given),
+    'teacher': f'{exp.teacher.name} {_digest(teacher_arrays)}',
+    'preprocessing': ' '.join(str(t.preprocessing) for t in exp.teachers),
     'compute_dtype': exp.config.dtype,
     'dataset': exp.config.dataset.name,
     'examples': arrays.digest(),

@@ -1,6 +1,7 @@
 """The teachers that a config names: loaded, ordered and checked."""
 
 from collections.abc import Sequence
+import math
 
 import jax
 import ml_collections
@@ -64,14 +65,16 @@ def order(
       teacher.
   """
   weights = tuple(section.weights) or (1.0,) * len(given)
-  if len(weights) != len(given) and given:
+  if len(weights) != len(given):
     raise config_utils.UserError(
       f'teacher.weights has {len(weights)} numbers, for {len(given)} teachers: '
       'give one for each, or none'
     )
-  if any(weight < 0 for weight in weights) or (given and not sum(weights)):
+  fits = all(math.isfinite(weight) and weight >= 0 for weight in weights)
+  if not fits or (given and not sum(weights)):
     raise config_utils.UserError(
-      f'teacher.weights={weights}: none may be negative, and not all zero'
+      f'teacher.weights={weights}: none may be negative or infinite, and not '
+      'all zero'
     )
   if not given:
     return (), ()
@@ -124,8 +127,8 @@ def check_same_shapes(
     if next(shapes) != next(shapes):
       raise config_utils.UserError(
         f'teacher {teacher.name} has arrays of other shapes than the config '
-        'describes: remove its run, teacher/ in the workdir, and it is trained '
-        'again'
+        'describes: remove its run (teacher/ in the workdir) or its fitted '
+        'head (heads/), and it is made again'
       )
 
 

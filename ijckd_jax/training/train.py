@@ -241,7 +241,9 @@ def train_and_evaluate(
 def _with_fingerprint(exp):
   """Returns a run whose config tells its teachers, should they change later."""
   config = ml_collections.ConfigDict(exp.config.to_dict())
-  config.teacher.fingerprint = run_record.checksum(exp.frozen.teachers)
+  config.teacher.fingerprint = run_record.checksum(
+    run_record.arrays_of(exp.teachers)
+  )
   return dataclasses.replace(exp, config=config)
 
 
