@@ -32,7 +32,7 @@ class Start:
 
     Args:
       variables: 'params' and 'batch_stats' of what is trained, or their shapes.
-        A backbone that ends at a stage takes the layers that it has.
+        A backbone that ends at a stage takes the layers up to that stage.
 
     Raises:
       config_utils.UserError: the backbone has what is not here, or of another

@@ -97,7 +97,7 @@ def bind(
 
 
 def _source(network, image_shape) -> outputs.Shapes:
-  """Returns the shapes of what a student gives for images (H, W, C)."""
+  """Returns the shapes of a student's features for images (H, W, C)."""
   backbone = network.backbone
   features = jax.eval_shape(
     lambda x: backbone.init_with_output(

@@ -51,7 +51,7 @@ class Frozen:
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-  """A teacher, and the student as it is connected to that teacher.
+  """A teacher and the student's connection to it.
 
   Attributes:
     teacher: the teacher.
@@ -268,7 +268,7 @@ class Distiller:
     """Returns the method's total and terms: the links' weighted mean.
 
     The prediction is the same for all links; each teacher is compared with the
-    student as it is connected to that teacher.
+    student's outputs for its link.
 
     Args:
       students: as `run_student` gives them.

@@ -147,7 +147,8 @@ def _refusal(path, size, stream, error, torch):
     wanted = sorted(
       torch.serialization.get_unsafe_globals_in_checkpoint(stream) or wanted
     )
-  except Exception:  # It reads zip archives of few opcodes; `wanted` is enough.
+  except Exception:
+    # PyTorch cannot list the names in every file; its message named one.
     wanted = sorted(wanted)
   # A name that the end of the file cuts is no name.
   if wanted and (zipped or not ended):
