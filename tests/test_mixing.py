@@ -188,7 +188,8 @@ def one_step(num_devices, num_pieces):
     views_on_devices.make_batch(),
   )
   run = jax.jit(step)
-  _, sums = run(state, None, shards, jax.random.key(views_on_devices.SEED))
+  key = jax.random.key(views_on_devices.SEED)
+  _, sums = run(state, exp.frozen, shards, key)
   return {name: float(value / count) for name, (value, count) in sums.items()}
 
 

@@ -183,8 +183,8 @@ class Distiller:
   ) -> tuple[outputs.Outputs, ...]:
     """Returns each teacher's Outputs of the shared view."""
     return tuple(
-      link.teacher(arrays, images)
-      for link, arrays in zip(self.links, frozen.teachers, strict=False)
+      link.teacher(frozen.teachers[number], images)
+      for number, link in enumerate(self.links)
     )
 
   def run_student(
