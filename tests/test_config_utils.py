@@ -95,13 +95,16 @@ def test_to_steps_counts_periods_without_drift():
 
 
 def ends(total_steps, **given):
-  return [
-    step
-    for step in range(1, total_steps + 1)
-    if durations.is_period_end(
+  """Returns the period ends up to a step, asked for from every step."""
+  found = [
+    durations.next_period_end(
       duration(**given), 'total', step, num_examples=1000, batch_size=64
     )
+    for step in range(total_steps)
   ]
+  assert all(end > step for step, end in enumerate(found))
+  assert found == sorted(found)
+  return sorted({end for end in found if end <= total_steps})
 
 
 def test_period_ends():

@@ -235,6 +235,38 @@ def test_eight_devices_then_four_then_two(
   assert_near(workdir, reference, with_ema(published_run[1].state))
 
 
+@pytest.mark.slow
+def test_hosts_whose_devices_hold_the_training_set(
+  arguments, tmp_path, published_run
+):
+  """Each host gives its devices its rows' indices, and all make equal calls."""
+  shared = [
+    *arguments,
+    '--config.teacher.store.views=0',
+    '--config.batch_size=120',
+  ]
+  notes = tmp_path / 'notes'
+  codes, said = Cluster(1, tmp_path / 'alone', notes, *shared).wait()
+  assert codes == [0], said
+  for num, mapper, stop_at, code in (
+    (2, 'pmap', 2, 143),
+    (1, 'shard_map', 6, 130),
+    (2, 'shard_map', 0, 0),
+  ):
+    fields = {'feed': 'device', 'num_cpu_devices': 2, 'mapper': mapper}
+    codes, said = Cluster(
+      num,
+      tmp_path / 'run',
+      notes,
+      *shared,
+      *(f'--config.{name}={value}' for name, value in fields.items()),
+      stop_at=stop_at,
+    ).wait()
+    assert codes == [code] * num, said
+  state = with_ema(published_run[1].state)
+  assert_near(tmp_path / 'run', tmp_path / 'alone', state)
+
+
 # Three starts of two processes, and seconds of silence.
 @pytest.mark.slow
 def test_others_do_not_wait_for_a_host_that_died(

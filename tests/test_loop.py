@@ -58,15 +58,20 @@ class CompilationsByStep(logging.Handler):
 
 # A run without a cache of compiled programs.
 @pytest.mark.slow
+@pytest.mark.parametrize('feed', ['host', 'device'])
 @BY_EITHER_MAPPER
 def test_each_step_is_compiled_once(
-  finished_run, small_config, tmp_path, traced, mapper
+  finished_run, small_config, tmp_path, traced, mapper, feed
 ):
   """Over epochs, evaluations, checkpoints and a second start."""
   workdir, _ = finished_run
   # Of 1437 examples: two epochs, with batches that cross from one to the next.
   config = small_config(
-    mapper=mapper, batch_size=240, total_steps=12, checkpoint_steps=3
+    mapper=mapper,
+    feed=feed,
+    batch_size=240,
+    total_steps=12,
+    checkpoint_steps=3,
   )
   config.teacher.checkpoint = str(workdir / 'teacher')
   logger = logging.getLogger('jax')
@@ -146,10 +151,14 @@ def test_the_loop_fetches_only_where_something_is_due(
   device_get = jax.device_get
 
   def watched(tree):
-    if isinstance(tree, list):  # Of (step, sums).
-      fetched.append([step for step, _ in tree])
+    if isinstance(tree, list):  # Of (first step, last step, sums).
+      fetched.append([(first, last) for first, last, _ in tree])
     return device_get(tree)
 
   monkeypatch.setattr(jax, 'device_get', watched)
   train.train_and_evaluate(config, tmp_path)
-  assert fetched == [[1], [*range(2, 11)], [*range(11, 21)]]
+  assert fetched == [
+    [(1, 1)],
+    [(step, step) for step in range(2, 11)],
+    [(step, step) for step in range(11, 21)],
+  ]

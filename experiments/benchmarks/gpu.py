@@ -19,6 +19,7 @@ from collections.abc import Callable
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -37,6 +38,9 @@ JAX = 'experiments.benchmarks.jax_step'
 TORCH = 'experiments.benchmarks.torch_step'
 OURS = 'ours'
 STEPS_A_CALL = 50
+# The operations that go into CUDA graphs; XLA's default has no convolutions and
+# no loops.
+COMMAND_BUFFER = '--xla_gpu_enable_command_buffer'
 # Dense peaks of the SXM cards by NVIDIA's data sheets of the H100 and the H200,
 # in operations a second; float32 is multiplied as TF32 by both libraries.
 PEAKS = {
@@ -167,7 +171,8 @@ class Steps:
     pair: a key of pairs.ALL_PAIRS.
     dtype: of the computation.
     modes: of PyTorch.
-    more: further ways of ours: 'shard_map', 'loop', or flags of XLA.
+    more: further ways of ours: 'shard_map', 'loop' (many steps in a call),
+      flags of XLA, or 'loop' and flags.
   """
 
   pair: str
@@ -184,15 +189,14 @@ class Steps:
     candidates = self.theirs(run)
     candidates.append(run.ours(self.pair, self.dtype))
     for kind in self.more:
-      options = {'title': f'ours, {kind}', 'env': (('XLA_FLAGS', kind),)}
+      options = {'title': f'ours, {kind}'}
       if kind == 'shard_map':
-        options = {'title': 'ours, shard_map', 'mapper': 'shard_map'}
-      elif kind == 'loop':
-        options = {
-          'title': 'ours, many steps a call',
-          'mapper': 'shard_map',
-          'steps_a_call': 2 if run.rehearse else STEPS_A_CALL,
-        }
+        options['mapper'] = kind
+      if kind.startswith('loop'):
+        options['title'] = f'ours, many steps a call{kind.removeprefix("loop")}'
+        options['steps_a_call'] = 2 if run.rehearse else STEPS_A_CALL
+      if flags := kind.partition('--')[2]:
+        options['env'] = (('XLA_FLAGS', f'--{flags}'),)
       candidates.append(run.ours(self.pair, self.dtype, **options))
     pair = pairs.ALL_PAIRS[self.pair]
     batch_size = pair.small().batch_size if run.rehearse else pair.batch_size
@@ -337,16 +341,19 @@ def measure_start(run: Run, found: dict) -> None:
 
 
 def measure_loop(run: Run, found: dict) -> None:
-  """Fills in the whole training loop's speed beside the bare step's."""
+  """Fills in the whole training loop's speed beside the bare step's.
+
+  By either feed: images from the host step by step, or on the device.
+  """
   found['rows'] = []
   windows = ('--windows', '2', '--seconds', '0.2') if run.rehearse else ()
-  for teacher, student in (
-    ('resnet32x4', 'resnet8x4'),
-    ('resnet20', 'resnet8'),
+  pairs_of_nets = ('resnet32x4', 'resnet8x4'), ('resnet20', 'resnet8')
+  for feed, (teacher, student) in itertools.product(
+    ('device', 'host'), pairs_of_nets
   ):
     written = run.script(
       'loop',
-      *('--data', 'digits' if run.rehearse else 'cifar100'),
+      *('--data', 'digits' if run.rehearse else 'cifar100', '--feed', feed),
       *('--teacher', teacher, '--student', student, '--dtype', 'bfloat16'),
       *(windows or ('--windows', '6', '--seconds', '1.5')),
     )
@@ -416,16 +423,19 @@ ITEMS = {
   'start': measure_start,
   'agreement': measure_agreement,
   'input': measure_input,
-  # What XLA has to offer: without CUDA graphs; with cuDNN's fused convolutions;
-  # with dependent launches; with CUDA graphs of whole loops.
+  # What XLA has to offer, and what it should change: see README.md.
   'flags': Steps(
     'resnet32x4',
     modes=(),
     more=(
-      '--xla_gpu_enable_command_buffer=',
+      f'{COMMAND_BUFFER}=',
+      f'{COMMAND_BUFFER}=+CONVOLUTION',
+      'loop',
+      f'loop {COMMAND_BUFFER}=+CONVOLUTION',
+      f'loop {COMMAND_BUFFER}=+CONVOLUTION,+CONDITIONAL,+WHILE',
       '--xla_gpu_experimental_enable_conv_fusion=true',
-      '--xla_gpu_enable_pdl_launch=true',
       '--xla_gpu_exhaustive_tiling_search=true',
+      '--xla_gpu_enable_latency_hiding_scheduler=true',
     ),
   ),
 }
@@ -540,6 +550,7 @@ def other_lines(content: dict) -> list[str]:
   for row in items.get('loop', {}).get('rows', []):
     lines.append(
       f'loop, {row["teacher"]} -> {row["student"]}, {row["batch_size"]}, '
+      f'images on the {row["feed"]}, '
       f'checkpoint every {row["checkpoint_every_windows"]} windows: '
       f'{row["loop"]:,.0f} images/s, {row["ratio"]:.3f} of the bare step'
     )

@@ -1,7 +1,6 @@
 """This package's train step, as a process that `train_step` times."""
 
 import argparse
-import functools
 import itertools
 import json
 
@@ -68,9 +67,8 @@ def make_step(
   Args:
     exp: of `make_experiment`.
     pair: what is trained.
-    steps_a_call: 0 for the step as runs call it; else a step is so many of
-      them, in a loop inside of one compiled call; by shard_map only, since
-      pmap takes no call without rows.
+    steps_a_call: 0 for the step as runs call it that are fed by the host; else
+      so many steps in one call, as those that have their images on the device.
 
   Returns:
     `step()`, which returns the metrics' sums without waiting; `wait()`; and
@@ -83,31 +81,26 @@ def make_step(
   state = train_state.create(exp.init(key), tx, with_ema=False)
   body = exp.train_step(tx)
   batches = [make_batch(exp, pair, seed) for seed in range(pairs.NUM_BATCHES)]
-  if steps_a_call:
-    stacked = jax.tree.map(lambda *x: np.stack(x), *batches)
-    batches = [mapper.replicate(stacked)]
-    mapped = mapper.map(
-      functools.partial(loop, body, steps_a_call),
-      rows_in=(False, False, False, False),
-      donate=0,
-    )
-  else:
-    batches = [mapper.shard(batch) for batch in batches]
-    mapped = exp.map_train_step(body)
   state, frozen, key = (mapper.replicate(x) for x in (state, frozen, key))
-  turns, sums = itertools.cycle(batches), None
+  if steps_a_call:
+    mapped = exp.map_train_steps(body)
+    calls = [in_one_call(mapper, batches, steps_a_call)]
+  else:
+    mapped = exp.map_train_step(body)
+    calls = [(mapper.shard(batch),) for batch in batches]
+  turns, sums = itertools.cycle(calls), None
 
   def step():
     nonlocal state, sums
-    state, sums = mapped(state, frozen, next(turns), key)
+    state, sums = mapped(state, frozen, *next(turns), key)
     return sums
 
   def wait():
     jax.block_until_ready(state)
-    assert np.isfinite(sums['loss'][0]), sums
+    assert np.isfinite(sums['loss'][0]).all(), sums
 
   def facts():
-    program = mapped.lower(state, frozen, batches[0], key).compile()
+    program = mapped.lower(state, frozen, *calls[0], key).compile()
     plan = program.memory_analysis()
     memory = plan.argument_size_in_bytes + plan.temp_size_in_bytes
     memory += plan.output_size_in_bytes - plan.alias_size_in_bytes
@@ -161,17 +154,24 @@ def make_batch(exp: experiment.Experiment, pair: pairs.Pair, seed: int):
   return batch
 
 
-def loop(body, num_steps, state, frozen, batches, key):
-  """Makes many steps on one device, on stacked batches in turn."""
-  num_batches = len(jax.tree.leaves(batches)[0])
-
-  def one(number, carry):
-    state, _ = carry
-    batch = jax.tree.map(lambda x: x[number % num_batches], batches)
-    return body(state, frozen, batch, key)
-
-  carry = one(0, (state, None))
-  return jax.lax.fori_loop(1, num_steps, one, carry)
+def in_one_call(mapper, batches, num_steps: int):
+  """Returns steps.train_steps' plan, data and count for batches in turn."""
+  data = {
+    name: np.concatenate([batch[name] for batch in batches])
+    for name in ('image', 'label')
+  }
+  num_rows = len(batches[0]['label'])
+  rows = np.arange(num_rows)[:, None]
+  turns = np.arange(num_steps) % len(batches)
+  plan = {
+    'index': (rows + num_rows * turns).astype(np.int32),
+    'epoch': np.broadcast_to(turns, (num_rows, num_steps)).astype(np.int32),
+  }
+  return (
+    mapper.shard(plan),
+    mapper.replicate(data),
+    mapper.replicate(np.int32(num_steps)),
+  )
 
 
 def print_losses(exp, pair, num_steps):

@@ -3,8 +3,9 @@
   python -m experiments.benchmarks.loop [--json FILE]
 
 Windows of both alternate in one process: the loop trains on, and whenever it
-has written a row, the compiled step is timed alone, on one batch that lies on
-the device. See README.md.
+has written a row, the compiled step is timed alone, on batches that lie on the
+device. Where the loop makes many steps in a call, the step alone is timed in
+such calls too. See README.md.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from ijckd_jax.runtime import compilation_cache
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import markdown
 from ijckd_jax.training import experiment
+from ijckd_jax.training import feeding
 from ijckd_jax.training import train
 
 # Shape, classes and training examples as of digits and of CIFAR-100.
@@ -73,30 +75,45 @@ class BareSteps:
     mapper, arrays = exp.mapper, data.load('train')
     tx, _ = exp.optimizer(len(arrays))
     key = jax.random.key(0)
-    p_train_step = exp.map_train_step(exp.train_step(tx))
-    indices = np.arange(config.batch_size, dtype=np.int32)
-    rows = arrays.take(indices)
+    step = exp.train_step(tx)
+    num_rows, num_steps = config.batch_size, 1
+    if config.feed == 'device':
+      num_steps = min(self._num_steps, feeding.MAX_STEPS_A_CALL)
+    index = np.arange(num_rows * num_steps) % len(arrays)
+    index = index.reshape(num_rows, num_steps).astype(np.int32)
+    plan = {'index': index, 'epoch': np.zeros_like(index)}
+    data = {'image': arrays.images, 'label': arrays.labels}
     self._state = mapper.replicate(
       train_state.create(exp.init(key), tx, with_ema=False)
     )
-    arguments = (
-      mapper.replicate(exp.frozen),
-      mapper.shard(
-        {
-          'image': rows.images,
-          'label': rows.labels,
-          'index': indices,
-          'epoch': np.zeros_like(indices),
-        }
-      ),
-      mapper.replicate(key),
-    )
-    self._step = lambda state: p_train_step(state, *arguments)
+    frozen, key = mapper.replicate((exp.frozen, key))
+    if config.feed == 'device':
+      mapped = exp.map_train_steps(step)
+      batch = mapper.shard(plan), mapper.replicate(data)
+      most = num_steps
+
+      def call(state, count):
+        return mapped(state, frozen, *batch, counts[count], key)
+
+      lengths = [most] * (self._num_steps // most) + [self._num_steps % most]
+      counts = {n: mapper.replicate(np.int32(n)) for n in set(lengths)}
+    else:
+      mapped = exp.map_train_step(step)
+      rows = jax.tree.map(lambda x: x[:, 0], plan)
+      rows |= {name: values[rows['index']] for name, values in data.items()}
+      batch = mapper.shard(rows)
+
+      def call(state, count):
+        del count
+        return mapped(state, frozen, batch, key)
+
+      lengths = [1] * self._num_steps
+    self._lengths, self._step = [n for n in lengths if n], call
 
   def _window(self):
     start = time.perf_counter()
-    for _ in range(self._num_steps):
-      self._state, sums = self._step(self._state)
+    for length in self._lengths:
+      self._state, sums = self._step(self._state, length)
     jax.block_until_ready((self._state, sums))
     return time.perf_counter() - start
 
@@ -117,7 +134,15 @@ class BareSteps:
 
 
 def measure(
-  name, pair, *, batch_size, num_steps, num_windows, every, dtype='float32'
+  name,
+  pair,
+  *,
+  batch_size,
+  num_steps,
+  num_windows,
+  every,
+  feed='host',
+  dtype='float32',
 ):
   """Returns what the loop and the step alone did, as a row of the table.
 
@@ -128,6 +153,7 @@ def measure(
     num_steps: of a window; a row of metrics is written after each.
     num_windows: of each kind.
     every: windows from one checkpoint to the next; 0 for none in between.
+    feed: how batches reach the devices, see feeding.
     dtype: of the computation.
   """
   data = make_data(name)
@@ -141,6 +167,7 @@ def measure(
     {
       'batch_size': batch_size,
       'dtype': dtype,
+      'feed': feed,
       'total_steps': total,
       'log_epochs': 0.0,
       'log_steps': num_steps,
@@ -161,6 +188,7 @@ def measure(
   )
   return {
     'data': name,
+    'feed': feed,
     'teacher': pair[0],
     'student': pair[1],
     'batch_size': batch_size,
@@ -187,12 +215,17 @@ def main(argv=None):
   parser.add_argument('--teacher', default='resnet20')
   parser.add_argument('--student', default='resnet8')
   parser.add_argument('--dtype', default='float32')
+  parser.add_argument('--feed', default='host', choices=['host', 'device'])
   flags = parser.parse_args(argv)
   compilation_cache.enable(compilation_cache.DEFAULT)
   rows = []
   for name in flags.data:
     pair = flags.teacher, flags.student
-    options = {'batch_size': flags.batch_size, 'dtype': flags.dtype}
+    options = {
+      'batch_size': flags.batch_size,
+      'dtype': flags.dtype,
+      'feed': flags.feed,
+    }
     probe = measure(name, pair, num_steps=10, num_windows=3, every=0, **options)
     num_steps = round(1e3 * flags.seconds / probe['step_milliseconds'])
     options |= {'num_windows': flags.windows, 'num_steps': max(10, num_steps)}
@@ -201,6 +234,7 @@ def main(argv=None):
   cells = [
     (
       'data',
+      'images on the',
       'steps a window',
       'checkpoint every',
       'ms a step',
@@ -214,6 +248,7 @@ def main(argv=None):
     cells.append(
       (
         row['data'],
+        row['feed'],
         str(row['steps_a_window']),
         f'{every} windows' if every else 'none',
         f'{row["step_milliseconds"]:.1f}',

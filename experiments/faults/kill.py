@@ -39,7 +39,6 @@ FIELDS = {
   'total_epochs': 0,
   'total_steps': STUDENT_STEPS,
   'teacher.total_steps': TEACHER_STEPS,
-  'teacher.store.views': 1,  # 12 steps fill it, 20 read it.
   'batch_size': 120,
   'ema_decay': 0.9,
   'optimizer.warmup_epochs': 0,
@@ -220,17 +219,21 @@ def differences(workdir: pathlib.Path, reference: pathlib.Path) -> list[str]:
 class Harness:
   """Trials against one reference."""
 
-  def __init__(self, scratch: pathlib.Path, *, warm: bool = True):
+  def __init__(self, scratch: pathlib.Path, *, feed='host', warm: bool = True):
     """Makes the reference run.
 
     Args:
       scratch: folder of everything.
+      feed: how batches reach the devices, see the config. A run that has its
+        training set on the devices stores no teacher outputs.
       warm: make it twice, since the first start compiles, and takes longer.
     """
     self.scratch = scratch
     config = 'configs/digits.py:teacher=resnet8'
     values = {
       **FIELDS,
+      'feed': feed,
+      'teacher.store.views': int(feed == 'host'),  # 12 steps fill it.
       'compilation_cache': scratch / 'cache',
       'dataset.data_dir': scratch / 'data',
     }
@@ -282,9 +285,9 @@ class Harness:
     return kills, found
 
 
-def run(kills: int, seed: int, jobs: int, scratch: pathlib.Path):
+def run(kills: int, seed: int, jobs: int, scratch: pathlib.Path, feed: str):
   """Returns the kills made, and the differences found by trial."""
-  harness = Harness(scratch)
+  harness = Harness(scratch, feed=feed)
   source = random.Random(seed)
   done, differing, number = [], {}, 0
   with futures.ThreadPoolExecutor(jobs) as pool:
@@ -332,19 +335,21 @@ def main() -> None:
   parser.add_argument('--kills', type=int, default=120)
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--jobs', type=int, default=2)
+  parser.add_argument('--feed', choices=['host', 'device'], default='host')
   parser.add_argument('--output', type=pathlib.Path, required=True)
   flags = parser.parse_args()
   for name in ('absl', 'asyncio', 'root'):
     logging.getLogger(name).setLevel(logging.CRITICAL)
   scratch = pathlib.Path(tempfile.mkdtemp(prefix='kill_'))
   kills, differing, runs, harness = run(
-    flags.kills, flags.seed, flags.jobs, scratch
+    flags.kills, flags.seed, flags.jobs, scratch, flags.feed
   )
   result = {
     'kills': len(kills),
     'runs': runs,
     'runs_that_differ': differing,
     'seed': flags.seed,
+    'feed': flags.feed,
     'file_operations_of_the_reference': harness.operations,
     'seconds_of_the_reference': round(harness.seconds, 2),
     'machine': f'{os.cpu_count()} cores, Python {platform.python_version()}, '

@@ -79,17 +79,23 @@ def train_batches(
 
 
 def examples(
-  step: int, *, batch_size: int, seed: int, num_examples: int
+  step: int,
+  *,
+  batch_size: int,
+  seed: int,
+  num_examples: int,
+  num_steps: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns which examples a step sees: indices and epochs, (B,) int32 each.
+  """Returns which examples are seen: indices and epochs, (S * B,) int32 each.
 
   Args:
-    step: counted from 0.
+    step: the first of the steps, counted from 0.
     batch_size: B rows of the global batch.
     seed: of the order.
     num_examples: in the training set.
+    num_steps: S steps, whose batches follow each other in the result.
   """
-  positions = step * batch_size + np.arange(batch_size)
+  positions = step * batch_size + np.arange(num_steps * batch_size)
   epochs, places = np.divmod(positions, num_examples)
   indices = np.concatenate(
     [

@@ -1,4 +1,4 @@
-"""One step of training, on one device; the devices meet over parallel.AXIS."""
+"""Steps of training, on one device; the devices meet over parallel.AXIS."""
 
 import functools
 
@@ -81,6 +81,55 @@ def train_step(
     return state, sums
   rows = {'index': batch['index'], 'epoch': batch['epoch'], 'teacher': outputs}
   return (state, sums), rows
+
+
+def train_steps(
+  step,
+  state: train_state_lib.TrainState,
+  frozen: distiller_lib.Frozen,
+  plan: dict[str, jax.Array],
+  data: dict[str, jax.Array],
+  count: jax.Array,
+  key: jax.Array,
+):
+  """Makes several updates in one call, on images that lie on the device.
+
+  The number of updates is not known to the compiler. So one program serves any
+  number, and an update rounds alike in whatever call it is made.
+
+  Args:
+    step: `train_step` with its keyword arguments, without rows in its result.
+    state: the state before; its buffers may be taken over.
+    frozen: distiller.Frozen; never donated.
+    plan: 'index' and 'epoch' int32 (B, S); column i holds this device's rows of
+      the batch of update i.
+    data: the whole training set: 'image' uint8 (N, H, W, C) and 'label' int32
+      (N,).
+    count: int32 scalar, at most S: how many updates to make.
+    key: the run's key.
+
+  Returns:
+    The state after, and (sum, count) of each metric of `train_step`, (S,) each:
+    one for each update, and zeros after the last one.
+  """
+  # Traced once, for the shapes of its metrics and for the loop.
+  step = jax.jit(step, inline=True)
+
+  def batch(number):
+    rows = jax.tree.map(lambda x: x[:, number], plan)
+    chosen = jax.tree.map(lambda x: x[rows['index']], data)
+    return {**chosen, **rows}
+
+  def update(number, carry):
+    state, metrics = carry
+    state, new = step(state, frozen, batch(number), key)
+    metrics = jax.tree.map(lambda all, x: all.at[number].set(x), metrics, new)
+    return state, metrics
+
+  _, shapes = jax.eval_shape(step, state, frozen, batch(0), key)
+  num_columns = plan['index'].shape[1]
+  metrics = jax.tree.map(lambda x: jnp.zeros((num_columns,), x.dtype), shapes)
+  return jax.lax.fori_loop(0, count, update, (state, metrics))
 
 
 def _augment(batch, key, augmentation, mixing):

@@ -1,5 +1,7 @@
 """Starts JAX's backend, and explains why it does not start."""
 
+import os
+
 import jax
 
 from ijckd_jax.runtime import config_utils
@@ -36,3 +38,14 @@ def start() -> None:
       f'JAX_PLATFORMS={asked}: this install of JAX lacks it, or finds no such '
       f'device here{why}; unset JAX_PLATFORMS to take what is there{install}'
     ) from error
+
+
+def memory_bytes(device: jax.Device) -> int | None:
+  """Returns the memory of a device: for a CPU, of the machine.
+
+  None where it is not known.
+  """
+  found = (device.memory_stats() or {}).get('bytes_limit')
+  if found is None and device.platform == 'cpu' and hasattr(os, 'sysconf'):
+    found = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  return found

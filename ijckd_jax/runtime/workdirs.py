@@ -56,6 +56,7 @@ RUNTIME_FIELDS = (
   'compilation_cache',
   'dataset.data_dir',
   'dtype',
+  'feed',
   'heartbeat_timeout_seconds',
   'keep_checkpoints',
   'mapper',

@@ -9,6 +9,9 @@ from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import parallel
 from ijckd_jax.training import durations
 
+# How batches reach the devices, see feeding.
+FEEDS = ('auto', 'device', 'host')
+
 
 def check_values(
   config, *, num_devices: int, teacher_given: bool = False
@@ -37,6 +40,8 @@ def _check_choices(config) -> None:
       )
   if config.mapper not in parallel.MAPPERS:
     raise config_utils.unknown('mapper', config.mapper, parallel.MAPPERS)
+  if config.feed not in FEEDS:
+    raise config_utils.unknown('feed', config.feed, FEEDS)
   if config.bundle not in ('last', 'best'):
     raise config_utils.unknown('bundle', config.bundle, ('last', 'best'))
   if config.seed < 0 or config.teacher.seed < 0:

@@ -62,28 +62,32 @@ def to_steps(
   return round(times * _period(config, what, num_examples, batch_size))
 
 
-def is_period_end(
+def next_period_end(
   config: Mapping[str, object],
   what: str,
   step: int,
   *,
   num_examples: int,
   batch_size: int,
-) -> bool:
-  """Returns whether a period of the duration `what` ends at a step.
+) -> float:
+  """Returns the first step after `step` at which a period of `what` ends.
 
   Args:
-    config: as `duration` takes it; where none is given, no period ends.
+    config: as `duration` takes it.
     what: as `duration` takes it.
-    step: counted from 1.
+    step: counted from 1; 0 for the first period's end.
     num_examples: examples in an epoch.
     batch_size: examples in a step.
+
+  Returns:
+    A step; infinity where no duration is given, so that no period ends.
   """
   period = _period(config, what, num_examples, batch_size)
   if not period:
-    return False
-  times = round(step / period)
-  return step in {round(t * period) for t in (times - 1, times, times + 1)}
+    return math.inf
+  times = int(step / period)  # Of periods, so many have ended, or one fewer.
+  ends = (round(t * period) for t in range(times, times + 3))
+  return next(end for end in ends if end > step)
 
 
 def _period(config, what, num_examples, batch_size) -> float:

@@ -122,6 +122,10 @@ def default_config(
   config.bounds = {'delta': 0.05, 'fit_examples': 5000}
   config.mapper = 'pmap'
   config.num_workers = 0  # Processes that decode images; 0: a thread does.
+  # 'host': each step is sent its images. 'device': the training set lies on the
+  # devices, and a call makes many steps. 'auto': 'device' on GPUs and TPUs,
+  # where it is possible.
+  config.feed = 'auto'
   # After which a silent host is taken for dead, and the others are aborted.
   config.heartbeat_timeout_seconds = 30
   config.num_cpu_devices = 1
@@ -256,9 +260,18 @@ class Experiment:
       batch_size=self.config.batch_size,
     )
 
-  def is_due(self, what: str, step: int, num_examples: int) -> bool:
-    """Returns whether 'log', 'eval' or 'checkpoint' is due after a step."""
-    return durations.is_period_end(
+  def next_due(self, what: str, step: int, num_examples: int) -> float:
+    """Returns the first step after `step` at which `what` is due.
+
+    Args:
+      what: 'log', 'eval' or 'checkpoint'.
+      step: counted from 1.
+      num_examples: of the training set.
+
+    Returns:
+      A step; infinity where it is never due but after the last step.
+    """
+    return durations.next_period_end(
       self.config,
       what,
       step,
@@ -332,6 +345,18 @@ class Experiment:
       rows_in=(False, False, True, False),
       rows_out=rows_out,
       donate=0,  # The state; teachers, batch and key stay.
+    )
+
+  def map_train_steps(self, step: Callable) -> Callable:
+    """Returns a call of many training steps, compiled and mapped.
+
+    It is a function of the arguments of steps.train_steps after `step`, and
+    donates the state.
+    """
+    return self.mapper.map(
+      functools.partial(steps.train_steps, step),
+      rows_in=(False, False, True, False, False, False),
+      donate=0,
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import json
 import logging
+import math
 from typing import Any
 
 from etils import epath
@@ -214,6 +215,10 @@ class Refits:
   def is_due(self, step: int) -> bool:
     """Returns whether the head changes after a step."""
     return step in self._steps
+
+  def next_due(self, step: int) -> float:
+    """Returns the first step after `step` after which the head changes."""
+    return min((n for n in self._steps if n > step), default=math.inf)
 
   def before(self, step: int, frozen) -> distiller.Frozen:
     """Returns the arrays beside which a student of that step is evaluated.

@@ -1,4 +1,4 @@
-"""The loop over steps: feed, count, evaluate, save, stop."""
+"""The loop over steps: count, evaluate, save, stop."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -15,25 +15,22 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from ijckd_jax.data import input_pipeline
 from ijckd_jax.distillation import distiller as distiller_lib
 from ijckd_jax.distillation import train_state
 from ijckd_jax.evaluation import evaluator
-from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import hosts
-from ijckd_jax.runtime import parallel
 from ijckd_jax.training import checkpoints as checkpoints_lib
 from ijckd_jax.training import experiment as experiment_lib
+from ijckd_jax.training import feeding
 from ijckd_jax.training import head_fitting
 from ijckd_jax.training import metric_writer
 from ijckd_jax.training import output_recorder
 
-# How far the host may run ahead of the devices: each step holds its batch.
-MAX_STEPS_AHEAD = 8
 STOPPED = (
   'training stops. Lower the learning rate, or clip the gradient '
   '(optimizer.clip_norm)'
 )
+PERIODS = ('log', 'eval', 'checkpoint')
 SAVED = 'it is saved, and the same command continues from there'
 
 logger = logging.getLogger('ijckd_jax')
@@ -201,48 +198,47 @@ class Loop:
     total_steps = exp.total_steps(num_examples)
     tx, schedule = exp.optimizer(num_examples)
     recorder = self.recorder
-    p_train_step = exp.map_train_step(exp.train_step(tx))
-    p_filling_step = exp.map_train_step(
-      exp.train_step(tx, returns_rows=True), rows_out=True
+    feed = feeding.make(
+      exp,
+      tx,
+      self.splits['train'],
+      self.key,
+      recorder=recorder,
+      start=start,
+      damaged=progress.damaged,
     )
     split = self.ranking_split
     frozen = self.frozen
     if start and self.refits is not None:
       frozen = self.refits.after(start, state, frozen)
-    batches = self._batches(start, total_steps, progress)
-    compiling = {start + 1}
-    if recorder is not None:
-      compiling.add(recorder.last_filling_step + 1)
-    pending, clock = [], None
+    pending, clock, counted = [], None, start
+    step, pause = start, start
     with _ProgressLine(self.name, start, total_steps) as line:
-      for step, batch in enumerate(batches, start + 1):
-        arguments = state, frozen, batch, self.key
-        if recorder is not None and step <= recorder.last_filling_step:
-          (state, sums), rows = p_filling_step(*arguments)
-          recorder.add(step, rows)
-        else:
-          state, sums = p_train_step(*arguments)
-        pending.append((step, sums))
-        if len(pending) > MAX_STEPS_AHEAD:
-          jax.block_until_ready(pending[-MAX_STEPS_AHEAD])
-        line.advance()
+      while step < total_steps:
+        if step == pause:
+          pause = self._next_pause(step, total_steps, feed.timed)
+        first = step + 1
+        state, step, sums = feed.advance(state, frozen, step, pause)
+        pending.append((first, step, sums))
+        line.advance(step - first + 1)
         stopping = stop.reached()
-        log, evaluation, save = (
-          step == total_steps or exp.is_due(what, step, num_examples)
-          for what in ('log', 'eval', 'checkpoint')
-        )
-        clocked = compiling & {step, step + 1}
-        refit = self.refits is not None and self.refits.is_due(step)
-        if not (log or evaluation or save or stopping or clocked or refit):
+        if step < pause and not stopping:
           continue
+        log, evaluation, save = (
+          step in (total_steps, exp.next_due(what, step - 1, num_examples))
+          for what in PERIODS
+        )
+        refit = self.refits is not None and self.refits.is_due(step)
         if recorder is not None:  # First: it knows why a loss is not finite.
           recorder.flush()
         before = dict(examples=progress.examples, seconds=progress.seconds)
         _add(progress.sums, pending)
-        if clock is not None and step not in compiling:
-          progress.examples += len(pending) * config.batch_size
-          progress.seconds += time.perf_counter() - clock
-        pending = []
+        if clock is not None and step not in feed.compiling:
+          seconds = time.perf_counter() - clock
+          progress.examples += (step - counted) * config.batch_size
+          progress.seconds += seconds
+          feed.set_pace(seconds / (step - counted))
+        pending, counted = [], step
         epoch = step * config.batch_size / num_examples
         if log:
           row = {
@@ -319,7 +315,7 @@ class Loop:
     _check_finite(step, state)
     if not self.splits['train'].in_memory:
       found = hosts.exchange(progress.damaged)
-      progress.damaged = sorted(set().union(*found))
+      progress.damaged[:] = sorted(set().union(*found))
     hosts.share(self.writer.flush)
     if self.recorder is not None:
       self.recorder.close_file()
@@ -327,60 +323,20 @@ class Loop:
     memo = dataclasses.asdict(progress)
     self.checkpoints.save(step, state, score=score, memo=memo)
 
-  def _batches(
-    self, start: int, stop: int, progress: Progress
-  ) -> Iterator[Any]:
-    """Yields the placed batches of the steps after `start`, up to `stop`.
+  def _next_pause(self, step: int, total_steps: int, timed: set[int]) -> int:
+    """Returns the next step after which there is something to do.
 
-    Where teacher outputs are stored, ask for each batch only after the step
-    before: the first one with stored outputs opens the store, which must be
-    full then. Indices of damaged images go to `progress`.
+    Args:
+      step: that was made.
+      total_steps: of the run.
+      timed: see feeding.HostFeed.
     """
-    config = self.experiment.config
-    rows = config.batch_size // jax.process_count()
-    first_row = rows * jax.process_index()
-    stages = [(start, stop, None)]
-    if self.recorder is not None:
-      full = max(start, self.recorder.last_filling_step)
-      stages = [(start, full, None), (full, stop, self.recorder.reader)]
-    for first, last, reader in stages:
-      if first < last:
-        batches = input_pipeline.train_batches(
-          self.splits['train'],
-          batch_size=config.batch_size,
-          seed=config.seed,
-          start_step=first,
-          stop_step=last,
-          rows=slice(first_row, first_row + rows),
-          views=config.teacher.store.views,
-          num_workers=config.num_workers,
-          teacher=reader and reader(),
-        )
-        yield from parallel.ahead(
-          self._place(batch, progress) for batch in batches
-        )
-
-  def _place(self, batch, progress: Progress) -> Any:
-    """Returns a batch on the devices, once what is damaged in it is noted."""
-    bad = batch.pop('bad', None)
-    if bad is not None:
-      arrays = self.splits['train']
-      new = set(batch['index'][bad].tolist()) - set(progress.damaged)
-      for index in sorted(new):
-        logger.warning(
-          '%s cannot be decoded; another image takes its place',
-          arrays.name_of(index),
-        )
-        progress.damaged.append(index)
-      if len(progress.damaged) > arrays.max_bad_fraction * len(arrays):
-        names = [arrays.name_of(index) for index in progress.damaged]
-        raise config_utils.UserError(
-          f'{len(names)} training images cannot be decoded, more than '
-          f'max_bad_fraction={arrays.max_bad_fraction} of {len(arrays)}: '
-          f'{", ".join(names[:20])}{", ..." if names[20:] else ""}; prepare '
-          'the data without them, or allow more'
-        )
-    return self.experiment.mapper.shard(batch)
+    num_examples = len(self.splits['train'])
+    due = [self.experiment.next_due(x, step, num_examples) for x in PERIODS]
+    due += [other for other in timed if other > step]
+    if self.refits is not None:
+      due.append(self.refits.next_due(step))
+    return min(total_steps, *due)
 
   def frozen_of(self, step: int) -> distiller_lib.Frozen:
     """Returns the arrays beside which a student of a step is evaluated."""
@@ -394,9 +350,30 @@ class Loop:
     return 'validation' if len(self.splits['validation']) else 'test'
 
 
+def _by_step(
+  pending,
+) -> Iterator[tuple[int, dict[str, tuple[np.ndarray, np.ndarray]]]]:
+  """Yields each step, and (sum, count) of its metrics, which it waits for.
+
+  Args:
+    pending: first and last step of a call, and its metrics: numbers, or arrays
+      with a number for each step first.
+  """
+  for first, last, metrics in jax.device_get(pending):
+    columns = jax.tree.map(np.ravel, metrics)
+    for number, step in enumerate(range(first, last + 1)):
+      yield (
+        step,
+        {
+          name: (totals[number], counts[number])
+          for name, (totals, counts) in columns.items()
+        },
+      )
+
+
 def _add(sums: dict[str, list[float]], pending) -> None:
-  """Adds steps' metrics, which it waits for, to the running sums."""
-  for step, metrics in jax.device_get(pending):
+  """Adds calls' metrics to the running sums; see _by_step."""
+  for step, metrics in _by_step(pending):
     bad = [
       f'{name} = {total}'
       for name, (total, _) in metrics.items()
@@ -440,10 +417,10 @@ class _ProgressLine:
     if self._bar is not None:
       self._bar.close()
 
-  def advance(self):
-    """Counts a step."""
+  def advance(self, num_steps):
+    """Counts steps."""
     if self._bar is not None:
-      self._bar.update()
+      self._bar.update(num_steps)
 
   def show(self, step, row):
     """Shows the newest of a row's numbers that a reader watches."""

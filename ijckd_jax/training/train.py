@@ -23,6 +23,7 @@ from ijckd_jax.runtime import locks
 from ijckd_jax.runtime import workdirs
 from ijckd_jax.runtime import workers
 from ijckd_jax.training import experiment
+from ijckd_jax.training import feeding
 from ijckd_jax.training import head_fitting
 from ijckd_jax.training import loop
 from ijckd_jax.training import metric_writer
@@ -220,6 +221,7 @@ def train_and_evaluate(
   for run, folder in runs:
     _check_durations(run, len(splits['train']), is_teacher=folder != workdir)
     output_recorder.check(run, folder, splits['train'], overwrite=overwrite)
+    feeding.is_on_device(run, splits['train'])
   with contextlib.ExitStack() as stack:
     hosts.share(lambda: _take(stack, folders, overwrite, stale))
     hosts.check_seen(workdir)

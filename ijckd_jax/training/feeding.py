@@ -1,0 +1,301 @@
+"""How a run's batches reach the devices: one by one, or as indices of many.
+
+`HostFeed` sends each step its images. `DeviceFeed` puts the whole training set
+on the devices once; a call then makes many steps on two small arrays of indices
+and epochs. A small network on an accelerator otherwise waits for Python, which
+starts its steps. The two round differently, because the compiler sees a step
+alone or inside of a loop; either of them is exact when a run continues.
+"""
+
+import collections
+from collections.abc import Iterator
+import logging
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from ijckd_jax.data import datasets
+from ijckd_jax.data import input_pipeline
+from ijckd_jax.distillation import distiller as distiller_lib
+from ijckd_jax.distillation import train_state
+from ijckd_jax.runtime import backend
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import hosts
+from ijckd_jax.runtime import parallel
+from ijckd_jax.training import output_recorder
+
+# How far the host may run ahead of the devices: each step holds its batch.
+MAX_STEPS_AHEAD = 8
+# With fewer, small networks would wait for Python between the calls; more would
+# gain nothing.
+MAX_STEPS_A_CALL = 256
+# A stop is answered after the calls under way, of which there are two.
+MAX_SECONDS_A_CALL = 2.0
+# Of a device's memory, for the training set; the rest is for the step.
+MAX_MEMORY_FRACTION = 0.25
+GIB = 2**30
+
+logger = logging.getLogger('ijckd_jax')
+
+
+def is_on_device(exp, arrays) -> bool:
+  """Returns whether a run's training set lies on the devices.
+
+  Args:
+    exp: experiment.Experiment.
+    arrays: datasets.Arrays that it trains on, or photos.Photos.
+
+  Raises:
+    config_utils.UserError: the config asks for it, but it is not possible.
+  """
+  feed = exp.config.feed
+  on_cpu = jax.default_backend() == 'cpu'  # Slower there; see the benchmarks.
+  if feed == 'host' or (feed == 'auto' and on_cpu):
+    return False
+  obstacle = _obstacle(exp, arrays)
+  if obstacle and feed == 'device':
+    raise config_utils.UserError(
+      f"feed='device': {obstacle}; set --config.feed=host, or auto"
+    )
+  return not obstacle
+
+
+def _obstacle(exp, arrays) -> str:
+  """Returns why a training set cannot lie on the devices; '' if it can."""
+  if not isinstance(arrays, datasets.Arrays):
+    return 'the images are decoded as the run goes on'
+  if exp.stored is not None:
+    return "the teacher's outputs are stored (teacher.store.views)"
+  needed = arrays.images.nbytes
+  memory = backend.memory_bytes(jax.local_devices()[0])
+  if memory is None or needed <= MAX_MEMORY_FRACTION * memory:
+    return ''
+  return (
+    f'the training images take {needed / GIB:.3g} GiB of each device, and at '
+    f'most {MAX_MEMORY_FRACTION:.0%} of its {memory / GIB:.3g} GiB are for them'
+  )
+
+
+class HostFeed:
+  """Sends each step its images.
+
+  Attributes:
+    compiling: the steps in which a program is compiled.
+    timed: the steps after which the loop is to look at the clock.
+  """
+
+  def __init__(
+    self, exp, tx, arrays, key, *, recorder, start: int, damaged: list[int]
+  ):
+    """Takes a run after a step.
+
+    Args:
+      exp: experiment.Experiment.
+      tx: its optimizer.
+      arrays: datasets.Arrays that it trains on.
+      key: the run's, placed.
+      recorder: output_recorder.Recorder; None where no outputs are stored.
+      start: steps made before.
+      damaged: gets the indices of images that cannot be decoded.
+    """
+    self._exp = exp
+    self._arrays = arrays
+    self._key = key
+    self._recorder = recorder
+    self._damaged = damaged
+    self._step = exp.map_train_step(exp.train_step(tx))
+    self._filling_step = exp.map_train_step(
+      exp.train_step(tx, returns_rows=True), rows_out=True
+    )
+    self._last_filling_step = recorder.last_filling_step if recorder else 0
+    self._batches = self._placed(start, exp.total_steps(len(arrays)))
+    self._under_way = collections.deque()
+    self.compiling = {start + 1}
+    if recorder is not None:
+      self.compiling.add(self._last_filling_step + 1)
+    self.timed = {step - n for step in self.compiling for n in (0, 1)}
+
+  def advance(self, state, frozen, step: int, until: float):
+    """Makes the step after `step`; see DeviceFeed.advance."""
+    del until  # One step is never too many.
+    step, batch = step + 1, next(self._batches)
+    if step <= self._last_filling_step:
+      (state, sums), rows = self._filling_step(state, frozen, batch, self._key)
+      self._recorder.add(step, rows)
+    else:
+      state, sums = self._step(state, frozen, batch, self._key)
+    _wait_for_earlier(self._under_way, sums, MAX_STEPS_AHEAD)
+    return state, step, sums
+
+  def set_pace(self, seconds: float) -> None:
+    """Takes the seconds of a step, which change nothing here."""
+
+  def _placed(self, start: int, stop: int) -> Iterator[Any]:
+    """Yields the placed batches of the steps after `start`, up to `stop`.
+
+    Where teacher outputs are stored, ask for each batch only after the step
+    before: the first one with stored outputs opens the store, which must be
+    full then.
+    """
+    config = self._exp.config
+    rows = _rows_of_process(config.batch_size)
+    stages = [(start, stop, None)]
+    if self._recorder is not None:
+      full = max(start, self._last_filling_step)
+      stages = [(start, full, None), (full, stop, self._recorder.reader)]
+    for first, last, reader in stages:
+      if first < last:
+        batches = input_pipeline.train_batches(
+          self._arrays,
+          batch_size=config.batch_size,
+          seed=config.seed,
+          start_step=first,
+          stop_step=last,
+          rows=rows,
+          views=config.teacher.store.views,
+          num_workers=config.num_workers,
+          teacher=reader and reader(),
+        )
+        yield from parallel.ahead(map(self._place, batches))
+
+  def _place(self, batch) -> Any:
+    """Returns a batch on the devices, once what is damaged in it is noted."""
+    bad = batch.pop('bad', None)
+    if bad is not None:
+      arrays = self._arrays
+      new = set(batch['index'][bad].tolist()) - set(self._damaged)
+      for index in sorted(new):
+        logger.warning(
+          '%s cannot be decoded; another image takes its place',
+          arrays.name_of(index),
+        )
+        self._damaged.append(index)
+      if len(self._damaged) > arrays.max_bad_fraction * len(arrays):
+        names = [arrays.name_of(index) for index in self._damaged]
+        raise config_utils.UserError(
+          f'{len(names)} training images cannot be decoded, more than '
+          f'max_bad_fraction={arrays.max_bad_fraction} of {len(arrays)}: '
+          f'{", ".join(names[:20])}{", ..." if names[20:] else ""}; prepare '
+          'the data without them, or allow more'
+        )
+    return self._exp.mapper.shard(batch)
+
+
+class DeviceFeed:
+  """Makes many steps in a call, on images that lie on the devices.
+
+  Attributes:
+    compiling: the step in which the program is compiled.
+    timed: the steps after which the loop is to look at the clock.
+  """
+
+  def __init__(self, exp, tx, arrays, key, *, start: int):
+    """Places the training set; see HostFeed for the arguments."""
+    self._exp = exp
+    self._key = key
+    self._num_examples = len(arrays)
+    self._data = exp.mapper.replicate(
+      {'image': arrays.images, 'label': arrays.labels.astype(np.int32)}
+    )
+    self._steps = exp.map_train_steps(exp.train_step(tx))
+    # The same however often the run was stopped: it is a shape of the program.
+    self._max_steps = min(MAX_STEPS_A_CALL, exp.total_steps(len(arrays)))
+    self._steps_a_call = 1  # Until the time of a step is known.
+    self._under_way = collections.deque()
+    self.compiling = {start + 1}
+    self.timed = {start + 1, start + 2}
+
+  def advance(
+    self,
+    state: train_state.TrainState,
+    frozen: distiller_lib.Frozen,
+    step: int,
+    until: float,
+  ):
+    """Makes the steps after `step`, at most up to `until`; it does not wait.
+
+    Args:
+      state: after `step` steps, placed; it is donated.
+      frozen: the arrays that are not trained, placed.
+      step: steps made before.
+      until: the next step after which the loop has something to do.
+
+    Returns:
+      The state, the last step that was made, and (sum, count) of each metric:
+      arrays with a number for each step first, or the numbers of a single step.
+    """
+    count = int(min(until - step, self._steps_a_call))
+    state, sums = self._steps(
+      state,
+      frozen,
+      self._exp.mapper.shard(self._plan(step, count)),
+      self._data,
+      self._exp.mapper.replicate(np.int32(count)),
+      self._key,
+    )
+    _wait_for_earlier(self._under_way, sums, 1)
+    return state, step + count, sums
+
+  def set_pace(self, seconds: float) -> None:
+    """Takes the seconds of a step, and makes no longer calls than agreed."""
+    seconds = hosts.share(lambda: seconds)  # All hosts make the same calls.
+    most = MAX_SECONDS_A_CALL / seconds if seconds else self._max_steps
+    self._steps_a_call = max(1, int(min(self._max_steps, most)))
+
+  def _plan(self, step: int, count: int) -> dict[str, np.ndarray]:
+    """Returns steps.train_steps' plan of `count` steps: this process's rows."""
+    config = self._exp.config
+    names = ('index', 'epoch')
+    found = input_pipeline.examples(
+      step,
+      batch_size=config.batch_size,
+      seed=config.seed,
+      num_examples=self._num_examples,
+      num_steps=count,
+    )
+    plan = {}
+    for name, values in zip(names, found, strict=True):
+      by_step = values.reshape(count, -1)[
+        :, _rows_of_process(config.batch_size)
+      ]
+      plan[name] = np.zeros((by_step.shape[1], self._max_steps), np.int32)
+      plan[name][:, :count] = by_step.T
+    return plan
+
+
+def make(
+  exp,
+  tx: optax.GradientTransformation,
+  arrays,
+  key: jax.Array,
+  *,
+  recorder: output_recorder.Recorder | None,
+  start: int,
+  damaged: list[int],
+) -> HostFeed | DeviceFeed:
+  """Returns the feed of a run; see HostFeed for the arguments."""
+  if is_on_device(exp, arrays):
+    return DeviceFeed(exp, tx, arrays, key, start=start)
+  if exp.config.feed == 'auto' and jax.default_backend() != 'cpu':
+    logger.info(
+      'each step is sent its images, because %s', _obstacle(exp, arrays)
+    )
+  return HostFeed(
+    exp, tx, arrays, key, recorder=recorder, start=start, damaged=damaged
+  )
+
+
+def _rows_of_process(batch_size: int) -> slice:
+  """Returns this process's rows of a global batch."""
+  rows = batch_size // jax.process_count()
+  first = rows * jax.process_index()
+  return slice(first, first + rows)
+
+
+def _wait_for_earlier(under_way, result, most: int) -> None:
+  """Waits until at most `most` calls are under way; `result` is the last's."""
+  under_way.append(result)
+  if len(under_way) > most:
+    jax.block_until_ready(under_way.popleft())
