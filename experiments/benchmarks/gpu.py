@@ -434,6 +434,7 @@ ITEMS = {
       f'loop {COMMAND_BUFFER}=+CONVOLUTION',
       f'loop {COMMAND_BUFFER}=+CONVOLUTION,+CONDITIONAL,+WHILE',
       '--xla_gpu_experimental_enable_conv_fusion=true',
+      '--xla_gpu_enable_pdl_launch=true',
       '--xla_gpu_exhaustive_tiling_search=true',
       '--xla_gpu_enable_latency_hiding_scheduler=true',
     ),
