@@ -24,7 +24,8 @@ command continues a run that was stopped, and shows one that is finished.
   --config NAME        one of the shipped configs, listed below; or the path of
                        your own, which ends in .py or has a slash (Python code,
                        which is run). What stands after a colon goes to its
-                       get_config: digits:method=kd
+                       get_config: digits:method=kd. A path that ends in .json
+                       is a config as ijckd sweep writes it
   --config.FIELD=VALUE sets a field: --config.total_epochs=3
                        --config.optimizer.learning_rate=0.1
   --workdir DIR        the run's folder; all hosts must see it

@@ -228,7 +228,7 @@ def shipped_configs() -> dict[str, pathlib.Path]:
 def _config_file(name: str) -> str:
   """Returns the path of the config file that a name or a path stands for."""
   shipped = shipped_configs()
-  if not name.endswith('.py') and '/' not in name:
+  if not name.endswith(('.py', '.json')) and '/' not in name:
     if name not in shipped:
       raise UserError(
         f'{unknown("config", name, list(shipped))}; or a path, which ends in '
@@ -255,14 +255,16 @@ def _split(reference: str) -> tuple[str, str, str]:
 
 
 def load(reference: str) -> ml_collections.ConfigDict:
-  """Returns what `get_config` of a config file gives.
+  """Returns the config that a config file gives, or that a JSON file holds.
 
   A config file is Python code, and it is run.
 
   Args:
     reference: `NAME`, or `NAME:ARG` for a `get_config` that takes an argument.
-      A name that ends in `.py` or contains a slash is a path; any other name is
-      that of a shipped config, whatever the working directory holds.
+      A name that ends in `.py` or `.json` or contains a slash is a path; any
+      other name is that of a shipped config, whatever the working directory
+      holds. A `.json` file has all fields of one config, as `to_json` writes
+      them.
 
   Raises:
     UserError: there is no such config, or its code fails.
@@ -271,6 +273,10 @@ def load(reference: str) -> ml_collections.ConfigDict:
   path = _config_file(expand(name))
   if path == expand(name):
     use_user_path()
+  if path.endswith('.json'):
+    if separator:
+      raise UserError(f'{path} is JSON, which takes no argument {arg!r}')
+    return _read_json(path)
   try:
     get_config = runpy.run_path(path).get('get_config')
     if get_config is None:
@@ -291,6 +297,33 @@ def load(reference: str) -> ml_collections.ConfigDict:
       f'experiment.default_config() makes, not {type(config).__name__}'
     )
   return config
+
+
+def _read_json(path: str) -> ml_collections.ConfigDict:
+  """Returns the config that a JSON file holds."""
+  try:
+    return from_json(pathlib.Path(path).read_bytes())
+  except (OSError, RecursionError, ValueError) as error:
+    raise UserError(f'{path} cannot be read: {short(error)}') from error
+
+
+def from_json(text: str | bytes) -> ml_collections.ConfigDict:
+  """Returns the config that `to_json` has written.
+
+  Raises:
+    ValueError: the text is something else.
+  """
+  content = json.loads(text)
+  if not isinstance(content, dict):
+    raise ValueError('this is no config: give a JSON object')
+  return ml_collections.ConfigDict(_with_tuples(content))
+
+
+def _with_tuples(value):
+  """Returns JSON with tuples for its lists: so configs have them."""
+  if isinstance(value, dict):
+    return {key: _with_tuples(one) for key, one in value.items()}
+  return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def parse_value(text: str, like: object) -> object:

@@ -26,6 +26,8 @@ BEAT_SECONDS = 5
 # After so long without a sign of life the holder is taken for dead.
 PATIENCE_SECONDS = 30
 SIZE = 512  # Bytes of the file.
+# Words of the error of a folder that another run holds.
+HELD = 'is at work in'
 
 
 class Lock:
@@ -96,7 +98,7 @@ class Lock:
     if other:
       who = f' (process {other.get("pid")} on {other.get("host")})'
     return config_utils.UserError(
-      f'another run{who} is at work in {self._path.parent}: wait for its end, '
+      f'another run{who} {HELD} {self._path.parent}: wait for its end, '
       'or take another --workdir'
     )
 

@@ -97,19 +97,21 @@ ADDED_METHOD_FIELDS = {
   'vkd': {'method.tap': 'final'},
 }
 MAX_CHANGES = 5
+REMEDY = 'take another --workdir, or start anew with --overwrite'
 
 logger = logging.getLogger('ijckd_jax')
 
 Runs = Sequence[tuple[epath.Path, ml_collections.ConfigDict]]
 
 
-def check(runs: Runs, *, overwrite: bool) -> None:
+def check(runs: Runs, *, overwrite: bool, remedy: str = REMEDY) -> None:
   """Raises where a folder cannot be used for the run of a config.
 
   Args:
     runs: folder and config of each run; the last is the one asked for, those
       before it are what it needs.
     overwrite: whether a run of another config may be removed.
+    remedy: what the user is told to do about such a run.
 
   Raises:
     config_utils.UserError: a folder holds a run of another config, or what is
@@ -131,7 +133,7 @@ def check(runs: Runs, *, overwrite: bool) -> None:
       raise config_utils.UserError(
         f'{folder} holds a run of another config ({shown}'
         + (f'; and {more} more' if more > 0 else '')
-        + '): take another --workdir, or start anew with --overwrite'
+        + f'): {remedy}'
       )
 
 
@@ -178,6 +180,11 @@ def is_finished(folder: epath.Path) -> bool:
   except (OSError, ValueError):
     return False
   return isinstance(summary, dict) and (folder / BUNDLE).exists()
+
+
+def is_run(folder: epath.Path) -> bool:
+  """Returns whether a folder holds a run, finished or not."""
+  return MARK in (_old_config(folder) or {}) or bool(_recorded(folder))
 
 
 def _check_owner(folder) -> None:
