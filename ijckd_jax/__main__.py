@@ -16,6 +16,7 @@ from ijckd_jax.runtime import streams
 
 COMMANDS = {
   'train': 'train a teacher, and distil a student from it',
+  'sweep': 'train many: seeds, settings, methods, as one command',
   'evaluate': 'measure the accuracy of a student or a teacher',
   'predict': 'say what is on pictures',
   'export': 'write a student as a file that runs by itself',

@@ -1,0 +1,115 @@
+"""A process that checks the runs of a sweep before any of them starts.
+
+python -m ijckd_jax.training.sweep_check < REQUEST
+
+The request is JSON: 'configs', a config by the name of its run, and 'memory',
+whether the memory of a run is to be estimated. A config that cannot be run is
+one line on standard error and exit code 2. Otherwise the estimates are JSON on
+standard output. It is a process of its own, lest the one that starts the runs
+holds a device.
+"""
+
+import json
+import math
+import pathlib
+import resource
+import sys
+
+import jax
+
+from ijckd_jax.data import datasets
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import cost_estimate
+from ijckd_jax.training import experiment
+
+CGROUP = pathlib.Path('/sys/fs/cgroup')
+
+
+def _check(configs) -> str:
+  """Builds every run, and returns the name of the one that looks largest.
+
+  That is the one with the most parameters times rows of a step.
+
+  Raises:
+    config_utils.UserError: a run cannot be built, or its data are not there.
+  """
+  sizes, loaded = {}, set()
+  for name, config in configs.items():
+    try:
+      # This process has one device, however many the run will have.
+      config.num_cpu_devices = 1
+      exp = experiment.build(config)
+      data = config_utils.to_json(config.dataset)
+      if data not in loaded:
+        for split in datasets.SPLITS:
+          exp.dataset.load(split)
+        loaded.add(data)
+    except config_utils.UserError as error:
+      raise config_utils.UserError(f'{name}: {error}') from error
+    shapes = jax.eval_shape(
+      lambda exp=exp: exp.distiller.init(
+        jax.random.key(0), tuple(exp.dataset.image_shape)
+      )
+    )
+    leaves = jax.tree.leaves((shapes, exp.frozen))
+    parameters = sum(math.prod(leaf.shape) for leaf in leaves)
+    sizes[name] = parameters * config.batch_size // config.accumulation
+  return max(sizes, key=sizes.get)
+
+
+def _estimate(config) -> dict[str, float | None]:
+  """Returns what a run takes of the memory, and how much there is, in bytes.
+
+  What it takes of the host's is the peak of this process, which has loaded the
+  data and compiled a training step, and on CPUs the step's own by XLA's
+  analysis. Evaluations and worker processes are not counted.
+  """
+  exp = cost_estimate.build(config, jax.local_devices())
+  memory = cost_estimate.compile_step(exp).memory_analysis()
+  step = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+  # Of a process that has ended, Linux counts kilobytes and macOS bytes.
+  unit = 1 if sys.platform == 'darwin' else 1024
+  base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+  device = jax.local_devices()[0]
+  if device.platform == 'cpu':
+    return {'host': base + step, 'host_free': _free()}
+  limit = (device.memory_stats() or {}).get('bytes_limit')
+  return {
+    **{'host': base, 'host_free': _free()},
+    **{'device': step, 'device_free': limit},
+  }
+
+
+def _free() -> float | None:
+  """Returns how many bytes of memory are free; None where it is not known."""
+  found = []
+  try:
+    for line in pathlib.Path('/proc/meminfo').read_text().splitlines():
+      if line.startswith('MemAvailable:'):
+        found.append(1024 * int(line.split()[1]))
+    limit = (CGROUP / 'memory.max').read_text().strip()
+    if limit != 'max':
+      used = int((CGROUP / 'memory.current').read_text())
+      found.append(int(limit) - used)
+  except (OSError, ValueError):
+    pass
+  return min(found, default=None)
+
+
+def main(argv: list[str]) -> None:
+  """Answers the request on standard input."""
+  del argv
+  request = json.load(sys.stdin)
+  configs = {
+    name: config_utils.from_json(text)
+    for name, text in request['configs'].items()
+  }
+  largest = _check(configs)
+  found = {'name': largest}
+  if request['memory']:
+    found |= _estimate(configs[largest])
+  print(json.dumps(found))
+
+
+if __name__ == '__main__':
+  config_utils.run_command(main)
