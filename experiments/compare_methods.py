@@ -7,16 +7,16 @@
   python -m experiments.compare_methods collect WORKDIR
   python -m experiments.compare_methods analyse
 
-What is run, and how it will be read, stands in comparison/plan.md. A run that
-was stopped goes on, and one whose line is in comparison/results.jsonl is not
-repeated, but with --repeat, on another kind of machine. Workers that share a
-folder take what no other holds; those that do not are told apart by --worker
-and --workers. Fashion-MNIST must be prepared (see configs/fashion_mnist.py).
+What is run, and how it will be read, stands in comparison/plan.md. The runs are
+a sweep (ijckd_jax/training/sweep.py): those that were stopped go on, and
+machines that share WORKDIR share them. A run whose line is in
+comparison/results.jsonl is not repeated, but with --repeat, on another kind of
+machine. `timeout 2h` before the command stops it after two hours. Fashion-MNIST
+must be prepared (see configs/fashion_mnist.py).
 """
 
 import argparse
 import fnmatch
-import gc
 import json
 import logging
 import math
@@ -24,9 +24,7 @@ import pathlib
 import shutil
 import statistics
 import subprocess
-import time
-
-import jax
+import sys
 
 from experiments.comparison import analyse
 from experiments.comparison import grid
@@ -34,11 +32,18 @@ from ijckd_jax.runtime import compilation_cache
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import disk
 from ijckd_jax.runtime import workdirs
+from ijckd_jax.training import loop
+from ijckd_jax.training import metric_writer
+from ijckd_jax.training import sweep
 from ijckd_jax.training import train
 
 RESULTS = grid.FOLDER / 'results.jsonl'
 RATES = grid.FOLDER / 'learning_rates.json'
 ROW = 'row.json'
+# Prints what the runs will compute on, and leaves it to them.
+DEVICES = (
+  'import jax, json; print(json.dumps([d.device_kind for d in jax.devices()]))'
+)
 logger = logging.getLogger('ijckd_jax')
 
 
@@ -49,6 +54,7 @@ def teacher_dir(work: pathlib.Path) -> pathlib.Path:
 
 def train_teacher(flags) -> None:
   """Trains the teacher of all students."""
+  compilation_cache.enable(compilation_cache.DEFAULT)
   result = train.train_and_evaluate(
     grid.teacher_config(), teacher_dir(flags.work)
   )
@@ -58,18 +64,22 @@ def train_teacher(flags) -> None:
 def choose_rates(flags) -> None:
   """Chooses each student's learning rate, by CE on validation pairs."""
   found = json.loads(RATES.read_text()) if RATES.exists() else {}
+  work = flags.work / 'rates'
   for pair in fnmatch.filter(grid.PAIRS, flags.only):
+    configs = {
+      f'{pair}_{rate}': grid.rate_config(pair, rate) for rate in grid.RATES
+    }
+    outcome = sweep.run(configs, work, jobs=flags.jobs)
+    if not all(outcome.summaries.values()):
+      continue
     top1 = {}
-    for rate in grid.RATES:
-      result = train.train_and_evaluate(
-        grid.rate_config(pair, rate), flags.work / 'rates' / f'{pair}_{rate}'
-      )
-      top1[str(rate)] = result.history[-1]['validation/top1']
-      _forget()
+    for name, rate in zip(configs, grid.RATES, strict=True):
+      rows = metric_writer.read_rows(work / name / workdirs.METRICS)
+      top1[str(rate)] = rows[-1]['validation/top1']
     found[pair] = {
       'student': grid.PAIRS[pair],
       'validation_top1': top1,
-      'images_per_second': result.summary['images_per_second'],
+      'images_per_second': outcome.summaries[name]['images_per_second'],
       'chosen': float(max(top1, key=top1.get)),
     }
     disk.write_text(RATES, json.dumps(found, indent=2) + '\n')
@@ -113,67 +123,62 @@ def plan(flags) -> None:
     print(f'and without {", ".join(unknown)}, whose speed is not known')
 
 
-def run(flags) -> None:
-  """Makes the runs that nobody has made yet.
+def run(flags) -> int:
+  """Makes the runs that nobody has made yet; returns the exit code.
 
   Raises:
     config_utils.UserError: there is no teacher, or it is not that of the runs
       that were made.
   """
-  started, failed = time.monotonic(), []
-  rows = analyse.read(RESULTS)
-  here = [device.device_kind for device in jax.devices()]
+  rows, here = analyse.read(RESULTS), _devices() if flags.repeat else None
   done = {
     _key(row) for row in rows if not flags.repeat or row['devices'] == here
   }
-  teachers = {row['teacher']['fingerprint'] for row in rows}
-  chosen = [
-    (cell, seed)
+  chosen = {
+    name: (cell, seed)
     for cell, seed in grid.runs()
-    if fnmatch.fnmatch(grid.run_name(cell, seed), flags.only)
+    if fnmatch.fnmatch(name := grid.run_name(cell, seed), flags.only)
     and (cell.pair, cell.name, seed) not in done
-  ]
+    and not (flags.work / name / ROW).exists()
+  }
   if not chosen:
     logger.info('nothing is left to run of %s', flags.only)
-  elif not (teacher_dir(flags.work) / workdirs.SUMMARY).exists():
+    return 0
+  teacher = teacher_dir(flags.work)
+  if not (teacher / workdirs.SUMMARY).exists():
     raise config_utils.UserError(
-      f'there is no trained teacher in {teacher_dir(flags.work)}: python -m '
+      f'there is no trained teacher in {teacher}: python -m '
       f'experiments.compare_methods teacher {flags.work}'
     )
-  for cell, seed in chosen[flags.worker :: flags.workers]:
-    if time.monotonic() - started > 3600 * flags.hours:
-      logger.info('stopped after %g hours', flags.hours)
-      break
-    folder = flags.work / grid.run_name(cell, seed)
-    if (folder / ROW).exists():
-      continue
-    begun = time.monotonic()
-    try:
-      result = train.train_and_evaluate(
-        cell.config(str(teacher_dir(flags.work)), seed), folder
-      )
-    except config_utils.UserError as error:  # Such as: another worker has it.
-      logger.warning('%s: %s', folder, error)
-      failed.append(grid.run_name(cell, seed))
-      continue
-    row = describe(cell, seed, result, time.monotonic() - begun)
+  teachers = {row['teacher']['fingerprint'] for row in rows}
+
+  def keep(name, summary, seconds):
+    row = describe(*chosen[name], summary, seconds or 0.0)
     teachers.add(row['teacher']['fingerprint'])
     if len(teachers) > 1:
       raise config_utils.UserError(
-        f'{teacher_dir(flags.work)} is not the teacher of the runs before: '
-        'their students cannot be compared; start with results of your own'
+        f'{teacher} is not the teacher of the runs before: their students '
+        'cannot be compared; start with results of your own'
       )
+    folder = flags.work / name
     disk.write_text(folder / ROW, json.dumps(row) + '\n')
-    for name in (workdirs.CHECKPOINTS, workdirs.TEACHER_OUTPUTS):
-      shutil.rmtree(folder / name, ignore_errors=True)
-    _forget()
-  if failed:
-    logger.warning('not made here: %s', ', '.join(failed))
+    for content in (workdirs.CHECKPOINTS, workdirs.TEACHER_OUTPUTS):
+      shutil.rmtree(folder / content, ignore_errors=True)
+
+  outcome = sweep.run(
+    {
+      name: cell.config(str(teacher), seed)
+      for name, (cell, seed) in chosen.items()
+    },
+    flags.work,
+    jobs=flags.jobs,
+    finished=keep,
+  )
+  return 1 if outcome.failed else 0
 
 
-def describe(cell: grid.Cell, seed: int, result, seconds: float) -> dict:
+def describe(cell: grid.Cell, seed: int, summary, seconds: float) -> dict:
   """Returns the line that is kept of a run."""
-  summary = result.summary
   student, config = summary['student'], summary['config']
   return {
     'pair': cell.pair,
@@ -236,10 +241,12 @@ def _commit() -> str | None:
   return found.stdout.strip() or None
 
 
-def _forget() -> None:
-  """Frees what the programs of a run take."""
-  jax.clear_caches()
-  gc.collect()
+def _devices() -> list[str]:
+  """Returns the kinds of this machine's devices, without holding them."""
+  found = subprocess.run(
+    [sys.executable, '-c', DEVICES], capture_output=True, text=True, check=True
+  )
+  return json.loads(found.stdout.splitlines()[-1])
 
 
 COMMANDS = {
@@ -252,8 +259,8 @@ COMMANDS = {
 }
 
 
-def main(argv: list[str]) -> None:
-  """Runs the command."""
+def main(argv: list[str]) -> int:
+  """Runs the command; returns its exit code."""
   parser = config_utils.ArgumentParser(
     prog='python -m experiments.compare_methods',
     description=__doc__,
@@ -269,19 +276,19 @@ def main(argv: list[str]) -> None:
     action='store_true',
     help='what was run on other kinds of machine alone',
   )
-  parser.add_argument('--worker', type=int, default=0)
-  parser.add_argument('--workers', type=int, default=1)
   parser.add_argument(
-    '--hours', type=float, default=2.0, help='after which no run is begun'
+    '--jobs', type=int, default=1, help='runs that are made side by side'
   )
   flags = parser.parse_args(argv)
   if flags.command not in ('plan', 'analyse') and flags.work is None:
     parser.error(f'{flags.command} takes a WORKDIR')
   logging.basicConfig(format='%(message)s')
   logger.setLevel(logging.INFO)
-  if flags.command in ('teacher', 'rates', 'run'):
-    compilation_cache.enable(compilation_cache.DEFAULT)
-  COMMANDS[flags.command](flags)
+  try:
+    return COMMANDS[flags.command](flags) or 0
+  except loop.Interrupted as error:
+    print(config_utils.printable(error), file=sys.stderr)
+    return 128 + error.number
 
 
 if __name__ == '__main__':

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
@@ -13,6 +15,7 @@ from experiments.comparison import grid
 from ijckd_jax.distillation import methods
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.training import experiment
+from ijckd_jax.training import sweep
 
 
 @pytest.fixture(autouse=True)
@@ -168,30 +171,115 @@ def test_collected_lines_are_added_and_kept(monkeypatch, tmp_path, capsys):
   assert found == [(0, 0.9), (1, 0.5), (1, 0.4)]
 
 
+@pytest.fixture
+def begun(monkeypatch, tmp_path):
+  """The runs that are asked for, which are not made; beside a teacher."""
+  names = []
+
+  def note(configs, workdir, *, jobs, finished):
+    assert workdir == tmp_path
+    names.append(dict(configs))
+    return sweep.Outcome(dict.fromkeys(configs), {}, tuple(configs), [])
+
+  monkeypatch.setattr(compare_methods.sweep, 'run', note)
+  monkeypatch.setattr(compare_methods, 'RESULTS', tmp_path / 'results.jsonl')
+  (tmp_path / 'teacher').mkdir()
+  (tmp_path / 'teacher/summary.json').touch()
+  return names
+
+
 def test_what_another_machine_has_made_is_repeated_when_asked(
-  monkeypatch, tmp_path
+  begun, monkeypatch, tmp_path
 ):
-  results, begun = tmp_path / 'results.jsonl', []
+  monkeypatch.setattr(compare_methods, '_devices', lambda: ['cpu'])
+  results = tmp_path / 'results.jsonl'
   results.write_text(json.dumps(row('ijckd', 0, 0.8, device='a GPU')) + '\n')
-  monkeypatch.setattr(compare_methods, 'RESULTS', results)
-
-  def busy(config, folder):
-    begun.append(folder)
-    raise config_utils.UserError('another worker has it')
-
-  monkeypatch.setattr(compare_methods.train, 'train_and_evaluate', busy)
   arguments = ['run', str(tmp_path), '--only', 'same/ijckd/0']
   compare_methods.main(arguments)
   assert not begun
-  with pytest.raises(config_utils.UserError, match='no trained teacher in'):
-    compare_methods.main([*arguments, '--repeat'])
-  (tmp_path / 'teacher').mkdir()
-  (tmp_path / 'teacher/summary.json').touch()
   compare_methods.main([*arguments, '--repeat'])
-  assert begun == [tmp_path / 'same/ijckd/0']
+  assert list(begun.pop()) == ['same/ijckd/0']
   results.write_text(json.dumps(row('ijckd', 0, 0.8)) + '\n')
   compare_methods.main([*arguments, '--repeat'])
-  assert len(begun) == 1
+  # Nor what is there to be collected.
+  results.unlink()
+  (tmp_path / 'same/ijckd/0').mkdir(parents=True)
+  (tmp_path / 'same/ijckd/0/row.json').touch()
+  compare_methods.main(arguments)
+  assert not begun
+
+
+def test_without_a_teacher_nothing_is_run(begun, tmp_path):
+  (tmp_path / 'teacher/summary.json').unlink()
+  with pytest.raises(config_utils.UserError, match='no trained teacher in'):
+    compare_methods.main(['run', str(tmp_path)])
+  assert not begun
+
+
+def test_all_runs_of_the_plan_are_a_sweep(begun, tmp_path):
+  """Their names are folders, and no two of them are the same run."""
+  compare_methods.main(['run', str(tmp_path)])
+  (configs,) = begun
+  assert list(configs) == [grid.run_name(*run) for run in grid.runs()]
+  sweep._check_names(configs)
+  settings = set(sweep.setting_names(configs).values())
+  assert len(settings) == len(grid.CELLS)
+  tasks = sweep._tasks(configs, tmp_path)
+  assert all(task.teacher is None for task in tasks)  # It is given.
+
+
+def test_devices_are_those_of_the_runs():
+  here = [device.device_kind for device in jax.devices()]
+  assert compare_methods._devices() == here
+
+
+def test_a_finished_run_leaves_a_line(
+  monkeypatch, tmp_path, begun, finished_run
+):
+  folder = tmp_path / 'same/ijckd/0'
+  summary = finished_run[1].summary
+
+  def finish(configs, workdir, *, jobs, finished):
+    assert jobs == 3
+    (folder / 'checkpoints').mkdir(parents=True)
+    finished('same/ijckd/0', summary, 12.5)
+    return sweep.Outcome(dict.fromkeys(configs), {}, (), [])
+
+  monkeypatch.setattr(compare_methods.sweep, 'run', finish)
+  arguments = ['run', str(tmp_path), '--only', 'same/ijckd/0', '--jobs', '3']
+  assert compare_methods.main(arguments) == 0
+  found = json.loads((folder / 'row.json').read_text())
+  assert compare_methods._key(found) == ('same', 'ijckd', 0)
+  assert found['seconds'] == 12.5
+  assert found['last'] == summary['student']['last']
+  assert not (folder / 'checkpoints').exists()
+  # Its students cannot be compared with those of another teacher.
+  other = row('ijckd', 1, 0.5)
+  assert other['teacher']['fingerprint'] != found['teacher']['fingerprint']
+  compare_methods.RESULTS.write_text(json.dumps(other) + '\n')
+  shutil.rmtree(folder)
+  with pytest.raises(config_utils.UserError, match='not the teacher of'):
+    compare_methods.main(arguments)
+  assert not (folder / 'row.json').exists()
+
+
+def test_rates_are_chosen_by_validation(monkeypatch, tmp_path, capsys):
+  def make(configs, workdir, *, jobs):
+    for name, config in configs.items():
+      folder = workdir / name
+      folder.mkdir(parents=True)
+      rate = config.optimizer.learning_rate
+      line = {'step': 1, 'validation/top1': 0.9 - (rate - 0.1) ** 2}
+      (folder / 'metrics.jsonl').write_text(json.dumps(line) + '\n')
+    summaries = dict.fromkeys(configs, {'images_per_second': 7.0})
+    return sweep.Outcome(summaries, {}, (), [])
+
+  monkeypatch.setattr(compare_methods.sweep, 'run', make)
+  monkeypatch.setattr(compare_methods, 'RATES', tmp_path / 'rates.json')
+  compare_methods.main(['rates', str(tmp_path), '--only', 'same'])
+  found = json.loads((tmp_path / 'rates.json').read_text())
+  assert list(found) == ['same'] and found['same']['chosen'] == 0.1
+  assert found['same']['validation_top1']['0.1'] == 0.9
 
 
 @pytest.mark.parametrize(
@@ -199,7 +287,7 @@ def test_what_another_machine_has_made_is_repeated_when_asked(
   [
     (['run'], 'takes a WORKDIR'),
     (['fly'], 'invalid choice'),
-    (['run', 'nowhere', '--workers', 'x'], 'invalid int'),
+    (['run', 'nowhere', '--jobs', 'x'], 'invalid int'),
   ],
 )
 def test_mistakes(arguments, said):
