@@ -32,7 +32,6 @@ from ijckd_jax.runtime import compilation_cache
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import disk
 from ijckd_jax.runtime import workdirs
-from ijckd_jax.training import loop
 from ijckd_jax.training import metric_writer
 from ijckd_jax.training import sweep
 from ijckd_jax.training import train
@@ -40,24 +39,14 @@ from ijckd_jax.training import train
 RESULTS = grid.FOLDER / 'results.jsonl'
 RATES = grid.FOLDER / 'learning_rates.json'
 ROW = 'row.json'
-# Prints what the runs will compute on, and leaves it to them.
-DEVICES = (
-  'import jax, json; print(json.dumps([d.device_kind for d in jax.devices()]))'
-)
+TEACHER = 'teacher'  # Of all students: its folder.
 logger = logging.getLogger('ijckd_jax')
-
-
-def teacher_dir(work: pathlib.Path) -> pathlib.Path:
-  """Returns the folder of the teacher's run."""
-  return work / 'teacher'
 
 
 def train_teacher(flags) -> None:
   """Trains the teacher of all students."""
   compilation_cache.enable(compilation_cache.DEFAULT)
-  result = train.train_and_evaluate(
-    grid.teacher_config(), teacher_dir(flags.work)
-  )
+  result = train.train_and_evaluate(grid.teacher_config(), flags.work / TEACHER)
   print(json.dumps(result.summary['student']['last'], indent=2))
 
 
@@ -141,10 +130,10 @@ def run(flags) -> int:
     and (cell.pair, cell.name, seed) not in done
     and not (flags.work / name / ROW).exists()
   }
+  teacher = flags.work / TEACHER
   if not chosen:
     logger.info('nothing is left to run of %s', flags.only)
     return 0
-  teacher = teacher_dir(flags.work)
   if not (teacher / workdirs.SUMMARY).exists():
     raise config_utils.UserError(
       f'there is no trained teacher in {teacher}: python -m '
@@ -165,15 +154,8 @@ def run(flags) -> int:
     for content in (workdirs.CHECKPOINTS, workdirs.TEACHER_OUTPUTS):
       shutil.rmtree(folder / content, ignore_errors=True)
 
-  outcome = sweep.run(
-    {
-      name: cell.config(str(teacher), seed)
-      for name, (cell, seed) in chosen.items()
-    },
-    flags.work,
-    jobs=flags.jobs,
-    finished=keep,
-  )
+  configs = {k: cell.config(f'{teacher}', n) for k, (cell, n) in chosen.items()}
+  outcome = sweep.run(configs, flags.work, jobs=flags.jobs, finished=keep)
   return 1 if outcome.failed else 0
 
 
@@ -243,10 +225,9 @@ def _commit() -> str | None:
 
 def _devices() -> list[str]:
   """Returns the kinds of this machine's devices, without holding them."""
-  found = subprocess.run(
-    [sys.executable, '-c', DEVICES], capture_output=True, text=True, check=True
-  )
-  return json.loads(found.stdout.splitlines()[-1])
+  code = 'import jax; [print(device.device_kind) for device in jax.devices()]'
+  command = [sys.executable, '-c', code]
+  return subprocess.check_output(command, text=True).splitlines()
 
 
 COMMANDS = {
@@ -284,11 +265,7 @@ def main(argv: list[str]) -> int:
     parser.error(f'{flags.command} takes a WORKDIR')
   logging.basicConfig(format='%(message)s')
   logger.setLevel(logging.INFO)
-  try:
-    return COMMANDS[flags.command](flags) or 0
-  except loop.Interrupted as error:
-    print(config_utils.printable(error), file=sys.stderr)
-    return 128 + error.number
+  return COMMANDS[flags.command](flags) or 0
 
 
 if __name__ == '__main__':

@@ -33,9 +33,9 @@ that is finished. Machines that see DIR at the same path can share a sweep.
                        its share of the CPU's cores
   --help               this text
 
-Exit codes: 0 all runs of this command are finished; 1 a run failed; 2 a wrong
-request, and nothing was started; 130 and 143 stopped by SIGINT or SIGTERM: all
-runs have saved, and the same command continues."""
+Exit codes: 0 all runs are finished, or still at work in other processes; 1 a
+run failed; 2 a wrong request, and nothing was started; 130 and 143 stopped by
+SIGINT or SIGTERM: all runs have saved, and the same command continues."""
 
 
 def main(argv: list[str], prog: str = PROG) -> int:
@@ -68,7 +68,10 @@ def main(argv: list[str], prog: str = PROG) -> int:
   print(outcome.table)
   print(f'the table is in {flags.workdir}/{sweep.TABLE}')
   if outcome.held:
-    said = f'not made here, but by other processes: {", ".join(outcome.held)}'
+    said = (
+      f'still at work elsewhere: {", ".join(outcome.held)}; the same command '
+      'shows them when they are finished'
+    )
     print(config_utils.printable(said), file=sys.stderr)
   if outcome.failed:
     said = f'error: failed: {", ".join(outcome.failed)}'

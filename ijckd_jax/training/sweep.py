@@ -32,7 +32,8 @@ NUMBERS = 'sweep.json'
 TEACHER = 'teacher'
 # A part of a run's name, which is a folder on any system.
 NAME_PART = re.compile(r'(?!\.)[\w.,=+~-]{1,200}', re.ASCII)
-RESERVED = ('sweep', TEACHER)
+# What the sweep itself has in its folder.
+RESERVED = re.compile(rf'sweep(\.md|\.json)?|{TEACHER}(_[0-9a-f]{{8}})?')
 # Settings that leave a teacher what it is.
 NOT_OF_TEACHERS = {*workdirs.RUNTIME_FIELDS} - {
   *('dtype', 'mapper', 'num_cpu_devices')
@@ -149,10 +150,9 @@ def _check_names(configs: Mapping[str, ml_collections.ConfigDict]) -> None:
         f'a run cannot be called {name!r}: give letters, digits and any of '
         '.,=+~-_, with / between folders'
       )
-    if parts[0].startswith(RESERVED):
+    if RESERVED.fullmatch(parts[0]):
       raise config_utils.UserError(
-        f'a run cannot be called {name!r}: names that begin with '
-        f'{" or ".join(RESERVED)} are of the sweep itself'
+        f'a run cannot be called {name!r}: {parts[0]} is of the sweep itself'
       )
     for i in range(1, len(parts)):
       outer = '/'.join(parts[:i])
