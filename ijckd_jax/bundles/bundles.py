@@ -221,15 +221,16 @@ def load(
   with config_utils.blame(
     f'the {SPEC_FILE} in {directory} does not fit together'
   ):
-    wanted = jax.tree.leaves(specification.shapes(network, pool_backbone, spec))
+    wanted = specification.shapes(network, pool_backbone, spec)
   with config_utils.blame(unreadable):
-    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in wanted)
+    leaves = jax.tree.leaves(wanted)
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
     data = _read(directory, ARRAYS_FILE, size + MAX_TEXT_BYTES)
     arrays = safetensors.numpy.load(data)
   with config_utils.blame(
     f'the arrays in {directory} do not fit its {SPEC_FILE}'
   ):
-    specification.check_arrays(arrays, network, pool_backbone, spec)
+    specification.check_arrays(arrays, network, wanted)
     # Bundles of earlier versions have no checksum.
     if spec.get(CHECKSUM, '') not in ('', hashlib.sha256(data).hexdigest()):
       raise ValueError('they are not those that were saved')

@@ -348,17 +348,21 @@ def check_whole(spec, network, variables):
   check(spec)
   _, pool_backbone = build(spec, network.dtype, network.programs)
   arrays = traverse_util.flatten_dict(variables, sep='/')
-  check_arrays(arrays, network, pool_backbone, spec)
+  check_arrays(arrays, network, shapes(network, pool_backbone, spec))
 
 
-def check_arrays(arrays, network, pool_backbone, spec):
+def check_arrays(arrays, network, expected):
   """Raises unless a network has these arrays, and they are what they can be.
+
+  Args:
+    arrays: by name.
+    network: as `build` returns it.
+    expected: `shapes` of the network.
 
   Raises:
     ValueError: one is missing, not known, of another shape, not finite, or a
       negative variance.
   """
-  expected = shapes(network, pool_backbone, spec)
   expected = traverse_util.flatten_dict(expected, sep='/')
   for name in sorted(expected.keys() | arrays.keys()):
     described = [

@@ -62,13 +62,14 @@ def bind(
     'dtype': dtype,
     'unbiased_variance': backbone.unbiased_variance,
   }
+  targets = [teacher.shapes(image_shape) for teacher in given]
   links = tuple(
     distiller_lib.Link(
       teacher,
-      _connect(network, source, teacher, method, image_shape, runtime),
+      _connect(network, source, teacher, target, method, runtime),
       weight,
     )
-    for teacher, weight in zip(given, weights, strict=True)
+    for teacher, target, weight in zip(given, targets, weights, strict=True)
   )
   if method.predicts_with not in outputs.HEADS:
     raise config_utils.unknown('head', method.predicts_with, outputs.HEADS)
@@ -90,7 +91,7 @@ def bind(
     links,
     num_classes,
     random_head,
-    _auxiliary(source, given, method, image_shape, runtime),
+    _auxiliary(source, targets, method, runtime),
   )
   _check_loss(distiller, image_shape, num_rows, mixed=mixed)
   return distiller
@@ -117,7 +118,7 @@ def _source(network, image_shape) -> outputs.Shapes:
 
 
 def _connect(
-  network, source, teacher, method, image_shape, runtime
+  network, source, teacher, target, method, runtime
 ) -> network_lib.Network:
   """Returns a student's network connected to a teacher, as the method wants.
 
@@ -125,11 +126,10 @@ def _connect(
     network: the student's, without a connector.
     source: outputs.Shapes of the student.
     teacher: whom it is connected to.
+    target: outputs.Shapes of the teacher.
     method: see `bind`.
-    image_shape: (H, W, C) of the shared view.
     runtime: fields of the connector that are the run's.
   """
-  target = teacher.shapes(image_shape)
   connector, connect_size = method.build_connector(source, target), None
   if connector is not None:
     connector = connector.clone(**runtime)
@@ -152,14 +152,21 @@ def _connect(
   )
 
 
-def _auxiliary(source, given, method, image_shape, runtime):
-  """Returns the module that a method trains beside the student, or None."""
-  if not given:
+def _auxiliary(source, targets, method, runtime):
+  """Returns the module that a method trains beside the student, or None.
+
+  Args:
+    source: outputs.Shapes of the student.
+    targets: outputs.Shapes of each teacher.
+    method: see `bind`.
+    runtime: fields of the module that are the run's.
+  """
+  if not targets:
     return None
-  auxiliary = method.auxiliary(source, given[0].shapes(image_shape))
+  auxiliary = method.auxiliary(source, targets[0])
   if auxiliary is None:
     return None
-  if len(given) > 1:
+  if len(targets) > 1:
     raise config_utils.UserError(
       f'{method} trains a module of its own beside the student, for one '
       'teacher: set teacher.others=()'
