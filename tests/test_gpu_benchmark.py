@@ -87,6 +87,15 @@ def test_an_unfinished_item_shows_what_it_has():
   assert cells(gpu.steps_table(content(rows)))[2:5] == ['', '10', '']
 
 
+def test_stacked_students_have_a_line_each():
+  times = {'separate': 1234.56, 'shared': 20, 'stacked': 3}
+  row = {'pair': 'a -> b', 'students': 4, 'milliseconds': times}
+  found = {'items': {'stacked': {'rows': [row]}}}
+  assert gpu.other_lines(found) == [
+    'a -> b, 4 students: separate 1,234.6 ms, shared 20.0 ms, stacked 3.0 ms'
+  ]
+
+
 def test_an_unknown_item_is_refused(capsys, tmp_path):
   with pytest.raises(SystemExit):
     gpu.main(['--json', str(tmp_path / 'x.json'), 'resnet99'])

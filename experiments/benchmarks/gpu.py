@@ -129,7 +129,7 @@ class Run:
       [sys.executable, '-m', module, *arguments, '--json', str(path)],
       check=True,
       env=self.env,
-      timeout=self.limit,
+      timeout=2 * self.limit,  # It compiles several programs.
     )
     return json.loads(path.read_text())
 
@@ -361,6 +361,25 @@ def measure_loop(run: Run, found: dict) -> None:
     run.save()
 
 
+def measure_stacked(run: Run, found: dict) -> None:
+  """Fills in the time of several students in one program, and one by one."""
+  found['rows'] = []
+  few = ('--small', '--rounds', '1', '--seconds', '0.1')
+  for pair, students in (
+    ('resnet20', 4),
+    ('resnet20', 16),
+    ('resnet32x4', 4),
+    ('mobile', 4),
+  ):
+    written = run.script(
+      'stacked',
+      *(pair, '--students', str(2 if run.rehearse else students)),
+      *('--dtype', 'bfloat16', *(few if run.rehearse else ())),
+    )
+    found['rows'] += written['rows']
+    run.save()
+
+
 def measure_agreement(run: Run, found: dict) -> None:
   """Fills in the losses of 20 steps on the device and on the CPU.
 
@@ -420,6 +439,7 @@ ITEMS = {
   'resnet34_float32': Steps('resnet34', 'float32'),
   'loop': measure_loop,
   'side_by_side': measure_side_by_side,
+  'stacked': measure_stacked,
   'start': measure_start,
   'agreement': measure_agreement,
   'input': measure_input,
@@ -562,6 +582,11 @@ def other_lines(content: dict) -> list[str]:
       lines.append(
         f'{found["pair"]}, {count} processes together: {total:,.0f} images/s'
       )
+  for row in items.get('stacked', {}).get('rows', []):
+    times = ', '.join(
+      f'{kind} {value:,.1f} ms' for kind, value in row['milliseconds'].items()
+    )
+    lines.append(f'{row["pair"]}, {row["students"]} students: {times}')
   ready = {
     f'{name}, {title}': row['seconds_to_ready']
     for name, item in items.items()

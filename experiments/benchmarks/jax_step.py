@@ -109,12 +109,89 @@ def make_step(
   return step, wait, facts
 
 
+def make_parts(exp: experiment.Experiment):
+  """Returns functions that make a part of a step by name, and that wait.
+
+  Args:
+    exp: of `make_experiment`.
+
+  Returns:
+    By name: 'teacher', its forward pass; 'student', its forward pass with the
+    batch's statistics and the connector; 'gradient', the objective's value and
+    gradient, with the teacher's outputs given. And `wait()`; and `facts()`:
+    the floating-point operations of each part for an image.
+  """
+  distiller, shape = exp.distiller, tuple(exp.dataset.image_shape)
+  frozen, variables = jax.tree.map_with_path(
+    draw,
+    (
+      exp.frozen,
+      jax.eval_shape(lambda: distiller.init(jax.random.key(0), shape)),
+    ),
+  )
+  frozen, variables, batch = jax.device_put(
+    (frozen, variables, exp.dataset.load('train'))
+  )
+  batch = {'image': batch.images, 'label': batch.labels}
+
+  @jax.jit
+  @cpu_conv.fast_convolutions()
+  def teacher(frozen, images):
+    given = distiller.run_teachers(frozen, images)
+    return [(one.final, one.logits) for one in given]
+
+  @jax.jit
+  @cpu_conv.fast_convolutions()
+  def student(variables, frozen, images):
+    made, batch_stats = distiller.run_student(variables, frozen, images)
+    return made[0].connected.final, made[0].logits, batch_stats
+
+  @jax.jit
+  @cpu_conv.fast_convolutions()
+  def gradient(variables, frozen, given, batch):
+    def loss_fn(params):
+      own = {**variables, 'params': params}
+      total, (_, _, batch_stats) = distiller.objective(
+        own, frozen, given, batch
+      )
+      return total, batch_stats
+
+    return jax.value_and_grad(loss_fn, has_aux=True)(variables['params'])
+
+  given = jax.jit(distiller.run_teachers)(frozen, batch['image'])
+  last = None
+
+  def keep(function, *arguments):
+    def call():
+      nonlocal last
+      last = function(*arguments)
+
+    return call
+
+  return (
+    {
+      'teacher': keep(teacher, frozen, batch['image']),
+      'student': keep(student, variables, frozen, batch['image']),
+      'gradient': keep(gradient, variables, frozen, given, batch),
+    },
+    lambda: jax.block_until_ready(last),
+    lambda: part_flops(exp),
+  )
+
+
 def flops(exp: experiment.Experiment) -> int:
-  """Returns the floating-point operations of training on one image.
+  """Returns the floating-point operations of training on one image."""
+  parts = part_flops(exp)
+  return parts['teacher'] + parts['gradient']
+
+
+def part_flops(exp: experiment.Experiment) -> dict[str, int]:
+  """Returns the floating-point operations of a step's parts on one image.
 
   As they are usually counted: two for each multiply-add of a convolution or a
   product, in a forward pass of the teacher, and in a forward pass of the
-  student with its connector times three, for the backward pass costs two.
+  student with its connector; times three for the student's gradient, because
+  the backward pass costs two.
   """
   teacher, network = exp.teacher, exp.distiller.deployed_network
   shape = tuple(exp.dataset.image_shape)
@@ -133,7 +210,11 @@ def flops(exp: experiment.Experiment) -> int:
     student,
     image,
   )
-  return 2 * (taught + 3 * trained)
+  return {
+    'teacher': 2 * taught,
+    'student': 2 * trained,
+    'gradient': 6 * trained,
+  }
 
 
 def make_batch(exp: experiment.Experiment, pair: pairs.Pair, seed: int):
@@ -200,6 +281,9 @@ def main():
   parser.add_argument(
     '--losses', type=int, help='print so many losses in place of serving'
   )
+  parser.add_argument(
+    '--parts', action='store_true', help='serve the parts of a step'
+  )
   args = parser.parse_args()
   if jax.config.jax_platforms == 'cpu':
     jax.config.update('jax_num_cpu_devices', args.num_devices)
@@ -219,6 +303,8 @@ def main():
   exp = make_experiment(pair, settings)
   if args.losses:
     print_losses(exp, pair, args.losses)
+  elif args.parts:
+    worker.serve_kinds(*make_parts(exp))
   else:
     worker.serve(*make_step(exp, pair, args.steps_a_call))
 

@@ -25,6 +25,7 @@ MODES = ('eager', 'compile', 'graph', 'compile_graph', 'reduce_overhead')
 AFTER_STAGES = {'wrn': 'bn1', 'mobilenet_v2_cifar': 'conv2'}
 # CUDA graphs are captured after a few steps on a stream beside the main one.
 WARM_UP = 4
+PRODUCT_SIDE = 2048
 
 
 def random_views(images: torch.Tensor, pad: int) -> torch.Tensor:
@@ -112,30 +113,45 @@ class Pair(nn.Module):
       return feature_map
     return F.adaptive_avg_pool2d(feature_map, self.size)
 
-  def forward(self, images, labels):
-    """Returns the loss of uint8 images (B, H, W, C)."""
-    x = random_views(images, self.pair.crop_padding)
+  def prepare(self, images):
+    """Returns the networks' input (B, C, H, W) of uint8 images likewise."""
     # In few kernels, and cast once for both networks.
-    x = (x - 255 * pairs.MEAN) / (255 * pairs.STD)
+    x = (images - 255 * pairs.MEAN) / (255 * pairs.STD)
     x = x.to(self.dtype)
     # A view of channels that come last already, but for a single channel.
-    x = x.contiguous(memory_format=self.memory_format)
-    low = self.dtype != torch.float32
-    # Each weight is read once: to keep what it was cast to would serve nothing.
-    with torch.autocast(
-      x.device.type, self.dtype, enabled=low, cache_enabled=False
-    ):
-      with torch.no_grad():
-        _, target = self.maps(self.teacher, self.pair.teacher, x)
-        logits = self.head(target.mean((2, 3)))
-      stages, _ = self.maps(self.backbone, self.pair.student, x)
-      connected = self.connector(self.fit(stages[-1]))
-      predicted = self.head(connected.mean((2, 3)))
+    return x.contiguous(memory_format=self.memory_format)
+
+  def teach(self, x):
+    """Returns the teacher's map and logits."""
+    with torch.no_grad():
+      _, target = self.maps(self.teacher, self.pair.teacher, x)
+      return target, self.head(target.mean((2, 3)))
+
+  def study(self, x):
+    """Returns the connected map and the student's logits."""
+    stages, _ = self.maps(self.backbone, self.pair.student, x)
+    connected = self.connector(self.fit(stages[-1]))
+    return connected, self.head(connected.mean((2, 3)))
+
+  def loss(self, taught, studied, labels):
+    """Returns the objective."""
+    (target, logits), (connected, predicted) = taught, studied
     return (
       F.cross_entropy(predicted.float(), labels)
       + F.mse_loss(predicted.float(), logits.float())
       + F.mse_loss(connected.float(), self.fit(target).float())
     )
+
+  def forward(self, images, labels):
+    """Returns the loss of uint8 images (B, H, W, C)."""
+    x = self.prepare(random_views(images, self.pair.crop_padding))
+    low = self.dtype != torch.float32
+    # Each weight is read once: to keep what it was cast to would serve nothing.
+    with torch.autocast(
+      x.device.type, self.dtype, enabled=low, cache_enabled=False
+    ):
+      taught, studied = self.teach(x), self.study(x)
+    return self.loss(taught, studied, labels)
 
 
 def make_batches(pair, device):
@@ -147,13 +163,57 @@ def make_batches(pair, device):
   return batches
 
 
-def make_step(pair, mode, device, dtype, memory_format):
-  """Returns functions that make a step, that wait, and that describe it."""
+def make_model(pair, device, dtype, memory_format):
+  """Returns the networks, ready to train."""
   model = Pair(pair, dtype, memory_format)
   model.to(device, memory_format=memory_format)
   model.train()
   model.teacher.eval()
   model.head.requires_grad_(False)
+  return model
+
+
+def make_parts(pair, mode):
+  """Returns functions that make a part of a step by name, and that wait.
+
+  As jax_step.make_parts; and 'product', of two square matrices of side
+  PRODUCT_SIDE. On a CPU, in float32.
+  """
+  model = make_model(pair, 'cpu', torch.float32, torch.channels_last)
+  images, labels = make_batches(pair, 'cpu')[0]
+  views = images.permute(0, 3, 1, 2)
+  with torch.no_grad():
+    taught = model.teach(model.prepare(views))
+
+  def teacher(views):
+    return model.teach(model.prepare(views))
+
+  def student(views):
+    with torch.no_grad():
+      return model.study(model.prepare(views))
+
+  def loss(views, labels):
+    return model.loss(taught, model.study(model.prepare(views)), labels)
+
+  if mode == 'compile':
+    teacher, student, loss = map(torch.compile, (teacher, student, loss))
+
+  def gradient():
+    model.zero_grad()
+    loss(views, labels).backward()
+
+  matrix = torch.randn(PRODUCT_SIDE, PRODUCT_SIDE)
+  return {
+    'teacher': lambda: teacher(views),
+    'student': lambda: student(views),
+    'gradient': gradient,
+    'product': lambda: matrix @ matrix,
+  }, lambda: None
+
+
+def make_step(pair, mode, device, dtype, memory_format):
+  """Returns functions that make a step, that wait, and that describe it."""
+  model = make_model(pair, device, dtype, memory_format)
   parameters = [
     *model.backbone.parameters(),
     *model.connector.parameters(),
@@ -238,6 +298,9 @@ def main():
   parser.add_argument(
     '--small', action='store_true', help='few small images, to rehearse'
   )
+  parser.add_argument(
+    '--parts', action='store_true', help='serve the parts of a step, on a CPU'
+  )
   args = parser.parse_args()
   torch.set_num_threads(args.num_threads)
   if args.device == 'cuda':
@@ -247,6 +310,9 @@ def main():
     cpu_memory.keep_freed()
   pair, dtype = pairs.ALL_PAIRS[args.pair], getattr(torch, args.dtype)
   pair = pair.small() if args.small else pair
+  if args.parts:
+    worker.serve_kinds(*make_parts(pair, args.mode))
+    return
   memory_format = torch.channels_last
   if args.channels_first:
     memory_format = torch.contiguous_format
