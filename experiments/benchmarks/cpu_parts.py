@@ -50,7 +50,9 @@ def version(python: str, package: str) -> str:
   return subprocess.check_output([python, '-c', code], text=True).strip()
 
 
-def start(name: str, pythons: list[str]) -> dict[str, worker.Worker]:
+def start(
+  name: str, pythons: list[str], only: list[str]
+) -> dict[str, worker.Worker]:
   """Returns the candidates' processes, each once it is ready."""
   candidates = {
     f'PyTorch, {title}': (
@@ -69,6 +71,12 @@ def start(name: str, pythons: list[str]) -> dict[str, worker.Worker]:
           flags,
           (JAX, name, '1', kind, '--parts'),
         )
+  if only:
+    candidates = {
+      title: candidate
+      for title, candidate in candidates.items()
+      if title == EAGER or any(part in title for part in only)
+    }
   workers = {}
   for title, (python, flags, arguments) in candidates.items():
     env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
@@ -78,16 +86,20 @@ def start(name: str, pythons: list[str]) -> dict[str, worker.Worker]:
   return workers
 
 
-def run(name: str, pythons: list[str], rounds: int, seconds: float) -> dict:
+def run(
+  name: str, pythons: list[str], only: list[str], rounds: int, seconds: float
+) -> dict:
   """Returns what was measured of a pair.
 
   Args:
     name: of pairs.PAIRS.
     pythons: interpreters with this package.
+    only: parts of the titles of the candidates that are wanted, beside EAGER;
+      empty: all are.
     rounds: windows of each part of each candidate.
     seconds: of a window.
   """
-  workers = start(name, pythons)
+  workers = start(name, pythons, only)
   kinds = {title: PARTS for title in workers}
   kinds[EAGER] += (PRODUCT,)
   cases = [(title, kind) for title in workers for kind in kinds[title]]
@@ -159,6 +171,9 @@ def main(argv=None):
   parser.add_argument(
     '--python', action='append', default=[], help='a further interpreter'
   )
+  parser.add_argument(
+    '--only', nargs='*', default=[], help="parts of the candidates' titles"
+  )
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--seconds', type=float, default=1.0, help='of a window')
   parser.add_argument('--json', type=pathlib.Path)
@@ -166,7 +181,7 @@ def main(argv=None):
   results, machine = [], processor()
   for name in args.pairs.split(','):
     pythons = [sys.executable, *args.python]
-    results.append(run(name, pythons, args.rounds, args.seconds))
+    results.append(run(name, pythons, args.only, args.rounds, args.seconds))
     if args.json:
       content = {
         'machine': machine,

@@ -129,10 +129,9 @@ def make_parts(exp: experiment.Experiment):
       jax.eval_shape(lambda: distiller.init(jax.random.key(0), shape)),
     ),
   )
-  frozen, variables, batch = jax.device_put(
-    (frozen, variables, exp.dataset.load('train'))
-  )
-  batch = {'image': batch.images, 'label': batch.labels}
+  rows = exp.dataset.load('train')
+  batch = {'image': rows.images, 'label': rows.labels}
+  frozen, variables, batch = jax.device_put((frozen, variables, batch))
 
   @jax.jit
   @cpu_conv.fast_convolutions()
@@ -144,7 +143,7 @@ def make_parts(exp: experiment.Experiment):
   @cpu_conv.fast_convolutions()
   def student(variables, frozen, images):
     made, batch_stats = distiller.run_student(variables, frozen, images)
-    return made[0].connected.final, made[0].logits, batch_stats
+    return made[0].connected.map, made[0].logits, batch_stats
 
   @jax.jit
   @cpu_conv.fast_convolutions()

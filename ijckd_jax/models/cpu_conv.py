@@ -1,22 +1,41 @@
-"""3x3 convolutions that are faster on CPUs; to be deleted when XLA's are.
+"""Convolutions that are faster on CPUs; to be deleted when XLA's are.
 
-Wide ones go by `winograd`. Depthwise ones are nine products and their sum, of
-which XLA makes much more. Both are exact but for rounding: some 1e-6 of the
-largest value in float32. What `_is_handled` does not name is left to XLA, as
-everything is on GPUs and TPUs.
+1x1 convolutions are products. Of 3x3 ones, depthwise ones are nine products and
+their sum, of which XLA makes much more; wide ones go by `winograd`; and all
+others are XLA's, but for the gradient by the kernel. All are exact but for
+rounding: some 1e-6 of the largest value in float32. What `_is_handled` does not
+name is left to XLA, as everything is on GPUs and TPUs.
 """
 
+from collections.abc import Callable
 import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from ijckd_jax.models import kernel_gradient
 from ijckd_jax.models import winograd
 
 # With fewer, products are too small to pay for the transforms.
 MIN_CHANNELS = 64
+MIN_CHANNELS_OF_GRADIENT = 128
+
+
+class Way(NamedTuple):
+  """How a convolution is worked out.
+
+  Attributes:
+    convolve: `(x, kernel, stride)` to the result.
+    by_x: `(kernel, g, stride, shape of x)` to the gradient by x.
+    by_kernel: `(x, g, stride)` to the gradient by the kernel.
+  """
+
+  convolve: Callable
+  by_x: Callable
+  by_kernel: Callable
 
 
 def fast_convolutions():
@@ -39,48 +58,45 @@ def _intercept(next_fun, args, kwargs, context):
 
 
 def _is_handled(conv, kernel, x):
+  side, groups = kernel.shape[0], conv.feature_group_count
   plain = (
     x.ndim == 4
-    and kernel.shape[:2] == (3, 3)
+    and kernel.shape[:2] in ((1, 1), (3, 3))
     and x.dtype == kernel.dtype == jnp.float32
     and conv.dtype in (None, jnp.float32)
-    and conv.padding == conv.input_dilation == conv.kernel_dilation == 1
+    and conv.padding == (side - 1) // 2
+    and conv.strides in (1, 2)
+    and conv.input_dilation == conv.kernel_dilation == 1
     and conv.mask is conv.precision is None
     and conv.conv_general_dilated is conv.conv_general_dilated_cls is None
   )
-  if not plain or kernel.shape[2] == 1:
-    depthwise = conv.feature_group_count == conv.features == x.shape[-1]
-    return plain and depthwise and conv.strides in (1, 2)
-  wide = min(kernel.shape[2:]) >= MIN_CHANNELS
-  return wide and conv.feature_group_count == conv.strides == 1
+  if not plain or groups == 1:
+    return plain
+  return side == 3 and groups == conv.features == x.shape[-1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-  """Returns (B, H, W, D): `x` padded by one pixel, convolved.
+  """Returns (B, H', W', D): `x` padded by half of the kernel, convolved.
 
   Args:
     x: (B, H, W, C) float32.
-    kernel: (3, 3, C, D) float32, for a stride of 1; or depthwise (3, 3, 1, C).
+    kernel: (1, 1, C, D) or (3, 3, C, D) float32; or depthwise (3, 3, 1, C).
     stride: 1 or 2.
   """
-
-  def here(x, kernel):
-    if kernel.shape[2] > 1:
-      return winograd.convolve(x, kernel)
-    return sum(map(jnp.multiply, _taps(x, stride), kernel.reshape(9, -1)))
-
+  here = functools.partial(_way(x, kernel, stride).convolve, stride=stride)
   xla = functools.partial(xla_convolve, stride=stride)
   return lax.platform_dependent(x, kernel, cpu=here, default=xla)
 
 
 def xla_convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   """Returns the same by XLA's own convolution."""
+  padding = ((kernel.shape[0] - 1) // 2,) * 2
   return lax.conv_general_dilated(
     x,
     kernel,
     (stride, stride),
-    ((1, 1), (1, 1)),
+    (padding, padding),
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     feature_group_count=x.shape[-1] // kernel.shape[2],
   )
@@ -91,19 +107,10 @@ def _convolve_fwd(x, kernel, stride):
 
 
 def _convolve_bwd(stride, kept, g):
+  way = _way(*kept, stride)
+
   def here(x, kernel, g):
-    if kernel.shape[2] > 1:
-      return winograd.gradients(x, kernel, g)
-    by_kernel = [jnp.sum(t * g, (0, 1, 2)) for t in _taps(x, stride)]
-    # Zeros between the gradients of a strided convolution, up to x's size.
-    sides = [
-      (0, old - stride * (new - 1) - 1, stride - 1)
-      for old, new in zip(x.shape[1:3], g.shape[1:3], strict=True)
-    ]
-    g = lax.pad(g, 0.0, [(0, 0, 0), *sides, (0, 0, 0)])
-    turned = kernel.reshape(9, -1)[::-1]
-    by_x = sum(map(jnp.multiply, _taps(g, 1), turned))
-    return by_x, jnp.stack(by_kernel).reshape(kernel.shape)
+    return way.by_x(kernel, g, stride, x.shape), way.by_kernel(x, g, stride)
 
   def xla(x, kernel, g):
     xla_fn = functools.partial(xla_convolve, stride=stride)
@@ -115,12 +122,79 @@ def _convolve_bwd(stride, kept, g):
 convolve.defvjp(_convolve_fwd, _convolve_bwd)
 
 
-def _taps(x, stride):
-  """Returns what each of the nine taps of a kernel meets."""
-  _, height, width, _ = x.shape
-  x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-  return [
-    x[:, i : i + height : stride, j : j + width : stride]
-    for i in range(3)
-    for j in range(3)
+def _way(x, kernel, stride) -> Way:
+  """Returns how a convolution is worked out on a CPU."""
+  if kernel.shape[0] == 1:
+    return POINTWISE
+  if kernel.shape[2] < x.shape[-1]:
+    return DEPTHWISE
+  narrowest = min(kernel.shape[2:])
+  if stride > 1 or narrowest < MIN_CHANNELS:
+    return NARROW
+  return MEDIUM if narrowest < MIN_CHANNELS_OF_GRADIENT else WIDE
+
+
+def _xla_by_x(kernel, g, stride, shape):
+  x = jax.ShapeDtypeStruct(shape, g.dtype)
+  function = functools.partial(xla_convolve, kernel=kernel, stride=stride)
+  return jax.linear_transpose(function, x)(g)[0]
+
+
+def _pointwise(x, kernel, stride):
+  return jnp.dot(x[:, ::stride, ::stride], kernel[0, 0])
+
+
+def _pointwise_by_x(kernel, g, stride, shape):
+  return _spread(jnp.dot(g, kernel[0, 0].T), stride, shape)
+
+
+def _pointwise_by_kernel(x, g, stride):
+  x = x[:, ::stride, ::stride]
+  return kernel_gradient.product(x, g)[None, None]
+
+
+def _depthwise(x, kernel, stride):
+  taps = kernel_gradient.taps(x, stride)
+  return sum(map(jnp.multiply, taps, kernel.reshape(9, -1)))
+
+
+def _depthwise_by_x(kernel, g, stride, shape):
+  taps = kernel_gradient.taps(_spread(g, stride, shape), 1)
+  return sum(map(jnp.multiply, taps, kernel.reshape(9, -1)[::-1]))
+
+
+def _depthwise_by_kernel(x, g, stride):
+  taps = kernel_gradient.taps(x, stride)
+  by_kernel = jnp.stack([jnp.sum(tap * g, (0, 1, 2)) for tap in taps])
+  return by_kernel.reshape(3, 3, 1, -1)
+
+
+def _winograd(x, kernel, stride):
+  del stride  # It is 1.
+  return winograd.convolve(x, kernel)
+
+
+def _winograd_by_x(kernel, g, stride, shape):
+  del stride, shape
+  return winograd.convolve(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+
+
+def _winograd_by_kernel(x, g, stride):
+  del stride
+  return winograd.gradient_by_kernel(x, g)
+
+
+def _spread(g, stride, shape):
+  """Returns `g` with zeros between the pixels, up to the size of `shape`."""
+  sides = [
+    (0, old - stride * (new - 1) - 1, stride - 1)
+    for old, new in zip(shape[1:3], g.shape[1:3], strict=True)
   ]
+  return lax.pad(g, 0.0, [(0, 0, 0), *sides, (0, 0, 0)])
+
+
+POINTWISE = Way(_pointwise, _pointwise_by_x, _pointwise_by_kernel)
+DEPTHWISE = Way(_depthwise, _depthwise_by_x, _depthwise_by_kernel)
+NARROW = Way(xla_convolve, _xla_by_x, kernel_gradient.gradient)
+MEDIUM = Way(_winograd, _winograd_by_x, kernel_gradient.gradient)
+WIDE = Way(_winograd, _winograd_by_x, _winograd_by_kernel)

@@ -42,32 +42,46 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
   return y[:, : x.shape[1], : x.shape[2]]
 
 
-def gradients(
-  x: jax.Array, kernel: jax.Array, g: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Returns those by `x` and by `kernel`, from `g` by the result."""
-  by_x = convolve(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+def gradient_by_kernel(x: jax.Array, g: jax.Array) -> jax.Array:
+  """Returns (3, 3, C, D), the gradient by the kernel.
+
+  Args:
+    x: (B, H, W, C) float32, which was convolved.
+    g: (B, H, W, D), the gradient by the result.
+  """
 
   def add_some(total, some):
     x, g = some
     products = jnp.einsum('ptc,ptd->pcd', _points_of_tiles(x), _spread(g))
     return total + products, None
 
-  channels = kernel.shape[2:]
+  channels = x.shape[-1], g.shape[-1]
+  kernel = jax.ShapeDtypeStruct((3, 3, *channels), x.dtype)
   some = tuple(_cut(part, sum(channels)) for part in (x, g))
   total, _ = lax.scan(add_some, jnp.zeros((16, *channels), x.dtype), some)
-  by_kernel = jax.linear_transpose(_points_of_kernel, kernel)(total)
-  return by_x, *by_kernel
+  (by_kernel,) = jax.linear_transpose(_points_of_kernel, kernel)(total)
+  return by_kernel
+
+
+def in_parts(x: jax.Array, most: int) -> jax.Array:
+  """Returns (B/n, n, ...) of (B, ...): the largest equal parts.
+
+  Args:
+    x: (B, ...).
+    most: upper limit of n; 0 is taken for 1.
+  """
+  batch = len(x)
+  most = max(1, most)
+  num = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= most)
+  return x.reshape(batch // num, num, *x.shape[1:])
 
 
 def _cut(x, channels):
   """Returns the images, of even sides, in cacheable parts: (B/n, n, ...)."""
-  batch, height, width, _ = x.shape
+  _, height, width, _ = x.shape
   x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
   # 16 points of 4 bytes for every 4 pixels.
-  most = max(1, MAX_BYTES // (16 * height * width * channels))
-  num = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= most)
-  return x.reshape(batch // num, num, *x.shape[1:])
+  return in_parts(x, MAX_BYTES // (16 * height * width * channels))
 
 
 def _along_both(matrix, table):
