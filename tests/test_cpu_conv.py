@@ -10,36 +10,48 @@ import numpy as np
 import pytest
 
 from ijckd_jax.models import cpu_conv
+from ijckd_jax.models import kernel_gradient
 from ijckd_jax.models import layers
 from ijckd_jax.models import winograd
 
-# Batch and sides of the images, channels in and out, stride, depthwise.
+# Batch and sides of the images, channels in and out, side of the kernel,
+# stride, depthwise: every way, also of sides that are odd or below a kernel's.
 HANDLED = [
-  (4, 8, 8, 64, 64, 1, False),
-  (3, 7, 9, 64, 96, 1, False),
-  (2, 2, 2, 128, 64, 1, False),
-  (1, 1, 1, 64, 64, 1, False),
-  (2, 8, 6, 24, 24, 1, True),
-  (2, 8, 6, 24, 24, 2, True),
-  (2, 7, 9, 24, 24, 2, True),
+  (4, 8, 8, 64, 64, 3, 1, False),
+  (3, 7, 9, 64, 96, 3, 1, False),
+  (1, 1, 1, 64, 64, 3, 1, False),
+  (3, 7, 9, 128, 144, 3, 1, False),
+  (2, 2, 2, 128, 128, 3, 1, False),
+  (4, 8, 6, 16, 24, 3, 1, False),
+  (3, 7, 9, 1, 16, 3, 1, False),
+  (2, 1, 1, 16, 16, 3, 1, False),
+  (4, 8, 6, 16, 24, 3, 2, False),
+  (3, 7, 9, 16, 24, 3, 2, False),
+  (2, 8, 8, 128, 128, 3, 2, False),
+  (2, 1, 1, 16, 16, 3, 2, False),
+  (4, 8, 6, 16, 24, 1, 1, False),
+  (4, 8, 6, 16, 24, 1, 2, False),
+  (3, 7, 9, 16, 24, 1, 2, False),
+  (2, 8, 6, 24, 24, 3, 1, True),
+  (2, 8, 6, 24, 24, 3, 2, True),
+  (2, 7, 9, 24, 24, 3, 2, True),
 ]
+SIZES = 'batch, height, width, inputs, outputs, side, stride, depthwise'
 
 
-def draw(batch, height, width, inputs, outputs, depthwise):
+def draw(batch, height, width, inputs, outputs, side, depthwise):
   """Returns images and a kernel."""
   rng = np.random.RandomState(0)
   x = rng.randn(batch, height, width, inputs)
-  kernel = rng.randn(3, 3, 1 if depthwise else inputs, outputs)
+  kernel = rng.randn(side, side, 1 if depthwise else inputs, outputs)
   return jnp.float32(x), jnp.float32(kernel)
 
 
-@pytest.mark.parametrize(
-  'batch, height, width, inputs, outputs, stride, depthwise', HANDLED
-)
+@pytest.mark.parametrize(SIZES, HANDLED)
 def test_values_and_gradients_are_xlas(
-  batch, height, width, inputs, outputs, stride, depthwise
+  batch, height, width, inputs, outputs, side, stride, depthwise
 ):
-  x, kernel = draw(batch, height, width, inputs, outputs, depthwise)
+  x, kernel = draw(batch, height, width, inputs, outputs, side, depthwise)
 
   def all_of(function):
     function = functools.partial(function, stride=stride)
@@ -56,16 +68,47 @@ def test_values_and_gradients_are_xlas(
     np.testing.assert_allclose(mine, expected, rtol=0, atol=3e-6 * scale)
 
 
-@pytest.mark.parametrize('channels, depthwise', [(4, False), (4, True)])
-def test_gradients_are_of_the_values(channels, depthwise):
+@pytest.mark.parametrize(
+  'side, stride, depthwise',
+  [(3, 1, False), (3, 2, False), (3, 1, True), (1, 1, False), (1, 2, False)],
+)
+def test_gradients_are_of_the_values(side, stride, depthwise):
   """By finite differences, with no other convolution to lean on."""
   with jax.enable_x64(True):
-    x, kernel = draw(2, 5, 4, channels, channels, depthwise)
+    x, kernel = draw(2, 5, 4, 4, 4, side, depthwise)
     x, kernel = x.astype(jnp.float64), kernel.astype(jnp.float64)
-    function = functools.partial(cpu_conv.convolve, stride=1)
+    function = functools.partial(cpu_conv.convolve, stride=stride)
     test_util.check_grads(
       lambda x, k: function(x, k), (x, kernel), order=1, modes=['rev']
     )
+
+
+def test_a_part_of_the_images_at_a_time_gives_the_same(monkeypatch):
+  x, kernel = draw(6, 8, 8, 4, 4, 3, False)
+  g = jnp.cos(jnp.arange(x.size)).reshape(x.shape)
+  for stride in (1, 2):
+    g = g[:, ::stride, ::stride]
+    whole = kernel_gradient.gradient(x, g, stride)
+    with monkeypatch.context() as patch:
+      patch.setattr(kernel_gradient, 'MAX_BYTES', 0)
+      parts = kernel_gradient.gradient(x, g, stride)
+    assert whole.shape == kernel.shape
+    np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-4)
+
+
+def test_way_by_shape():
+  """Narrow, wide, strided, pointwise and depthwise ones."""
+
+  def way(inputs, outputs, side=3, stride=1, groups=1):
+    kernel = jnp.zeros((side, side, inputs // groups, outputs))
+    return cpu_conv._way(jnp.zeros((1, 8, 8, inputs)), kernel, stride)
+
+  assert way(63, 512) is way(512, 63) is way(1, 8) is cpu_conv.NARROW
+  assert way(512, 512, stride=2) is cpu_conv.NARROW
+  assert way(64, 127) is cpu_conv.MEDIUM
+  assert way(128, 128) is cpu_conv.WIDE
+  assert way(128, 128, side=1) is cpu_conv.POINTWISE
+  assert way(128, 128, groups=128) is cpu_conv.DEPTHWISE
 
 
 def test_images_are_worked_through_in_parts():
@@ -90,11 +133,13 @@ def test_what_is_handled_and_what_is_left_to_xla():
   assert is_custom(layers.conv(64, 3, use_bias=True), x)
   assert is_custom(layers.conv(64, 3, feature_group_count=64), x)
   assert is_custom(layers.conv(64, 3, 2, feature_group_count=64), x)
+  assert is_custom(layers.conv(32, 3, 2), x)
+  assert is_custom(layers.conv(32, 1), x)
+  assert is_custom(layers.conv(32, 1, 2), x)
   for conv in (
-    layers.conv(64, 1),
     layers.conv(64, 5),
-    layers.conv(64, 3, 2),
-    layers.conv(32, 3),
+    layers.conv(64, 3, 3),
+    layers.conv(64, 1, feature_group_count=64),
     layers.conv(128, 3, feature_group_count=2),
     layers.conv(128, 3, feature_group_count=64),
     layers.conv(64, 3, kernel_dilation=2),
@@ -105,7 +150,6 @@ def test_what_is_handled_and_what_is_left_to_xla():
     layers.conv(64, 3, dtype=jnp.bfloat16),
   ):
     assert not is_custom(conv, x), conv
-  assert not is_custom(layers.conv(64, 3), x[..., :32])
   assert not is_custom(layers.conv(64, 3), x.astype(jnp.bfloat16))
   with jax.enable_x64(True):
     assert not is_custom(layers.conv(64, 3), x.astype(jnp.float64))
@@ -126,7 +170,7 @@ def test_however_a_convolution_is_called():
 
 @pytest.mark.parametrize('use_bias', [False, True])
 def test_layers_give_what_they_give_without(use_bias):
-  x, _ = draw(2, 6, 6, 64, 64, False)
+  x, _ = draw(2, 6, 6, 64, 64, 3, False)
   conv = layers.conv(
     64, 3, use_bias=use_bias, bias_init=nn.initializers.normal()
   )
@@ -140,7 +184,7 @@ def test_layers_give_what_they_give_without(use_bias):
 
 @pytest.mark.parametrize('platform', ['cuda', 'tpu'])
 def test_accelerators_get_xlas_own(platform):
-  x, kernel = draw(2, 8, 8, 64, 64, False)
+  x, kernel = draw(2, 8, 8, 64, 64, 3, False)
 
   def gradients(x, kernel):
     return jax.grad(lambda *a: cpu_conv.convolve(*a, 1).sum(), (0, 1))(

@@ -1,9 +1,9 @@
 """Backbones by their published names, and losses on arrays.
 
-A module of each family has its `Backbone`; `layers`, `folding`, `cpu_conv` and
-`winograd` are what they are made of. `outputs` is what a backbone gives,
-`losses` what methods are made of, and `programs` runs networks that were made
-elsewhere. No connectors and no teachers here.
+A module of each family has its `Backbone`; `layers`, `folding`, `cpu_conv`,
+`winograd` and `kernel_gradient` are what they are made of. `outputs` is what a
+backbone gives, `losses` what methods are made of, and `programs` runs networks
+that were made elsewhere. No connectors and no teachers here.
 """
 
 from functools import partial
