@@ -23,7 +23,6 @@ from absl import flags
 import ml_collections
 from ml_collections import config_flags
 
-from ijckd_jax.runtime import cpu_flags
 from ijckd_jax.runtime import streams
 
 # Words of libraries whose errors are no MemoryError; and JAX's where what it
@@ -430,7 +429,6 @@ def run_command(command: Callable[[list[str]], int | None]) -> None:
   machine or the install lacks becomes one line and exit code 1.
   """
   streams.prepare()
-  cpu_flags.prefer_onednn(os.environ)
   # The libraries' own warnings; of a damaged checkpoint a page for each array.
   for name in ('absl', 'asyncio', 'root'):
     logging.getLogger(name).setLevel(logging.CRITICAL)
