@@ -21,7 +21,6 @@ from ijckd_jax.models import winograd
 
 # With fewer, products are too small to pay for the transforms.
 MIN_CHANNELS = 64
-MIN_CHANNELS_OF_GRADIENT = 128
 
 
 class Way(NamedTuple):
@@ -128,10 +127,8 @@ def _way(x, kernel, stride) -> Way:
     return POINTWISE
   if kernel.shape[2] < x.shape[-1]:
     return DEPTHWISE
-  narrowest = min(kernel.shape[2:])
-  if stride > 1 or narrowest < MIN_CHANNELS:
-    return NARROW
-  return MEDIUM if narrowest < MIN_CHANNELS_OF_GRADIENT else WIDE
+  is_wide = stride == 1 and min(kernel.shape[2:]) >= MIN_CHANNELS
+  return WIDE if is_wide else NARROW
 
 
 def _xla_by_x(kernel, g, stride, shape):
@@ -196,5 +193,4 @@ def _spread(g, stride, shape):
 POINTWISE = Way(_pointwise, _pointwise_by_x, _pointwise_by_kernel)
 DEPTHWISE = Way(_depthwise, _depthwise_by_x, _depthwise_by_kernel)
 NARROW = Way(xla_convolve, _xla_by_x, kernel_gradient.gradient)
-MEDIUM = Way(_winograd, _winograd_by_x, kernel_gradient.gradient)
 WIDE = Way(_winograd, _winograd_by_x, _winograd_by_kernel)
