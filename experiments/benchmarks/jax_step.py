@@ -17,6 +17,7 @@ from ijckd_jax.evaluation import cost
 from ijckd_jax.models import cpu_conv
 from ijckd_jax.runtime import cpu_memory
 from ijckd_jax.training import experiment
+from ijckd_jax.training import feeding
 
 
 def make_experiment(pair: pairs.Pair, settings) -> experiment.Experiment:
@@ -236,10 +237,9 @@ def make_batch(exp: experiment.Experiment, pair: pairs.Pair, seed: int):
 
 def in_one_call(mapper, batches, num_steps: int):
   """Returns steps.train_steps' plan, data and count for batches in turn."""
-  data = {
-    name: np.concatenate([batch[name] for batch in batches])
-    for name in ('image', 'label')
-  }
+  data = feeding.data_of(
+    *(np.concatenate([x[name] for x in batches]) for name in ('image', 'label'))
+  )
   num_rows = len(batches[0]['label'])
   rows = np.arange(num_rows)[:, None]
   turns = np.arange(num_steps) % len(batches)

@@ -89,6 +89,7 @@ class BareSteps:
     frozen, key = mapper.replicate((exp.frozen, key))
     if config.feed == 'device':
       mapped = exp.map_train_steps(step)
+      data = feeding.data_of(*data.values())
       batch = mapper.shard(plan), mapper.replicate(data)
       most = num_steps
 

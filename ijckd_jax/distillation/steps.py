@@ -85,6 +85,7 @@ def train_step(
 
 def train_steps(
   step,
+  image_shape: tuple[int, int, int],
   state: train_state_lib.TrainState,
   frozen: distiller_lib.Frozen,
   plan: dict[str, jax.Array],
@@ -99,12 +100,13 @@ def train_steps(
 
   Args:
     step: `train_step` with its keyword arguments, without rows in its result.
+    image_shape: (H, W, C).
     state: the state before; its buffers may be taken over.
     frozen: distiller.Frozen; never donated.
     plan: 'index' and 'epoch' int32 (B, S); column i holds this device's rows of
       the batch of update i.
-    data: the whole training set: 'image' uint8 (N, H, W, C) and 'label' int32
-      (N,).
+    data: the whole training set: 'image' uint8 (N, H * W * C) and 'label' int32
+      (N,). Images are flat, because a TPU would pad each row of three channels.
     count: int32 scalar, at most S: how many updates to make.
     key: the run's key.
 
@@ -118,7 +120,8 @@ def train_steps(
   def batch(number):
     rows = jax.tree.map(lambda x: x[:, number], plan)
     chosen = jax.tree.map(lambda x: x[rows['index']], data)
-    return {**chosen, **rows}
+    images = chosen['image'].reshape(-1, *image_shape)
+    return {**chosen, **rows, 'image': images}
 
   def update(number, carry):
     state, metrics = carry

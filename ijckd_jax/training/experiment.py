@@ -350,11 +350,12 @@ class Experiment:
   def map_train_steps(self, step: Callable) -> Callable:
     """Returns a call of many training steps, compiled and mapped.
 
-    It is a function of the arguments of steps.train_steps after `step`, and
-    donates the state.
+    It is a function of the arguments of steps.train_steps from the state on,
+    and donates the state.
     """
+    image_shape = tuple(self.dataset.image_shape)
     return self.mapper.map(
-      functools.partial(steps.train_steps, step),
+      functools.partial(steps.train_steps, step, image_shape),
       rows_in=(False, False, True, False, False, False),
       donate=0,
     )

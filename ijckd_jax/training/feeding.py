@@ -196,9 +196,7 @@ class DeviceFeed:
     self._exp = exp
     self._key = key
     self._num_examples = len(arrays)
-    self._data = exp.mapper.replicate(
-      {'image': arrays.images, 'label': arrays.labels.astype(np.int32)}
-    )
+    self._data = exp.mapper.replicate(data_of(arrays.images, arrays.labels))
     self._steps = exp.map_train_steps(exp.train_step(tx))
     # The same however often the run was stopped: it is a shape of the program.
     self._max_steps = min(MAX_STEPS_A_CALL, exp.total_steps(len(arrays)))
@@ -263,6 +261,14 @@ class DeviceFeed:
       plan[name] = np.zeros((by_step.shape[1], self._max_steps), np.int32)
       plan[name][:, :count] = by_step.T
     return plan
+
+
+def data_of(images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+  """Returns a training set as steps.train_steps takes it."""
+  return {
+    'image': images.reshape(len(images), -1),
+    'label': labels.astype(np.int32),
+  }
 
 
 def make(
