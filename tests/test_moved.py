@@ -113,10 +113,8 @@ def test_each_old_command_is_one_of_today(old, monkeypatch):
   monkeypatch.delitem(sys.modules, moved.PACKAGE + old, raising=False)
   with pytest.warns(FutureWarning, match=f'{old} is now {new.__name__}'):
     assert importlib.import_module(moved.PACKAGE + old) is new
-  since = {'sweep'}  # Commands that version 0.1 did not have.
-  assert {*moved.COMMANDS.values()} == command.COMMANDS.keys() - {
-    'train'
-  } - since
+  of_old = command.COMMANDS.keys() - {'train', 'sweep'}
+  assert {*moved.COMMANDS.values()} == of_old
 
 
 @pytest.mark.parametrize(
