@@ -68,8 +68,9 @@ def make_step(
   Args:
     exp: of `make_experiment`.
     pair: what is trained.
-    steps_a_call: 0 for the step as runs call it that are fed by the host; else
-      so many steps in one call, as those that have their images on the device.
+    steps_a_call: 0: each call makes one step on a batch that it is given, as
+      feeding.HostFeed calls it. Above 0: each call makes this number of steps
+      on images that lie on the device, as feeding.DeviceFeed calls it.
 
   Returns:
     `step()`, which returns the metrics' sums without waiting; `wait()`; and

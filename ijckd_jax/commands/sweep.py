@@ -1,4 +1,4 @@
-"""Makes many runs by one command, and a table of what they were worth.
+"""Trains many runs by one command, and compares them in a table.
 
 ijckd sweep --config digits --over seed=0..9 --workdir runs/seeds
 """

@@ -1,10 +1,11 @@
 """Convolutions that are faster on CPUs; to be deleted when XLA's are.
 
-1x1 convolutions are products. Of 3x3 ones, depthwise ones are nine products and
-their sum, of which XLA makes much more; wide ones go by `winograd`; and all
-others are XLA's, but for the gradient by the kernel. All are exact but for
-rounding: some 1e-6 of the largest value in float32. What `_is_handled` does not
-name is left to XLA, as everything is on GPUs and TPUs.
+A 1x1 convolution is a matrix product. A depthwise 3x3 convolution is the sum of
+nine products by element; XLA computes a full convolution instead. A wide 3x3
+convolution goes by `winograd`. Any other 3x3 convolution is XLA's, but its kernel
+gradient is `kernel_gradient`. All are exact but for rounding: some 1e-6 of the
+largest value in float32. XLA computes every convolution that `_is_handled`
+refuses, and all convolutions on GPUs and TPUs.
 """
 
 from collections.abc import Callable

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ijckd_jax.models import winograd
 
-# Of what is laid out at a time: about half of a core's cache.
+# Limit of the arrays that one product reads: about half of a core's cache.
 MAX_BYTES = 2**20
 
 

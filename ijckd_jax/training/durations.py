@@ -85,7 +85,7 @@ def next_period_end(
   period = _period(config, what, num_examples, batch_size)
   if not period:
     return math.inf
-  times = int(step / period)  # Of periods, so many have ended, or one fewer.
+  times = int(step / period)  # Whole periods; rounding may count one too many.
   ends = (round(t * period) for t in range(times, times + 3))
   return next(end for end in ends if end > step)
 

@@ -31,9 +31,10 @@ MAX_STEPS_AHEAD = 8
 # With fewer, small networks would wait for Python between the calls; more would
 # gain nothing.
 MAX_STEPS_A_CALL = 256
-# A stop is answered after the calls under way, of which there are two.
+# A stop waits for the calls that were dispatched before it: at most two.
 MAX_SECONDS_A_CALL = 2.0
-# Of a device's memory, for the training set; the rest is for the step.
+# Share of a device's memory that the training set may take; the step needs the
+# rest.
 MAX_MEMORY_FRACTION = 0.25
 GIB = 2**30
 
@@ -130,7 +131,7 @@ class HostFeed:
     return state, step, sums
 
   def set_pace(self, seconds: float) -> None:
-    """Takes the seconds of a step, which change nothing here."""
+    """Ignores the seconds of a step: a call makes a single step anyway."""
 
   def _placed(self, start: int, stop: int) -> Iterator[Any]:
     """Yields the placed batches of the steps after `start`, up to `stop`.
@@ -237,9 +238,9 @@ class DeviceFeed:
     return state, step + count, sums
 
   def set_pace(self, seconds: float) -> None:
-    """Takes the seconds of a step, and makes no longer calls than agreed."""
-    seconds = hosts.share(lambda: seconds)  # All hosts make the same calls.
-    most = MAX_SECONDS_A_CALL / seconds if seconds else self._max_steps
+    """Limits calls to MAX_SECONDS_A_CALL, by the seconds that a step takes."""
+    agreed = hosts.share(lambda: seconds)  # All hosts make the same calls.
+    most = MAX_SECONDS_A_CALL / agreed if agreed else self._max_steps
     self._steps_a_call = max(1, int(min(self._max_steps, most)))
 
   def _plan(self, step: int, count: int) -> dict[str, np.ndarray]:

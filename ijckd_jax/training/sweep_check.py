@@ -18,6 +18,7 @@ import sys
 import jax
 
 from ijckd_jax.data import datasets
+from ijckd_jax.runtime import backend
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.training import cost_estimate
 from ijckd_jax.training import experiment
@@ -77,10 +78,11 @@ def _estimate(config) -> dict[str, float | None]:
   device = jax.local_devices()[0]
   if device.platform == 'cpu':
     return {'host': base + step, 'host_free': _free()}
-  limit = (device.memory_stats() or {}).get('bytes_limit')
   return {
-    **{'host': base, 'host_free': _free()},
-    **{'device': step, 'device_free': limit},
+    'host': base,
+    'host_free': _free(),
+    'device': step,
+    'device_free': backend.memory_bytes(device),
   }
 
 

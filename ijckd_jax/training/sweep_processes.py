@@ -109,7 +109,7 @@ def summary_of(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def check_jobs(jobs: int) -> None:
-  """Raises UserError unless so many runs can be asked for."""
+  """Raises UserError where the number of jobs is below 1."""
   if jobs < 1:
     raise config_utils.UserError(f'--jobs {jobs}: give at least 1')
 
