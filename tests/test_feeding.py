@@ -228,10 +228,19 @@ class Photos:
     return 100
 
 
+class OwnViews(datasets.Arrays):
+  """Images in memory, mirrored on the host."""
+
+  def train_views(self, indices, epochs, seed):
+    views = super().train_views(indices, epochs, seed)
+    return {**views, 'image': views['image'][:, :, ::-1]}
+
+
 def obstacles(config_of, monkeypatch):
   """Yields a run and a training set that cannot lie on a device, and why."""
   arrays = datasets.Arrays(np.zeros((100, 8, 8, 1), np.uint8), np.zeros(100))
   yield config_of(), Photos(), 'the images are decoded as the run goes on'
+  yield config_of(), OwnViews(arrays.images, arrays.labels), 'views on the host'
   stored = config_of(**{'teacher.store.views': 1})
   yield stored, arrays, 'outputs are stored'
   monkeypatch.setattr(backend, 'memory_bytes', lambda device: 4 * 6399)

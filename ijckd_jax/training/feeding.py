@@ -67,6 +67,8 @@ def _obstacle(exp, arrays) -> str:
   """Returns why a training set cannot lie on the devices; '' if it can."""
   if not isinstance(arrays, datasets.Arrays):
     return 'the images are decoded as the run goes on'
+  if type(arrays).train_views is not datasets.Arrays.train_views:
+    return 'the data set makes its training views on the host'
   if exp.stored is not None:
     return "the teacher's outputs are stored (teacher.store.views)"
   needed = arrays.images.nbytes
