@@ -3,8 +3,8 @@
 A 1x1 convolution is a matrix product. A depthwise 3x3 convolution is the sum of
 nine products by element; XLA computes a full convolution instead. A wide 3x3
 convolution goes by `winograd`. Any other 3x3 convolution is XLA's, but its
-gradient by the kernel is `kernel_gradient`. All are exact but for rounding: some
-1e-6 of the largest value in float32. XLA computes every convolution that
+gradient by the kernel is `kernel_gradient`. All are exact but for rounding:
+some 1e-6 of the largest value in float32. XLA computes every convolution that
 `_is_handled` refuses, and all convolutions on GPUs and TPUs.
 """
 
