@@ -96,18 +96,20 @@ def test_a_part_of_the_images_at_a_time_gives_the_same(monkeypatch):
     np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-4)
 
 
-def test_way_by_shape():
+def test_algorithm_by_shape():
   """Narrow, wide, strided, pointwise and depthwise ones."""
 
-  def way(inputs, outputs, side=3, stride=1, groups=1):
+  def algorithm(inputs, outputs, side=3, stride=1, groups=1):
     kernel = jnp.zeros((side, side, inputs // groups, outputs))
-    return cpu_conv._way(jnp.zeros((1, 8, 8, inputs)), kernel, stride)
+    x = jnp.zeros((1, 8, 8, inputs))
+    return cpu_conv.algorithm_of(x, kernel, stride)
 
-  assert way(63, 512) is way(512, 63) is way(1, 8) is cpu_conv.NARROW
-  assert way(512, 512, stride=2) is cpu_conv.NARROW
-  assert way(64, 512) is way(512, 64) is cpu_conv.WIDE
-  assert way(128, 128, side=1) is cpu_conv.POINTWISE
-  assert way(128, 128, groups=128) is cpu_conv.DEPTHWISE
+  for inputs, outputs in ((63, 512), (512, 63), (1, 8)):
+    assert algorithm(inputs, outputs) is cpu_conv.NARROW
+  assert algorithm(512, 512, stride=2) is cpu_conv.NARROW
+  assert algorithm(64, 512) is algorithm(512, 64) is cpu_conv.WIDE
+  assert algorithm(128, 128, side=1) is cpu_conv.POINTWISE
+  assert algorithm(128, 128, groups=128) is cpu_conv.DEPTHWISE
 
 
 def test_images_are_worked_through_in_parts():

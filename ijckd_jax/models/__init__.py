@@ -1,7 +1,8 @@
 """Backbones by their published names, and losses on arrays.
 
-A module of each family has its `Backbone`; `layers`, `folding`, `cpu_conv`,
-`winograd` and `kernel_gradient` are what they are made of. `outputs` is what a
+A module of each family has its `Backbone`, built from `layers` and `folding`.
+`cpu_conv` replaces Linen's convolutions on CPUs, by `winograd` and
+`kernel_gradient`, inside the steps that it decorates. `outputs` is what a
 backbone gives, `losses` what methods are made of, and `programs` runs networks
 that were made elsewhere. No connectors and no teachers here.
 """

@@ -1,11 +1,16 @@
-"""Convolutions that are faster on CPUs; to be deleted when XLA's are.
+"""Convolutions that are faster on CPUs than XLA's.
 
 A 1x1 convolution is a matrix product. A depthwise 3x3 convolution is the sum of
 nine products by element; XLA computes a full convolution instead. A wide 3x3
 convolution goes by `winograd`. Any other 3x3 convolution is XLA's, but its
-gradient by the kernel is `kernel_gradient`. All are exact but for rounding:
-some 1e-6 of the largest value in float32. XLA computes every convolution that
+kernel gradient is `kernel_gradient`. All are exact but for rounding: some 1e-6
+of the largest value in float32. XLA computes every convolution that
 `_is_handled` refuses, and all convolutions on GPUs and TPUs.
+
+An `Algorithm` may be deleted once XLA's convolution is as fast on every JAX
+that setup.cfg allows: `python -m experiments.benchmarks.convolutions` compares
+them. With the last one go `winograd`, `kernel_gradient` and the decorators of
+the steps. Runs on CPUs then end with other bits.
 """
 
 from collections.abc import Callable
@@ -24,13 +29,13 @@ from ijckd_jax.models import winograd
 MIN_CHANNELS = 64
 
 
-class Way(NamedTuple):
+class Algorithm(NamedTuple):
   """How a convolution is worked out.
 
   Attributes:
     convolve: `(x, kernel, stride)` to the result.
-    by_x: `(kernel, g, stride, shape of x)` to the gradient by x.
-    by_kernel: `(x, g, stride)` to the gradient by the kernel.
+    by_x: `(kernel, g, stride, shape of x)` to the input gradient.
+    by_kernel: `(x, g, stride)` to the kernel gradient.
   """
 
   convolve: Callable
@@ -48,7 +53,7 @@ def _intercept(next_fun, args, kwargs, context):
   if type(conv) is not nn.Conv or context.method_name != '__call__':
     return next_fun(*args, **kwargs)
   kernel = conv.get_variable('params', 'kernel')
-  # While it is being made there is none.
+  # During init there is no kernel yet.
   if len(args) != 1 or not isinstance(kernel, jax.Array):
     return next_fun(*args, **kwargs)
   if not _is_handled(conv, kernel, *args):
@@ -84,9 +89,10 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     kernel: (1, 1, C, D) or (3, 3, C, D) float32; or depthwise (3, 3, 1, C).
     stride: 1 or 2.
   """
-  here = functools.partial(_way(x, kernel, stride).convolve, stride=stride)
-  xla = functools.partial(xla_convolve, stride=stride)
-  return lax.platform_dependent(x, kernel, cpu=here, default=xla)
+  algorithm = algorithm_of(x, kernel, stride)
+  on_cpu = functools.partial(algorithm.convolve, stride=stride)
+  elsewhere = functools.partial(xla_convolve, stride=stride)
+  return lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)
 
 
 def xla_convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -107,22 +113,23 @@ def _convolve_fwd(x, kernel, stride):
 
 
 def _convolve_bwd(stride, kept, g):
-  way = _way(*kept, stride)
+  algorithm = algorithm_of(*kept, stride)
 
-  def here(x, kernel, g):
-    return way.by_x(kernel, g, stride, x.shape), way.by_kernel(x, g, stride)
+  def on_cpu(x, kernel, g):
+    by_x = algorithm.by_x(kernel, g, stride, x.shape)
+    return by_x, algorithm.by_kernel(x, g, stride)
 
-  def xla(x, kernel, g):
-    xla_fn = functools.partial(xla_convolve, stride=stride)
-    return jax.vjp(xla_fn, x, kernel)[1](g)
+  def elsewhere(x, kernel, g):
+    function = functools.partial(xla_convolve, stride=stride)
+    return jax.vjp(function, x, kernel)[1](g)
 
-  return lax.platform_dependent(*kept, g, cpu=here, default=xla)
+  return lax.platform_dependent(*kept, g, cpu=on_cpu, default=elsewhere)
 
 
 convolve.defvjp(_convolve_fwd, _convolve_bwd)
 
 
-def _way(x, kernel, stride) -> Way:
+def algorithm_of(x, kernel, stride: int) -> Algorithm:
   """Returns how a convolution is worked out on a CPU."""
   if kernel.shape[0] == 1:
     return POINTWISE
@@ -191,7 +198,7 @@ def _spread(g, stride, shape):
   return lax.pad(g, 0.0, [(0, 0, 0), *sides, (0, 0, 0)])
 
 
-POINTWISE = Way(_pointwise, _pointwise_by_x, _pointwise_by_kernel)
-DEPTHWISE = Way(_depthwise, _depthwise_by_x, _depthwise_by_kernel)
-NARROW = Way(xla_convolve, _xla_by_x, kernel_gradient.gradient)
-WIDE = Way(_winograd, _winograd_by_x, _winograd_by_kernel)
+POINTWISE = Algorithm(_pointwise, _pointwise_by_x, _pointwise_by_kernel)
+DEPTHWISE = Algorithm(_depthwise, _depthwise_by_x, _depthwise_by_kernel)
+NARROW = Algorithm(xla_convolve, _xla_by_x, kernel_gradient.gradient)
+WIDE = Algorithm(_winograd, _winograd_by_x, _winograd_by_kernel)

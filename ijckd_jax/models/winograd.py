@@ -1,8 +1,8 @@
 """3x3 convolutions of stride 1 by Winograd's F(2x2, 3x3).
 
-16 products give 2x2 values of the result, for which the sum as it stands takes
-36. What is added up beside them stays in the processor's cache, where a few
-images are worked through at a time.
+16 products give 2x2 values of the result, for which a direct convolution takes
+36. A few images are transformed at a time, so that they stay in the processor's
+cache between the transforms and the products.
 
 Source: Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural
 Networks", https://arxiv.org/abs/1509.09308, section 4.1.
@@ -43,7 +43,7 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def gradient_by_kernel(x: jax.Array, g: jax.Array) -> jax.Array:
-  """Returns (3, 3, C, D), the gradient by the kernel.
+  """Returns (3, 3, C, D), the kernel gradient.
 
   Args:
     x: (B, H, W, C) float32, which was convolved.
