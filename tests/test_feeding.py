@@ -1,6 +1,5 @@
 """The training set on the devices, and many steps in a call."""
 
-import dataclasses
 import json
 
 import jax
@@ -145,7 +144,13 @@ def test_runs_by_either_feed_agree(config_of, tmp_path, refit):
   for row, other in zip(found['device'], found['host'], strict=True):
     assert row.keys() == other.keys()
     if refit and row['step'] > 6:
-      break  # Behind a new head the loss is far, and rounding grows fast.
+      # Behind the new head the loss is thousands of times as large, and
+      # rounding grows fast.
+      if row['step'] == 10:
+        loss = other['train/loss']
+        assert loss > 1000
+        np.testing.assert_allclose(row['train/loss'], loss, rtol=0.2)
+      continue
     for name in row:
       # An image on the border may fall to the other side, of 240 or of 360.
       atol = 0.005 if 'top' in name or 'accuracy' in name else 1e-5
@@ -197,7 +202,6 @@ def test_calls_are_as_long_as_a_stop_may_wait(config_of):
   exp = experiment.build(config_of(feed='device', total_steps=5000))
   arrays = exp.dataset.load('train')
   feed = feeding.DeviceFeed(exp, exp.optimizer(10)[0], arrays, None, start=0)
-  feed._exp = None  # Nothing is to be placed.
   lengths = []
   for seconds in (0.0, 1e-4, 0.1, 0.7, 30.0):
     feed.set_pace(seconds)
@@ -220,7 +224,6 @@ def test_divergence_within_a_call_names_its_step(config_of, tmp_path):
   assert 2 < said[0][0] < 34
 
 
-@dataclasses.dataclass(frozen=True)
 class Photos:
   """Images that are decoded as they are asked for."""
 
@@ -243,7 +246,7 @@ def obstacles(config_of, monkeypatch):
   yield config_of(), OwnViews(arrays.images, arrays.labels), 'views on the host'
   stored = config_of(**{'teacher.store.views': 1})
   yield stored, arrays, 'outputs are stored'
-  monkeypatch.setattr(backend, 'memory_bytes', lambda device: 4 * 6399)
+  monkeypatch.setattr(backend, 'memory_limit', lambda device: 4 * 6399)
   yield config_of(), arrays, 'the training images take 5.96e-06 GiB of each'
 
 
@@ -256,10 +259,11 @@ def test_what_cannot_lie_on_a_device_is_told_or_left(config_of, monkeypatch):
       with monkeypatch.context() as patch:
         patch.setattr(jax, 'default_backend', lambda: 'gpu')
         if feed != 'device':
+          feeding.check(exp, arrays)
           found[feed] = feeding.is_on_device(exp, arrays)
           continue
         with pytest.raises(config_utils.UserError, match=why):
-          feeding.is_on_device(exp, arrays)
+          feeding.check(exp, arrays)
     assert found == {'auto': False, 'host': False}
 
 

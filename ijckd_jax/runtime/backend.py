@@ -40,10 +40,10 @@ def start() -> None:
     ) from error
 
 
-def memory_bytes(device: jax.Device) -> int | None:
-  """Returns the memory of a device: for a CPU, of the machine.
+def memory_limit(device: jax.Device) -> int | None:
+  """Returns how many bytes of a device's memory JAX may use.
 
-  None where it is not known.
+  For a CPU that is the machine's memory. None where it is not known.
   """
   found = (device.memory_stats() or {}).get('bytes_limit')
   if found is None and device.platform == 'cpu' and hasattr(os, 'sysconf'):

@@ -245,6 +245,13 @@ def check_seen(folder: epath.Path) -> None:
     )
 
 
+def rows_of_process(batch_size: int) -> slice:
+  """Returns which rows of a global batch are this process's."""
+  rows = batch_size // jax.process_count()
+  first = rows * jax.process_index()
+  return slice(first, first + rows)
+
+
 def digest_of_code() -> str:
   """Returns a hash of the package's source files."""
   root = pathlib.Path(__file__).parents[1]

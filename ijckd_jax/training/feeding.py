@@ -33,34 +33,38 @@ MAX_STEPS_AHEAD = 8
 MAX_STEPS_A_CALL = 256
 # A stop waits for the calls that were dispatched before it: at most two.
 MAX_SECONDS_A_CALL = 2.0
-# Share of a device's memory that the training set may take; the step needs the
-# rest.
+# Share of a device's memory that the training set may take, of what JAX may
+# use; the step needs the rest.
 MAX_MEMORY_FRACTION = 0.25
 GIB = 2**30
 
 logger = logging.getLogger('ijckd_jax')
 
 
-def is_on_device(exp, arrays) -> bool:
-  """Returns whether a run's training set lies on the devices.
+def check(exp, arrays) -> None:
+  """Raises UserError where the config asks for a feed that is not possible.
 
   Args:
     exp: experiment.Experiment.
     arrays: datasets.Arrays that it trains on, or photos.Photos.
-
-  Raises:
-    config_utils.UserError: the config asks for it, but it is not possible.
   """
-  feed = exp.config.feed
-  on_cpu = jax.default_backend() == 'cpu'  # Slower there; see the benchmarks.
-  if feed == 'host' or (feed == 'auto' and on_cpu):
-    return False
   obstacle = _obstacle(exp, arrays)
-  if obstacle and feed == 'device':
+  if obstacle and exp.config.feed == 'device':
     raise config_utils.UserError(
       f"feed='device': {obstacle}; set --config.feed=host, or auto"
     )
-  return not obstacle
+
+
+def is_on_device(exp, arrays) -> bool:
+  """Returns whether a run's training set lies on the devices; see `check`."""
+  return _wants_device(exp.config) and not _obstacle(exp, arrays)
+
+
+def _wants_device(config) -> bool:
+  """Returns whether the training set lies on the devices if it can."""
+  # On a CPU a call of many steps is slower; see the benchmarks.
+  on_accelerator = jax.default_backend() != 'cpu'
+  return config.feed == 'device' or (config.feed == 'auto' and on_accelerator)
 
 
 def _obstacle(exp, arrays) -> str:
@@ -72,12 +76,13 @@ def _obstacle(exp, arrays) -> str:
   if exp.stored is not None:
     return "the teacher's outputs are stored (teacher.store.views)"
   needed = arrays.images.nbytes
-  memory = backend.memory_bytes(jax.local_devices()[0])
+  memory = backend.memory_limit(jax.local_devices()[0])
   if memory is None or needed <= MAX_MEMORY_FRACTION * memory:
     return ''
   return (
-    f'the training images take {needed / GIB:.3g} GiB of each device, and at '
-    f'most {MAX_MEMORY_FRACTION:.0%} of its {memory / GIB:.3g} GiB are for them'
+    f'the training images take {needed / GIB:.3g} GiB of each device, more '
+    f'than {MAX_MEMORY_FRACTION:.0%} of the {memory / GIB:.3g} GiB that JAX '
+    'may use'
   )
 
 
@@ -85,14 +90,15 @@ class HostFeed:
   """Sends each step its images.
 
   Attributes:
-    compiling: the steps in which a program is compiled.
-    timed: the steps after which the loop is to look at the clock.
+    compiling: the steps whose calls compile a program.
+    timed: the steps after which the loop takes the time: those before and in
+      which a program is compiled.
   """
 
   def __init__(
     self, exp, tx, arrays, key, *, recorder, start: int, damaged: list[int]
   ):
-    """Takes a run after a step.
+    """Prepares the steps after `start`.
 
     Args:
       exp: experiment.Experiment.
@@ -101,7 +107,8 @@ class HostFeed:
       key: the run's, placed.
       recorder: output_recorder.Recorder; None where no outputs are stored.
       start: steps made before.
-      damaged: gets the indices of images that cannot be decoded.
+      damaged: the indices of images that could not be decoded; those that are
+        found are appended.
     """
     self._exp = exp
     self._arrays = arrays
@@ -143,7 +150,7 @@ class HostFeed:
     full then.
     """
     config = self._exp.config
-    rows = _rows_of_process(config.batch_size)
+    rows = hosts.rows_of_process(config.batch_size)
     stages = [(start, stop, None)]
     if self._recorder is not None:
       full = max(start, self._last_filling_step)
@@ -190,8 +197,9 @@ class DeviceFeed:
   """Makes many steps in a call, on images that lie on the devices.
 
   Attributes:
-    compiling: the step in which the program is compiled.
-    timed: the steps after which the loop is to look at the clock.
+    compiling: the step whose call compiles the program, as a set.
+    timed: the steps after which the loop takes the time: that step, and the
+      first one that runs the compiled program alone.
   """
 
   def __init__(self, exp, tx, arrays, key, *, start: int):
@@ -215,7 +223,9 @@ class DeviceFeed:
     step: int,
     until: float,
   ):
-    """Makes the steps after `step`, at most up to `until`; it does not wait.
+    """Makes the steps after `step`, at most up to `until`.
+
+    Returns once the call before is done; the steps of this one are under way.
 
     Args:
       state: after `step` steps, placed; it is donated.
@@ -248,7 +258,7 @@ class DeviceFeed:
   def _plan(self, step: int, count: int) -> dict[str, np.ndarray]:
     """Returns steps.train_steps' plan of `count` steps: this process's rows."""
     config = self._exp.config
-    names = ('index', 'epoch')
+    rows = hosts.rows_of_process(config.batch_size)
     found = input_pipeline.examples(
       step,
       batch_size=config.batch_size,
@@ -257,10 +267,8 @@ class DeviceFeed:
       num_steps=count,
     )
     plan = {}
-    for name, values in zip(names, found, strict=True):
-      by_step = values.reshape(count, -1)[
-        :, _rows_of_process(config.batch_size)
-      ]
+    for name, values in zip(('index', 'epoch'), found, strict=True):
+      by_step = values.reshape(count, -1)[:, rows]
       plan[name] = np.zeros((by_step.shape[1], self._max_steps), np.int32)
       plan[name][:, :count] = by_step.T
     return plan
@@ -287,20 +295,13 @@ def make(
   """Returns the feed of a run; see HostFeed for the arguments."""
   if is_on_device(exp, arrays):
     return DeviceFeed(exp, tx, arrays, key, start=start)
-  if exp.config.feed == 'auto' and jax.default_backend() != 'cpu':
+  if _wants_device(exp.config):
     logger.info(
       'each step is sent its images, because %s', _obstacle(exp, arrays)
     )
   return HostFeed(
     exp, tx, arrays, key, recorder=recorder, start=start, damaged=damaged
   )
-
-
-def _rows_of_process(batch_size: int) -> slice:
-  """Returns this process's rows of a global batch."""
-  rows = batch_size // jax.process_count()
-  first = rows * jax.process_index()
-  return slice(first, first + rows)
 
 
 def _wait_for_earlier(under_way, result, most: int) -> None:

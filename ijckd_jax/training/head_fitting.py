@@ -63,14 +63,13 @@ def features(
   ]
   if views:
     size = config.batch_size
-    first = size // jax.process_count() * jax.process_index()
     batches = input_pipeline.train_batches(
       arrays,
       batch_size=size,
       seed=config.seed,
       start_step=0,
       stop_step=-(-len(arrays) * views // size),
-      rows=slice(first, first + size // jax.process_count()),
+      rows=hosts.rows_of_process(size),
       num_workers=config.num_workers,
     )
     parts.append(

@@ -54,8 +54,8 @@ class Diverged(RuntimeError):
   """A metric of training, or a parameter, is not finite.
 
   Attributes:
-    step: after which it was not, counted from 1.
-    what: was not.
+    step: the first step with a number that is not finite, counted from 1.
+    what: the names of these numbers, and their values.
   """
 
   def __init__(self, step: int, what: list[str], kept: str = ''):
@@ -93,7 +93,7 @@ class StopSignals:
     self._restore()
 
   def reached(self) -> bool:
-    """Returns whether to stop after this step; to be asked after each one."""
+    """Returns whether to stop now; to be asked after each call of steps."""
     self._looks += 1
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(self._looks)
@@ -182,7 +182,7 @@ class Loop:
       state: after `start` steps, placed by the mapper; it is donated.
       start: steps made before.
       progress: what was remembered at that step; it is updated.
-      stop: checked after each step.
+      stop: checked after each call of one or many steps.
 
     Raises:
       Diverged: a metric is not finite; nothing has been saved since.

@@ -5,8 +5,8 @@ python -m ijckd_jax.training.sweep_check < REQUEST
 The request is JSON: 'configs', a config by the name of its run, and 'memory',
 whether the memory of a run is to be estimated. A config that cannot be run is
 one line on standard error and exit code 2. Otherwise the estimates are JSON on
-standard output. It is a process of its own, lest the one that starts the runs
-holds a device.
+standard output. The check is a process of its own, so that the process that
+starts the runs never holds a device.
 """
 
 import json
@@ -65,9 +65,9 @@ def _check(configs) -> str:
 def _estimate(config) -> dict[str, float | None]:
   """Returns what a run takes of the memory, and how much there is, in bytes.
 
-  What it takes of the host's is the peak of this process, which has loaded the
+  Of the host's memory that is the peak of this process, which has loaded the
   data and compiled a training step, with ALLOWANCE, and on CPUs the step's own
-  by XLA's analysis. Worker processes are not counted.
+  memory by XLA's analysis. Worker processes are not counted.
   """
   exp = cost_estimate.build(config, jax.local_devices())
   memory = cost_estimate.compile_step(exp).memory_analysis()
@@ -78,12 +78,11 @@ def _estimate(config) -> dict[str, float | None]:
   device = jax.local_devices()[0]
   if device.platform == 'cpu':
     return {'host': base + step, 'host_free': _free()}
-  return {
-    'host': base,
-    'host_free': _free(),
-    'device': step,
-    'device_free': backend.memory_bytes(device),
-  }
+  found = {'host': base, 'host_free': _free(), 'device': step}
+  if limit := backend.memory_limit(device):
+    # What other processes hold is not known to JAX.
+    found['device_free'] = limit - device.memory_stats()['bytes_in_use']
+  return found
 
 
 def _free() -> float | None:

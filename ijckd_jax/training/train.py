@@ -221,7 +221,7 @@ def train_and_evaluate(
   for run, folder in runs:
     _check_durations(run, len(splits['train']), is_teacher=folder != workdir)
     output_recorder.check(run, folder, splits['train'], overwrite=overwrite)
-    feeding.is_on_device(run, splits['train'])
+    feeding.check(run, splits['train'])
   with contextlib.ExitStack() as stack:
     hosts.share(lambda: _take(stack, folders, overwrite, stale))
     hosts.check_seen(workdir)
