@@ -1,5 +1,6 @@
 """Many runs as one command: what is made, what is said, what comes back."""
 
+from concurrent import futures
 import contextlib
 import json
 import logging
@@ -10,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -160,10 +160,14 @@ def test_settings_are_what_differs_but_for_the_seed(config):
     'ce,optimizer.momentum=0.0': config(seed=0, **{'optimizer.momentum': 0.0}),
     'odd': config('simkd', seed=3),
     'even': config('simkd', seed=4),
+    'digits,seed=3,lr=2': config('at', seed=3),
+    'digits,seed=13,lr=2': config('at', seed=13),
+    'digits,seed=1,lr=1': config('sp', seed=1),
   }
   assert list(sweep.setting_names(configs).values()) == [
     *('same/kd', 'same/kd', 'same/kd,_T=1/1', 'ce'),
     *('ce,optimizer.momentum=0.0', 'odd', 'odd'),
+    *('digits,lr=2', 'digits,lr=2', 'digits,lr=1'),
   ]
 
 
@@ -192,7 +196,7 @@ def test_a_config_goes_to_a_child_and_comes_back(config, tmp_path):
     (['--config', 'digit'], "did you mean 'digits'"),
     (['--over', 'sed=0..3'], "did you mean 'seed'"),
     (['--over', 'seed=a'], "invalid literal for int() with base 10: 'a'"),
-    (['--over', 'seed=0,,1'], 'seed='),
+    (['--over', 'seed=0,,1'], 'seed=: '),
     (['--over', 'seed='], 'give at least one value'),
     (['--over', 'seed'], 'give FIELD=VALUES'),
     (['--over', '=1'], 'give FIELD=VALUES'),
@@ -251,8 +255,8 @@ def test_the_folder_of_a_run_is_none_of_a_sweep(
 @pytest.mark.parametrize(
   'name',
   [
-    *('', '/tmp/x', '../x', 'a/../x', '.hidden', 'a b', 'a:b', 'teacher'),
-    *('sweep', 'teacher_0123abcd/x', 'a//b', 'ä', 'x\n'),
+    *('', '/tmp/x', '../x', 'a/../x', '.hidden', 'a b', 'a:b', 'sweep'),
+    *('teacher_0123abcd/x', 'teacher_0123abcd.json', 'a//b', 'ä', 'x\n'),
   ],
 )
 def test_names_that_are_no_folders_below(config, tmp_path, name):
@@ -266,6 +270,9 @@ def test_what_cannot_be_a_sweep(config, tmp_path):
     sweep.run({}, tmp_path / 'x')
   configs = {'a': config(), 'a/b': config('kd')}
   with pytest.raises(config_utils.UserError, match='in the folder of the run'):
+    sweep.run(configs, tmp_path / 'x')
+  configs = {'a.log': config(), 'a': config('kd')}
+  with pytest.raises(config_utils.UserError, match="'a' has a file there"):
     sweep.run(configs, tmp_path / 'x')
 
 
@@ -307,32 +314,34 @@ def teachers_of(configs, workdir):
 
 
 def test_equal_teachers_are_one(config, tmp_path):
-  other = {'teacher.learning_rate': 0.1}
   configs = {
     'kd': config('kd', seed=0, num_workers=1),
     'ijckd': config('ijckd', seed=1),
-    'other': config('ijckd', **other),
+    'rate': config('ijckd', **{'teacher.learning_rate': 0.1}),
+    # Other bits, and perhaps other data.
+    'feed': config('ijckd', feed='device'),
+    'dtype': config('ijckd', dtype='bfloat16'),
+    'data': config('ijckd', **{'dataset.data_dir': '/elsewhere'}),
     'ce': config('ce'),
     'given': config('kd', **{'teacher.checkpoint': '/somewhere'}),
   }
-  first, second, *_ = found = list(teachers_of(configs, tmp_path).values())
-  other = found[2]
-  assert first == second == tmp_path / 'teacher'
-  assert other.parent == tmp_path and other.name.startswith('teacher_')
-  assert found[3:] == [None, None]
+  found = teachers_of(configs, tmp_path)
+  assert found['kd'] == found['ijckd']
+  assert found['ce'] is found['given'] is None
+  folders = {folder for folder in found.values() if folder is not None}
+  assert len(folders) == 5
+  for folder in folders:
+    assert folder.parent == tmp_path
+    assert re.fullmatch('teacher_[0-9a-f]{8}', folder.name)
   tasks = {task.name: task for task in sweep._tasks(configs, tmp_path)}
-  assert tasks['other'].config.teacher.checkpoint == str(other)
+  assert tasks['rate'].config.teacher.checkpoint == str(found['rate'])
   assert tasks['given'].config == configs['given']
   assert configs['kd'].teacher.checkpoint == ''
   assert tasks['kd'].teacher.config == experiment.teacher_config(configs['kd'])
-  # A teacher keeps its folder where a later call has others before it.
-  first.mkdir()
-  text = config_utils.to_json(experiment.teacher_config(configs['kd']))
-  (first / 'config.json').write_text(
-    json.dumps(json.loads(text) | {'ijckd_jax': '0'})
-  )
+  # A teacher keeps its folder, whatever else a later call asks for.
   swapped = teachers_of(dict(reversed(configs.items())), tmp_path)
-  assert list(reversed(swapped.values())) == found
+  assert swapped == found
+  assert teachers_of({'kd': configs['kd']}, tmp_path)['kd'] == found['kd']
 
 
 def test_cores_are_shared():
@@ -340,6 +349,7 @@ def test_cores_are_shared():
   assert sweep_processes._cores(0, 1) == []
   parts = [sweep_processes._cores(i, 2) for i in (0, 1)]
   assert all(parts) and {*parts[0], *parts[1]} == {*all_cores}
+  assert len(all_cores) == 1 or not {*parts[0]} & {*parts[1]}
   many = [sweep_processes._cores(i, 99) for i in range(99)]
   assert {core for part in many for core in part} == {*all_cores}
 
@@ -347,12 +357,13 @@ def test_cores_are_shared():
 def test_so_many_runs_must_fit():
   found = {'name': 'kd', 'host': 2e9, 'host_free': 7e9}
   sweep_processes._check_memory(found, 3)
-  with pytest.raises(
-    config_utils.UserError, match='so that 3 fit: give --jobs 3'
-  ):
+  with pytest.raises(config_utils.UserError, match='give --jobs 3 at most'):
     sweep_processes._check_memory(found, 4)
   found |= {'device': 50e9, 'device_free': 80e9}
-  with pytest.raises(config_utils.UserError, match='so that 1 fit'):
+  with pytest.raises(config_utils.UserError, match='give --jobs 1 at most'):
+    sweep_processes._check_memory(found, 2)
+  found['device_free'] = 49e9
+  with pytest.raises(config_utils.UserError, match='not even one run fits'):
     sweep_processes._check_memory(found, 2)
   sweep_processes._check_memory({'name': 'kd', 'host': 1, 'host_free': None}, 9)
 
@@ -451,7 +462,7 @@ def test_a_run_that_fails_does_not_stop_the_others(config, tmp_path, caplog):
   assert (tmp_path / 'good/bundle').is_dir()
   top1 = 100 * found['student']['last']['top1']
   assert f'good: top-1 {top1:.2f}%, ' in caplog.text
-  assert '0 left' in caplog.text
+  assert '; 0 left' in caplog.text and '; 1 left, about ' in caplog.text
   assert [row['seeds'] for row in outcome.rows] == [[], [3, 4]]
 
 
@@ -504,11 +515,48 @@ def test_stopped_and_killed_sweeps_continue(tmp_path, data_dir):
   process = sweep_command(work, data_dir, *argv)  # At once.
   wait_until(continued(2), process)
   process.terminate()
-  time.sleep(0.2)
-  process.terminate()  # Once more: nobody waits for a save.
+  _, err = process.communicate(timeout=120)
+  assert process.returncode == 143 and 'Traceback' not in err, err
+
+
+class Stuck:
+  """A writer that keeps its run from saving, and from looking at signals."""
+
+  def __init__(self, config, workdir):
+    del config
+    self._mark = pathlib.Path(workdir) / 'stuck'
+
+  def write(self, step, scalars):
+    del step, scalars
+    self._mark.touch()
+    time.sleep(600)
+
+  def close(self):
+    pass
+
+
+# Whole runs.
+@pytest.mark.slow
+def test_a_second_signal_waits_for_no_save(tmp_path, data_dir):
+  work = tmp_path / 'runs'
+  argv = ['--config', f'digits:method=ce,student={PLAIN}']
+  argv += [f'--config.writers=("{__name__}:{Stuck.__name__}",)']
+  process = sweep_command(work, data_dir, *argv)
+  wait_until(lambda: list(work.glob('*/stuck')), process)
+  process.terminate()
+  time.sleep(1)
+  assert process.poll() is None
+  process.terminate()
   _, err = process.communicate(timeout=60)
   assert process.returncode == 143, err
-  assert 'Traceback' not in err
+  (log,) = work.glob('*.log')
+  assert 'waiting for 1 run to save' in err
+  assert f'{log.stem}: ended without a save after ' in err
+  assert err.splitlines()[-1] == (
+    'the sweep stopped with 0 of 1 runs finished; ended without a save: '
+    f'{log.stem}; the same command continues from the checkpoints that are '
+    'there'
+  )
 
 
 # Whole runs.
@@ -542,8 +590,9 @@ def test_a_shared_teacher_is_trained_once(config, tmp_path, caplog):
   assert all(outcome.summaries.values())
   assert 'the teacher is trained once, for 3 runs' in caplog.text
   made = sorted(str(x.parent) for x in tmp_path.rglob('checkpoints'))
+  teacher = teachers_of(configs, tmp_path / 'runs')['kd/0']
   assert made == sorted(
-    str(tmp_path / 'runs' / name) for name in ('teacher', *configs)
+    map(str, (teacher, *(tmp_path / 'runs' / name for name in configs)))
   )
   alone = train.train_and_evaluate(configs['kd/0'], tmp_path / 'alone')
   assert alone.summary['student'] == outcome.summaries['kd/0']['student']
@@ -564,22 +613,26 @@ def test_runs_and_teachers_of_other_processes(config, tmp_path, monkeypatch):
   """A run that is held is skipped; a teacher that is held is waited for."""
   monkeypatch.setattr(sweep_processes, 'TEACHER_SECONDS', 1)
   configs = {'kd': config('kd'), 'ce': config('ce')}
-  for name in ('teacher', 'ce'):
-    (tmp_path / name).mkdir()
+  folder = teachers_of(configs, tmp_path)['kd']
+  for path in (folder, tmp_path / 'ce'):
+    path.mkdir()
   with contextlib.ExitStack() as stack:
     stack.enter_context(locks.Lock(tmp_path / 'ce'))
-    teacher = locks.Lock(tmp_path / 'teacher')
+    threads = stack.enter_context(futures.ThreadPoolExecutor())
+    teacher = locks.Lock(folder)
     teacher.__enter__()
 
     def free():
-      wait_until(lambda: (tmp_path / 'ce.log').exists())
-      wait_until(lambda: locks.HELD in (tmp_path / 'teacher.log').read_text())
-      teacher.__exit__()
+      log = folder.with_name(f'{folder.name}.log')
+      try:
+        wait_until(lambda: (tmp_path / 'ce.log').exists())
+        wait_until(lambda: locks.HELD in log.read_text())
+      finally:
+        teacher.__exit__()
 
-    thread = threading.Thread(target=free)
-    thread.start()
+    freed = threads.submit(free)
     outcome = sweep.run(configs, tmp_path)
-    thread.join()
+    freed.result()
   assert outcome.held == ('ce',) and not outcome.failed
   assert outcome.summaries['kd'] and not outcome.summaries['ce']
 
@@ -591,5 +644,6 @@ def test_students_of_a_teacher_that_fails_are_not_made(config, tmp_path):
   configs = {'kd': config('kd', **diverges), 'at': config('at', **diverges)}
   outcome = sweep.run(configs, tmp_path)
   assert list(outcome.failed) == ['kd', 'at']
-  assert outcome.failed['kd'] == f'its teacher failed: {tmp_path}/teacher.log'
-  assert 'error: step ' in (tmp_path / 'teacher.log').read_text()
+  (log,) = tmp_path.glob('teacher_*.log')
+  assert outcome.failed['kd'].startswith('its teacher failed: step ')
+  assert outcome.failed['kd'].endswith(f'({log})')

@@ -17,6 +17,7 @@ import numpy as np
 from scipy import stats
 
 from experiments.comparison import grid
+from ijckd_jax.reports import sweep_table
 
 # Written down in plan.md before any run.
 PRIMARY = (('ijckd', 'srrl'), ('ijckd', 'simkd'), ('ijckd', 'control'))
@@ -55,14 +56,12 @@ def scores(rows, pair: str, name: str, which='last') -> list[float]:
   return [100 * row[which]['top1'] for row in counted(rows, pair, name)]
 
 
-def interval(values, level=0.95) -> tuple[float, float]:
-  """Returns the mean and the half-width of its interval; NaN of one value."""
+def interval(values) -> tuple[float, float]:
+  """Returns the mean and the half-width of its 95% interval, or NaN."""
   values = np.asarray(values, float)
   if len(values) < 2:
     return float(np.mean(values)), math.nan
-  scale = np.std(values, ddof=1) / math.sqrt(len(values))
-  half = stats.t.ppf((1 + level) / 2, len(values) - 1) * scale
-  return float(np.mean(values)), float(half)
+  return float(np.mean(values)), sweep_table.half_width(values)
 
 
 def differences(rows, pair: str, name: str, other: str) -> list[float]:

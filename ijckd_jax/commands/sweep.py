@@ -16,7 +16,7 @@ usage: {prog} --config NAME[:key=value,...] [--config ...] --workdir DIR
 
 Trains every config with every combination of the values, each run in a folder
 of its own in DIR, as ijckd train does. Runs whose teachers are the same train
-that teacher once, in DIR/teacher. At the end there is a table, a row for each
+that teacher once, in DIR/teacher_*. At the end there is a table, a row for each
 setting: means over the seeds, and differences to the first setting in pairs of
 the same seed. The same command continues what was stopped, and repeats nothing
 that is finished. Machines that see DIR at the same path can share a sweep.
@@ -35,7 +35,8 @@ that is finished. Machines that see DIR at the same path can share a sweep.
 
 Exit codes: 0 all runs are finished, or still at work in other processes; 1 a
 run failed; 2 a wrong request, and nothing was started; 130 and 143 stopped by
-SIGINT or SIGTERM: all runs have saved, and the same command continues."""
+SIGINT or SIGTERM: the runs have saved, or the last line names those that have
+not, and the same command continues."""
 
 
 def main(argv: list[str], prog: str = PROG) -> int:

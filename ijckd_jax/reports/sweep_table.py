@@ -35,8 +35,8 @@ def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
   of the last student in per cent, by its 'mean' and its sample standard
   deviation 'std'; 'difference' to the first setting over the seeds that both
   have, in points, by its 'mean', the 'half_width' of its 95% t-interval and the
-  number of 'pairs'; 'teacher_top1' in per cent. What there are too few runs for
-  is None.
+  number of 'pairs'; 'teacher_top1' in per cent. A number for which there are
+  too few runs is None.
   """
   scores, teachers = {}, {}
   for run in runs:
@@ -75,14 +75,14 @@ def _mean(values) -> float | None:
 
 
 def _std(values) -> float | None:
-  """Returns the sample standard deviation; None of fewer than two values."""
+  """Returns the sample standard deviation; None for fewer than two values."""
   return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def half_width(values: Sequence[float]) -> float | None:
-  """Returns that of the mean's 95% interval, by Student's t.
+  """Returns the half-width of the mean's 95% interval, by Student's t.
 
-  None of fewer than two values.
+  None for fewer than two values.
   """
   if len(values) < 2:
     return None

@@ -1,4 +1,4 @@
-"""Processes that this package starts, and that do not outlive it.
+"""Processes that this package starts; on Linux they die with their parent.
 
 python -m ijckd_jax.runtime.children PARENT CORES MODULE [ARGUMENT ...]
 """
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
   _bind(int(parent))
   if cores and hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, set(map(int, cores.split(','))))
-  # The kernel remembers both.
+  # Both outlive exec: what happens when the parent ends, and the cores.
   os.execv(sys.executable, [sys.executable, '-P', '-m', *program])
 
 

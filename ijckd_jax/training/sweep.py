@@ -33,10 +33,13 @@ TEACHER = 'teacher'
 # A part of a run's name, which is a folder on any system.
 NAME_PART = re.compile(r'(?!\.)[\w.,=+~-]{1,200}', re.ASCII)
 # What the sweep itself has in its folder.
-RESERVED = re.compile(rf'sweep(\.md|\.json)?|{TEACHER}(_[0-9a-f]{{8}})?')
-# Settings that leave a teacher what it is.
-NOT_OF_TEACHERS = {*workdirs.RUNTIME_FIELDS} - {
-  *('dtype', 'mapper', 'num_cpu_devices')
+RESERVED = re.compile(
+  rf'sweep(\.md|\.json)?|{TEACHER}_[0-9a-f]{{8}}(\.log|\.json)?'
+)
+# Fields that may differ between runs that share a teacher. The others change
+# the data or the bits of the teacher.
+FREE_OF_TEACHERS = {*workdirs.RUNTIME_FIELDS} - {
+  *('dataset.data_dir', 'dtype', 'feed', 'mapper', 'num_cpu_devices')
 }
 REMEDY = 'take another --workdir, or remove that folder'
 
@@ -92,7 +95,8 @@ def run(
   Raises:
     config_utils.UserError: a config, a name or the folder is not right, or the
       memory does not suffice; nothing was started.
-    loop.Interrupted: SIGINT or SIGTERM came; every run has saved.
+    loop.Interrupted: SIGINT or SIGTERM came; the message says whether every
+      run has saved.
   """
   workdir = _folder(workdir)
   sweep_processes.check_jobs(jobs)
@@ -154,6 +158,11 @@ def _check_names(configs: Mapping[str, ml_collections.ConfigDict]) -> None:
       raise config_utils.UserError(
         f'a run cannot be called {name!r}: {parts[0]} is of the sweep itself'
       )
+    for file in (f'{name}.json', f'{name}.log'):
+      if file in configs:
+        raise config_utils.UserError(
+          f'a run cannot be called {file!r}: the run {name!r} has a file there'
+        )
     for i in range(1, len(parts)):
       outer = '/'.join(parts[:i])
       if outer in configs:
@@ -178,11 +187,11 @@ def _tasks(configs, workdir) -> list[sweep_processes.Task]:
     if own := _own_teacher(name, config):
       fields = config_utils.flatten(own.to_dict())
       key = json.dumps(
-        {k: v for k, v in fields.items() if k not in NOT_OF_TEACHERS},
+        {k: v for k, v in fields.items() if k not in FREE_OF_TEACHERS},
         sort_keys=True,
       )
       if key not in shared:
-        folder = _teacher_folder(workdir, own, key, shared)
+        folder = workdir / f'{TEACHER}_{zlib.crc32(key.encode()):08x}'
         shared[key] = sweep_processes.Task(
           folder.name, own, folder, is_teacher=True
         )
@@ -204,25 +213,6 @@ def _own_teacher(name: str, config) -> ml_collections.ConfigDict | None:
     return experiment.teacher_config(config)
   except config_utils.UserError as error:
     raise config_utils.UserError(f'{name}: {error}') from error
-
-
-def _teacher_folder(workdir, config, key: str, shared) -> pathlib.Path:
-  """Returns the folder of a teacher: the same one at each call.
-
-  Args:
-    workdir: of the sweep.
-    config: of the teacher.
-    key: tells the teacher from others.
-    shared: the teachers that have a folder.
-  """
-  first = workdir / TEACHER
-  if first not in [task.folder for task in shared.values()]:
-    try:
-      workdirs.check([(epath.Path(first), config)], overwrite=False)
-      return first
-    except config_utils.UserError:  # An earlier call had another one first.
-      pass
-  return workdir / f'{TEACHER}_{zlib.crc32(key.encode()):08x}'
 
 
 def _check_folder(task) -> None:
@@ -328,8 +318,8 @@ def setting_names(
 ) -> dict[str, str]:
   """Returns the name of each run's setting, by the name of the run.
 
-  Runs have the same setting if they differ in their seed only. It is called as
-  its runs are, without the seed at the end of their names.
+  Runs have the same setting if they differ in their seed only. The name of the
+  setting is that of its runs without the seed.
   """
   groups = {}
   for name, config in configs.items():
@@ -345,9 +335,18 @@ def setting_names(
 
 
 def _stem(name: str, seed: int, several: bool) -> str:
-  """Returns a run's name without its seed, if the name ends with that."""
-  marks = r'(seed=)?' if several else 'seed='
-  return re.sub(rf'[,/_-]{marks}{seed}$', '', name)
+  """Returns a run's name without its seed.
+
+  Args:
+    name: of the run.
+    seed: of the run; where the name does not state it, the name stays.
+    several: whether the setting has further runs. Then a name may also end with
+      the plain number of the seed.
+  """
+  stem = re.sub(rf'[,/_-]seed={seed}(?=,|$)', '', name)
+  if stem == name and several:
+    stem = re.sub(rf'[,/_-]{seed}$', '', name)
+  return stem
 
 
 def _write_table(outcome: Outcome, configs, workdir) -> None:

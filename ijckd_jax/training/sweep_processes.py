@@ -31,13 +31,15 @@ from ijckd_jax.runtime import locks
 from ijckd_jax.runtime import workdirs
 from ijckd_jax.training import loop
 
-# How often the processes are looked at.
+# Between two looks at the processes.
 POLL_SECONDS = 0.1
-# After which a teacher is asked for again that another process trains.
+# Between two attempts to take a teacher that another process trains.
 TEACHER_SECONDS = 30
 # Processes that share a GPU cannot each take most of its memory at the start.
 PREALLOCATE = 'XLA_PYTHON_CLIENT_PREALLOCATE'
 GB = 1e9
+# Exit codes of a run that was stopped and has saved.
+SAVED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 logger = logging.getLogger('ijckd_jax')
 
@@ -89,11 +91,11 @@ class Task:
 
 @dataclasses.dataclass
 class _Running:
-  """A process at work on a task, in one of the places that there are."""
+  """A process at work on a task; `slot` is one of 0 ... jobs - 1."""
 
   task: Task
   process: subprocess.Popen
-  place: int
+  slot: int
   begun: float
 
 
@@ -117,11 +119,12 @@ def check_jobs(jobs: int) -> None:
 def check_runs(
   configs: Mapping[str, ml_collections.ConfigDict], jobs: int
 ) -> None:
-  """Builds runs in another process, and estimates their memory if several run.
+  """Builds runs in another process, which ends before the first run starts.
 
   Args:
     configs: by the runs' names.
-    jobs: how many are to run side by side.
+    jobs: how many are to run side by side. If several are, the memory of the
+      run that looks largest is estimated.
 
   Raises:
     config_utils.UserError: a config cannot be run, or the memory does not
@@ -156,24 +159,28 @@ def check_runs(
 def _check_memory(found: Mapping[str, Any], jobs: int) -> None:
   """Raises UserError where so many runs are estimated not to fit."""
   said, fits = [], jobs
-  for where, words in (('host', 'memory'), ('device', 'memory of a device')):
+  for where, words in (
+    ('host', 'of memory that are free'),
+    ('device', "of a device's memory that JAX may still use"),
+  ):
     needed, free = found.get(where), found.get(f'{where}_free')
     if not needed or not free:
       continue
     fits = min(fits, math.floor(free / needed))
-    said.append(
-      f'about {needed / GB:.2f} GB of the {free / GB:.2f} GB of {words}'
-    )
+    said.append(f'about {needed / GB:.2f} of the {free / GB:.2f} GB {words}')
   if not said:
     return
   line = (
-    f'a run takes {" and ".join(said)} that are free, by the estimate for '
-    f'{found["name"]}'
+    f'a run takes {" and ".join(said)}, by the estimate for {found["name"]}'
   )
+  if not fits:
+    raise config_utils.UserError(
+      f'--jobs {jobs}: {line}, so that not even one run fits: give smaller '
+      'batches, or try --jobs 1, which starts without an estimate'
+    )
   if fits < jobs:
     raise config_utils.UserError(
-      f'--jobs {jobs}: {line}, so that {fits} fit: give --jobs {max(1, fits)}'
-      + ('' if fits else ', or smaller batches')
+      f'--jobs {jobs}: {line}; give --jobs {fits} at most'
     )
   logger.info('%s', line)
 
@@ -198,7 +205,7 @@ def _last_line(text: str) -> str:
 
 
 class _Signals:
-  """Counts SIGINT and SIGTERM, and has their handlers back at the end."""
+  """Counts SIGINT and SIGTERM, and restores their handlers at the end."""
 
   def __init__(self):
     self.count = 0
@@ -233,7 +240,8 @@ def make(
     finished: see sweep.run.
 
   Raises:
-    loop.Interrupted: SIGINT or SIGTERM came; every run has saved.
+    loop.Interrupted: SIGINT or SIGTERM came; the message says whether every
+      run has saved.
   """
   pool = _Pool(tasks, jobs, finished)
   with _Signals() as signals:
@@ -244,7 +252,7 @@ def make(
 
 
 class _Pool:
-  """The processes that are at work, and the tasks that wait for a place."""
+  """The processes that are at work, and the tasks that wait for a slot."""
 
   def __init__(self, tasks, jobs, finished):
     self._runs = [task for task in tasks if not task.is_teacher]
@@ -253,6 +261,7 @@ class _Pool:
     self._finished = finished
     self._running: list[_Running] = []
     self._seconds: list[float] = []  # Of the runs that were made.
+    self._unsaved: list[str] = []  # Runs that ended without a save at a stop.
     there = [task for task in self._runs if not task.is_open]
     if there:
       logger.info('%d of %d runs are finished', len(there), len(self._runs))
@@ -268,10 +277,13 @@ class _Pool:
     passed_on = 0
     while self._running or (self._waiting and not passed_on):
       if signals.count > passed_on:
-        # Always SIGTERM: it ends a process that is not yet ready for signals,
-        # and those that are save.
+        # Always SIGTERM: a process that has its handlers saves and ends; one
+        # that does not have them yet ends.
         if not passed_on:
-          logger.info('waiting for %d runs to save', len(self._running))
+          number = len(self._running)
+          logger.info(
+            'waiting for %d run%s to save', number, 's' if number > 1 else ''
+          )
         passed_on = signals.count
         for running in self._running:
           running.process.terminate()
@@ -284,9 +296,16 @@ class _Pool:
       time.sleep(POLL_SECONDS)
     if passed_on or signals.count:
       done = sum(not task.is_open for task in self._runs)
+      kept = loop.SAVED
+      if self._unsaved:
+        kept = (
+          f'ended without a save: {", ".join(self._unsaved)}; the same command '
+          'continues from the checkpoints that are there'
+        )
       raise loop.Interrupted(
         f'the sweep stopped with {done} of {len(self._runs)} runs finished',
         signals.number,
+        kept,
       )
 
   def stop(self) -> None:
@@ -297,10 +316,12 @@ class _Pool:
       running.process.wait()
 
   def _start(self) -> None:
-    """Starts the tasks for which there is a place."""
+    """Starts the tasks for which there is a slot."""
     for task in list(self._waiting):
       if task.teacher is not None and task.teacher.failure:
-        task.failure = f'its teacher failed: {task.teacher.log}'
+        task.failure = (
+          f'its teacher failed: {task.teacher.failure} ({task.teacher.log})'
+        )
         self._waiting.remove(task)
         logger.warning('%s: not made, because its teacher failed', task.name)
     now = time.monotonic()
@@ -319,10 +340,10 @@ class _Pool:
         self._tell(task, None)
         logger.info('%s: finished by another process', task.name)
         continue
-      taken = {running.place for running in self._running}
-      place = min({*range(self._jobs)} - taken)
-      process = self._process(task, _cores(place, share))
-      self._running.append(_Running(task, process, place, time.monotonic()))
+      taken = {running.slot for running in self._running}
+      slot = min({*range(self._jobs)} - taken)
+      process = self._process(task, _cores(slot, share))
+      self._running.append(_Running(task, process, slot, time.monotonic()))
       if not task.is_held:
         logger.info('%s: starts (%s)', task.name, task.log)
 
@@ -349,7 +370,9 @@ class _Pool:
     said = _last_line(_tail(task.log))
     if code == 0:
       try:
-        task.summary = disk.read_json(epath.Path(task.folder / 'summary.json'))
+        task.summary = disk.read_json(
+          epath.Path(task.folder) / workdirs.SUMMARY
+        )
       except (OSError, ValueError) as error:
         said, code = f'its summary cannot be read: {error}', 1
     if code == 0:
@@ -357,21 +380,19 @@ class _Pool:
         self._seconds.append(seconds)
       self._tell(task, seconds)
       self._say_finished(task, seconds)
-    elif stopping:
-      pass  # The same command continues it.
     elif code == 2 and locks.HELD in said:
       self._set_aside(task)
-    else:
+    elif not (stopping and code in SAVED):
       if code < 0:
         said = f'killed by {signal.Signals(-code).name}'
-      task.failure = said.removeprefix('error: ') or f'exit code {code}'
-      logger.warning(
-        '%s: failed after %s: %s (%s)',
-        task.name,
-        clock(seconds),
-        task.failure,
-        task.log,
-      )
+      why = said.removeprefix('error: ') or f'exit code {code}'
+      if stopping:
+        self._unsaved.append(task.name)
+      else:
+        task.failure = why
+      what = 'ended without a save' if stopping else 'failed'
+      where = clock(seconds), why, task.log
+      logger.warning('%s: %s after %s: %s (%s)', task.name, what, *where)
 
   def _set_aside(self, task: Task) -> None:
     """Notes that another process is at work on a task."""
@@ -407,13 +428,13 @@ class _Pool:
       self._finished(task.name, task.summary, seconds)
 
 
-def _cores(place: int, share: int) -> list[int]:
+def _cores(slot: int, share: int) -> list[int]:
   """Returns the cores of one of `share` processes; empty: all there are."""
   if share < 2 or not hasattr(os, 'sched_getaffinity'):
     return []
   cores = sorted(os.sched_getaffinity(0))
-  part = np.array_split(cores, share)[place % share].tolist()
-  return part or [cores[place % len(cores)]]
+  part = np.array_split(cores, share)[slot % share].tolist()
+  return part or [cores[slot % len(cores)]]
 
 
 def _tail(path: pathlib.Path) -> str:
