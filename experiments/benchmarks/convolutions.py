@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import cpu_parts
+from experiments.benchmarks import machine
 from ijckd_jax.models import cpu_conv
 from ijckd_jax.runtime import cpu_memory
 from ijckd_jax.runtime import markdown
@@ -83,18 +83,23 @@ def functions(batch, side, inputs, outputs, window, stride):
 
 def measure(calls, rounds: int, seconds: float) -> list[float]:
   """Returns the median seconds of each call, in windows that take turns."""
+  counts = []
+  for call in calls:
+    _window(call, 1)  # Warms up.
+    counts.append(max(1, round(seconds / _window(call, 1))))
   times = [[] for _ in calls]
-  for number in range(rounds + 1):
-    for call, found in zip(calls, times, strict=True):
-      begin, count = time.perf_counter(), 0
-      while (
-        time.perf_counter() - begin < (seconds if number else 0.0) or not count
-      ):
-        jax.block_until_ready(call())
-        count += 1
-      if number:  # The first window warms up.
-        found.append((time.perf_counter() - begin) / count)
+  for _ in range(rounds):
+    for call, count, found in zip(calls, counts, times, strict=True):
+      found.append(_window(call, count) / count)
   return [statistics.median(found) for found in times]
+
+
+def _window(call, count: int) -> float:
+  """Returns the seconds of so many calls, one after the other."""
+  begin = time.perf_counter()
+  for _ in range(count):
+    jax.block_until_ready(call())
+  return time.perf_counter() - begin
 
 
 def title(batch, side, inputs, outputs, window, stride) -> str:
@@ -126,11 +131,11 @@ def main():
       )
       line += [f'{gflop / ours:.0f}', f'{xla / ours:.2f}']
     cells.append(line)
-  print(f'{cpu_parts.processor()}, jax {jax.__version__}\n')
+  print(f'{machine.processor()}, jax {jax.__version__}\n')
   print(markdown.grid(cells))
   if flags.json:
     content = {
-      'processor': cpu_parts.processor(),
+      'processor': machine.processor(),
       'jax': jax.__version__,
       'rows': rows,
     }

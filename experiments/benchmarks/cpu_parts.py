@@ -16,9 +16,9 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 
+from experiments.benchmarks import machine
 from experiments.benchmarks import pairs
 from experiments.benchmarks import torch_step
 from experiments.benchmarks import worker
@@ -32,24 +32,6 @@ PRODUCT = 'product'
 EAGER = 'PyTorch, eager'
 
 
-def processor() -> str:
-  """Returns the name of the processor, and how many cores may be used."""
-  lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-  name = next(line for line in lines if line.startswith('model name'))
-  return f'{name.partition(": ")[2]}, {num_cores()} of its cores'
-
-
-def num_cores() -> int:
-  """Returns how many cores this process and its children may use."""
-  return len(os.sched_getaffinity(0))
-
-
-def version(python: str, package: str) -> str:
-  """Returns the version of a package that an interpreter has."""
-  code = f'import importlib.metadata as m; print(m.version({package!r}))'
-  return subprocess.check_output([python, '-c', code], text=True).strip()
-
-
 def start(
   name: str, pythons: list[str], only: list[str]
 ) -> dict[str, worker.Worker]:
@@ -58,12 +40,12 @@ def start(
     f'PyTorch, {title}': (
       sys.executable,
       '',
-      (TORCH, name, mode, str(num_cores()), '--parts'),
+      (TORCH, name, mode, str(machine.num_cores()), '--parts'),
     )
     for title, mode in (('eager', 'eager'), ('compiled', 'compile'))
   }
   for python in pythons:
-    jax_version = version(python, 'jax')
+    jax_version = machine.version(python, 'jax')
     for title, kind in (('ours', 'fast'), ("XLA's", 'xla')):
       for more, flags in (('', ''), (', oneDNN', FLAG)):
         candidates[f'jax {jax_version}, {title}{more}'] = (
@@ -178,19 +160,19 @@ def main(argv=None):
   parser.add_argument('--seconds', type=float, default=1.0, help='of a window')
   parser.add_argument('--json', type=pathlib.Path)
   args = parser.parse_args(argv)
-  results, machine = [], processor()
+  results, processor = [], machine.processor()
   for name in args.pairs.split(','):
     pythons = [sys.executable, *args.python]
     results.append(run(name, pythons, args.only, args.rounds, args.seconds))
     if args.json:
       content = {
-        'machine': machine,
-        'torch': version(sys.executable, 'torch'),
+        'machine': processor,
+        'torch': machine.version(sys.executable, 'torch'),
         'results': results,
       }
       args.json.write_text(json.dumps(content, indent=2) + '\n')
     product = results[-1]['product_gflop_per_second']
-    print(f'{machine}; a product: {product:.0f} GFLOP/s\n')
+    print(f'{processor}; a product: {product:.0f} GFLOP/s\n')
     print(f'{table(results[-1])}\n', flush=True)
 
 

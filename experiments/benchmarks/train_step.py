@@ -1,37 +1,70 @@
 """Times this package's train step against the same step in PyTorch.
 
   pip install -e '.[test,parity]'
-  python -m experiments.benchmarks.train_step --json FILE
+  python -m experiments.benchmarks.train_step --json FILE [--python PATH ...]
 
 Each candidate is a process of its own; windows of some seconds take turns, so
-that whatever else the machine does meets all of them alike. See README.md.
+that whatever else the machine does meets all of them alike. `--python` names
+further interpreters, with another JAX. See README.md.
 """
 
 import argparse
 import json
 import os
 import pathlib
-import platform
+import re
 import statistics
 import sys
 
+from experiments.benchmarks import cpu_parts
+from experiments.benchmarks import machine
 from experiments.benchmarks import pairs
 from experiments.benchmarks import worker
 from ijckd_jax.runtime import markdown
 
 JAX = 'experiments.benchmarks.jax_step'
 TORCH = 'experiments.benchmarks.torch_step'
-STORED = 'ours, teacher stored'
 
 
-def start(candidates: dict[str, tuple[str, ...]]) -> dict[str, worker.Worker]:
-  """Returns the candidates' processes, one by one, each once it is ready."""
+def start(
+  name: str, pythons: list[str], only: list[str]
+) -> dict[str, worker.Worker]:
+  """Returns the candidates' processes, one by one, each once it is ready.
+
+  Args:
+    name: of pairs.PAIRS.
+    pythons: interpreters with this package.
+    only: regular expressions, of which the titles of the wanted candidates
+      have one; empty: all are wanted.
+  """
+  cores = str(machine.num_cores())
+  candidates = {
+    f'PyTorch, {title}': (sys.executable, '', (TORCH, name, mode, cores))
+    for title, mode in (('eager', 'eager'), ('compiled', 'compile'))
+  }
+  for python in pythons:
+    jax_version = f'jax {machine.version(python, "jax")}'
+    for title, flags, arguments in (
+      ("XLA's convolutions", '', ('1', 'xla')),
+      ('ours', '', ('1', 'fast')),
+      (f'ours, {cores} devices', '', (cores, 'fast')),
+      ('ours, oneDNN', cpu_parts.FLAG, ('1', 'fast')),
+      (f'ours, oneDNN, {cores} devices', cpu_parts.FLAG, (cores, 'fast')),
+      ('ours, teacher stored', '', (cores, 'stored')),
+    ):
+      candidates[f'{jax_version}, {title}'] = (
+        python,
+        flags,
+        (JAX, name, *arguments),
+      )
   workers = {}
-  for name, arguments in candidates.items():
-    workers[name] = worker.Worker(
-      *arguments, env={**os.environ, 'JAX_PLATFORMS': 'cpu'}
-    )
-    workers[name].wait_until_ready()
+  for title, (python, flags, arguments) in candidates.items():
+    if only and not any(re.search(part, title) for part in only):
+      continue
+    env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
+    workers[title] = worker.Worker(*arguments, env=env, python=python)
+    workers[title].wait_until_ready()
+    print(f'{title}: ready', file=sys.stderr, flush=True)
   return workers
 
 
@@ -50,39 +83,40 @@ def measure(
   return times
 
 
-def run(name: str, rounds: int, seconds: float) -> dict:
-  """Returns what was measured of a pair."""
-  pair, cores = pairs.PAIRS[name], str(os.cpu_count())
-  workers = start(
-    {
-      'PyTorch, eager': (TORCH, name, 'eager', cores),
-      'PyTorch, compiled': (TORCH, name, 'compile', cores),
-      "ours, XLA's convolutions": (JAX, name, cores, 'xla'),
-      'ours, 1 device': (JAX, name, '1', 'fast'),
-      f'ours, {cores} devices': (JAX, name, cores, 'fast'),
-      STORED: (JAX, name, cores, 'stored'),
-    }
-  )
+def run(
+  name: str, pythons: list[str], only: list[str], rounds: int, seconds: float
+) -> dict:
+  """Returns what was measured of a pair; see `start` for the arguments."""
+  pair = pairs.PAIRS[name]
+  workers = start(name, pythons, only)
   print(f'{pair}: timing', file=sys.stderr, flush=True)
   times = measure(workers, rounds, seconds)
   print(f'{pair}: timed', file=sys.stderr, flush=True)
   for one in workers.values():
     one.close()
-  speed = {
-    key: pair.batch_size / statistics.median(values)
-    for key, values in times.items()
-  }
-  theirs = max(value for key, value in speed.items() if 'PyTorch' in key)
-  ours = max(value for key, value in speed.items() if 'device' in key)
   return {
     'pair': str(pair),
-    'images_per_second': speed,
+    'images_per_second': {
+      key: pair.batch_size / statistics.median(values)
+      for key, values in times.items()
+    },
     'slowest_by_fastest_window': {
       key: max(values) / min(values) for key, values in times.items()
     },
-    'ratio': ours / theirs,
-    'ratio_stored': speed[STORED] / theirs,
   }
+
+
+def table(results: list[dict]) -> str:
+  """Returns images per second, and in brackets the ratio to PyTorch's best."""
+  rows = [['', *(result['pair'] for result in results)]]
+  for title in results[0]['images_per_second']:
+    row = [title]
+    for result in results:
+      speed = result['images_per_second']
+      best = max(speed[key] for key in speed if 'PyTorch' in key)
+      row.append(f'{speed[title]:.1f} ({speed[title] / best:.2f})')
+    rows.append(row)
+  return markdown.grid(rows)
 
 
 def main():
@@ -91,30 +125,24 @@ def main():
   parser.add_argument('--pairs', default=','.join(pairs.PAIRS))
   parser.add_argument('--rounds', type=int, default=7)
   parser.add_argument('--seconds', type=float, default=2.0, help='of a window')
+  parser.add_argument('--python', nargs='*', default=[])
+  parser.add_argument(
+    '--only', nargs='*', default=[], help='patterns of titles of candidates'
+  )
   parser.add_argument('--json', type=pathlib.Path)
   args = parser.parse_args()
-  results, machine = [], f'{platform.machine()}, {os.cpu_count()} cores'
+  pythons = [sys.executable, *args.python]
+  results = []
   for name in args.pairs.split(','):
-    results.append(run(name, args.rounds, args.seconds))
+    results.append(run(name, pythons, args.only, args.rounds, args.seconds))
     if args.json:
-      content = {'machine': machine, 'results': results}
+      content = {
+        'processor': machine.processor(),
+        'torch': machine.version(sys.executable, 'torch'),
+        'results': results,
+      }
       args.json.write_text(json.dumps(content, indent=2) + '\n')
-  columns = list(results[0]['images_per_second'])
-  rows = [
-    [
-      result['pair'],
-      *(f'{result["images_per_second"][column]:.1f}' for column in columns),
-      f'{result["ratio"]:.2f}',
-      f'{result["ratio_stored"]:.2f}',
-    ]
-    for result in results
-  ]
-  titles = ['pair', *columns, 'ratio', 'ratio, stored']
-  print(markdown.grid([titles, *rows]))
-  ratios = [result['ratio'] for result in results]
-  print(
-    f'\ngeometric mean of the ratios: {statistics.geometric_mean(ratios):.2f}'
-  )
+  print(table(results))
 
 
 if __name__ == '__main__':
