@@ -97,6 +97,23 @@ def bind(
   return distiller
 
 
+def num_connector_params(distiller, method, image_shape) -> int:
+  """Returns the parameters of the connector that another method would build.
+
+  Args:
+    distiller: of a student and at least one teacher.
+    method: the other one, which builds a connector.
+    image_shape: (H, W, C) of the shared view.
+  """
+  network, teacher = distiller.network, distiller.teachers[0]
+  source, target = _source(network, image_shape), teacher.shapes(image_shape)
+  connected = _connect(network, source, teacher, target, method, {})
+  made = jax.eval_shape(
+    lambda: connected.init_connector(jax.random.key(0), source)
+  )
+  return teachers.count(made['params'])
+
+
 def _source(network, image_shape) -> outputs.Shapes:
   """Returns the shapes of a student's features for images (H, W, C)."""
   backbone = network.backbone

@@ -20,6 +20,7 @@ from ijckd_jax.training import metric_writer
 from ijckd_jax.training import output_recorder
 from ijckd_jax.training import results
 from ijckd_jax.training import run_record
+from ijckd_jax.training import sizes
 
 # Largest share that the initial running statistics may keep at the end. A
 # MobileNetV3 trained for 188 steps tested at 10% with a share of 15%. Further
@@ -156,6 +157,15 @@ def _warn_of_unsettled_statistics(exp, workdir, num_examples):
     )
 
 
+def _say_sizes(exp, workdir, state) -> None:
+  """Logs how large the student will be, and warns if it is not small."""
+  variables = {'params': state.params, 'batch_stats': state.batch_stats}
+  found = sizes.of(exp, variables)
+  logger.info('%s: %s', workdir, sizes.line(exp, found))
+  if warning := sizes.warning(exp, found):
+    logger.warning('%s: %s', workdir, warning)
+
+
 def _announce(exp, workdir) -> None:
   """Logs what a run trains, and what is to be known of its start."""
   config = exp.config
@@ -200,6 +210,8 @@ def _start(exp, workdir, key, num_examples: int, checkpoints):
   )
   if state.batch_stats['backbone'] and exp.start is None:
     _warn_of_unsettled_statistics(exp, workdir, num_examples)
+  if exp.distiller.links:
+    _say_sizes(exp, workdir, state)
   if found := checkpoints.restore_newest(state):
     state, memo = found
     logger.info('%s: continues after step %d', workdir, int(state.step))
