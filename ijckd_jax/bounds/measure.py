@@ -67,7 +67,10 @@ class Viewer:
     self._step = feature_extraction.make_step(pair.view, mapper)
     self._variables = mapper.replicate(variables)
     self._how = dict(
-      mapper=mapper, batch_size=batch_size, num_workers=num_workers
+      mapper=mapper,
+      batch_size=batch_size,
+      num_workers=num_workers,
+      what='measuring the bound',
     )
 
   def __call__(self, arrays) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from absl import flags
 import grain
 import numpy as np
 
+from ijckd_jax.runtime import progress
 from ijckd_jax.runtime import workers
 
 # Grain's words.
@@ -124,6 +125,7 @@ def eval_batches(
   process_index: int,
   num_processes: int,
   num_workers: int = 0,
+  what: str = 'evaluating',
 ) -> Iterator[Batch]:
   """Yields every example once, over all processes, in full batches.
 
@@ -136,6 +138,7 @@ def eval_batches(
     process_index: which part of each batch is yielded.
     num_processes: in how many parts a batch is cut.
     num_workers: processes that decode; see `_read`.
+    what: is done with the examples; see progress.watched.
 
   Yields:
     'image', 'label', 'index' int32 and 'mask' bool, (b, ...) each.
@@ -156,10 +159,11 @@ def eval_batches(
     }
 
   if arrays.in_memory:
-    yield from map(gather, range(0, len(arrays), batch_size))
+    batches = map(gather, range(0, len(arrays), batch_size))
   else:
-    batches = grain.MapDataset.range(0, len(arrays), batch_size).map(gather)
-    yield from _read(batches, num_workers)
+    starts = grain.MapDataset.range(0, len(arrays), batch_size)
+    batches = _read(starts.map(gather), num_workers)
+  yield from progress.watched(batches, what, 'images', len(arrays), batch_size)
 
 
 def _read(batches: grain.MapDataset, num_workers: int) -> Iterator[Batch]:

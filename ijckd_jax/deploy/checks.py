@@ -47,6 +47,7 @@ def images(
     batch_size=min(BATCH_SIZE, count),
     process_index=0,
     num_processes=1,
+    what='checking the export',
   ):
     image, label = (batch[key][batch['mask']] for key in ('image', 'label'))
     if order is not None:

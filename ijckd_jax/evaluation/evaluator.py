@@ -132,7 +132,7 @@ def _make_pooled_by_batch(teacher, mapper, batches):
     if id(arrays) not in known:
       found = (
         p_teach_step(teacher_arrays, mapper.shard(batch), None)
-        for batch in batches(arrays)
+        for batch in batches(arrays, what='running the teacher')
       )
       pooled = [mapper.rows(rows['rows']) for _, rows in parallel.ahead(found)]
       known[id(arrays)] = arrays, pooled

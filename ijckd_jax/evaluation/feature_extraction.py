@@ -67,6 +67,7 @@ def of_split(
   mapper: parallel.Mapper,
   batch_size: int,
   num_workers: int = 0,
+  what: str = 'reading features',
 ) -> dict[str, Any]:
   """Returns rows of every example once, in every process all of them.
 
@@ -77,6 +78,7 @@ def of_split(
     mapper: see parallel.
     batch_size: rows of all devices and processes together.
     num_workers: processes that decode images which do not lie in memory.
+    what: the features are for; see progress.watched.
 
   Returns:
     'index' and 'label' (N,), and 'rows' as the function returns them.
@@ -87,6 +89,7 @@ def of_split(
     process_index=jax.process_index(),
     num_processes=jax.process_count(),
     num_workers=num_workers,
+    what=what,
   )
   return of_batches(
     step, variables, batches, lambda batch: batch['mask'], mapper=mapper

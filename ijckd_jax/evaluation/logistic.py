@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import progress
 
 # Of the squared kernel on standardised features, beside the mean loss; from
 # where nothing is learned to where nothing is held back.
@@ -120,7 +121,9 @@ def fit(
   tried, solutions = [], []
   problem = _Problem(used, num_classes)
   start = problem.zeros
-  for penalty in PENALTIES:
+  for penalty in progress.watched(
+    PENALTIES, 'fitting a head', 'penalties at most', len(PENALTIES)
+  ):
     start, _ = problem.solve(penalty, start, *COMPARED)
     solutions.append(start)
     nll, correct = evaluate(*problem.head(start), chosen_on)

@@ -19,6 +19,7 @@ from ijckd_jax.evaluation import logistic
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import disk
 from ijckd_jax.runtime import hosts
+from ijckd_jax.runtime import progress
 from ijckd_jax.runtime import workdirs
 from ijckd_jax.training import durations
 
@@ -76,7 +77,13 @@ def features(
       features_lib.of_batches(
         features_lib.make_step(function, mapper, exp.augmentation),
         variables,
-        batches,
+        progress.watched(
+          batches,
+          'reading augmented views',
+          'images',
+          len(arrays) * views,
+          size,
+        ),
         lambda batch: batch['epoch'] < views,
         mapper=mapper,
         key=mapper.replicate(jax.random.key(config.seed)),

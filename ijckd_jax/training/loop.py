@@ -6,7 +6,6 @@ import functools
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from typing import Any
@@ -19,6 +18,7 @@ from ijckd_jax.distillation import distiller as distiller_lib
 from ijckd_jax.distillation import train_state
 from ijckd_jax.evaluation import evaluator
 from ijckd_jax.runtime import hosts
+from ijckd_jax.runtime import progress as progress_lib
 from ijckd_jax.training import checkpoints as checkpoints_lib
 from ijckd_jax.training import experiment as experiment_lib
 from ijckd_jax.training import feeding
@@ -402,7 +402,9 @@ class _ProgressLine:
     self._name = name
     self._total = total
     self._bar = None
-    if sys.stderr.isatty():
+    self._step = start
+    self._lines = progress_lib.Lines(name, 'steps', start, total)
+    if progress_lib.has_bar():
       import tqdm
 
       self._bar = tqdm.tqdm(
@@ -419,8 +421,11 @@ class _ProgressLine:
 
   def advance(self, num_steps):
     """Counts steps."""
+    self._step += num_steps
     if self._bar is not None:
       self._bar.update(num_steps)
+    else:
+      self._lines.say(self._step)
 
   def show(self, step, row):
     """Shows the newest of a row's numbers that a reader watches."""

@@ -28,6 +28,7 @@ from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import disk
 from ijckd_jax.runtime import hosts
 from ijckd_jax.runtime import locks
+from ijckd_jax.runtime import progress
 from ijckd_jax.runtime import workdirs
 from ijckd_jax.training import loop
 
@@ -391,7 +392,7 @@ class _Pool:
       else:
         task.failure = why
       what = 'ended without a save' if stopping else 'failed'
-      where = clock(seconds), why, task.log
+      where = progress.duration(seconds), why, task.log
       logger.warning('%s: %s after %s: %s (%s)', task.name, what, *where)
 
   def _set_aside(self, task: Task) -> None:
@@ -413,12 +414,12 @@ class _Pool:
     if left and self._seconds:
       rounds = math.ceil(left / self._jobs)
       mean = sum(self._seconds) / len(self._seconds)
-      remaining = f', about {clock(rounds * mean)}'
+      remaining = f', about {progress.duration(rounds * mean)}'
     logger.info(
       '%s: top-1 %.2f%%, %s; %d left%s',
       task.name,
       100 * top1,
-      clock(seconds),
+      progress.duration(seconds),
       left,
       remaining,
     )
@@ -442,12 +443,3 @@ def _tail(path: pathlib.Path) -> str:
   with open(path, 'rb') as file:
     file.seek(max(0, os.fstat(file.fileno()).st_size - 10_000))
     return file.read().decode(errors='replace')
-
-
-def clock(seconds: float) -> str:
-  """Returns a duration as people say it."""
-  if seconds < 90:
-    return f'{seconds:.0f} s'
-  if seconds < 90 * 60:
-    return f'{seconds / 60:.0f} min'
-  return f'{seconds / 3600:.1f} h'

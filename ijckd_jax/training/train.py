@@ -20,6 +20,7 @@ from ijckd_jax.runtime import backend
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import hosts
 from ijckd_jax.runtime import locks
+from ijckd_jax.runtime import progress as progress_lib
 from ijckd_jax.runtime import workdirs
 from ijckd_jax.runtime import workers
 from ijckd_jax.training import experiment
@@ -60,6 +61,7 @@ def distill(
   settings: Mapping[str, Any] | None = None,
   writers: Sequence[metric_writer.MetricWriter] = (),
   overwrite: bool = False,
+  progress: bool = True,
 ) -> results.Result:
   """Distils a student from Python, as `main` does from a config.
 
@@ -78,6 +80,7 @@ def distill(
       experiment.default_config.
     writers: trackers of the student's metrics.
     overwrite: start anew where the folder holds another run.
+    progress: say on standard error how far the run is; False: only warnings.
 
   Returns:
     The state after training, the history, the bundle and the summary.
@@ -113,7 +116,10 @@ def distill(
     config.teacher.checkpoint, teacher = str(first), None
     config.teacher.others = tuple(map(str, others))
   config_utils.override(config, settings or {})
-  with tempfile.TemporaryDirectory() as scratch:
+  with (
+    tempfile.TemporaryDirectory() as scratch,
+    progress_lib.shown(progress),
+  ):
     try:
       return train_and_evaluate(
         config,

@@ -1,0 +1,121 @@
+"""How far long work is: a bar on a terminal, lines in the log elsewhere."""
+
+from collections.abc import Iterable
+from collections.abc import Iterator
+import contextlib
+import contextvars
+import logging
+import sys
+import time
+from typing import TypeVar
+
+from ijckd_jax.runtime import config_utils
+
+T = TypeVar('T')
+# Before work is worth a bar or a line, and between two lines.
+SECONDS = 10.0
+
+logger = logging.getLogger('ijckd_jax')
+_is_wanted = contextvars.ContextVar('is_wanted', default=True)
+
+
+@contextlib.contextmanager
+def shown(wanted: bool) -> Iterator[None]:
+  """Shows the package's log, and how far its work is, or hides the latter.
+
+  Lines go to standard error, unless the caller has set up logging.
+
+  Args:
+    wanted: False: no bars and no lines but warnings.
+  """
+  handler, level = None, logger.level
+  token = _is_wanted.set(wanted)
+  if wanted and not logger.hasHandlers():
+    handler = logging.StreamHandler()
+    handler.setFormatter(config_utils.LineFormatter())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+  try:
+    yield
+  finally:
+    _is_wanted.reset(token)
+    if handler is not None:
+      logger.removeHandler(handler)
+      logger.setLevel(level)
+
+
+class Lines:
+  """Lines about work that goes on, where there is no terminal for a bar."""
+
+  def __init__(self, what: str, unit: str, done: int, total: int):
+    """Begins.
+
+    Args:
+      what: is done, such as 'evaluating'.
+      unit: of what is counted, such as 'images'.
+      done: how many are done.
+      total: how many there are.
+    """
+    self._what = what
+    self._unit = unit
+    self._first = done
+    self._total = total
+    self._begin = self._said = time.monotonic()
+
+  def say(self, done: int) -> None:
+    """Logs how many are done, if the last line is SECONDS ago."""
+    now = time.monotonic()
+    if (
+      not _is_wanted.get() or now - self._said < SECONDS or done == self._first
+    ):
+      return
+    self._said = now
+    rate = (now - self._begin) / (done - self._first)
+    left = duration(rate * (self._total - done))
+    counted = f'{done:,} of {self._total:,} {self._unit}'
+    logger.info('%s: %s, about %s left', self._what, counted, left)
+
+
+def has_bar() -> bool:
+  """Returns whether progress is a bar: on a terminal, if it is wanted."""
+  return _is_wanted.get() and sys.stderr.isatty()
+
+
+def watched(
+  items: Iterable[T], what: str, unit: str, total: int, size: int = 1
+) -> Iterator[T]:
+  """Yields items, and says how far they are if they take over SECONDS.
+
+  Args:
+    items: to go through.
+    what: is done with them, such as 'evaluating'.
+    unit: of what is counted, such as 'images'.
+    total: how many units there are.
+    size: units of an item; the last one may have fewer.
+  """
+  if has_bar():
+    yield from _with_bar(items, what, unit, total, size)
+    return
+  lines = Lines(what, unit, 0, total)
+  for number, item in enumerate(items):
+    lines.say(number * size)
+    yield item
+
+
+def _with_bar(items, what, unit, total, size):
+  import tqdm
+
+  options = dict(delay=SECONDS, leave=False, dynamic_ncols=True)
+  with tqdm.tqdm(desc=what, unit=f' {unit}', total=total, **options) as bar:
+    for item in items:
+      yield item
+      bar.update(min(size, total - bar.n))
+
+
+def duration(seconds: float) -> str:
+  """Returns a duration as people say it."""
+  if seconds < 90:
+    return f'{seconds:.0f} s'
+  if seconds < 90 * 60:
+    return f'{seconds / 60:.0f} min'
+  return f'{seconds / 3600:.1f} h'
