@@ -94,10 +94,9 @@ def _start(config, flags) -> None:
 
   import jax
 
-  if config.num_cpu_devices < 1:
-    raise config_utils.UserError(
-      f'num_cpu_devices={config.num_cpu_devices}: it must be at least 1'
-    )
+  from ijckd_jax.training import config_checks
+
+  config_checks.check_num_cpu_devices(config)
   if config.num_cpu_devices != 1:
     jax.config.update('jax_num_cpu_devices', config.num_cpu_devices)
 

@@ -109,8 +109,10 @@ def test_either_feed_makes_the_same_steps(
   assert {x.dtype.name for x in wanted.values()} >= {'float64'}
   for name, value in test_train.leaves(state).items():
     scale = np.abs(wanted[name]).max() if value.size else 0
+    # A bias before a batch norm has no gradient, and is rounding alone.
+    atol = 1e-8 * scale + 1e-14
     np.testing.assert_allclose(
-      value, wanted[name], rtol=0, atol=1e-8 * scale, err_msg=name
+      value, wanted[name], rtol=0, atol=atol, err_msg=name
     )
 
 

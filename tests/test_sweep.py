@@ -203,14 +203,18 @@ def test_a_config_goes_to_a_child_and_comes_back(config, tmp_path):
     (['--over', 'seed=3..1'], 'goes backwards; give 1..3'),
     (['--over', 'seed=0..99999'], 'more than 10000 runs'),
     (['--over', 'seed=0..999', '--over', 'batch_size=1..11'], '11000 runs'),
-    (['--over', 'seed=-1..0'], 'a seed cannot be negative'),
+    (['--over', 'seed=-1..0'], 'seed=-1: a seed cannot be negative'),
+    (['--over', 'seed=4294967296'], 'or above 4294967295'),
+    (['--over', 'seed=0..1,5'], '--over seed=0..1: '),
+    (['--over', 'seed=0..1,5'], 'a range FIRST..LAST stands alone'),
+    (['--over', 'method=kd,ce'], 'give --config NAME:method=kd for each'),
     (['--over', 'seed=1,1'], 'the same run twice'),
     (['--over', 'seed=1,01'], 'the same run twice'),
     (['--config', 'digits'], 'the same run twice'),
     (['--config', 'digits:method=ijckd'], 'the same run twice'),
     (
       ['--config', 'digits:method=kd', '--over', 'method.factor=2,4'],
-      "digits:method=kd: unknown config field 'method.factor'",
+      "digits:method=kd: --over method.factor=2: unknown config field 'method.",
     ),
     (['--over', 'seed=1', '--over', 'seed=2'], '--over seed= sets that'),
     (['--over', 'seed=1', '--config.seed=2'], '--config.seed= sets that'),
@@ -222,6 +226,13 @@ def test_a_config_goes_to_a_child_and_comes_back(config, tmp_path):
     (['--overwrite'], "unknown flag '--overwrite'"),
     (['stray'], "unexpected 'stray'"),
     (['--config.method.name=ijkd'], "did you mean 'ijckd'"),
+    (['--over', 'num_cpu_devices=1,0'], 'num_cpu_devices=0: it must be at'),
+    (['--over', 'num_cpu_devices=7'], 'a positive multiple of the 7 devices'),
+    (['--over', 'optimizer.learning_rate=1,nan'], 'it must be positive'),
+    (
+      ['--config.total_epochs=0', '--config.total_steps=4'],
+      'a warm-up of 24 steps, does not fit',
+    ),
   ],
 )
 def test_mistakes_get_one_line(run_command, tmp_path, argv, said):
@@ -297,6 +308,61 @@ def test_finished_runs_are_not_repeated(finished, capsys):
   np.testing.assert_allclose(row['top1']['mean'], 100 * last['top1'])
   assert row['top1']['std'] == 0
   assert numbers['runs']['plain/1']['student']['last'] == last
+
+
+@pytest.mark.parametrize(
+  'damage', ['{"x": 1}', '[]', '{"student": {"last": {"top1": "0.5"}}}']
+)
+def test_a_damaged_summary_is_that_of_no_finished_run(finished, damage):
+  workdir, _ = finished
+  folder = workdir / 'plain/0'
+  assert sweep_processes.summary_of(folder)['student']
+  (folder / 'summary.json').write_text(damage)
+  assert sweep_processes.summary_of(folder) is None
+
+
+def test_what_cannot_be_written_stops_no_other_run(finished, caplog):
+  workdir, configs = finished
+  (workdir / 'bad.log').mkdir()
+  (workdir / 'sweep.md').mkdir()
+  bad = config_utils.from_json(config_utils.to_json(configs['plain/0']))
+  bad.student.backbone = PLAIN
+  outcome = sweep.run({'bad': bad, **configs}, workdir)
+  assert outcome.failed['bad'].startswith('cannot be started: ')
+  assert [row['seeds'] for row in outcome.rows] == [[], [0, 1]]
+  assert f'{workdir}: the table cannot be written: ' in caplog.text
+
+
+def test_a_run_keeps_the_teacher_with_which_it_began(
+  finished_run, config, tmp_path
+):
+  """Another feed or dtype would train another one; nor does a move matter."""
+  source = finished_run[0]
+  one, other = config('ijckd', feed='host'), config('ijckd', feed='device')
+  folder = teachers_of({'run': one}, tmp_path)['run']
+  assert teachers_of({'run': other}, tmp_path)['run'] != folder
+  shutil.copytree(source / 'teacher', folder)
+  begun = one.copy_and_resolve_references()
+  begun.teacher.checkpoint = str(folder)
+  begun.teacher.fingerprint = 7
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'run/config.json').write_text(
+    json.dumps(begun.to_dict() | {'ijckd_jax': '0'})
+  )
+  (task,) = sweep._tasks({'run': other}, tmp_path)
+  assert task.teacher is None
+  assert task.config.teacher.checkpoint == str(folder)
+  sweep._check_folder(task)
+  # A finished run in a folder that was moved, and one that is not finished.
+  moved = shutil.copytree(tmp_path, tmp_path / 'moved')
+  shutil.rmtree(folder)
+  (task,) = sweep._tasks({'run': one}, moved)
+  assert task.teacher.folder == moved / folder.name
+  task.summary = summary(0.5)
+  sweep._check_folder(task)
+  task.summary = None
+  with pytest.raises(config_utils.UserError, match='teacher.checkpoint'):
+    sweep._check_folder(task)
 
 
 def test_a_folder_of_other_settings_is_left_alone(finished):
@@ -456,7 +522,7 @@ def test_a_run_that_fails_does_not_stop_the_others(config, tmp_path, caplog):
   }
   outcome = sweep.run(configs, tmp_path, jobs=2)
   assert list(outcome.failed) == ['bad'] and outcome.summaries['bad'] is None
-  assert re.search(r'a run takes about [01]\.\d\d GB of the ', caplog.text)
+  assert re.search(r'a run takes about [01]\.\d\d of the ', caplog.text)
   found = outcome.summaries['good']
   assert found['seed'] == 3 and found['steps'] == 4
   assert (tmp_path / 'good/bundle').is_dir()

@@ -5,6 +5,8 @@ import math
 import re
 import zlib
 
+import ml_collections
+
 from ijckd_jax.runtime import config_utils
 
 MAX_RUNS = 10_000
@@ -33,9 +35,9 @@ def configs_of(references, over, overrides):
       config = loaded.copy_and_resolve_references()
       chosen = [f'{k}={v}' for k, v in zip(swept, values, strict=True)]
       try:
-        config_utils.apply_flags(
-          config, [*overrides, *(f'--config.{one}' for one in chosen)]
-        )
+        config_utils.apply_flags(config, overrides)
+        for one in chosen:
+          _set(config, one)
       except config_utils.UserError as error:
         where = f'{reference}: ' if len(references) > 1 else ''
         raise config_utils.UserError(f'{where}{error}') from error
@@ -44,6 +46,25 @@ def configs_of(references, over, overrides):
         raise config_utils.UserError(f'{name} is the same run twice')
       configs[name] = config
   return configs
+
+
+def _set(config, chosen: str) -> None:
+  """Sets a field of a config to one of its values, as FIELD=VALUE.
+
+  Raises:
+    config_utils.UserError: there is no such field, or the value is not one.
+  """
+  field, _, value = chosen.partition('=')
+  if isinstance(config.get(field), ml_collections.ConfigDict):
+    raise config_utils.UserError(
+      f'--over {chosen}: {field} has fields of its own: give --config '
+      f'NAME:{field}={value} for each of them'
+    )
+  try:
+    config_utils.apply_flags(config, [f'--config.{chosen}'])
+  except config_utils.UserError as error:
+    hint = '; a range FIRST..LAST stands alone' if '..' in value else ''
+    raise config_utils.UserError(f'--over {chosen}: {error}{hint}') from error
 
 
 def _swept(over, overrides) -> dict[str, list[str]]:

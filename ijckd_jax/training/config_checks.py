@@ -27,7 +27,25 @@ def check_values(
   augment.check(config.augment)
   _check_store(config)
   _check_teachers(config.teacher, teacher_given)
-  _check_batches(config, num_devices)
+  _check_devices(config)
+  check_batches(config, num_devices)
+
+
+def check_seeds(config) -> None:
+  """Raises UserError where a seed is none that JAX tells from others."""
+  for seed in (config.seed, config.teacher.seed):
+    if not 0 <= seed < 2**32:
+      raise config_utils.UserError(
+        f'seed={seed}: a seed cannot be negative, or above {2**32 - 1}'
+      )
+
+
+def check_num_cpu_devices(config) -> None:
+  """Raises UserError where there are fewer than 1."""
+  if config.num_cpu_devices < 1:
+    raise config_utils.UserError(
+      f'num_cpu_devices={config.num_cpu_devices}: it must be at least 1'
+    )
 
 
 def _check_choices(config) -> None:
@@ -44,8 +62,7 @@ def _check_choices(config) -> None:
     raise config_utils.unknown('feed', config.feed, FEEDS)
   if config.bundle not in ('last', 'best'):
     raise config_utils.unknown('bundle', config.bundle, ('last', 'best'))
-  if config.seed < 0 or config.teacher.seed < 0:
-    raise config_utils.UserError('a seed cannot be negative')
+  check_seeds(config)
   if not 0 < config.bounds.delta < 1:
     raise config_utils.UserError(
       f'bounds.delta={config.bounds.delta}: give a probability between 0 and 1'
@@ -93,8 +110,8 @@ def _check_store(config) -> None:
     )
 
 
-def _check_batches(config, num_devices: int) -> None:
-  """Raises UserError where batches cannot be divided over the devices."""
+def _check_devices(config) -> None:
+  """Raises UserError where JAX has other devices than the config says."""
   if config.num_cpu_devices > 1 and (
     jax.default_backend() == 'cpu'
     and config.num_cpu_devices != jax.local_device_count()
@@ -104,6 +121,10 @@ def _check_batches(config, num_devices: int) -> None:
       f'{jax.local_device_count()}: from Python, set jax_num_cpu_devices by '
       'jax.config.update before anything else'
     )
+
+
+def check_batches(config, num_devices: int) -> None:
+  """Raises UserError where batches cannot be divided over the devices."""
   for name in ('batch_size', 'eval_batch_size'):
     if config[name] < 1 or config[name] % num_devices:
       raise config_utils.UserError(

@@ -24,6 +24,7 @@ from ijckd_jax.reports import sweep_table
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import disk
 from ijckd_jax.runtime import workdirs
+from ijckd_jax.training import config_checks
 from ijckd_jax.training import experiment
 from ijckd_jax.training import sweep_processes
 
@@ -103,8 +104,8 @@ def run(
   _check_names(configs)
   tasks = _tasks(configs, workdir)
   for task in tasks:
-    _check_folder(task)
     task.summary = sweep_processes.summary_of(task.folder)
+    _check_folder(task)
   waiting = {task.name: configs[task.name] for task in tasks if task.is_open}
   if waiting:
     sweep_processes.check_runs(_one_of_each_setting(waiting), jobs)
@@ -174,8 +175,10 @@ def _check_names(configs: Mapping[str, ml_collections.ConfigDict]) -> None:
       raise config_utils.UserError(
         f'{same} and {name} are the same run twice: give each setting once'
       )
-    if config.seed < 0:
-      raise config_utils.UserError(f'{name}: a seed cannot be negative')
+    try:
+      config_checks.check_seeds(config)
+    except config_utils.UserError as error:
+      raise config_utils.UserError(f'{name}: {error}') from error
 
 
 def _tasks(configs, workdir) -> list[sweep_processes.Task]:
@@ -198,6 +201,8 @@ def _tasks(configs, workdir) -> list[sweep_processes.Task]:
       teacher = shared[key]
       config.teacher.checkpoint = str(teacher.folder)
       config.teacher.init_from = ''  # The teacher's own run has it.
+      if kept := _teacher_of_stopped(workdir / name):
+        config.teacher.checkpoint, teacher = kept, None
     tasks.append(
       sweep_processes.Task(name, config, workdir / name, teacher=teacher)
     )
@@ -215,16 +220,36 @@ def _own_teacher(name: str, config) -> ml_collections.ConfigDict | None:
     raise config_utils.UserError(f'{name}: {error}') from error
 
 
+def _teacher_of_stopped(folder: pathlib.Path) -> str:
+  """Returns the teacher with which a run has begun, if it is still there.
+
+  The run keeps it, also where another feed or dtype would train another one.
+  """
+  path = _recorded(folder, 'checkpoint')
+  return path if path and workdirs.is_finished(epath.Path(path)) else ''
+
+
+def _recorded(folder: pathlib.Path, field: str):
+  """Returns a field of the `teacher` section that a run's folder records."""
+  try:
+    return disk.read_json(epath.Path(folder) / workdirs.CONFIG)['teacher'][
+      field
+    ]
+  except (OSError, ValueError, TypeError, KeyError):
+    return None
+
+
 def _check_folder(task) -> None:
   """Raises UserError where a run's folder holds what is not of that run."""
-  folder = epath.Path(task.folder)
   config = task.config.copy_and_resolve_references()
-  try:
-    # A run that was given its teacher has filled this in.
-    old = disk.read_json(folder / workdirs.CONFIG)
-    config.teacher.fingerprint = old['teacher']['fingerprint']
-  except (OSError, ValueError, TypeError, KeyError):
-    pass
+  # A run that was given its teacher has filled this in.
+  fingerprint = _recorded(task.folder, 'fingerprint')
+  if fingerprint is not None:
+    config.teacher.fingerprint = fingerprint
+  if task.teacher is not None and not task.is_open:
+    # The whole sweep may have been moved since, with its teachers.
+    config.teacher.checkpoint = _recorded(task.folder, 'checkpoint')
+  folder = epath.Path(task.folder)
   workdirs.check([(folder, config)], overwrite=False, remedy=REMEDY)
 
 
@@ -364,5 +389,9 @@ def _write_table(outcome: Outcome, configs, workdir) -> None:
   }
   numbers = {'settings': outcome.rows, 'runs': runs, 'failed': outcome.failed}
   text = json.dumps(numbers, indent=2) + '\n'
-  disk.write_text(epath.Path(workdir / TABLE), outcome.table)
-  disk.write_text(epath.Path(workdir / NUMBERS), text)
+  try:
+    disk.write_text(epath.Path(workdir / TABLE), outcome.table)
+    disk.write_text(epath.Path(workdir / NUMBERS), text)
+  except OSError as error:
+    why = config_utils.reason(error)
+    logger.warning('%s: the table cannot be written: %s', workdir, why)

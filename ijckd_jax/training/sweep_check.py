@@ -20,8 +20,11 @@ import jax
 from ijckd_jax.data import datasets
 from ijckd_jax.runtime import backend
 from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import config_checks
 from ijckd_jax.training import cost_estimate
 from ijckd_jax.training import experiment
+from ijckd_jax.training import feeding
+from ijckd_jax.training import train
 
 # Of the host's memory, what a run takes beside its start and its step: programs
 # of the evaluation and the report, checkpoints, plots. Runs on digits took up
@@ -38,17 +41,22 @@ def _check(configs) -> str:
   Raises:
     config_utils.UserError: a run cannot be built, or its data are not there.
   """
-  sizes, loaded = {}, set()
+  sizes, loaded = {}, {}
   for name, config in configs.items():
     try:
+      config_checks.check_num_cpu_devices(config)
+      config_checks.check_batches(
+        config, max(jax.device_count(), config.num_cpu_devices)
+      )
       # This process has one device, however many the run will have.
       config.num_cpu_devices = 1
       exp = experiment.build(config)
       data = config_utils.to_json(config.dataset)
       if data not in loaded:
-        for split in datasets.SPLITS:
-          exp.dataset.load(split)
-        loaded.add(data)
+        splits = {split: exp.dataset.load(split) for split in datasets.SPLITS}
+        loaded[data] = splits['train']
+      train.check_durations(exp, len(loaded[data]))
+      feeding.check(exp, loaded[data])
     except config_utils.UserError as error:
       raise config_utils.UserError(f'{name}: {error}') from error
     shapes = jax.eval_shape(

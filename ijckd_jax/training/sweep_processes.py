@@ -6,6 +6,7 @@ Each is the ordinary training command, on a config that was written as JSON.
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import json
 import logging
@@ -103,12 +104,18 @@ class _Running:
 def summary_of(folder: pathlib.Path) -> dict[str, Any] | None:
   """Returns the summary of a finished run; None where there is none.
 
-  It is taken as it stands: arrays and data are not read.
+  Arrays and data are not read. A summary without the numbers that a table shows
+  is none: the run then makes it again.
   """
   folder = epath.Path(folder)
-  if workdirs.is_finished(folder) and report.is_complete(folder):
-    return disk.read_json(folder / workdirs.SUMMARY)
-  return None
+  if not (workdirs.is_finished(folder) and report.is_complete(folder)):
+    return None
+  summary = disk.read_json(folder / workdirs.SUMMARY)
+  try:
+    report.table(summary)
+  except Exception:  # As many as there are kinds of damage.
+    return None
+  return summary
 
 
 def check_jobs(jobs: int) -> None:
@@ -278,8 +285,8 @@ class _Pool:
     passed_on = 0
     while self._running or (self._waiting and not passed_on):
       if signals.count > passed_on:
-        # Always SIGTERM: a process that has its handlers saves and ends; one
-        # that does not have them yet ends.
+        # SIGTERM, whichever signal came: a process that has its handlers saves
+        # and ends; one that does not have them yet ends.
         if not passed_on:
           number = len(self._running)
           logger.info(
@@ -287,7 +294,10 @@ class _Pool:
           )
         passed_on = signals.count
         for running in self._running:
-          running.process.terminate()
+          if signals.count > 1:
+            running.process.kill()  # Nobody waits for a save.
+          else:
+            running.process.terminate()
       for running in list(self._running):
         if running.process.poll() is not None:
           self._running.remove(running)
@@ -343,7 +353,12 @@ class _Pool:
         continue
       taken = {running.slot for running in self._running}
       slot = min({*range(self._jobs)} - taken)
-      process = self._process(task, _cores(slot, share))
+      try:
+        process = self._process(task, _cores(slot, share))
+      except OSError as error:
+        task.failure = f'cannot be started: {config_utils.reason(error)}'
+        logger.warning('%s: %s', task.name, task.failure)
+        continue
       self._running.append(_Running(task, process, slot, time.monotonic()))
       if not task.is_held:
         logger.info('%s: starts (%s)', task.name, task.log)
@@ -370,12 +385,9 @@ class _Pool:
     seconds = time.monotonic() - running.begun
     said = _last_line(_tail(task.log))
     if code == 0:
-      try:
-        task.summary = disk.read_json(
-          epath.Path(task.folder) / workdirs.SUMMARY
-        )
-      except (OSError, ValueError) as error:
-        said, code = f'its summary cannot be read: {error}', 1
+      task.summary = summary_of(task.folder)
+      if task.is_open:
+        said, code = f'{workdirs.SUMMARY} or the report is not whole', 1
     if code == 0:
       if not task.is_teacher:
         self._seconds.append(seconds)
@@ -439,7 +451,8 @@ def _cores(slot: int, share: int) -> list[int]:
 
 
 def _tail(path: pathlib.Path) -> str:
-  """Returns the end of a log."""
-  with open(path, 'rb') as file:
+  """Returns the end of a log; empty where it is gone."""
+  with contextlib.suppress(OSError), open(path, 'rb') as file:
     file.seek(max(0, os.fstat(file.fileno()).st_size - 10_000))
     return file.read().decode(errors='replace')
+  return ''

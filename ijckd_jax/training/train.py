@@ -224,8 +224,8 @@ def train_and_evaluate(
   factories = [
     config_utils.resolve('writer', name, {}) for name in exp.config.writers
   ]
+  check_durations(exp, len(splits['train']))
   for run, folder in runs:
-    _check_durations(run, len(splits['train']), is_teacher=folder != workdir)
     output_recorder.check(run, folder, splits['train'], overwrite=overwrite)
     feeding.check(run, splits['train'])
   with contextlib.ExitStack() as stack:
@@ -273,17 +273,22 @@ def _load_data(exp):
   return splits, record
 
 
-def _check_durations(exp, num_examples: int, *, is_teacher: bool) -> None:
-  """Raises UserError where the durations of a run's config do not fit."""
-  try:
-    exp.optimizer(num_examples)
-  except config_utils.UserError as error:
-    if not is_teacher:
-      raise
-    raise config_utils.UserError(
-      f'of the teacher, which is trained first (see teacher.total_epochs): '
-      f'{error}'
-    ) from error
+def check_durations(exp, num_examples: int) -> None:
+  """Raises UserError where a duration or rate of a run or its teacher is wrong.
+
+  Args:
+    exp: experiment.Experiment.
+    num_examples: of the training set.
+  """
+  if exp.teacher_run is not None:
+    try:
+      exp.teacher_run.optimizer(num_examples)
+    except config_utils.UserError as error:
+      raise config_utils.UserError(
+        f'of the teacher, which is trained first (see teacher.total_epochs): '
+        f'{error}'
+      ) from error
+  exp.optimizer(num_examples)
 
 
 def _with_fitted_heads(exp, workdir, splits):
