@@ -365,6 +365,23 @@ def test_a_run_keeps_the_teacher_with_which_it_began(
     sweep._check_folder(task)
 
 
+def test_a_teacher_that_a_config_named_is_not_kept(
+  finished_run, config, tmp_path
+):
+  """A later command without it asks for another run, in a folder of its own."""
+  named = config('ijckd')
+  named.teacher.checkpoint = str(finished_run[0] / 'teacher')
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'run/config.json').write_text(
+    json.dumps(named.to_dict() | {'ijckd_jax': '0'})
+  )
+  (task,) = sweep._tasks({'run': config('ijckd')}, tmp_path)
+  assert task.teacher is not None
+  for task.summary in (None, summary(0.5)):
+    with pytest.raises(config_utils.UserError, match='teacher.checkpoint'):
+      sweep._check_folder(task)
+
+
 def test_a_folder_of_other_settings_is_left_alone(finished):
   workdir, configs = finished
   configs['plain/1'].batch_size = 24

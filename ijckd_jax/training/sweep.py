@@ -201,8 +201,14 @@ def _tasks(configs, workdir) -> list[sweep_processes.Task]:
       teacher = shared[key]
       config.teacher.checkpoint = str(teacher.folder)
       config.teacher.init_from = ''  # The teacher's own run has it.
-      if kept := _teacher_of_stopped(workdir / name):
-        config.teacher.checkpoint, teacher = kept, None
+      begun_with = _recorded_teacher(workdir / name)
+      if (
+        begun_with is not None
+        and begun_with.parent == workdir
+        and workdirs.is_finished(epath.Path(begun_with))
+      ):
+        # Also where another feed or dtype would now train another teacher.
+        config.teacher.checkpoint, teacher = str(begun_with), None
     tasks.append(
       sweep_processes.Task(name, config, workdir / name, teacher=teacher)
     )
@@ -220,13 +226,13 @@ def _own_teacher(name: str, config) -> ml_collections.ConfigDict | None:
     raise config_utils.UserError(f'{name}: {error}') from error
 
 
-def _teacher_of_stopped(folder: pathlib.Path) -> str:
-  """Returns the teacher with which a run has begun, if it is still there.
+def _recorded_teacher(folder: pathlib.Path) -> pathlib.Path | None:
+  """Returns the folder of the sweep's teacher with which a run has begun.
 
-  The run keeps it, also where another feed or dtype would train another one.
+  None where the run has not begun, or with a teacher that the config named.
   """
-  path = _recorded(folder, 'checkpoint')
-  return path if path and workdirs.is_finished(epath.Path(path)) else ''
+  path = pathlib.Path(_recorded(folder, 'checkpoint') or '')
+  return path if RESERVED.fullmatch(path.name) else None
 
 
 def _recorded(folder: pathlib.Path, field: str):
@@ -246,9 +252,10 @@ def _check_folder(task) -> None:
   fingerprint = _recorded(task.folder, 'fingerprint')
   if fingerprint is not None:
     config.teacher.fingerprint = fingerprint
-  if task.teacher is not None and not task.is_open:
+  begun_with = _recorded_teacher(task.folder)
+  if task.teacher is not None and not task.is_open and begun_with is not None:
     # The whole sweep may have been moved since, with its teachers.
-    config.teacher.checkpoint = _recorded(task.folder, 'checkpoint')
+    config.teacher.checkpoint = str(begun_with)
   folder = epath.Path(task.folder)
   workdirs.check([(folder, config)], overwrite=False, remedy=REMEDY)
 
