@@ -22,7 +22,7 @@ def clock(monkeypatch):
 
 
 def gone_through(clock, seconds):
-  """Goes through ten items of ten images, each of which takes so long."""
+  """Goes through ten items of ten images; each item takes so many seconds."""
   found = []
   for item in progress.watched(range(10), 'evaluating', 'images', 98, 10):
     found.append(item)

@@ -95,7 +95,7 @@ def measure(calls, rounds: int, seconds: float) -> list[float]:
 
 
 def _window(call, count: int) -> float:
-  """Returns the seconds of so many calls, one after the other."""
+  """Returns the seconds that `count` calls take, one after the other."""
   begin = time.perf_counter()
   for _ in range(count):
     jax.block_until_ready(call())

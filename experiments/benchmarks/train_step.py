@@ -34,8 +34,8 @@ def start(
   Args:
     name: of pairs.PAIRS.
     pythons: interpreters with this package.
-    only: regular expressions, of which the titles of the wanted candidates
-      have one; empty: all are wanted.
+    only: regular expressions; a candidate is started if one of them is found
+      in its title. Empty: all are started.
   """
   cores = str(machine.num_cores())
   candidates = {

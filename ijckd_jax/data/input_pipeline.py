@@ -138,7 +138,7 @@ def eval_batches(
     process_index: which part of each batch is yielded.
     num_processes: in how many parts a batch is cut.
     num_workers: processes that decode; see `_read`.
-    what: is done with the examples; see progress.watched.
+    what: name of the work; see progress.watched.
 
   Yields:
     'image', 'label', 'index' int32 and 'mask' bool, (b, ...) each.

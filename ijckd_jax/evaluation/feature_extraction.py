@@ -78,7 +78,7 @@ def of_split(
     mapper: see parallel.
     batch_size: rows of all devices and processes together.
     num_workers: processes that decode images which do not lie in memory.
-    what: the features are for; see progress.watched.
+    what: name of the work; see progress.watched.
 
   Returns:
     'index' and 'label' (N,), and 'rows' as the function returns them.

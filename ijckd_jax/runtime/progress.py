@@ -48,13 +48,13 @@ class Lines:
   """Lines about work that goes on, where there is no terminal for a bar."""
 
   def __init__(self, what: str, unit: str, done: int, total: int):
-    """Begins.
+    """Starts the clock.
 
     Args:
-      what: is done, such as 'evaluating'.
-      unit: of what is counted, such as 'images'.
-      done: how many are done.
-      total: how many there are.
+      what: name of the work, such as 'evaluating'.
+      unit: name of the things that are counted, such as 'images'.
+      done: how many of them are done already.
+      total: how many of them there are.
     """
     self._what = what
     self._unit = unit
@@ -88,8 +88,8 @@ def watched(
 
   Args:
     items: to go through.
-    what: is done with them, such as 'evaluating'.
-    unit: of what is counted, such as 'images'.
+    what: name of the work, such as 'evaluating'.
+    unit: name of the things that are counted, such as 'images'.
     total: how many units there are.
     size: units of an item; the last one may have fewer.
   """

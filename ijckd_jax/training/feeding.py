@@ -33,8 +33,8 @@ MAX_STEPS_AHEAD = 8
 MAX_STEPS_A_CALL = 256
 # A stop waits for the calls that were dispatched before it: at most two.
 MAX_SECONDS_A_CALL = 2.0
-# Share of a device's memory that the training set may take, of what JAX may
-# use; the step needs the rest.
+# Largest share of the device memory available to JAX that the training set may
+# take; the step needs the rest.
 MAX_MEMORY_FRACTION = 0.25
 GIB = 2**30
 

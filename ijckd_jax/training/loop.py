@@ -37,7 +37,9 @@ logger = logging.getLogger('ijckd_jax')
 
 
 class Interrupted(KeyboardInterrupt):
-  """The run was asked to stop; it has saved, and continues when run again.
+  """A run was asked to stop; the same command continues it.
+
+  It has saved, unless the message says otherwise.
 
   Attributes:
     where: what stopped, and after which step.

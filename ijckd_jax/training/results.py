@@ -117,7 +117,7 @@ def _damage(exp, workdir) -> str:
   try:
     summary = disk.read_json(workdir / workdirs.SUMMARY)
     report.table(summary), summary['steps']
-  except Exception as error:  # As many as there are kinds of damage.
+  except Exception as error:  # Damaged numbers raise errors of any type.
     what = f'{type(error).__name__}: {config_utils.short(error)}'
     return f'{workdirs.SUMMARY} cannot be read ({what})'
   names = [workdirs.BUNDLE]

@@ -11,7 +11,7 @@ from ijckd_jax.runtime import config_utils
 
 # A student with a larger share of its teacher's parameters is hardly small.
 MAX_SHARE = 0.5
-# Of bottlenecks, in the order in which they are tried.
+# Factors of a bottleneck that a warning may propose, tried in this order.
 FACTORS = (4, 8, 16, 32)
 # Smaller connectors than the bottleneck, largest first; see connectors.
 SMALLER = ('bottleneck_depthwise', 'conv1x1')
@@ -19,7 +19,7 @@ SMALLER = ('bottleneck_depthwise', 'conv1x1')
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """Parameters of the student as it is deployed, and of its teacher.
+  """Numbers of parameters: of the deployed student, and of its teacher.
 
   Attributes:
     student: by 'backbone', 'connector' and 'head'.

@@ -113,7 +113,7 @@ def summary_of(folder: pathlib.Path) -> dict[str, Any] | None:
   summary = disk.read_json(folder / workdirs.SUMMARY)
   try:
     report.table(summary)
-  except Exception:  # As many as there are kinds of damage.
+  except Exception:  # Damaged numbers raise errors of any type.
     return None
   return summary
 
