@@ -32,11 +32,12 @@ def check_values(
 
 
 def check_seeds(config) -> None:
-  """Raises UserError where a seed is none that JAX tells from others."""
-  for seed in (config.seed, config.teacher.seed):
+  """Raises UserError where a seed does not fit into JAX's 32 bits."""
+  seeds = {'seed': config.seed, 'teacher.seed': config.teacher.seed}
+  for name, seed in seeds.items():
     if not 0 <= seed < 2**32:
       raise config_utils.UserError(
-        f'seed={seed}: a seed cannot be negative, or above {2**32 - 1}'
+        f'{name}={seed}: a seed cannot be negative, or above {2**32 - 1}'
       )
 
 
