@@ -669,11 +669,11 @@ def test_a_shared_teacher_is_trained_once(config, tmp_path, caplog):
     'ijckd/0': config('ijckd', seed=0),
     'ce/0': config('ce', seed=0),
   }
+  teacher = teachers_of(configs, tmp_path / 'runs')['kd/0']
   outcome = sweep.run(configs, tmp_path / 'runs', jobs=2)
   assert all(outcome.summaries.values())
   assert 'the teacher is trained once, for 3 runs' in caplog.text
   made = sorted(str(x.parent) for x in tmp_path.rglob('checkpoints'))
-  teacher = teachers_of(configs, tmp_path / 'runs')['kd/0']
   assert made == sorted(
     map(str, (teacher, *(tmp_path / 'runs' / name for name in configs)))
   )
