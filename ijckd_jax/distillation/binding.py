@@ -29,6 +29,7 @@ def bind(
   weights: Sequence[float] | None = None,
   seed: int = 0,
   num_rows: int = 2,
+  dropout: float = 0.0,
 ) -> distiller_lib.Distiller:
   """Returns the Distiller of a student and its teachers, linked by a method.
 
@@ -46,6 +47,7 @@ def bind(
     weights: of the teachers' losses; None: all alike.
     seed: of the head, where it is random and not trained.
     num_rows: images in a batch that is traced; 1 where a device gets no more.
+    dropout: see Distiller.
 
   Raises:
     config_utils.UserError: the pair does not fit; nothing has been compiled.
@@ -92,6 +94,7 @@ def bind(
     num_classes,
     random_head,
     _auxiliary(source, targets, method, runtime),
+    dropout,
   )
   _check_loss(distiller, image_shape, num_rows, mixed=mixed)
   return distiller
@@ -223,7 +226,9 @@ def _trace_terms(distiller, image_shape, num_rows, *, mixed=False):
     if mixed:
       labels, weights = batch['label'], jnp.ones(len(images))
       batch['label'] = mixing.MixedLabels(labels, labels, weights)
-    return distiller.objective(variables, frozen, teacher_outputs, batch)[1][0]
+    return distiller.objective(
+      variables, frozen, teacher_outputs, batch, jax.random.key(0)
+    )[1][0]
 
   images = jax.ShapeDtypeStruct((num_rows, *image_shape), jnp.uint8)
   frozen = distiller.frozen

@@ -15,6 +15,8 @@ from ijckd_jax.runtime import parallel
 
 # Of the key of an auxiliary module's start; connectors have 1, 2, ...
 AUXILIARY_STREAM = 2**31 - 1
+# Of a step's key. Flax folds in hashes of names, which differ from it.
+HEAD_STREAM = 0
 # In an example of a memory.
 EXAMPLES = 4
 
@@ -79,6 +81,8 @@ class Distiller:
       trained; None for all others.
     auxiliary: auxiliary.Auxiliary of the method, trained beside the student;
       None for most.
+    dropout: share of the pooled features that the student's own head does not
+      see in a training step.
   """
 
   network: network_lib.Network
@@ -87,6 +91,7 @@ class Distiller:
   num_classes: int
   random_head: Any = None
   auxiliary: auxiliary_lib.Auxiliary | None = None
+  dropout: float = 0.0
 
   @property
   def reuses_head(self) -> bool:
@@ -164,7 +169,7 @@ class Distiller:
       # Where batch norm is synchronised, its training has collectives.
       _, given = parallel.trace(
         lambda variables, frozen, images: (
-          self.run_student(variables, frozen, images)[0][0],
+          self.run_student(variables, frozen, images, key)[0][0],
           self.run_teachers(frozen, images)[0],
         ),
         *shapes,
@@ -188,7 +193,11 @@ class Distiller:
     )
 
   def run_student(
-    self, variables, frozen: Frozen, images: jax.Array
+    self,
+    variables,
+    frozen: Frozen,
+    images: jax.Array,
+    key: jax.Array | None = None,
   ) -> tuple[tuple[outputs.Outputs, ...], dict[str, Any]]:
     """Runs the student in training on the shared view.
 
@@ -196,6 +205,8 @@ class Distiller:
       variables: its 'params' and 'batch_stats'.
       frozen: the arrays that are not trained.
       images: (B, H, W, C) uint8, or float32 of 0 to 255.
+      key: for what the student drops at random in training; None for one that
+        drops nothing.
 
     Returns:
       The student's Outputs for each link, which differ in `connected` alone
@@ -207,6 +218,7 @@ class Distiller:
       network_lib.part(variables, 'backbone'),
       self.network.preprocessing(images),
       train=True,
+      key=key,
     )
     batch_stats = {'backbone': backbone_stats}
     connected = [None] * max(1, len(self.links))
@@ -224,8 +236,11 @@ class Distiller:
       logits = connected[0].logits
     else:
       predicting = connected[0] if self.through_connector else features
-      head = self._head(variables, frozen)
-      logits = network_lib.classify(head, predicting.pooled)
+      pooled = predicting.pooled
+      if self.dropout:
+        head_key = jax.random.fold_in(key, HEAD_STREAM)
+        pooled = network_lib.drop_features(pooled, self.dropout, head_key)
+      logits = network_lib.classify(self._head(variables, frozen), pooled)
     return tuple(
       outputs.Outputs(
         features.stages,
@@ -238,7 +253,9 @@ class Distiller:
       for one in connected
     ), batch_stats
 
-  def objective(self, variables, frozen: Frozen, teacher_outputs, batch):
+  def objective(
+    self, variables, frozen: Frozen, teacher_outputs, batch, key=None
+  ):
     """Runs the student in training, and the method on student and teachers.
 
     Args:
@@ -246,12 +263,15 @@ class Distiller:
       frozen: the arrays that are not trained.
       teacher_outputs: as `run_teachers` gives them.
       batch: of the step.
+      key: as `run_student` takes it.
 
     Returns:
       The total; and the terms, the student's outputs.Outputs and the updated
       batch statistics.
     """
-    students, batch_stats = self.run_student(variables, frozen, batch['image'])
+    students, batch_stats = self.run_student(
+      variables, frozen, batch['image'], key
+    )
     if self.auxiliary is not None:  # There is one link then.
       made, batch_stats['auxiliary'] = network_lib.run(
         self.auxiliary,

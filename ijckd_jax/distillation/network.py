@@ -30,6 +30,17 @@ def classify(head: dict[str, jax.Array], pooled: jax.Array) -> jax.Array:
   )
 
 
+def drop_features(pooled: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+  """Returns (B, D) with a share `rate` of its numbers dropped at random.
+
+  The others are scaled up, so that the mean stays as it is.
+
+  Source: Srivastava et al. 2014, "Dropout".
+  """
+  kept = 1 - rate
+  return pooled * jax.random.bernoulli(key, kept, pooled.shape) / kept
+
+
 def head_shapes(width: int, num_classes: int) -> dict[str, Any]:
   """Returns the shapes of a linear head's arrays."""
   return {
@@ -49,7 +60,7 @@ def random_head(
   }
 
 
-def run(module, variables, *x, train: bool):
+def run(module, variables, *x, train: bool, key: jax.Array | None = None):
   """Applies a backbone, connector or auxiliary module.
 
   Args:
@@ -57,6 +68,8 @@ def run(module, variables, *x, train: bool):
     variables: its 'params' and 'batch_stats'.
     *x: its input.
     train: whether batch norm uses, and updates, the batch's statistics.
+    key: of Flax's stream 'dropout' in training; None for a module that draws
+      nothing.
 
   Returns:
     What the module returns, and its batch statistics (updated in training).
@@ -64,7 +77,11 @@ def run(module, variables, *x, train: bool):
   if not train:
     return module.apply(variables, *x, train=False), variables['batch_stats']
   result, changed = module.apply(
-    variables, *x, train=True, mutable=['batch_stats']
+    variables,
+    *x,
+    train=True,
+    mutable=['batch_stats'],
+    rngs={} if key is None else {'dropout': key},
   )
   return result, changed.get('batch_stats', {})
 

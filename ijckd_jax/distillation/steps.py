@@ -18,6 +18,7 @@ AUGMENTATION_STREAM = 0
 INIT_STREAM = 1
 MIXING_STREAM = 2
 METHOD_STREAM = 3
+DROPOUT_STREAM = 4
 
 
 @cpu_conv.fast_convolutions()
@@ -67,7 +68,7 @@ def train_step(
     functools.partial(_piece, state.params, frozen, key, distiller, stored),
     (state.batch_stats, zeros, state.memory),
     batch,
-    num_pieces,
+    jax.random.split(_dropout_key(key, state.step), num_pieces),
   )
   gradients, batch_stats = jax.lax.pmean(
     (gradients, batch_stats), parallel.AXIS
@@ -147,19 +148,28 @@ def _augment(batch, key, augmentation, mixing):
   return {**batch, 'image': images, 'label': labels}
 
 
-def _over_pieces(piece, carry, batch, num_pieces):
+def _dropout_key(key, step):
+  """Returns the key of what this device drops at random in a step."""
+  for number in (DROPOUT_STREAM, step, jax.lax.axis_index(parallel.AXIS)):
+    key = jax.random.fold_in(key, number)
+  return key
+
+
+def _over_pieces(piece, carry, batch, keys):
   """Returns what a piece makes of the batch, part after part.
 
   That is (statistics, gradients, memory), the gradients averaged over the
-  parts, and (sums, stored outputs), the sums added up.
+  parts, and (sums, stored outputs), the sums added up. There is a key for each
+  piece.
   """
+  num_pieces = len(keys)
   if num_pieces == 1:
-    return piece(carry, batch)
+    return piece(carry, (batch, keys[0]))
   pieces = jax.tree.map(
     lambda x: x.reshape(num_pieces, -1, *x.shape[1:]), batch
   )
   (batch_stats, gradients, memory), (sums, outputs) = jax.lax.scan(
-    piece, carry, pieces
+    piece, carry, (pieces, keys)
   )
   outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
   gradients = jax.tree.map(lambda g: g / num_pieces, gradients)
@@ -167,10 +177,10 @@ def _over_pieces(piece, carry, batch, num_pieces):
   return (batch_stats, gradients, memory), (sums, outputs)
 
 
-def _piece(params, frozen, key, distiller, stored, carry, rows):
+def _piece(params, frozen, key, distiller, stored, carry, piece):
   """Adds the gradients of some rows; returns their sums and stored outputs."""
   batch_stats, gradients, memory = carry
-  rows = dict(rows)
+  rows, dropout_key = dict(piece[0]), piece[1]
   if distiller.remembers:
     rows |= {
       'memory': memory,
@@ -187,7 +197,7 @@ def _piece(params, frozen, key, distiller, stored, carry, rows):
   def loss_fn(params, batch_stats, teacher_outputs, rows):
     variables = {'params': params, 'batch_stats': batch_stats}
     total, (terms, student, batch_stats) = distiller.objective(
-      variables, frozen, teacher_outputs, rows
+      variables, frozen, teacher_outputs, rows, dropout_key
     )
     notes = None
     if distiller.remembers:

@@ -96,7 +96,7 @@ def plan(distiller, image_shape: tuple[int, int, int], dtype: str) -> Stored:
     variables = distiller.init(jax.random.key(0), image_shape)
     batch = distiller.example_batch(images)
     total, (terms, *_) = distiller.objective(
-      variables, frozen, teacher_outputs, batch
+      variables, frozen, teacher_outputs, batch, jax.random.key(0)
     )
     return total, terms
 

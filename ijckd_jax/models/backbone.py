@@ -41,13 +41,17 @@ class Backbone(nn.Module):
     axis_name: mapped axis over which batch norm is synchronised, or None.
     dtype: dtype of the computation; parameters stay float32.
     unbiased_variance: see layers.BatchNorm.
+    drop_path: stochastic depth; see `drop_branch`. Of a backbone without
+      `has_branches` it must be 0.
   """
 
   tap: str = 'final'
   axis_name: str | None = None
   dtype: Any = jnp.float32
   unbiased_variance: bool = False
+  drop_path: float = 0.0
 
+  has_branches = False  # Whether it calls `drop_branch`.
   usual_size = 32  # Side of the square images that it was made for.
   torch_head = 'fc'  # The head's name in the published PyTorch network.
   momentum = 0.9  # What batch norm keeps of its running statistics at a step.
@@ -135,6 +139,29 @@ class Backbone(nn.Module):
   def torch_key(self, key: str) -> str:
     """Returns the published name of an entry of another author's state dict."""
     return key
+
+  def drop_branch(
+    self, branch: jax.Array, position: float, train: bool
+  ) -> jax.Array:
+    """Returns a residual branch, in training without that of some images.
+
+    A branch is dropped with probability `drop_path * position`, and is scaled
+    up where it is kept, so that its mean is that of inference.
+
+    Args:
+      branch: what is added to the shortcut, (B, ...).
+      position: of the block, from 0 for the first to 1 for the last one.
+      train: whether branches are dropped at all.
+
+    Source: Huang et al. 2016, "Deep Networks with Stochastic Depth",
+    https://arxiv.org/abs/1603.09382.
+    """
+    kept = 1 - self.drop_path * position
+    if not train or kept == 1:
+      return branch
+    shape = (len(branch),) + (1,) * (branch.ndim - 1)
+    mask = jax.random.bernoulli(self.make_rng('dropout'), kept, shape)
+    return branch * (mask / kept).astype(branch.dtype)
 
   def conv(self, features: int, kernel: int, stride: int = 1, **kwargs):
     """Returns a convolution, see layers.conv."""

@@ -76,6 +76,8 @@ ADDED_FIELDS = {
   'augment.mixup_alpha': 0.0,
   'augment.randaugment_layers': 0,
   'augment.randaugment_magnitude': 9,
+  'student.drop_path': 0.0,
+  'student.dropout': 0.0,
   'student.init_from': '',
   'teacher.classes_by_number': False,
   'teacher.head': '',

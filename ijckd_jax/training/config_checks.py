@@ -183,6 +183,32 @@ def _check_teachers(section, given) -> None:
     )
 
 
+def check_drops(section, backbone, method) -> None:
+  """Raises UserError where a student cannot drop what it is to drop.
+
+  Args:
+    section: `config.student`.
+    backbone: the student's.
+    method: the objective.
+  """
+  for name in ('drop_path', 'dropout'):
+    if not 0 <= section[name] < 1:
+      raise config_utils.UserError(
+        f'student.{name}={section[name]}: it must be in [0, 1)'
+      )
+  if section.drop_path and not backbone.has_branches:
+    raise config_utils.UserError(
+      f'student.drop_path={section.drop_path}: a {section.backbone} has no '
+      'stochastic depth: set it to 0'
+    )
+  if section.dropout and method.predicts_with != 'own':
+    raise config_utils.UserError(
+      f'student.dropout={section.dropout} is for a student that predicts with '
+      f"its own head, but {method} predicts with the head '"
+      f"{method.predicts_with}': set it to 0"
+    )
+
+
 def check_refit(config, method) -> None:
   """Raises UserError where a head is refitted that the student does not use."""
   if config.teacher.refit and method.predicts_with != 'teacher':

@@ -92,8 +92,13 @@ def default_config(
       'limit_gib': 20.0,
     },
   }
-  # A bundle of the same backbone, from which it starts; its head is not taken.
-  config.student = {'backbone': student, 'init_from': ''}
+  # `init_from`: a bundle of the same backbone; its head is not taken.
+  config.student = {
+    'backbone': student,
+    'init_from': '',
+    'drop_path': 0.0,  # Stochastic depth of the last block; see Backbone.
+    'dropout': 0.0,  # Of the pooled features, before the student's own head.
+  }
   config.augment = augment.default_config()  # Of what both of them see.
   config.method = methods.section(method)
   config.optimizer = optim.default_config()
@@ -143,6 +148,7 @@ def teacher_config(
   own = ml_collections.ConfigDict(config.to_dict())
   own.student.backbone = config.teacher.backbone
   own.student.init_from = config.teacher.init_from
+  own.student.drop_path = own.student.dropout = 0.0
   own.method = methods.section('ce')
   own.optimizer.learning_rate = config.teacher.learning_rate
   own.seed = config.teacher.seed
@@ -413,7 +419,9 @@ def build(
     axis_name=axis_name,
     dtype=dtype,
     unbiased_variance=config.unbiased_variance,
+    drop_path=config.student.drop_path,
   )
+  config_checks.check_drops(config.student, backbone, method)
   start, preprocessing = _start(config, dataset)
   teacher_run = None
   if method.needs_teacher and teacher is None and not config.teacher.checkpoint:
@@ -435,6 +443,7 @@ def build(
     mixed=mixing is not None,
     seed=config.seed,
     num_rows=min(2, _num_normalised(config, num_devices)),
+    dropout=config.student.dropout,
   )
   if start is not None:  # Raises where the weights do not fit.
     start.fill(
