@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ijckd_jax.data import augment
+from ijckd_jax.data import randaugment
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.training import experiment
 
@@ -139,6 +140,8 @@ def test_by_default_views_are_crops_and_flips_and_nothing_else():
     ('erasing_probability', 1.5, 'from 0 to 1'),
     ('mixup_alpha', -0.5, 'mixup_alpha=-0.5'),
     ('cutmix_alpha', float('inf'), 'cutmix_alpha=inf'),
+    ('label_smoothing', 1.0, r'label_smoothing=1.0: it must be in \[0, 1\)'),
+    ('label_smoothing', -0.1, 'label_smoothing=-0.1'),
     ('inception_area', (0.5, 0.1), 'smallest and the largest.*at most 1'),
     ('inception_area', (0.5, 1.1), 'inception_area'),
     ('inception_area', (0.0, 1.0), 'above 0'),
@@ -150,6 +153,17 @@ def test_numbers_that_cannot_be_are_refused(field, value, message):
   augment.check(config)
   config[field] = value
   with pytest.raises(config_utils.UserError, match=message):
+    augment.check(config)
+
+
+def test_trivialaugment_takes_the_place_of_randaugment():
+  config = augment.default_config()
+  config.trivialaugment = True
+  dataset = types.SimpleNamespace(crop_padding=4, flip=False, mean=(0.5,) * 3)
+  made = augment.build(config, dataset, views=0)
+  assert made.transforms == (randaugment.TrivialAugment(),)
+  config.randaugment_layers = 1
+  with pytest.raises(config_utils.UserError, match='set it to False, or'):
     augment.check(config)
 
 

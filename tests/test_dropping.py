@@ -154,6 +154,8 @@ def test_a_student_sees_its_key():
 
 def test_the_teacher_of_a_run_drops_nothing():
   config = config_of(**{'student.drop_path': 0.3, 'student.dropout': 0.3})
+  config.augment.label_smoothing = 0.1
+  assert experiment.teacher_config(config).augment.label_smoothing == 0
   teacher = experiment.teacher_config(config).student
   assert (teacher.drop_path, teacher.dropout) == (0.0, 0.0)
 

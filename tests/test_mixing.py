@@ -105,6 +105,37 @@ def test_with_both_a_row_is_mixed_in_one_way_or_the_other():
   assert 150 < is_cut.sum() < 250
 
 
+def test_smoothed_labels_by_hand():
+  logits = np.log([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [0.6, 0.2, 0.2]])
+  images = np.zeros((3, 4, 4, 1), np.uint8)
+  made, labels = mix(mixing.Mixing(0.0, 0.0, 0.3), images, np.array([0, 2, -1]))
+  assert made.dtype == np.uint8  # Three rows, which could not be mixed.
+  # Targets of 0.8, 0.1, 0.1 and of 0.1, 0.1, 0.8; the third has no label.
+  expected = -0.8 * np.log(0.5) - 0.2 * np.log(0.25)
+  expected += -0.2 * np.log(0.1) - 0.8 * np.log(0.8)
+  np.testing.assert_allclose(
+    losses.cross_entropy(logits, labels), expected / 3, rtol=1e-6
+  )
+
+
+def test_smoothed_labels_of_mixed_images():
+  """Each of both labels is smoothed: the target is linear in them."""
+  logits = np.random.default_rng(0).normal(size=(2, 4))
+  labels = mixing.MixedLabels(
+    np.array([0, 2]), np.array([3, 2]), np.array([0.25, 1.0]), smoothing=0.2
+  )
+  targets = np.full((2, 4), 0.05)
+  targets[0, 0] += 0.8 * 0.25
+  targets[0, 3] += 0.8 * 0.75
+  targets[1, 2] += 0.8
+  log_probs = jax.nn.log_softmax(logits)
+  np.testing.assert_allclose(
+    losses.cross_entropy(logits, labels),
+    -np.mean(np.sum(targets * log_probs, axis=1)),
+    rtol=1e-6,
+  )
+
+
 def test_an_odd_number_of_rows_is_refused():
   config = experiment.default_config(
     dataset='digits', teacher='resnet8', student='resnet8'
@@ -165,8 +196,9 @@ def probe_config(method='Probe', **fields):
 def test_a_method_that_reads_labels_itself_is_refused_at_once():
   fields = {'augment.mixup_alpha': 0.0, 'augment.cutmix_alpha': 0.0}
   assert experiment.build(probe_config('LabelReader', **fields)).mixing is None
-  with pytest.raises(config_utils.UserError, match='does not take the labels'):
-    experiment.build(probe_config('LabelReader'))
+  for changed in ({}, {**fields, 'augment.label_smoothing': 0.1}):
+    with pytest.raises(config_utils.UserError, match='does not take mixed or'):
+      experiment.build(probe_config('LabelReader', **changed))
 
 
 def one_step(num_devices, num_pieces):

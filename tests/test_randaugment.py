@@ -1,4 +1,4 @@
-"""RandAugment: each operation against Pillow, and how they are drawn."""
+"""Operations on images against Pillow, and how they are drawn."""
 
 import functools
 
@@ -27,7 +27,7 @@ def images_of(shape):
 
 
 @functools.cache
-def results(shape, magnitude):
+def results(shape, magnitude, space=randaugment.NARROW):
   """Returns what every operation makes of every image, by name and sign."""
   images = images_of(shape)
   cases = [
@@ -40,7 +40,7 @@ def results(shape, magnitude):
   @jax.vmap
   def run(operation, sign):
     return jax.vmap(
-      lambda image: randaugment.apply(image, operation, sign, magnitude)
+      lambda image: randaugment.apply(image, operation, sign, magnitude, space)
     )(images)
 
   made = np.asarray(run(*map(np.array, zip(*cases, strict=True))))
@@ -50,7 +50,15 @@ def results(shape, magnitude):
   }
 
 
-def by_pillow(image, name, sign, magnitude):
+# Of torchvision's RandAugment and TrivialAugmentWide: shear, pixels, degrees,
+# what is added to a factor, and posterised bits, all at magnitude 30.
+LARGEST = {
+  randaugment.NARROW: (0.3, None, 30, 0.9, 4),
+  randaugment.WIDE: (0.99, 32, 135, 0.99, 6),
+}
+
+
+def by_pillow(image, name, sign, magnitude, space):
   """Returns what Pillow makes of an image, called as torchvision calls it."""
   from PIL import Image
   from PIL import ImageEnhance
@@ -58,21 +66,24 @@ def by_pillow(image, name, sign, magnitude):
 
   pil = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
   share = sign * magnitude / 30
+  shear, pixels, degrees, factor, bits = LARGEST[space]
 
   def affine(*matrix):
     return pil.transform(pil.size, Image.Transform.AFFINE, matrix)
 
   def shift(side):
-    return -int(share * 150 / 331 * side)
+    return -int(share * (pixels or 150 / 331 * side))
 
   make = {
     'Identity': lambda: pil,
-    'ShearX': lambda: affine(1, 0.3 * share, 0, 0, 1, 0),
-    'ShearY': lambda: affine(1, 0, 0, 0.3 * share, 1, 0),
+    'ShearX': lambda: affine(1, shear * share, 0, 0, 1, 0),
+    'ShearY': lambda: affine(1, 0, 0, shear * share, 1, 0),
     'TranslateX': lambda: affine(1, 0, shift(pil.width), 0, 1, 0),
     'TranslateY': lambda: affine(1, 0, 0, 0, 1, shift(pil.height)),
-    'Rotate': lambda: pil.rotate(30 * share),
-    'Posterize': lambda: ImageOps.posterize(pil, 8 - round(magnitude / 7.5)),
+    'Rotate': lambda: pil.rotate(degrees * share),
+    'Posterize': lambda: ImageOps.posterize(
+      pil, 8 - round(magnitude / 30 * bits)
+    ),
     'Solarize': lambda: ImageOps.solarize(pil, 255 - 8.5 * magnitude),
     'AutoContrast': lambda: ImageOps.autocontrast(pil),
     'Equalize': lambda: ImageOps.equalize(pil),
@@ -80,18 +91,25 @@ def by_pillow(image, name, sign, magnitude):
   if name in make:
     made = make[name]()
   else:
-    made = getattr(ImageEnhance, name)(pil).enhance(1 + 0.9 * share)
+    made = getattr(ImageEnhance, name)(pil).enhance(1 + factor * share)
   return np.asarray(made).reshape(image.shape)
 
 
 @pytest.mark.parametrize(
-  'shape, magnitude', [((32, 32, 3), 9), ((32, 32, 3), 30), ((14, 28, 1), 15)]
+  'shape, magnitude, space',
+  [
+    ((32, 32, 3), 9, randaugment.NARROW),
+    ((32, 32, 3), 30, randaugment.NARROW),
+    ((14, 28, 1), 15, randaugment.NARROW),
+    ((32, 32, 3), 7, randaugment.WIDE),
+    ((48, 40, 3), 26, randaugment.WIDE),
+  ],
 )
-def test_every_operation_is_pillows(shape, magnitude):
+def test_every_operation_is_pillows(shape, magnitude, space):
   """Colours to one grey level; a turned grid may round at a pixel's edge."""
-  for (name, sign), made in results(shape, magnitude).items():
+  for (name, sign), made in results(shape, magnitude, space).items():
     for image, view in zip(images_of(shape), made, strict=True):
-      expected = by_pillow(image, name, sign, magnitude)
+      expected = by_pillow(image, name, sign, magnitude, space)
       if name in ('ShearX', 'ShearY', 'Rotate'):
         assert (view == expected).mean() > 0.99, (name, sign)
         continue
@@ -158,3 +176,39 @@ def test_operations_are_drawn_alike_and_in_layers():
     assert np.abs(counts - num / 14 / len(made)).max() < 5 * np.sqrt(num / 14)
   twice = {view.tobytes() for view in views(2)}
   assert len(twice) > 2 * len(known)
+
+
+def test_trivialaugment_draws_operations_and_magnitudes_alike():
+  shape, num = (18, 20, 3), 2000
+  image = images_of(shape)[0]
+
+  @jax.jit
+  @functools.partial(jax.vmap, in_axes=(0, None, None))
+  @functools.partial(jax.vmap, in_axes=(None, 0, None))
+  @functools.partial(jax.vmap, in_axes=(None, None, 0))
+  def every(operation, magnitude, sign):
+    wide = randaugment.WIDE
+    return randaugment.apply(image, operation, sign, magnitude, wide)
+
+  signs = np.array([1, -1])
+  made = np.asarray(every(np.arange(14), np.arange(31), signs))
+  known = [
+    [view.tobytes() for view in views.reshape(62, *shape)] for views in made
+  ]
+  # With a magnitude that is traced, the same as with a number.
+  for (name, sign), views in results(shape, 7, randaugment.WIDE).items():
+    operation = randaugment.OPERATIONS.index(name)
+    np.testing.assert_array_equal(made[operation, 7, (1 - sign) // 2], views[0])
+
+  keys = jax.random.split(jax.random.key(0), num)
+  run = jax.vmap(randaugment.TrivialAugment(), in_axes=(0, None))
+  drawn = [view.tobytes() for view in np.asarray(jax.jit(run)(keys, image))]
+  assert set(drawn) <= set().union(*known)
+  for number, name in enumerate(randaugment.OPERATIONS):
+    # Views that no other operation makes, and how often they are to be drawn.
+    others = set().union(*known[:number], *known[number + 1 :])
+    own = [view for view in known[number] if view not in others]
+    expected = num * len(own) / (14 * 62)
+    count = sum(view in own for view in drawn)
+    assert abs(count - expected) <= 5 * np.sqrt(expected), name
+    assert own or name == 'Identity'

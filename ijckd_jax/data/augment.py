@@ -116,7 +116,9 @@ def default_config() -> ml_collections.ConfigDict:
       'inception_aspect': (3 / 4, 4 / 3),  # Width to height.
       'randaugment_layers': 0,  # Operations on each image.
       'randaugment_magnitude': 9,  # 0 to 30.
+      'trivialaugment': False,  # One operation of any magnitude.
       'erasing_probability': 0.0,
+      'label_smoothing': 0.0,  # Share of a label that all classes get alike.
       'mixup_alpha': 0.0,  # Of Beta(alpha, alpha); 1: uniform, 0: none.
       'cutmix_alpha': 0.0,
     }
@@ -137,6 +139,15 @@ def check(config: ml_collections.ConfigDict) -> None:
         f'augment.{name}={config[name]}: it must be '
         + ('at least 0' if high == math.inf else f'from 0 to {high}')
       )
+  if not 0 <= config.label_smoothing < 1:
+    raise config_utils.UserError(
+      f'augment.label_smoothing={config.label_smoothing}: it must be in [0, 1)'
+    )
+  if config.randaugment_layers and config.trivialaugment:
+    raise config_utils.UserError(
+      'augment.trivialaugment draws one operation in place of those of '
+      'RandAugment: set it to False, or augment.randaugment_layers=0'
+    )
   for name, high in (('inception_area', 1), ('inception_aspect', math.inf)):
     ends = tuple(config[name])
     if len(ends) != 2 or not 0 < ends[0] <= ends[1] <= high:
@@ -168,6 +179,8 @@ def build(config: ml_collections.ConfigDict, dataset, views: int):
         config.randaugment_layers, config.randaugment_magnitude
       )
     )
+  if config.trivialaugment:
+    steps.append(randaugment.TrivialAugment())
   if config.erasing_probability:
     fill = tuple(round(255 * mean) for mean in dataset.mean)
     steps.append(transforms.RandomErasing(config.erasing_probability, fill))

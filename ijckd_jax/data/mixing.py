@@ -1,4 +1,4 @@
-"""Mixup and cutmix: two rows of a batch in one image, with both labels."""
+"""Mixup and cutmix, of two rows of a batch in one image, and soft labels."""
 
 import dataclasses
 
@@ -14,17 +14,22 @@ from ijckd_jax.runtime import config_utils
 
 @struct.dataclass
 class MixedLabels:
-  """Labels of images that were mixed of two.
+  """Labels of images that were mixed of two, or labels that are smoothed.
 
   Attributes:
     own: (B,) int32; -1 where there is none.
     other: (B,) int32, of the other image.
     weight: (B,) float32, of the own one; the other's is one minus that.
+    smoothing: share of a label that all classes get alike.
+
+  Source of the smoothing: Szegedy et al. 2016,
+  https://arxiv.org/abs/1512.00567, section 7.
   """
 
   own: jax.Array
   other: jax.Array
   weight: jax.Array
+  smoothing: float = struct.field(pytree_node=False, default=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Mixing:
     mixup_alpha: of Beta(alpha, alpha), the row's share of each pixel; 0: none.
     cutmix_alpha: of Beta(alpha, alpha), the row's share of the image, whose
       other part is a box out of the partner; 0: none.
+    label_smoothing: see MixedLabels. With this alone, images are not mixed.
 
   Sources: Zhang et al. 2018, https://arxiv.org/abs/1710.09412; Yun et al. 2019,
   https://arxiv.org/abs/1905.04899.
@@ -44,11 +50,14 @@ class Mixing:
 
   mixup_alpha: float
   cutmix_alpha: float
+  label_smoothing: float = 0.0
 
   def __call__(
     self, key: jax.Array, images, labels, epochs, indices
   ) -> tuple[jax.Array, MixedLabels]:
     """Returns the mixed images (B, H, W, C) float32, 0 to 255, and labels.
+
+    Images that are not mixed stay uint8.
 
     A row's share depends on (key, epoch, index), its partner on the order of
     the batch; neither on the step or the device.
@@ -60,6 +69,10 @@ class Mixing:
       epochs: (B,) int32.
       indices: (B,) int32, of the examples in their data set.
     """
+    if not mixes_images(self):
+      whole = jnp.ones(len(images))
+      labels = MixedLabels(labels, labels, whole, self.label_smoothing)
+      return images, labels
     check_rows(len(images))
     shares = jax.vmap(self._share, in_axes=(None, 0, 0, None))(
       key, epochs, indices, images.shape[1:3]
@@ -67,7 +80,9 @@ class Mixing:
     weights = jnp.mean(shares, axis=(1, 2))
     shares, images = shares[..., None], images.astype(jnp.float32)
     images = shares * images + (1 - shares) * _partners(images)
-    return images, MixedLabels(labels, _partners(labels), weights)
+    return images, MixedLabels(
+      labels, _partners(labels), weights, self.label_smoothing
+    )
 
   def _share(self, key, epoch, index, size):
     """Returns (H, W): how much of each pixel is the row's own."""
@@ -99,10 +114,18 @@ class Mixing:
 
 
 def build(config: ml_collections.ConfigDict) -> Mixing | None:
-  """Returns what the `augment` section says; None where nothing is mixed."""
-  if config.mixup_alpha or config.cutmix_alpha:
-    return Mixing(config.mixup_alpha, config.cutmix_alpha)
-  return None
+  """Returns what the `augment` section says of images and labels.
+
+  None where no image is mixed and no label smoothed.
+  """
+  if not (mixes_images(config) or config.label_smoothing):
+    return None
+  return Mixing(config.mixup_alpha, config.cutmix_alpha, config.label_smoothing)
+
+
+def mixes_images(config: ml_collections.ConfigDict | Mixing) -> bool:
+  """Returns whether the `augment` section mixes an image with its partner."""
+  return bool(config.mixup_alpha or config.cutmix_alpha)
 
 
 def check_rows(num_rows: int) -> None:

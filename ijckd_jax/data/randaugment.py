@@ -1,13 +1,15 @@
-"""RandAugment: a few operations on an image, drawn from a list.
+"""RandAugment and TrivialAugment: operations on an image, drawn from a list.
 
-Each is what torchvision's RandAugment does to a PIL image, with nearest
-neighbours and zeros around. Under vmap every branch of a switch is computed, so
-there is none: an image is resampled once, blended once and mapped once, with
-arguments that leave it as it is unless the operation is that one.
+Each is what torchvision's transform of that name does to a PIL image, with
+nearest neighbours and zeros around. Under vmap every branch of a switch is
+computed, so there is none: an image is resampled once, blended once and mapped
+once, with arguments that leave it as it is unless the operation is that one.
 
-Source: Cubuk et al. 2020, https://arxiv.org/abs/1909.13719.
+Sources: Cubuk et al. 2020, https://arxiv.org/abs/1909.13719; Müller and Hutter
+2021, "TrivialAugment", https://arxiv.org/abs/2103.10158.
 """
 
+from collections.abc import Callable
 import dataclasses
 import math
 
@@ -36,6 +38,30 @@ MAX_MAGNITUDE = 30
 
 
 @dataclasses.dataclass(frozen=True)
+class Space:
+  """How far the operations go at the largest magnitude.
+
+  Attributes:
+    shear: the shift of a row or column for each pixel of distance.
+    translate: `side -> pixels` of an image's side.
+    rotate: degrees.
+    enhance: added to the factor of one, of brightness, colour and the like.
+    posterize: bits that are dropped.
+  """
+
+  shear: float
+  translate: Callable[[int], float]
+  rotate: float
+  enhance: float
+  posterize: int
+
+
+# As torchvision's RandAugment and TrivialAugmentWide have them.
+NARROW = Space(0.3, lambda side: 150 / 331 * side, 30.0, 0.9, 4)
+WIDE = Space(0.99, lambda side: 32.0, 135.0, 0.99, 6)
+
+
+@dataclasses.dataclass(frozen=True)
 class RandAugment:
   """So many operations, drawn for each image, of one magnitude.
 
@@ -51,16 +77,35 @@ class RandAugment:
     """Returns a view (H, W, C) uint8 of an image of that shape."""
 
     def layer(image, key):
-      operation_key, sign_key = jax.random.split(key)
-      operation = jax.random.randint(operation_key, (), 0, len(OPERATIONS))
-      sign = jnp.where(jax.random.bernoulli(sign_key), -1, 1)
+      operation, sign = _draw(key)
       return apply(image, operation, sign, self.magnitude), None
 
     keys = jax.random.split(key, self.layers)
     return jax.lax.scan(layer, image, keys)[0]
 
 
-def apply(image: jax.Array, operation, sign, magnitude: int) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class TrivialAugment:
+  """One operation, drawn for each image, of a magnitude drawn as well."""
+
+  def __call__(self, key: jax.Array, image: jax.Array) -> jax.Array:
+    """Returns a view (H, W, C) uint8 of an image of that shape."""
+    key, magnitude_key = jax.random.split(key)
+    operation, sign = _draw(key)
+    magnitude = jax.random.randint(magnitude_key, (), 0, MAX_MAGNITUDE + 1)
+    return apply(image, operation, sign, magnitude, WIDE)
+
+
+def _draw(key):
+  """Returns an operation and a sign, each as likely as the others."""
+  operation_key, sign_key = jax.random.split(key)
+  operation = jax.random.randint(operation_key, (), 0, len(OPERATIONS))
+  return operation, jnp.where(jax.random.bernoulli(sign_key), -1, 1)
+
+
+def apply(
+  image: jax.Array, operation, sign, magnitude, space: Space = NARROW
+) -> jax.Array:
   """Returns an image after one operation.
 
   Args:
@@ -68,6 +113,7 @@ def apply(image: jax.Array, operation, sign, magnitude: int) -> jax.Array:
     operation: its number in OPERATIONS.
     sign: 1 or -1, of those that have a direction.
     magnitude: 0 to MAX_MAGNITUDE.
+    space: what the largest magnitude means.
   """
   height, width, _ = image.shape
   strength = magnitude / MAX_MAGNITUDE
@@ -78,24 +124,30 @@ def apply(image: jax.Array, operation, sign, magnitude: int) -> jax.Array:
   def amount(name, largest):
     return jnp.where(chosen(name), sign * largest * strength, 0.0)
 
+  def whole(number, largest):
+    # In double precision for each magnitude, because float32 may round
+    # otherwise at a whole number.
+    strengths = (m / MAX_MAGNITUDE for m in range(MAX_MAGNITUDE + 1))
+    return jnp.array([number(largest * s) for s in strengths])[magnitude]
+
   def pixels(name, side):
-    shift = math.trunc(150 / 331 * side * strength)
+    shift = whole(math.trunc, space.translate(side))
     return jnp.where(chosen(name), sign * shift, 0)
 
   x = _resample(
     jnp.asarray(image, jnp.int32),
-    shear=(amount('ShearX', 0.3), amount('ShearY', 0.3)),
+    shear=(amount('ShearX', space.shear), amount('ShearY', space.shear)),
     shift=(pixels('TranslateX', width), pixels('TranslateY', height)),
-    angle=amount('Rotate', math.radians(30)),
+    angle=amount('Rotate', math.radians(space.rotate)),
   )
   x = _enhance(
     x,
-    brightness=amount('Brightness', 0.9),
-    color=amount('Color', 0.9),
-    contrast=amount('Contrast', 0.9),
-    sharpness=amount('Sharpness', 0.9),
+    brightness=amount('Brightness', space.enhance),
+    color=amount('Color', space.enhance),
+    contrast=amount('Contrast', space.enhance),
+    sharpness=amount('Sharpness', space.enhance),
   )
-  dropped = jnp.where(chosen('Posterize'), round(4 * strength), 0)
+  dropped = jnp.where(chosen('Posterize'), whole(round, space.posterize), 0)
   x = (x >> dropped) << dropped
   kept = MAX_MAGNITUDE - magnitude
   threshold = jnp.where(chosen('Solarize'), 255 * kept / MAX_MAGNITUDE, 256)

@@ -195,7 +195,7 @@ def _auxiliary(source, targets, method, runtime):
 
 
 def _check_loss(distiller, image_shape, num_rows, *, mixed: bool) -> None:
-  """Raises UserError where there is no loss, or not of mixed labels."""
+  """Raises UserError where there is no loss, or none of MixedLabels."""
   if not _trace_terms(distiller, image_shape, num_rows):
     raise config_utils.UserError(
       f'there is nothing to learn: every weight of {distiller.method} is zero'
@@ -207,10 +207,11 @@ def _check_loss(distiller, image_shape, num_rows, *, mixed: bool) -> None:
   except Exception as error:  # The method may be anyone's.
     config_utils.raise_outside(error)
     raise config_utils.UserError(
-      f'{distiller.method} does not take the labels of mixed images '
+      f'{distiller.method} does not take mixed or smoothed labels '
       f'({config_utils.short(error)}): let it read them by '
       'losses.cross_entropy or losses.single_labels, or set '
-      'augment.mixup_alpha=0 and augment.cutmix_alpha=0'
+      'augment.mixup_alpha=0, augment.cutmix_alpha=0 and '
+      'augment.label_smoothing=0'
     ) from error
 
 

@@ -54,7 +54,7 @@ def train_step(
       batch norm sees one part at a time.
     stored: which of the teacher's outputs are stored; None where none are.
     mixing: `(key, images, labels, epochs, indices) -> images, labels` of the
-      augmented images, see mixing; None: they are not mixed.
+      augmented images, see mixing; None: images and labels stay as they are.
     returns_rows: whether rows come with the result, in a pair: 'index', 'epoch'
       and, where they are stored, the 'teacher' outputs.
 

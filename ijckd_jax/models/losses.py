@@ -34,22 +34,28 @@ def cross_entropy(
 
   Dividing by all rows, labelled or not, makes the mean over shards equal to the
   mean over the batch. A mixed row's is that with either label, by its weight.
+  With labels smoothed by s, a row's is 1 - s of it and s of the mean over all
+  classes.
 
   Args:
     logits: (B, K).
     labels: (B,) int32; -1 for an unlabelled row. Or mixing.MixedLabels.
   """
 
-  def rows(labels):
+  def rows(labels, smoothing=0.0):
     rows = optax.losses.softmax_cross_entropy_with_integer_labels(
       at_least_float32(logits), jnp.maximum(labels, 0)
     )
+    if smoothing:
+      log_probs = jax.nn.log_softmax(at_least_float32(logits))
+      rows = (1 - smoothing) * rows - smoothing * jnp.mean(log_probs, axis=-1)
     return jnp.where(labels >= 0, rows, 0.0)
 
   if not isinstance(labels, mixing.MixedLabels):
     return jnp.mean(rows(labels))
-  own = labels.weight * rows(labels.own)
-  return jnp.mean(own + (1 - labels.weight) * rows(labels.other))
+  own = labels.weight * rows(labels.own, labels.smoothing)
+  other = rows(labels.other, labels.smoothing)
+  return jnp.mean(own + (1 - labels.weight) * other)
 
 
 def mean_squared_error(x: jax.Array, y: jax.Array) -> jax.Array:

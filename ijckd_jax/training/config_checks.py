@@ -103,7 +103,7 @@ def _check_store(config) -> None:
       'teacher.store.dtype', store.dtype, list(stored_outputs.DTYPES)
     )
   config_utils.check_positive('teacher.store.limit_gib', store.limit_gib)
-  if store.views and mixing_lib.build(config.augment) is not None:
+  if store.views and mixing_lib.mixes_images(config.augment):
     raise config_utils.UserError(
       f'teacher.store.views={store.views}: mixup and cutmix mix an image with '
       'another one in each epoch, so that no view is seen twice and could be '
@@ -138,7 +138,7 @@ def check_batches(config, num_devices: int) -> None:
       f'accumulation={config.accumulation}: it must divide the {rows} rows '
       'that a device gets of a batch'
     )
-  if mixing_lib.build(config.augment) is not None:
+  if mixing_lib.mixes_images(config.augment):
     mixing_lib.check_rows(rows)
 
 

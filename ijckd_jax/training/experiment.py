@@ -184,7 +184,8 @@ class Experiment:
     dtype: of the computation.
     stored: which of the teacher's outputs are stored; None where none are.
     start: where the student's backbone starts; None: at random.
-    mixing: of the augmented images; None where they are not mixed.
+    mixing: of the augmented images and their labels; None where neither are
+      mixed or smoothed.
     fitted: of each teacher's head that was fitted, what it is worth (JSON).
     notes: on the teachers' classes, in sentences.
   """

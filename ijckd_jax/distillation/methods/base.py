@@ -55,9 +55,10 @@ class Method:
       student: outputs.Outputs of the student; `connected` is what the connector
         has made of it.
       teacher: outputs.Outputs of the teacher.
-      batch: of one device. Its 'label' is for losses.cross_entropy: with mixup
-        and cutmix it is a mixing.MixedLabels. Where the method remembers, it
-        has 'memory', and 'key', the run's, for what is drawn by example.
+      batch: of one device. Its 'label' is for losses.cross_entropy: with mixup,
+        cutmix or label smoothing it is a mixing.MixedLabels. Where the method
+        remembers, it has 'memory', and 'key', the run's, for what is drawn by
+        example.
     """
     raise NotImplementedError
 
