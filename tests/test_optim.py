@@ -44,9 +44,9 @@ def gradients_at(step):
   return jax.tree.map(lambda x: rng.randn(*x.shape), start())
 
 
-def descend(schedule, num_steps=5, **fields):
+def descend(schedule, num_steps=5, stages=None, **fields):
   """Returns the parameters after the optimizer's steps."""
-  tx = optim.make_optimizer(config_of(**fields), schedule)
+  tx = optim.make_optimizer(config_of(**fields), schedule, stages)
   params = jax.tree.map(jnp.float32, start())
   state = tx.init(params)
   for step in range(num_steps):
@@ -141,6 +141,31 @@ def test_adamw_is_pytorchs(decay_norm_and_bias):
       w = w - rate * unbiased_m / (np.sqrt(unbiased_v) + 1e-8)
     expected.append(w)
   assert_close(result, jax.tree.unflatten(tree, expected))
+
+
+@pytest.mark.parametrize('name', ['sgd', 'adamw'])
+def test_layer_decay_slows_early_stages(name):
+  stages = {'conv': 0, 'bn': 2}
+  fields = {'name': name, 'weight_decay': 0.1}
+  slowed = descend(falling, 1, stages, layer_decay=0.5, **fields)
+  plain = descend(falling, 1, **fields)
+  shares = jax.tree.map(
+    lambda w, one, all: (one - w) / (all - w), start(), slowed, plain
+  )
+  for part, layer, share in (
+    ('backbone', 'conv', 1 / 8),
+    ('backbone', 'bn', 1 / 2),
+    ('head', None, 1),
+  ):
+    tree = shares[part][layer] if layer else shares[part]
+    for leaf in jax.tree.leaves(tree):
+      np.testing.assert_allclose(leaf, share, rtol=1e-3)
+
+
+@pytest.mark.parametrize('decay', [0.0, 1.5])
+def test_a_layer_decay_that_cannot_be_is_refused(decay):
+  with pytest.raises(config_utils.UserError, match=r'must be in \(0, 1\]'):
+    optim.make_optimizer(config_of(layer_decay=decay), falling, {})
 
 
 def test_clipping_is_by_the_global_norm_and_before_the_decay():

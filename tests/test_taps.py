@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from ijckd_jax import models
 from ijckd_jax.bundles import bundles
 from ijckd_jax.deploy import deployed as deployed_lib
 from ijckd_jax.deploy import onnx_files
@@ -208,3 +209,42 @@ def test_pytorchs_weights_come_back(student, images, tmp_path):
   bundle, _ = importer.read(str(path), importer.Request())
   assert bundle.network.backbone == student.network.backbone
   np.testing.assert_array_equal(logits(bundle, images), logits(student, images))
+
+
+def layers_by_stage(name, tap='final'):
+  backbone = models.build(name, tap=tap)
+  images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+  found = backbone.stages_of_layers(images)
+  return {
+    number: {layer for layer, stage in found.items() if stage == number}
+    for number in range(max(found.values()) + 1)
+  }
+
+
+def test_each_layer_has_the_first_stage_that_needs_it():
+  found = layers_by_stage('mobilenet_v2_cifar_x0_5')
+  assert len(found) == 6  # Five stages, and the convolution after them.
+  assert found[5] == {'conv2_0', 'conv2_1'}
+  truncated = layers_by_stage('mobilenet_v2_cifar_x0_5', tap='stage2')
+  assert truncated == {number: found[number] for number in range(3)}
+  plain = layers_by_stage('experiments.extension_example.backbone:PlainNet')
+  assert plain == {n: {f'Conv_{n}', f'BatchNorm_{n}'} for n in range(3)}
+
+
+def test_a_run_slows_the_early_layers(small_config):
+  """The first layer's change beside that of a run without layer_decay."""
+  changes = []
+  for decay in (1.0, 0.5):
+    config = small_config('ce', **{'optimizer.layer_decay': decay})
+    exp = experiment.build(config)
+    tx, _ = exp.optimizer(48)
+    params = exp.init(jax.random.key(0))['params']
+    ones = jax.tree.map(np.ones_like, params)
+    changes.append(tx.update(ones, tx.init(params), params)[0])
+  shares = jax.tree.map(lambda a, b: np.mean(b / a), *changes)
+  for number in range(3):
+    for layer in ('Conv', 'BatchNorm'):
+      for share in shares['backbone'][f'{layer}_{number}'].values():
+        np.testing.assert_allclose(share, 0.5 ** (3 - number), rtol=1e-6)
+  for share in shares['head'].values():
+    assert share == 1

@@ -163,6 +163,32 @@ class Backbone(nn.Module):
     mask = jax.random.bernoulli(self.make_rng('dropout'), kept, shape)
     return branch * (mask / kept).astype(branch.dtype)
 
+  def stages_of_layers(self, images) -> dict[str, int]:
+    """Returns the number of the first stage that needs each layer.
+
+    Layers after the last stage have the number that a further stage would have.
+
+    Args:
+      images: normalised (B, H, W, C), or their shapes.
+
+    Returns:
+      A number for each key of the backbone's 'params'.
+    """
+
+    def shapes(backbone):
+      key = jax.random.key(0)
+      return jax.eval_shape(
+        lambda x: backbone.init_with_output(key, x, train=False), images
+      )
+
+    features, variables = shapes(self)
+    num_stages = len(features.stages)
+    found = dict.fromkeys(variables['params'], num_stages)
+    for number in reversed(range(num_stages)):
+      _, variables = shapes(self.clone(tap=f'stage{number}'))
+      found |= dict.fromkeys(variables['params'], number)
+    return found
+
   def conv(self, features: int, kernel: int, stride: int = 1, **kwargs):
     """Returns a convolution, see layers.conv."""
     kwargs = {'kernel_init': self.kernel_init, **kwargs}

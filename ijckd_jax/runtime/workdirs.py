@@ -78,6 +78,7 @@ ADDED_FIELDS = {
   'augment.randaugment_layers': 0,
   'augment.randaugment_magnitude': 9,
   'augment.trivialaugment': False,
+  'optimizer.layer_decay': 1.0,
   'student.drop_path': 0.0,
   'student.dropout': 0.0,
   'student.init_from': '',

@@ -298,7 +298,14 @@ class Experiment:
       total_steps=self.total_steps(num_examples),
       total=f'total_{unit}={value}',
     )
-    return optim.make_optimizer(self.config.optimizer, schedule), schedule
+    stages = None
+    if self.config.optimizer.layer_decay != 1:
+      network = self.distiller.network
+      size = (*network.preprocessing.size, self.dataset.image_shape[2])
+      images = jax.ShapeDtypeStruct((1, *size), jnp.float32)
+      stages = network.backbone.stages_of_layers(images)
+    tx = optim.make_optimizer(self.config.optimizer, schedule, stages)
+    return tx, schedule
 
   def abstract_batch(
     self, num_rows: int, *, with_teacher: bool

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules, from config sections to optax."""
 
 import collections
+from collections.abc import Mapping
 import math
 
 import jax
@@ -25,6 +26,8 @@ def default_config() -> ml_collections.ConfigDict:
       'beta2': 0.999,
       'weight_decay': 5e-4,
       'decay_norm_and_bias': True,
+      # Of the learning rate, once for each stage from a layer to the head.
+      'layer_decay': 1.0,
       'clip_norm': 0.0,
       'schedule': 'step',
       'decay_epochs': (150.0, 180.0, 210.0),
@@ -90,12 +93,24 @@ def make_schedule(
 
 
 def make_optimizer(
-  config: ml_collections.ConfigDict, schedule: optax.Schedule
+  config: ml_collections.ConfigDict,
+  schedule: optax.Schedule,
+  stages: Mapping[str, int] | None = None,
 ) -> optax.GradientTransformation:
   """Returns the transformation that a config's `optimizer` section describes.
 
   SGD adds the weight decay to the gradient before the momentum, as PyTorch
-  does; AdamW decouples it.
+  does; AdamW decouples it. With `layer_decay` d, a layer of the backbone learns
+  at d^n of the learning rate, where n is 1 for the last stage that is built.
+
+  Args:
+    config: the `optimizer` section.
+    schedule: the learning rate by step.
+    stages: of each layer of the backbone, see models.Backbone; only
+      read where `layer_decay` is not 1.
+
+  Source of `layer_decay`: Clark et al. 2020, "ELECTRA",
+  https://arxiv.org/abs/2003.10555, here by stages.
 
   Raises:
     config_utils.UserError: the optimizer is unknown, or a number cannot be.
@@ -110,6 +125,10 @@ def make_optimizer(
       raise config_utils.UserError(
         f'optimizer.{name}={config[name]}: it must be in [0, {limit})'
       )
+  if not 0 < config.layer_decay <= 1:
+    raise config_utils.UserError(
+      f'optimizer.layer_decay={config.layer_decay}: it must be in (0, 1]'
+    )
   mask = None if config.decay_norm_and_bias else _only_kernels
   if config.name == 'sgd':
     steps = [
@@ -130,7 +149,23 @@ def make_optimizer(
     raise config_utils.unknown('optimizer', config.name, OPTIMIZERS)
   if config.clip_norm:
     steps.insert(0, optax.clip_by_global_norm(config.clip_norm))
+  if config.layer_decay != 1:
+    steps.append(_layer_decay(config.layer_decay, stages))
   return optax.chain(*steps)
+
+
+def _layer_decay(decay, stages):
+  """Returns the transformation that slows the backbone's early layers."""
+  end = 1 + max(stages.values())
+
+  def scaled(path, update):
+    part, layer = path[0].key, path[1].key
+    exponent = end - stages[layer] if part == 'backbone' else 0
+    return decay**exponent * update
+
+  return optax.stateless(
+    lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates)
+  )
 
 
 def _only_kernels(params):
