@@ -86,3 +86,50 @@ def test_settings_that_do_not_fit_are_left_out(monkeypatch):
   assert [setting for setting, _ in sizes._smaller_connectors(exp)] == [
     'factor=32'
   ]
+
+
+@pytest.mark.parametrize('method', ['ijckd', 'simkd'])
+@pytest.mark.parametrize('max_growth', [1.25, 2.0])
+def test_auto_takes_the_largest_connector_that_fits(method, max_growth):
+  exp, found = built(
+    method,
+    'resnet8x4',
+    **{'method.factor': 'auto', 'student.max_growth': max_growth},
+  )
+  factor = exp.distiller.connected_network.connector.factor
+  # The plain student: the backbone, and ten classes on its 64 features.
+  limit = max_growth * (found.student['backbone'] + 65 * 10)
+  assert found.total <= limit
+  assert f'method.factor=auto took {factor})' in sizes.line(exp, found)
+  _, larger = built(method, 'resnet8x4', **{'method.factor': factor - 1})
+  assert larger.total > limit
+  _, same = built(method, 'resnet8x4', **{'method.factor': factor})
+  assert same == found
+
+
+def test_auto_on_the_command_line_and_where_there_is_no_factor():
+  config = experiment.default_config(
+    dataset='digits', teacher='resnet8x4', student='resnet8'
+  )
+  config.total_epochs = 1.0
+  config_utils.apply_flags(
+    config, ['--config.method.factor=auto', '--config.method.connector=conv1x1']
+  )
+  assert config.method.factor == 0
+  exp = experiment.build(config)
+  shapes = jax.eval_shape(lambda: exp.init(jax.random.key(0)))
+  assert 'auto' not in sizes.line(exp, sizes.of(exp, shapes))
+
+
+def test_auto_without_a_connector_that_fits_is_refused():
+  fields = {'method.factor': 'auto', 'student.max_growth': 1.001}
+  with pytest.raises(config_utils.UserError) as refused:
+    built('ijckd', 'resnet8x4', **fields)
+  # One channel inside: 64 to 1, 3x3 of 1, 1 to 256, and three batch norms.
+  total = 77_104 + (64 + 9 + 256 + 2 * (1 + 1 + 256)) + 257 * 10
+  assert f'would have {total:,} parameters, over 1.001 times' in str(
+    refused.value
+  )
+  assert 'raise student.max_growth' in str(refused.value)
+  with pytest.raises(config_utils.UserError, match='it must be above 1'):
+    built(**{'student.max_growth': 1.0})

@@ -1,5 +1,6 @@
 """From a backbone, a method and teachers to a Distiller, if they fit."""
 
+import bisect
 from collections.abc import Sequence
 import dataclasses
 
@@ -52,9 +53,7 @@ def bind(
   Raises:
     config_utils.UserError: the pair does not fit; nothing has been compiled.
   """
-  network = network_lib.Network(
-    backbone, preprocessing, None, None, network_lib.pool_of(backbone)
-  )
+  network = network_lib.plain(backbone, preprocessing)
   if not method.needs_teacher:
     given = weights = ()
   weights = weights or (1.0,) * len(given)
@@ -100,21 +99,67 @@ def bind(
   return distiller
 
 
-def num_connector_params(distiller, method, image_shape) -> int:
-  """Returns the parameters of the connector that another method would build.
+def num_connector_params(network, teacher, method, image_shape) -> int:
+  """Returns the parameters of the connector that a method would build.
 
   Args:
-    distiller: of a student and at least one teacher.
-    method: the other one, which builds a connector.
+    network: the student's, without a connector.
+    teacher: the teacher that it would be connected to.
+    method: builds a connector.
     image_shape: (H, W, C) of the shared view.
   """
-  network, teacher = distiller.network, distiller.teachers[0]
   source, target = _source(network, image_shape), teacher.shapes(image_shape)
   connected = _connect(network, source, teacher, target, method, {})
   made = jax.eval_shape(
     lambda: connected.init_connector(jax.random.key(0), source)
   )
   return teachers.count(made['params'])
+
+
+def smallest_factor(
+  network, teacher, method_of, image_shape, num_classes, max_growth
+) -> int:
+  """Returns the factor of the largest connector that leaves a student small.
+
+  The deployed student has at most `max_growth` times the parameters of the
+  plain one, which has no connector and a head on its own features.
+
+  Args:
+    network: the student's, without a connector.
+    teacher: the teacher that it is connected to, whose head it reuses.
+    method_of: `factor -> method`, which builds the connector.
+    image_shape: (H, W, C) of the shared view.
+    num_classes: K.
+    max_growth: above 1.
+
+  Raises:
+    config_utils.UserError: the narrowest connector is still too large.
+  """
+  shapes = jax.eval_shape(
+    lambda: network.init(jax.random.key(0), image_shape, num_classes)
+  )
+  plain = teachers.count(shapes['params'])
+  backbone = teachers.count(shapes['params']['backbone'])
+  width = teacher.num_features
+
+  def deployed(factor):
+    method = method_of(factor)
+    args = network, teacher, method, image_shape
+    return backbone + num_connector_params(*args) + (width + 1) * num_classes
+
+  limit = max_growth * plain
+  # The number of parameters falls as the factor rises.
+  factors = range(1, width + 1)
+  found = bisect.bisect_left(factors, True, key=lambda f: deployed(f) <= limit)
+  if found == len(factors):
+    raise config_utils.UserError(
+      f'method.factor=auto: behind the narrowest bottleneck to the '
+      f'{width} channels of teacher {teacher.name} the student would have '
+      f'{deployed(width):,} parameters, over {max_growth:g} times the '
+      f'{plain:,} without a connector: raise student.max_growth, or take '
+      "a method that predicts with the student's own head, such as srrl or kd"
+    )
+  return factors[found]
 
 
 def _source(network, image_shape) -> outputs.Shapes:

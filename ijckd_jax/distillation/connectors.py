@@ -207,6 +207,11 @@ def get(name: str) -> type[Connector]:
   return cls
 
 
+def has_factor(name: str) -> bool:
+  """Returns whether a connector has a width divisor; raises as `get` does."""
+  return 'factor' in {field.name for field in dataclasses.fields(get(name))}
+
+
 def build(name: str, teacher, *, factor: int | None = None, **fields):
   """Returns the connector called `name` for a teacher's representation.
 
@@ -220,8 +225,7 @@ def build(name: str, teacher, *, factor: int | None = None, **fields):
     config_utils.UserError: there is no such connector.
   """
   cls = get(name)
-  known = {field.name for field in dataclasses.fields(cls)}
-  if factor is not None and 'factor' in known:
+  if factor is not None and has_factor(name):
     fields['factor'] = factor
   takes = fields.get('takes', cls.takes)
   target, signed = teacher.final, teacher.signed

@@ -273,3 +273,8 @@ class Network:
     if self.connector is None:
       return self.backbone.pools_map
     return self.connector.takes == 'map'
+
+
+def plain(backbone, preprocessing) -> Network:
+  """Returns the classifier of a backbone with a head on its own features."""
+  return Network(backbone, preprocessing, None, None, pool_of(backbone))

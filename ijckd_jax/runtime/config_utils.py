@@ -29,6 +29,9 @@ from ijckd_jax.runtime import streams
 # reads is damaged.
 _NO_MEMORY = ('RESOURCE_EXHAUSTED', 'allocate')
 INVALID = 'INVALID_ARGUMENT'
+# What `auto` means in the fields AUTOMATIC, which hold whole numbers.
+AUTO = 0
+AUTOMATIC = ('method.factor',)
 # Where modules that a user names are found, after all others. The program
 # `ijckd` puts the working directory here rather than on Python's own path, on
 # which JAX and others look for modules that need not be installed.
@@ -360,7 +363,7 @@ def apply_flags(
     elif flag.startswith('-'):
       raise UserError(f'unknown flag {flag!r} (see --help)')
   values = flags.FlagValues()
-  program = ['', *overrides]
+  program = ['', *map(_without_auto, overrides)]
   config_flags.DEFINE_config_dict(
     'config', config, flag_values=values, sys_argv=program
   )
@@ -370,6 +373,14 @@ def apply_flags(
     raise UserError(' '.join(str(error).split())) from error
   if rest:
     raise UserError(f'unexpected {rest[0]!r} (see --help)')
+
+
+def _without_auto(flag: str) -> str:
+  """Returns a flag with the number that `auto` stands for, if it says so."""
+  for name in AUTOMATIC:
+    if flag == f'--config.{name}=auto':
+      return f'--config.{name}={AUTO}'
+  return flag
 
 
 def override(
@@ -382,6 +393,8 @@ def override(
   """
   for name, value in values.items():
     _check_field(config, name)
+    if name in AUTOMATIC and value == 'auto':
+      value = AUTO
     try:
       config.update_from_flattened_dict({name: value})
     except (TypeError, ValueError) as error:

@@ -1,5 +1,7 @@
 """Rejects invalid values of a config before anything is built."""
 
+import math
+
 import jax
 
 from ijckd_jax.data import augment
@@ -28,6 +30,7 @@ def check_values(
   _check_store(config)
   _check_teachers(config.teacher, teacher_given)
   _check_devices(config)
+  _check_max_growth(config.student)
   check_batches(config, num_devices)
 
 
@@ -180,6 +183,14 @@ def _check_teachers(section, given) -> None:
     raise config_utils.UserError(
       "teacher.refit changes the teacher's logits, which are not to be stored: "
       'set teacher.store.views=0'
+    )
+
+
+def _check_max_growth(section) -> None:
+  """Raises UserError where a student could not grow at all."""
+  if not 1 < section.max_growth < math.inf:
+    raise config_utils.UserError(
+      f'student.max_growth={section.max_growth}: it must be above 1'
     )
 
 

@@ -17,6 +17,7 @@ from ijckd_jax.data import augment
 from ijckd_jax.data import datasets
 from ijckd_jax.data import mixing as mixing_lib
 from ijckd_jax.distillation import binding
+from ijckd_jax.distillation import connectors
 from ijckd_jax.distillation import distiller as distiller_lib
 from ijckd_jax.distillation import methods
 from ijckd_jax.distillation import network
@@ -98,6 +99,9 @@ def default_config(
     'init_from': '',
     'drop_path': 0.0,  # Stochastic depth of the last block; see Backbone.
     'dropout': 0.0,  # Of the pooled features, before the student's own head.
+    # Parameters of the deployed student, as a multiple of those without a
+    # connector, that method.factor=auto keeps to.
+    'max_growth': 1.5,
   }
   config.augment = augment.default_config()  # Of what both of them see.
   config.method = methods.section(method)
@@ -438,6 +442,9 @@ def build(
     )
     teacher = teacher_run.abstract_teacher()
   given, weights, notes = _teachers(config, dataset, teacher, dtype)
+  if given and _asks_for_factor(config.method):
+    student = network.plain(backbone, preprocessing)
+    method = _with_factor(config, dataset, given, student)
   distiller = binding.bind(
     backbone=backbone,
     preprocessing=preprocessing,
@@ -476,6 +483,37 @@ def build(
     mixing=mixing,
     notes=notes,
   )
+
+
+def _asks_for_factor(section) -> bool:
+  """Returns whether a method's `factor` is auto, and its connector has one."""
+  return section.get('factor') == config_utils.AUTO and connectors.has_factor(
+    section.get('connector', 'bottleneck')
+  )
+
+
+def _with_factor(config, dataset, given, student):
+  """Returns the method, with a factor in place of `auto`.
+
+  Args:
+    config: the run's.
+    dataset: see datasets.
+    given: the teachers, that with the joint classifier first.
+    student: network.Network without a connector.
+  """
+
+  def method_of(factor):
+    return methods.build({**config.method, 'factor': factor})
+
+  factor = binding.smallest_factor(
+    student,
+    given[0],
+    method_of,
+    tuple(dataset.image_shape),
+    len(dataset.class_names),
+    config.student.max_growth,
+  )
+  return method_of(factor)
 
 
 def _start(config, dataset):

@@ -6,6 +6,7 @@ import dataclasses
 
 from ijckd_jax.bundles import bundles
 from ijckd_jax.distillation import binding
+from ijckd_jax.distillation import connectors
 from ijckd_jax.distillation import methods
 from ijckd_jax.runtime import config_utils
 
@@ -60,6 +61,13 @@ def of(exp, variables) -> Sizes:
 def line(exp, sizes: Sizes) -> str:
   """Returns a sentence with the parameters of student and teacher."""
   parts = ', '.join(f'{name} {n:,}' for name, n in sizes.student.items() if n)
+  network = exp.distiller.connected_network
+  if (
+    exp.config.method.get('factor') == config_utils.AUTO
+    and network is not None
+    and isinstance(network.connector, connectors.Bottleneck)
+  ):
+    parts += f'; method.factor=auto took {network.connector.factor}'
   return (
     f'the student {exp.config.student.backbone} will be deployed with '
     f'{sizes.total:,} parameters ({parts}), {sizes.total / sizes.teacher:.1%} '
@@ -106,7 +114,10 @@ def _smaller_connectors(exp) -> Iterator[tuple[str, int]]:
     method = methods.build({**section, field: value})
     try:
       count = binding.num_connector_params(
-        exp.distiller, method, tuple(exp.dataset.image_shape)
+        exp.distiller.network,
+        exp.teacher,
+        method,
+        tuple(exp.dataset.image_shape),
       )
     except config_utils.UserError:  # It does not fit this teacher.
       continue

@@ -28,7 +28,8 @@ class Method(base.Method):
     feature_site: where features are compared: 'map', before the pool, or
       'pooled', after it.
     connector: name in connectors.CONNECTORS, or `package.module:Name`.
-    factor: width divisor of the bottleneck connectors.
+    factor: width divisor of the bottleneck connectors; 0, which a command line
+      may call auto: the smallest that keeps to `config.student.max_growth`.
     tap: the student's map that is connected, see base.Method.
     head: what predicts: 'teacher', the teacher's head as it is. The others are
       controls: behind the connector 'copy', the same trained on, 'fresh', one

@@ -17,7 +17,7 @@ class Method(base.Method):
 
   Attributes:
     feature_weight: weight of the maps' squared error, mean over all elements.
-    factor: width divisor of the bottleneck.
+    factor: as in ijckd.
     tap: the student's map that is connected, see base.Method.
   """
 
