@@ -158,9 +158,60 @@ PUBLISHED = {
     16_180,
     ((24, 56), (116, 28), (232, 14), (464, 7)),
   ),
+  'mobilenetv3_large_100': (
+    5_483_032,
+    24_400,
+    ((16, 112), (24, 56), (40, 28), (112, 14), (160, 7)),
+  ),
+  'mobilenetv4_conv_small': (
+    3_774_024,
+    25_088,
+    ((32, 112), (32, 56), (64, 28), (96, 14), (128, 7)),
+  ),
+  'mobilenetv4_conv_medium': (
+    9_715_512,
+    67_904,
+    ((32, 128), (48, 64), (80, 32), (160, 16), (256, 8)),
+  ),
+  'tf_efficientnet_lite0': (
+    4_652_008,
+    42_016,
+    ((32, 112), (24, 56), (40, 28), (112, 14), (320, 7)),
+  ),
+  'tf_efficientnet_lite1': (
+    5_416_680,
+    53_664,
+    ((32, 120), (24, 60), (40, 30), (112, 15), (320, 8)),
+  ),
+  'tf_efficientnet_lite2': (
+    6_092_072,
+    58_096,
+    ((32, 130), (24, 65), (48, 33), (120, 17), (352, 9)),
+  ),
+  'efficientnet_b0': (
+    5_288_548,
+    42_016,
+    ((32, 112), (24, 56), (40, 28), (112, 14), (320, 7)),
+  ),
+  'convnext_atto': (3_695_520, 0, ((40, 56), (80, 28), (160, 14), (320, 7))),
+  'convnext_femto': (5_217_784, 0, ((48, 56), (96, 28), (192, 14), (384, 7))),
+  'regnety_004': (
+    4_344_144,
+    27_152,
+    ((32, 112), (48, 56), (104, 28), (208, 14), (440, 7)),
+  ),
   'deit_small_patch16_224': (22_050_664, 0, 4 * ((384, 14),)),
+  'deit_tiny_patch16_224': (5_717_416, 0, 4 * ((192, 14),)),
+  'vit_tiny_patch16_224': (5_717_416, 0, 4 * ((192, 14),)),
 }
 IMAGENET = tuple(PUBLISHED)[list(PUBLISHED).index('resnet18') :]
+# Sides of the images that weights are published for, where it is not 224.
+USUAL_SIZES = {
+  'mobilenetv4_conv_medium': 256,
+  'tf_efficientnet_lite1': 240,
+  'tf_efficientnet_lite2': 260,
+}
+TRANSFORMERS = ('deit', 'vit')
 # Those of one size and kind are too slow to be all run.
 ONE_OF_EACH = (
   'resnet8',
@@ -174,12 +225,18 @@ ONE_OF_EACH = (
   'mobilenet_v2',
   'mobilenet_v3_small',
   'shufflenet_v2_x0_5',
+  'mobilenetv3_large_100',
+  'mobilenetv4_conv_small',
+  'tf_efficientnet_lite0',
+  'convnext_atto',
+  'regnety_004',
   'deit_small_patch16_224',
 )
 # Strides, early activations, pools, groups, squeezes, tokens.
 OF_EACH_OPERATOR = (
   *('resnet8', 'wrn_16_1', 'vgg8', 'shufflenet_v1_cifar'),
-  *('mobilenet_v3_small', 'deit_small_patch16_224'),
+  *('mobilenet_v3_small', 'mobilenetv4_conv_small', 'convnext_atto'),
+  'deit_small_patch16_224',
 )
 FASTEST = ('resnet8', 'wrn_16_1')
 
@@ -201,7 +258,16 @@ TAILS = {
   'mobilenet_v3': {'features_12_0', 'features_12_1', 'pool_hidden'},
   'shufflenet_v2_cifar': {'conv2', 'bn2'},
   'shufflenet_v2': {'conv5_0', 'conv5_1'},
+  'mobilenetv3': {'blocks__6__0__conv', 'blocks__6__0__bn1', 'pool_conv_head'},
+  'mobilenetv4': {
+    *('blocks__4__0__conv', 'blocks__4__0__bn1'),
+    *('pool_conv_head', 'pool_norm_head'),
+  },
+  'tf_efficientnet': {'conv_head', 'bn2'},
+  'efficientnet': {'conv_head', 'bn2'},
+  'convnext': {'pool_head__norm'},
   'deit': {'norm'},
+  'vit': {'norm'},
 }
 
 
@@ -214,6 +280,10 @@ def shapes_of(name, image_shape, tap='final', dtype=jnp.float32):
     lambda x: backbone.init_with_output(jax.random.key(0), x, train=False),
     images,
   )
+
+
+def usual_size(name):
+  return USUAL_SIZES.get(name, 224 if name in IMAGENET else 32)
 
 
 def num_elements(tree):
@@ -261,7 +331,7 @@ def run(name, image_shape=None, **settings):
 def test_sizes_are_the_published_ones(name):
   num_params, num_stats, stages = PUBLISHED[name]
   backbone = models.build(name)
-  size, num_classes = (224, 1000) if name in IMAGENET else (32, 100)
+  size, num_classes = usual_size(name), 1000 if name in IMAGENET else 100
   assert backbone.usual_size == size
   features, variables = shapes_of(name, (size, size, 3))
   head = jax.eval_shape(
@@ -282,20 +352,20 @@ def test_sizes_are_the_published_ones(name):
 def test_images_may_have_any_size_and_any_number_of_channels(name):
   image_shape = (65, 47, 4)
   _, _, stages = PUBLISHED[name]
-  if name.startswith('deit'):
+  if name.startswith(TRANSFORMERS):
     with pytest.raises(
       config_utils.UserError, match='65x47: sides must be multiples'
     ):
       shapes_of(name, image_shape)
     return
   features, _ = shapes_of(name, image_shape)
-  usual = 224 if name in IMAGENET else 32
+  usual = usual_size(name)
   for i, (stage, (channels, size)) in enumerate(
     zip(features.stages, stages, strict=True)
   ):
     height, width = image_shape[:2]
-    for _ in range((usual // size).bit_length() - 1):
-      if name.startswith('vgg'):
+    for _ in range(round(np.log2(usual / size))):
+      if name.startswith(('vgg', 'convnext')):
         height, width = height // 2, width // 2
       else:
         height, width = -(-height // 2), -(-width // 2)
@@ -308,7 +378,7 @@ def test_sizes_of_maps(name, size):
   """Each net works at each size; its maps shrink in proportion."""
   features, _ = shapes_of(name, (size, size, 3))
   _, _, stages = PUBLISHED[name]
-  usual = 224 if name in IMAGENET else 32
+  usual = usual_size(name)
   expected = [stage_size * size / usual for _, stage_size in stages]
   if name.startswith('vgg') and size >= 64:
     expected[-1] /= 2  # The pool that smaller images do without.
@@ -764,6 +834,10 @@ def assert_normal(leaf, std, path):
     assert np.abs(leaf).max() > 3.5 * std, path
 
 
+# Depthwise and grouped convolutions of timm's networks.
+GROUPED = re.compile('conv_dw|dw_start|dw_mid|conv2__conv')
+
+
 def assert_uniform(leaf, bound, path):
   assert np.abs(leaf).max() <= bound, path
   std = bound / np.sqrt(3)
@@ -780,7 +854,7 @@ def assert_uniform(leaf, bound, path):
 )
 def test_start_of_backbones(name):
   """Convolutions start as the originals', batch norms as the identity."""
-  uniform = name.startswith(('shufflenet', 'mobilenet_v1'))
+  uniform = name.startswith(('shufflenet', 'mobilenet_v1', *TRANSFORMERS))
   init = functools.partial(models.build(name).init, train=False)
   image = jnp.ones((1, 16, 16, 3))
   variables = jax.jit(init)(jax.random.key(0), image)
@@ -789,17 +863,25 @@ def test_start_of_backbones(name):
     if path[1:] == ('patch_embed_proj', 'bias'):
       assert_uniform(leaf, 1 / np.sqrt(16 * 16 * 3), path)
     elif leaf.ndim == 1:
-      expected = 1 if path[-1] in ('scale', 'var') else 0
-      assert (leaf == expected).all(), path
+      expected = 1.0 if path[-1] in ('scale', 'var') else 0.0
+      if path[-1].endswith('gamma'):  # Layer scale.
+        expected = 1e-6
+      elif name.startswith('regnet') and 'conv3__bn' in path[-2]:
+        expected = float(path[-1] == 'var')  # A block starts as its shortcut.
+      np.testing.assert_allclose(leaf, expected, err_msg=str(path))
     elif path[-1] == 'cls_token':
       assert_normal(leaf, 1e-6, path)
-    elif name.startswith('deit') and leaf.ndim < 4:
+    elif name.startswith(TRANSFORMERS) and leaf.ndim < 4:
       assert_normal(leaf, 0.02, path)
     elif path[-2] == 'pool_hidden':
       assert_normal(leaf, 0.01, path)
     else:
       height, width, inputs, channels = leaf.shape
-      if uniform or name.startswith('deit'):
+      if GROUPED.search(path[-2]):  # As many outputs as inputs of a group.
+        channels = inputs
+      if name.startswith('convnext'):
+        assert_normal(leaf, 0.02, path)
+      elif uniform:
         assert_uniform(leaf, 1 / np.sqrt(height * width * inputs), path)
       else:
         std = np.sqrt(2 / (height * width * channels))
@@ -808,15 +890,23 @@ def test_start_of_backbones(name):
 
 @pytest.mark.parametrize('name', models.BACKBONES)
 def test_start_of_heads(name):
-  """Heads are U(+-1/sqrt(D)), or the original's normal without a bias."""
+  """Heads are U(+-1/sqrt(D)), or start as the original without a bias."""
   head = models.build(name).init_head(jax.random.key(0), 64, 100)
   kernel, bias = np.asarray(head['kernel']), np.asarray(head['bias'])
   assert kernel.shape == (64, 100) and bias.shape == (100,)
   assert kernel.dtype == bias.dtype == np.float32
-  normal = name.startswith(('vgg', 'mobilenet_v2', 'mobilenet_v3', 'deit'))
+  if name.startswith(('tf_', 'efficientnet', 'mobilenetv')):
+    assert not bias.any()
+    assert_uniform(kernel, 1 / 10, name)
+    assert np.abs(kernel).max() > 0.9 / 10
+    return
+  wider = (*TRANSFORMERS, 'convnext')
+  normal = name.startswith(
+    ('vgg', 'mobilenet_v2', 'mobilenet_v3', 'regnet', *wider)
+  )
   assert bias.any() != (normal or 'wrn' in name)
   if normal:
-    assert_normal(kernel, 0.02 if name.startswith('deit') else 0.01, name)
+    assert_normal(kernel, 0.02 if name.startswith(wider) else 0.01, name)
     return
   assert_uniform(kernel, 1 / 8, name)
   assert np.abs(kernel).max() > 0.9 / 8

@@ -46,6 +46,11 @@ DEFAULT = (
   'mobilenet_v1',
   'mobilenet_v3_small',
   'shufflenet_v2_x0_5',
+  'mobilenetv3_large_100',
+  'mobilenetv4_conv_small',
+  'tf_efficientnet_lite0',
+  'convnext_atto',
+  'regnety_004',
   'deit_small_patch16_224',
 )
 BACKBONES = [
@@ -57,7 +62,7 @@ NUM_CLASSES = 7
 
 def size_for(name):
   """Returns the side of the images on which a network is compared."""
-  return 64 if models.build(name).usual_size == 224 else 32
+  return 32 if models.build(name).usual_size == 32 else 64
 
 
 def published(name, channels=3, num_classes=NUM_CLASSES, size=None):
@@ -133,6 +138,21 @@ def test_parity(name):
   assert max(errors(name).values()) < 1e-5
 
 
+ALIKE = ('deit_tiny_patch16_224', 'vit_tiny_patch16_224')
+
+
+@pytest.mark.parametrize('name', ALIKE)
+def test_networks_that_are_alike_must_be_named(name):
+  net, _ = imported(name)
+  with pytest.raises(config_utils.UserError) as refused:
+    importer.from_state(state_of(net), request(size_for(name)), origin={})
+  assert str(refused.value) == (
+    'it is a deit_tiny_patch16_224 or a vit_tiny_patch16_224, which are one '
+    'network for images that are prepared in different ways: say --backbone '
+    'NAME'
+  )
+
+
 # All those before a backbone in the table are tried.
 QUICKLY_TOLD = ('resnet8', 'resnet8x4', 'wrn_16_1', 'vgg8', 'mobilenet_v1')
 
@@ -143,6 +163,7 @@ QUICKLY_TOLD = ('resnet8', 'resnet8x4', 'wrn_16_1', 'vgg8', 'mobilenet_v1')
   [
     pytest.param(name, marks=[] if name in QUICKLY_TOLD else pytest.mark.slow)
     for name in models.BACKBONES
+    if name not in ALIKE
   ],
 )
 def test_backbones_are_told_by_their_names(name):

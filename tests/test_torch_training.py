@@ -9,6 +9,7 @@ from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ijckd_jax import models
@@ -22,6 +23,7 @@ from ijckd_jax.pytorch import published_names
 from ijckd_jax.pytorch import state_dicts
 from ijckd_jax.runtime import parallel
 from ijckd_jax.training import optim
+from tests import marks
 
 torch_networks = pytest.importorskip('tests.torch_networks')
 torch = torch_networks.torch
@@ -180,6 +182,8 @@ def bound(teacher, student, method, unbiased, dtype):
 def names_of(dist):
   """Returns PyTorch's names of what is trained, and where it lies."""
   shapes = jax.eval_shape(lambda: dist.init(jax.random.key(0), SHAPE))
+  if not dist.links:
+    return published_names.names_of(dist.network, shapes)
   params = {'head': dist.teachers[0].head, **shapes['params']}
   names = published_names.names_of(
     dist.connected_network or dist.network,
@@ -191,20 +195,22 @@ def names_of(dist):
   return {k.replace('head.', f'backbone.{head}.'): e for k, e in names.items()}
 
 
-def train_here(pair, dist):
-  """Returns the terms at every step, and the state after the last."""
-  dtype = dist.network.backbone.dtype
-  flat, state = {}, pair.state_dict()
+def variables_of(arrays, dist):
+  """Returns variables of PyTorch's arrays, by name."""
+  flat, dtype = {}, dist.network.backbone.dtype
   for name, entry in names_of(dist).items():
-    flat[entry.path] = entry.to_flax(state[name].numpy()).astype(dtype)
-  frozen = jax.tree.map(lambda x: x.astype(dtype), dist.frozen)
+    if name in arrays:
+      flat[entry.path] = entry.to_flax(arrays[name].numpy()).astype(dtype)
+  return traverse_util.unflatten_dict(flat)
+
+
+def step_of(dist):
+  """Returns the optimizer, and a step of a single device."""
   config = optim.default_config()
   for name, value in SETTINGS.items():
     config[name] = value
   tx = optim.make_optimizer(config, config.learning_rate)
-  variables = traverse_util.unflatten_dict(flat)
-  current = train_state.create(variables, tx, with_ema=False)
-  step = jax.jit(
+  return tx, jax.jit(
     jax.vmap(
       functools.partial(
         steps.train_step,
@@ -219,11 +225,25 @@ def train_here(pair, dist):
       axis_name=parallel.AXIS,
     )
   )
+
+
+def batch_of(images, labels):
+  """Returns a batch of the rows of a single device."""
+  rows = np.zeros(BATCH_SIZE, np.int32)
+  batch = {'image': images, 'label': labels, 'index': rows, 'epoch': rows}
+  return jax.tree.map(lambda x: x[None], batch)
+
+
+def train_here(pair, dist):
+  """Returns the terms at every step, and the state after the last."""
+  dtype = dist.network.backbone.dtype
+  frozen = jax.tree.map(lambda x: x.astype(dtype), dist.frozen)
+  tx, step = step_of(dist)
+  variables = variables_of(pair.state_dict(), dist)
+  current = train_state.create(variables, tx, with_ema=False)
   history = []
   for images, labels in batches():
-    rows = np.zeros(BATCH_SIZE, np.int32)
-    batch = {'image': images, 'label': labels, 'index': rows, 'epoch': rows}
-    batch = jax.tree.map(lambda x: x[None], batch)
+    batch = batch_of(images, labels)
     current, sums = step(current, frozen, batch, jax.random.key(0))
     history.append({k: float(v) / float(n) for k, (v, n) in sums.items()})
   return history, current
@@ -300,3 +320,61 @@ def test_biased_running_variance_is_all_that_differs_by_default():
   # The smallest maps have n = B H W values to a channel.
   num_values = BATCH_SIZE * (SHAPE[0] // 4) * (SHAPE[1] // 4)
   assert 0.1 / num_values < errors['running_var'] < 10 / num_values
+
+
+# Of timm's networks, those that have batch norm. The pool of the first has one.
+NORMALISED = marks.slow_but(
+  ['mobilenetv4_conv_small'],
+  [x for x in torch_networks.TIMM_STAGES if not x.startswith('convnext')],
+)
+
+
+@pytest.mark.parametrize('name', NORMALISED)
+def test_twenty_steps_of_timms_networks_are_pytorchs(name):
+  """Each step from PyTorch's state: in deep networks rounding errors explode.
+
+  In float64, by the labels, from the weights that timm draws.
+  """
+  torch.manual_seed(0)
+  net = torch_networks.build(name, NUM_CLASSES).double().train()
+  rate, momentum, decay = SETTINGS.values()
+  optimizer = torch.optim.SGD(
+    net.parameters(), rate, momentum, weight_decay=decay
+  )
+  with jax.enable_x64(True):
+    dist = binding.bind(
+      backbone=models.build(name, unbiased_variance=True, dtype=jnp.float64),
+      preprocessing=PREPROCESSING,
+      method=methods.get('ce')(),
+      given=(),
+      image_shape=SHAPE,
+      num_classes=NUM_CLASSES,
+      axis_name=None,
+      dtype=jnp.float64,
+    )
+    tx, step = step_of(dist)
+    for images, labels in batches():
+      variables = variables_of(net.state_dict(), dist)
+      state = train_state.create(variables, tx, with_ema=False)
+      if optimizer.state:
+        velocity = {
+          key: optimizer.state[parameter]['momentum_buffer']
+          for key, parameter in net.named_parameters()
+        }
+        velocity = variables_of(velocity, dist)['params']
+        opt_state = optax.tree.set(state.opt_state, trace=velocity)
+        state = state.replace(opt_state=opt_state)
+      start = {key: x.numpy().copy() for key, x in net.state_dict().items()}
+      batch = batch_of(images, labels)
+      state, sums = step(state, dist.frozen, batch, jax.random.key(0))
+      x = np.asarray(PREPROCESSING(images)).transpose(0, 3, 1, 2).copy()
+      logits = net(torch.from_numpy(x))
+      loss = F.cross_entropy(logits, torch.from_numpy(labels).long())
+      optimizer.zero_grad()
+      loss.backward()
+      optimizer.step()
+      mine, count = sums['loss']
+      np.testing.assert_allclose(mine / count, loss.item(), rtol=1e-10)
+      errors = compare(net, start, state, dist)
+      assert errors.keys() == {'parameters', 'running_mean', 'running_var'}
+      assert max(errors.values()) < 1e-8

@@ -525,6 +525,22 @@ OURS = {
   },
   'mobilenet_v1': MobileNetV1,
 }
+# Of timm, the modules that end the stages of outputs.Features.
+_EFFICIENTNET = ('bn1', 'blocks.1', 'blocks.2', 'blocks.4', 'blocks.6')
+_MOBILENET_V4 = ('bn1', 'blocks.0', 'blocks.1', 'blocks.2', 'blocks.3')
+_CONVNEXT = ('stages.0', 'stages.1', 'stages.2', 'stages.3')
+TIMM_STAGES = {
+  'mobilenetv3_large_100': (*_EFFICIENTNET[:-1], 'blocks.5'),
+  'mobilenetv4_conv_small': _MOBILENET_V4,
+  'mobilenetv4_conv_medium': _MOBILENET_V4,
+  'tf_efficientnet_lite0': _EFFICIENTNET,
+  'tf_efficientnet_lite1': _EFFICIENTNET,
+  'tf_efficientnet_lite2': _EFFICIENTNET,
+  'efficientnet_b0': _EFFICIENTNET,
+  'convnext_atto': _CONVNEXT,
+  'convnext_femto': _CONVNEXT,
+  'regnety_004': ('stem', 's1', 's2', 's3', 's4'),
+}
 # Where torchvision's have the convolution that reads the images.
 TORCHVISION_STEMS = {
   'mobilenet': 'features.0.0',
@@ -532,6 +548,9 @@ TORCHVISION_STEMS = {
   'res': 'conv1',
   'wide': 'conv1',
 }
+
+
+TRANSFORMERS = ('deit', 'vit')
 
 
 def build(
@@ -543,11 +562,13 @@ def build(
     name: a key of models.BACKBONES.
     num_classes: of its head.
     channels: of the images.
-    image_size: side of the images; only a DeiT depends on it.
+    image_size: side of the images; only a DeiT or ViT depends on it.
   """
   if name in OURS:
     return OURS[name](num_classes, channels)
-  if name.startswith('deit'):
+  if name in TIMM_STAGES:
+    return timm.create_model(name, num_classes=num_classes, in_chans=channels)
+  if name.startswith(TRANSFORMERS):
     return timm.create_model(
       name, num_classes=num_classes, in_chans=channels, img_size=image_size
     )
@@ -592,9 +613,25 @@ def _shufflenet_maps(net, images):
   return stages, net.conv5(stages[-1])
 
 
+def _timm_maps(net, name, images):
+  stages = {}
+  hooks = [
+    net.get_submodule(path).register_forward_hook(
+      lambda module, inputs, y, path=path: stages.__setitem__(path, y)
+    )
+    for path in TIMM_STAGES[name]
+  ]
+  final = net.forward_features(images)
+  for hook in hooks:
+    hook.remove()
+  return [stages[path] for path in TIMM_STAGES[name]], final
+
+
 def _maps(net, name, images):
   if name in OURS:
     return net.maps(images)
+  if name in TIMM_STAGES:
+    return _timm_maps(net, name, images)
   if name.startswith('mobilenet_v2'):
     return _mobilenet_maps(net, images, (0, 3, 6, 13, 17))
   if name.startswith('mobilenet_v3'):
@@ -618,7 +655,7 @@ def features(net: nn.Module, name: str, images) -> dict:
     'pooled' and 'logits'. The logits are those of the network's own forward.
   """
   net.eval()
-  if name.startswith('deit'):
+  if name.startswith(TRANSFORMERS):
     quarters = [len(net.blocks) * i // 4 - 1 for i in (1, 2, 3, 4)]
     tokens, stages = net.forward_intermediates(images, indices=quarters)
     pooled = tokens[:, 0]
@@ -626,7 +663,9 @@ def features(net: nn.Module, name: str, images) -> dict:
   else:
     stages, final = _maps(net, name, images)
     pooled = final.mean((2, 3))
-    if name.startswith('mobilenet_v3'):
+    if name in TIMM_STAGES:
+      pooled = net.forward_head(final, pre_logits=True).flatten(1)
+    elif name.startswith('mobilenet_v3'):
       pooled = net.classifier[1](net.classifier[0](pooled))
   return {
     'stages': stages,

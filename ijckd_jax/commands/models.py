@@ -9,7 +9,7 @@ from ijckd_jax.runtime import config_utils
 
 PROG = 'python -m ijckd_jax models'
 # Of the heads that are counted: CIFAR-100's and ImageNet's.
-NUM_CLASSES = {32: 100, 224: 1000}
+CIFAR_SIZE, CIFAR_CLASSES, IMAGENET_CLASSES = 32, 100, 1000
 TITLES = (
   *('backbone', 'images', 'classes', 'parameters', 'multiply-adds (M)'),
   *('last stage', 'map', 'features', 'pool', 'sign'),
@@ -21,7 +21,10 @@ def _pool(backbone, variables) -> str:
   if not backbone.pools_map:
     return 'class token'
   pooled = [name for name in variables['params'] if name.startswith('pool_')]
-  return 'average, hidden layer' if pooled else 'average'
+  if not pooled:
+    return 'average'
+  is_hidden = 'kernel' in variables['params'][pooled[0]]
+  return f'average, {"hidden layer" if is_hidden else "layer norm"}'
 
 
 def row(name: str) -> list[str]:
@@ -35,7 +38,7 @@ def row(name: str) -> list[str]:
 
   backbone = models.build(name)
   size = backbone.usual_size
-  num_classes = NUM_CLASSES[size]
+  num_classes = CIFAR_CLASSES if size == CIFAR_SIZE else IMAGENET_CLASSES
   images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
 
   def init(x):

@@ -9,11 +9,15 @@ that were made elsewhere. No connectors and no teachers here.
 
 from functools import partial
 
+from ijckd_jax.models import efficientnet
+from ijckd_jax.models import mobilenet_v4
 from ijckd_jax.models.backbone import Backbone
+from ijckd_jax.models.convnext import ConvNeXt
 from ijckd_jax.models.deit import DeiT
 from ijckd_jax.models.mobilenet_v1 import MobileNetV1
 from ijckd_jax.models.mobilenet_v2 import MobileNetV2
 from ijckd_jax.models.mobilenet_v3 import MobileNetV3Small
+from ijckd_jax.models.regnet import RegNetY
 from ijckd_jax.models.resnet import ResNet
 from ijckd_jax.models.resnet_cifar import CifarResNet
 from ijckd_jax.models.shufflenet_v1 import ShuffleNetV1
@@ -33,6 +37,12 @@ deep_resnet = partial(ResNet, bottleneck=True)
 cifar_mobilenet = partial(MobileNetV2, cifar=True)
 cifar_shufflenet = partial(ShuffleNetV2, cifar=True)
 torchdistill_wrn = partial(WideResNet, torchdistill=True)
+efficientnet_lite = partial(
+  efficientnet.EfficientNet,
+  activation='relu6',
+  same_padding=True,
+  epsilon=efficientnet.TF_EPSILON,
+)
 
 # For CIFAR first, then for ImageNet.
 BACKBONES = {
@@ -97,9 +107,34 @@ BACKBONES = {
   'mobilenet_v1': MobileNetV1,
   'mobilenet_v2': MobileNetV2,
   'mobilenet_v3_small': MobileNetV3Small,
+  'mobilenetv3_large_100': efficientnet.MobileNetV3Large,
+  'mobilenetv4_conv_small': mobilenet_v4.MobileNetV4,
+  'mobilenetv4_conv_medium': partial(
+    mobilenet_v4.MobileNetV4, blocks=mobilenet_v4.MEDIUM, usual_size=256
+  ),
+  'tf_efficientnet_lite0': partial(
+    efficientnet_lite, groups=efficientnet.groups_of(lite=True)
+  ),
+  'tf_efficientnet_lite1': partial(
+    efficientnet_lite,
+    groups=efficientnet.groups_of(depth=1.1, lite=True),
+    usual_size=240,
+  ),
+  'tf_efficientnet_lite2': partial(
+    efficientnet_lite,
+    groups=efficientnet.groups_of(width=1.1, depth=1.2, lite=True),
+    usual_size=260,
+  ),
+  'efficientnet_b0': efficientnet.EfficientNet,
   'shufflenet_v2_x0_5': partial(ShuffleNetV2, widths=(48, 96, 192, 1024)),
   'shufflenet_v2_x1_0': partial(ShuffleNetV2, widths=(116, 232, 464, 1024)),
+  'convnext_atto': ConvNeXt,
+  'convnext_femto': partial(ConvNeXt, widths=(48, 96, 192, 384)),
+  'regnety_004': RegNetY,
   'deit_small_patch16_224': DeiT,
+  # The same network, which its weights take other images of.
+  'deit_tiny_patch16_224': partial(DeiT, width=192, num_heads=3),
+  'vit_tiny_patch16_224': partial(DeiT, width=192, num_heads=3),
 }
 
 

@@ -24,8 +24,8 @@ class Backbone(nn.Module):
   A `pool` that has parameters (a hidden layer, a layer norm) makes its layers
   in `setup`, as attributes whose names start with 'pool_': by that name they
   are cut out of the backbone's variables, to serve a student that is connected
-  before them. It computes the same in training as in inference, and in float32
-  whatever `dtype` is.
+  before them. `pool` by itself is that of inference, in float32 whatever
+  `dtype` is; `__call__` may give it `train` where it has a batch norm.
 
   A backbone that ends at a stage leaves its loop over the layers where
   `len(stages) == self.num_stages`, before it builds the next stage, and builds
@@ -194,16 +194,42 @@ class Backbone(nn.Module):
     kwargs = {'kernel_init': self.kernel_init, **kwargs}
     return layers.conv(features, kernel, stride, dtype=self.dtype, **kwargs)
 
-  def norm(self, train: bool, **kwargs):
-    """Returns a batch norm, see layers.BatchNorm."""
+  def norm(self, train: bool | None, **kwargs):
+    """Returns a batch norm, see layers.BatchNorm.
+
+    Args:
+      train: whether it uses the batch's statistics; None: its call says so.
+      **kwargs: fields of the batch norm.
+    """
     return layers.BatchNorm(
-      use_running_average=not train,
-      momentum=self.momentum,
-      axis_name=self.axis_name,
-      dtype=self.dtype,
-      unbiased=self.unbiased_variance,
-      **kwargs,
+      **{
+        'use_running_average': None if train is None else not train,
+        'momentum': self.momentum,
+        'axis_name': self.axis_name,
+        'dtype': self.dtype,
+        'unbiased': self.unbiased_variance,
+        **kwargs,
+      }
     )
+
+
+class TimmBackbone(Backbone):
+  """A backbone whose layers are called as in timm, with '__' for '.'."""
+
+  usual_size: int = 224
+
+  def torch_name(self, layer):
+    return layer.removeprefix('pool_').replace('__', '.')
+
+  def depthwise(self, x, kernel: int, stride: int = 1, **kwargs):
+    """Applies a convolution to each channel by itself.
+
+    Its start counts one channel's window as the fan-out, as in timm.
+    """
+    channels = x.shape[-1]
+    init = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')
+    kwargs = {'kernel_init': init, 'feature_group_count': channels, **kwargs}
+    return self.conv(channels, kernel, stride, **kwargs)(x)
 
 
 def normal_head(
@@ -212,5 +238,19 @@ def normal_head(
   """Returns a fresh head, N(0, std^2) without bias; see Backbone.init_head."""
   return {
     'kernel': std * jax.random.normal(key, (num_features, num_classes)),
+    'bias': jnp.zeros(num_classes),
+  }
+
+
+def uniform_head(
+  key: jax.Array, num_features: int, num_classes: int
+) -> dict[str, jax.Array]:
+  """Returns a fresh head, U(+-1/sqrt(K)) and zeros; see Backbone.init_head.
+
+  That is how timm starts EfficientNets and MobileNets.
+  """
+  bound, shape = num_classes**-0.5, (num_features, num_classes)
+  return {
+    'kernel': jax.random.uniform(key, shape, minval=-bound, maxval=bound),
     'bias': jnp.zeros(num_classes),
   }

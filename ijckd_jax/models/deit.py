@@ -1,8 +1,10 @@
-"""DeiT, a vision transformer that classifies by its class token.
+"""DeiT and ViT, vision transformers that classify by their class token.
 
-Source: Touvron et al. 2020, "Training data-efficient image transformers &
-distillation through attention", https://arxiv.org/abs/2012.12877 (the one
-without a distillation token); layout and start as in timm.
+Sources: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words",
+https://arxiv.org/abs/2010.11929; Touvron et al. 2020, "Training data-efficient
+image transformers & distillation through attention",
+https://arxiv.org/abs/2012.12877 (the one without a distillation token). Layout
+and start as in timm.
 """
 
 import flax.linen as nn
@@ -40,6 +42,7 @@ class DeiT(backbone.Backbone):
 
   usual_size = 224
   torch_head = 'head'
+  has_branches = True
 
   @property
   def signed(self):
@@ -59,7 +62,6 @@ class DeiT(backbone.Backbone):
 
   @nn.compact
   def __call__(self, images, *, train):
-    del train  # There is no batch norm.
     height, width = images.shape[1:3]
     if height % self.patch or width % self.patch:
       raise config_utils.UserError(
@@ -89,9 +91,11 @@ class DeiT(backbone.Backbone):
     for block in range(self.depth):
       if len(stages) == self.num_stages:
         break
-      name = f'blocks_{block}'
-      x += self.attention(self.layer_norm(x, f'{name}_norm1'), f'{name}_attn')
-      x += self.mlp(self.layer_norm(x, f'{name}_norm2'), f'{name}_mlp')
+      name, position = f'blocks_{block}', block / (self.depth - 1)
+      y = self.attention(self.layer_norm(x, f'{name}_norm1'), f'{name}_attn')
+      x += self.drop_branch(y, position, train)
+      y = self.mlp(self.layer_norm(x, f'{name}_norm2'), f'{name}_mlp')
+      x += self.drop_branch(y, position, train)
       if (block + 1) % (self.depth // 4) == 0:
         stages.append(x[:, 1:].reshape(-1, *size, self.width))
     if self.truncated:

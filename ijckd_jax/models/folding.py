@@ -55,8 +55,8 @@ def _run(next_fun, args, kwargs, context):
   if isinstance(module, nn.BatchNorm):
     if module.has_variable('batch_stats', 'mean'):
       return next_fun(*args, **kwargs)
-    x, *pool = (*args, *kwargs.values())
-    return pool[0](x) if pool and pool[0] else x
+    x, pool, *_ = (*args, *kwargs.values(), None)
+    return pool(x) if callable(pool) else x
   y = next_fun(*args, **kwargs)
   if isinstance(module, nn.Conv) and not module.use_bias:
     if module.has_variable('params', 'bias'):

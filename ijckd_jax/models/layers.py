@@ -55,18 +55,22 @@ class BatchNorm(nn.BatchNorm):
   epsilon: float = 1e-5
   unbiased: bool = False
 
-  def __call__(self, x, pool=None):
+  def __call__(self, x, pool=None, use_running_average=None):
     """Returns `x` (..., C) normalised; in training, follows its statistics.
 
     Args:
       x: a map.
       pool: a max-pool that follows, or None.
+      use_running_average: given here or as a field.
 
     Raises:
       config_utils.UserError: in training, a channel has a single value, which
         has no variance; PyTorch refuses it as well.
     """
-    trains = not (self.use_running_average or self.is_initializing())
+    inference = nn.merge_param(
+      'use_running_average', self.use_running_average, use_running_average
+    )
+    trains = not (inference or self.is_initializing())
     if trains and self._num_values(x) < 2:
       raise config_utils.UserError(
         f'batch norm of {list(x.shape)} has a single value in each channel, '
@@ -75,9 +79,9 @@ class BatchNorm(nn.BatchNorm):
       )
     old = self.get_variable('batch_stats', 'var')
     if pool is None:
-      y = super().__call__(x)
+      y = super().__call__(x, use_running_average)
     elif not trains:
-      y = pool(super().__call__(x))
+      y = pool(super().__call__(x, use_running_average))
     else:
       y = self._pool_first(x, pool)
     if self.unbiased and trains:

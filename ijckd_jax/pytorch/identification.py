@@ -94,6 +94,7 @@ def identify(arrays, wanted: str, size) -> PublishedState:
         f'{reason}it is a {name}: say --backbone {name}'
       )
     if not found.differences:
+      _check_alone(found)
       return found
     nearest = _nearer(nearest, found)
   if nearest is None:
@@ -113,6 +114,17 @@ def identify(arrays, wanted: str, size) -> PublishedState:
     f'{reason}it is of no backbone that is known here; nearest is '
     f'{nearest.name}{but}'
   )
+
+
+def _check_alone(found: PublishedState) -> None:
+  """Raises UserError where another backbone is the same network."""
+  backbone = models.build(found.name)
+  alike = [name for name in models.BACKBONES if models.build(name) == backbone]
+  if len(alike) > 1:
+    raise config_utils.UserError(
+      f'it is a {" or a ".join(alike)}, which are one network for images that '
+      'are prepared in different ways: say --backbone NAME'
+    )
 
 
 def _nearer(found, other):
