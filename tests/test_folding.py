@@ -27,6 +27,10 @@ FAMILIES = {
   'shufflenet_v2_cifar_x0_5': 0,
   'mobilenet_v1': 0,
   'mobilenet_v3_small': 0,
+  'mobilenetv3_large_100': 0,
+  'mobilenetv4_conv_small': 0,
+  'tf_efficientnet_lite0': 0,
+  'regnety_004': 0,
   'resnet18': 0,
 }
 BY_DEFAULT = ('resnet8', 'wrn_16_1', 'shufflenet_v1_cifar', 'mobilenet_v1')
@@ -50,7 +54,7 @@ def outputs_of(module, variables, x):
   return jax.jit(lambda v, x: module.apply(v, x, train=False))(variables, x)
 
 
-def assert_same(module, x, left):
+def assert_same(module, x, left, limit=2e-5):
   """Asserts that a module folds to the same, with `left` batch norms left."""
   variables = random_variables(module, x)
   folded = folding.fold(module, variables, x)
@@ -62,7 +66,7 @@ def assert_same(module, x, left):
     found = jax.tree.leaves(outputs_of(module, folded, images))
   for mine, theirs in zip(found, wanted, strict=True):
     np.testing.assert_allclose(
-      mine, theirs, atol=2e-5 * np.abs(theirs).max(), rtol=0
+      mine, theirs, atol=limit * np.abs(theirs).max(), rtol=0
     )
 
 
@@ -96,9 +100,13 @@ def test_by_hand():
 @pytest.mark.parametrize('name', marks.slow_but(BY_DEFAULT, FAMILIES))
 def test_backbones(name):
   module = models.build(name)
-  side = 64 if 'resnet18' == name or name.startswith('mobilenet_v') else SIDE
+  side = 32 if models.build(name).usual_size == 32 else 64
   x = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-  assert_same(module, x, FAMILIES[name])
+  # In deep networks, random weights let rounding errors grow.
+  limit = (
+    1e-4 if name in ('mobilenetv3_large_100', 'tf_efficientnet_lite0') else 2e-5
+  )
+  assert_same(module, x, FAMILIES[name], limit)
 
 
 @pytest.mark.parametrize('name', ('bottleneck', 'conv1x1', 'mlp'))

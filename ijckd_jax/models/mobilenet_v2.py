@@ -32,8 +32,8 @@ UNEXPANDED_NAMES = ('0_0', '0_1', '1', '2')
 class MobileNetV2(backbone.Backbone):
   """Inverted residuals; its stages are their linear bottlenecks.
 
-  Torchvision drops a fifth of the pooled features in training; there is no
-  dropout here.
+  Torchvision drops a fifth of the pooled features in training, as
+  `student.dropout` does.
 
   Attributes:
     width: factor on the widths; of the CIFAR one alone.

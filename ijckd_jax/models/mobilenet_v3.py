@@ -38,8 +38,8 @@ def round_to_eight(width: float) -> int:
 class MobileNetV3Small(backbone.Backbone):
   """Inverted residuals with squeeze and excitation; a hidden layer pools.
 
-  Torchvision drops a fifth of the pooled features in training; there is no
-  dropout here.
+  Torchvision drops a fifth of the pooled features in training, as
+  `student.dropout` does.
   """
 
   usual_size = 224

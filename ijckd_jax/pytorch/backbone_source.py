@@ -35,7 +35,7 @@ def write(
     known = ', '.join(cls.__name__ for cls in WRITERS)
     raise config_utils.UserError(
       f'a {kind.__name__} cannot be written as a PyTorch module: that is for '
-      f'the backbones of this package ({known})'
+      f'{known}; give ijckd export the format onnx or stablehlo'
     )
   if kind in (models.DeiT, models.MobileNetV3Small) and not backbone.truncated:
     raise config_utils.UserError(

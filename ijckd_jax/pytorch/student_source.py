@@ -68,8 +68,8 @@ def source(
   (B, K).
 
   Args:
-    network: has a connector; its backbone is one of this package, and ends at
-      a stage if it is a DeiT or MobileNetV3.
+    network: has a connector; its backbone is of backbone_source.WRITERS, and
+      ends at a stage if it is a DeiT or MobileNetV3Small.
     backbone_name: what the text calls the backbone.
     pool_backbone: whose pool the network has; None: the plain average.
     image_shape: (H, W, C) of the images before preprocessing.
