@@ -51,6 +51,37 @@ ACTIVATIONS = {
 }
 
 
+# From EfficientNet-PyTorch's names of layers to timm's: of a whole network, of
+# a block that does not widen, and of one that does.
+TORCH_NAMES = {
+  '_conv_stem': 'conv_stem',
+  '_bn0': 'bn1',
+  '_conv_head': 'conv_head',
+  '_bn1': 'bn2',
+  '_fc': 'classifier',
+}
+BLOCK_NAMES = (
+  {
+    '_depthwise_conv': 'conv_dw',
+    '_bn1': 'bn1',
+    '_se_reduce': 'se.conv_reduce',
+    '_se_expand': 'se.conv_expand',
+    '_project_conv': 'conv_pw',
+    '_bn2': 'bn2',
+  },
+  {
+    '_expand_conv': 'conv_pw',
+    '_bn0': 'bn1',
+    '_depthwise_conv': 'conv_dw',
+    '_bn1': 'bn2',
+    '_se_reduce': 'se.conv_reduce',
+    '_se_expand': 'se.conv_expand',
+    '_project_conv': 'conv_pwl',
+    '_bn2': 'bn3',
+  },
+)
+
+
 class Block(NamedTuple):
   """An inverted residual.
 
@@ -136,6 +167,26 @@ class EfficientNet(backbone.TimmBackbone):
     if self.truncated and self.num_stages != 1:
       return True
     return not self.activation.startswith('relu')
+
+  def torch_key(self, key):
+    """Returns timm's name of an entry as EfficientNet-PyTorch calls it."""
+    name, _, rest = key.partition('.')
+    if name != '_blocks':
+      name = TORCH_NAMES.get(name)
+      return f'{name}.{rest}' if name else key
+    number, _, rest = rest.partition('.')
+    layer, _, leaf = rest.partition('.')
+    places = [
+      (group, block)
+      for group, blocks in enumerate(self.groups)
+      for block in range(len(blocks))
+    ]
+    if not (number.isdecimal() and int(number) < len(places)):
+      return key
+    group, block = places[int(number)]
+    # The first group widens nothing.
+    layer = BLOCK_NAMES[bool(group)].get(layer, layer)
+    return f'blocks.{group}.{block}.{layer}.{leaf}'
 
   def init_head(self, key, num_features, num_classes):
     return backbone.uniform_head(key, num_features, num_classes)

@@ -136,12 +136,15 @@ def _nearer(found, other):
 
 def _prefixes(arrays, name):
   """Returns what stands before the name of a backbone's classifier."""
-  head = f'{models.build(name).torch_head}.weight'
-  return [
+  backbone = models.build(name)
+  head = f'{backbone.torch_head}.weight'
+  found = [
     array.removesuffix(head)
     for array in arrays
     if array == head or array.endswith(f'.{head}')
   ]
+  is_renamed = any(backbone.torch_key(array) == head for array in arrays)
+  return found or ([''] if is_renamed else [])
 
 
 def _any_prefixes(arrays):

