@@ -654,6 +654,33 @@ def test_what_is_no_backbone(name, said):
 
 
 @pytest.mark.parametrize(
+  'name, instead',
+  [
+    (
+      'timm:resnet18',
+      'take resnet18, the same network here, .* init_from=DIR$',
+    ),
+    ('timm:swin_tiny', "take a backbone that 'ijckd models' lists$"),
+    ('torchvision.models:mobilenet_v2', 'take mobilenet_v2, the same'),
+    ('hf:timm/resnet50', "take a backbone that 'ijckd models' lists$"),
+  ],
+)
+def test_a_network_of_pytorch_only_teaches(name, instead, monkeypatch):
+  monkeypatch.setattr(config_utils, 'resolve', None)  # Nothing is imported.
+  message = f"^'{name}' is a network of PyTorch, .* teacher.checkpoint=DIR. To "
+  message += f'train, {instead}'
+  with pytest.raises(config_utils.UserError, match=message):
+    models.build(name)
+
+
+@pytest.mark.parametrize('name', ['TorchNet', 'torch_net'])
+def test_a_module_of_pytorch_only_teaches(name):
+  pytest.importorskip('torch', reason='needs PyTorch')
+  with pytest.raises(config_utils.UserError, match='is a network of PyTorch'):
+    models.build(f'tests.pytorch_modules:{name}')
+
+
+@pytest.mark.parametrize(
   'name, depth', [('CifarResNet', 21), ('WideResNet', 20)]
 )
 def test_depth_that_cannot_be(name, depth):

@@ -138,6 +138,32 @@ BACKBONES = {
 }
 
 
+# Before the colon of a name that is PyTorch's; such a network is not imported.
+PYTORCH = ('hf', 'timm', 'torch', 'torchvision', 'transformers')
+
+
+def _is_pytorch(cls: object) -> bool:
+  """Returns whether a class is one of PyTorch's modules."""
+  bases = cls.__mro__ if isinstance(cls, type) else ()
+  return any(base.__module__.startswith('torch.nn.') for base in bases)
+
+
+def _only_teaches(name: str) -> config_utils.UserError:
+  """Returns the error for a network of PyTorch that is to be trained."""
+  own = name.rpartition(':')[2]
+  other = "take a backbone that 'ijckd models' lists"
+  if own in BACKBONES:
+    other = (
+      f'take {own}, the same network here, which starts from the weights that '
+      "'ijckd weights import' reads: init_from=DIR"
+    )
+  return config_utils.UserError(
+    f'{name!r} is a network of PyTorch, which cannot be trained here. It can '
+    "teach: convert it by 'ijckd convert', and give teacher.checkpoint=DIR. "
+    f'To train, {other}'
+  )
+
+
 def is_name(text: str) -> bool:
   """Returns whether a text names a backbone, rather than a path."""
   return text in BACKBONES or (':' in text and '/' not in text)
@@ -153,13 +179,19 @@ def build(name: str, **settings) -> Backbone:
   Raises:
     config_utils.UserError: there is no such backbone, or it is something else.
   """
+  if name.partition(':')[0].partition('.')[0] in PYTORCH:
+    raise _only_teaches(name)
   constructor = config_utils.resolve('backbone', name, BACKBONES)
+  if _is_pytorch(constructor):
+    raise _only_teaches(name)
   try:
     backbone = constructor(**settings)
   except TypeError as error:
     raise config_utils.UserError(
       f'{name!r} does not make a backbone: {error}'
     ) from error
+  if _is_pytorch(type(backbone)):
+    raise _only_teaches(name)
   if not isinstance(backbone, Backbone):
     raise config_utils.UserError(
       f'{name!r} makes a {type(backbone).__name__}, which is not a '
