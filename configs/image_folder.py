@@ -21,8 +21,16 @@ sees in them: prepare their folder under another name, and give it as
 
 The recipe is short, for a teacher that starts from ImageNet's weights: cosine
 schedule, 30 epochs of batch 64. From random weights a teacher needs far more.
+
+  recipe=mobile    a small student, long: 200 epochs of AdamW, TrivialAugment,
+                   smoothed labels, a moving average, and the largest connector
+                   that keeps the student small (method.factor=auto)
+  recipe=finetune  a network that starts from weights (student.init_from): 30
+                   epochs of AdamW, whose early layers learn slowly, stochastic
+                   depth, and the same augmentation; method=ce needs no teacher
 """
 
+from ijckd_jax import models
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.training import experiment
 
@@ -37,7 +45,10 @@ def get_config(arg=None):
     student='resnet18',
     method='ijckd',
     size='224',
+    recipe='short',
   )
+  if arg.recipe not in RECIPES:
+    raise config_utils.unknown('recipe', arg.recipe, list(RECIPES))
   config = experiment.default_config(
     dataset='image_folder',
     teacher=arg.teacher,
@@ -56,4 +67,47 @@ def get_config(arg=None):
   config.optimizer.weight_decay = 1e-4
   config.optimizer.learning_rate = 0.05
   config.teacher.learning_rate = 0.01
+  RECIPES[arg.recipe](config)
   return config
+
+
+def _mobile(config):
+  """Makes the recipe one for a small student."""
+  _use_adamw(config)
+  config.total_epochs = 200.0
+  config.teacher.total_epochs = 30.0  # It starts from weights, as in `short`.
+  config.optimizer.warmup_epochs = 5.0
+  config.optimizer.learning_rate = 1e-3
+  if 'factor' in config.method:
+    config.method.factor = config_utils.AUTO
+
+
+def _finetune(config):
+  """Makes the recipe one for a student that starts from weights."""
+  _use_adamw(config)
+  config.optimizer.learning_rate = 3e-4
+  config.optimizer.layer_decay = 0.7
+  if models.build(config.student.backbone).has_branches:
+    config.student.drop_path = 0.1
+
+
+def _use_adamw(config):
+  """Sets what both recipes share.
+
+  Weight decay and label smoothing are those of Liu et al. 2022,
+  https://arxiv.org/abs/2201.03545, table 5; the other numbers are not tuned.
+  """
+  config.optimizer.name = 'adamw'
+  config.optimizer.weight_decay = 0.05
+  config.optimizer.decay_norm_and_bias = False
+  config.teacher.learning_rate = 3e-4
+  config.augment.trivialaugment = True
+  config.augment.label_smoothing = 0.1
+  config.ema_decay = 0.999
+
+
+RECIPES = {
+  'short': lambda config: None,
+  'mobile': _mobile,
+  'finetune': _finetune,
+}

@@ -126,6 +126,45 @@ def test_the_config_builds(data_dir):
   experiment.build(experiment.teacher_config(config))
 
 
+RECIPES = {
+  'mobile': {'total_epochs': 200.0, 'method.factor': 0},
+  'finetune': {
+    'total_epochs': 30.0,
+    'optimizer.layer_decay': 0.7,
+    'student.drop_path': 0.1,
+  },
+}
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_a_recipe_builds(data_dir, recipe):
+  student = 'tf_efficientnet_lite0'
+  arg = f'folder=insects,size=32,recipe={recipe},student={student}'
+  config = config_utils.load(f'image_folder:{arg},teacher=resnet50')
+  config.dataset.data_dir = str(data_dir)
+  found = config_utils.flatten(config.to_dict())
+  assert RECIPES[recipe].items() <= found.items()
+  assert found['augment.trivialaugment'] and found['ema_decay'] == 0.999
+  exp = experiment.build(config)
+  assert exp.mixing.label_smoothing == 0.1
+  exp.optimizer(100)
+  if recipe == 'mobile':  # Beside 2,048 channels of the teacher.
+    assert exp.distiller.connected_network.connector.factor > 2
+  own = exp.teacher_run.config
+  assert own.optimizer.name == 'adamw' and own.optimizer.layer_decay == 1
+  assert own.total_epochs == 30 and exp.teacher_run.mixing is None
+
+
+def test_a_recipe_for_a_backbone_without_stochastic_depth():
+  config = config_utils.load('image_folder:recipe=finetune,student=resnet18')
+  assert config.student.drop_path == 0
+
+
+def test_an_unknown_recipe_is_refused():
+  with pytest.raises(config_utils.UserError, match="unknown recipe 'mobil'"):
+    config_utils.load('image_folder:recipe=mobil')
+
+
 @pytest.mark.slow
 def test_from_a_folder_to_a_report(data_dir, tmp_path, capsys):
   """Teacher, student, report, and the bundle again by itself."""

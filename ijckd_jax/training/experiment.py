@@ -155,6 +155,8 @@ def teacher_config(
   own.student.drop_path = own.student.dropout = 0.0
   own.method = methods.section('ce')
   own.optimizer.learning_rate = config.teacher.learning_rate
+  if not config.teacher.init_from:
+    own.optimizer.layer_decay = 1.0
   own.seed = config.teacher.seed
   own.ema_decay = 0.0
   if durations.duration(config.teacher, 'total')[1]:
