@@ -18,6 +18,7 @@ COMMANDS = {
   'train': 'train a teacher, and distil a student from it',
   'sweep': 'train many: seeds, settings, methods, as one command',
   'evaluate': 'measure the accuracy of a student or a teacher',
+  'probe': 'measure what features are worth, by a linear probe',
   'predict': 'say what is on pictures',
   'export': 'write a student as a file that runs by itself',
   'bounds': "measure the bound on a student's error",
