@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.benchmarks import classifiers
+from ijckd_jax import models
 from ijckd_jax.bundles import bundles
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.training import experiment
@@ -62,8 +64,8 @@ def test_a_run_fine_tunes_its_teacher(source, small_config, tmp_path, caplog):
     train.train_and_evaluate(config, tmp_path / 'run')
   said = [r.getMessage() for r in caplog.records if str(source) in r.message]
   assert said == [
-    f'{tmp_path / "run" / "teacher"}: the backbone starts with the weights of '
-    f'{source}, the rest afresh'
+    f'{tmp_path / "run" / "teacher"}: starts with the backbone of {source}, '
+    'and draws the rest afresh'
   ]
   teacher, start = bundles.load(tmp_path / 'run/teacher'), bundles.load(source)
   for own, taken in zip(
@@ -98,4 +100,131 @@ def test_another_shape_is_refused(source, small_config, tmp_path):
   ).start
   wrong = jax.tree.map(lambda x: np.zeros((*x.shape, 1)), start.variables)
   with pytest.raises(config_utils.UserError, match='must be'):
-    dataclasses.replace(start, variables=wrong).fill(bundle.variables)
+    dataclasses.replace(start, variables=wrong).fill(
+      bundle.variables, bundle.network.backbone
+    )
+
+
+def connected(small_config, workdir, **fields):
+  """Returns the config of a run that goes on with a connected student.
+
+  By the labels alone; the student is its own teacher, for its head and width.
+  """
+  return small_config(
+    **{
+      'student.init_from': str(workdir),
+      'student.init_parts': ('backbone', 'connector', 'head'),
+      'teacher.checkpoint': str(workdir),
+      'method.head': 'copy',
+      'method.feature_weight': 0.0,
+      'method.logit_weight': 0.0,
+      **fields,
+    }
+  )
+
+
+def test_a_connected_student_is_fine_tuned(
+  finished_run, small_config, tmp_path, caplog
+):
+  """Nothing changes at a rate of nearly nothing, head and connector too."""
+  workdir, _ = finished_run
+  config = connected(
+    small_config, workdir, **{'optimizer.learning_rate': 1e-12}
+  )
+  with caplog.at_level('INFO', logger='ijckd_jax'):
+    train.train_and_evaluate(config, tmp_path / 'run')
+  said = f'starts with the backbone, connector, head of {workdir}, and draws'
+  assert any(said in message for message in caplog.messages)
+  start, end = (bundles.load(x) for x in (workdir, tmp_path / 'run'))
+  assert end.variables['params'].keys() == {'backbone', 'connector', 'head'}
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6),
+    start.variables['params'],
+    end.variables['params'],
+  )
+
+
+@pytest.mark.parametrize(
+  'method, fields, message',
+  [
+    (
+      'ce',
+      {'student.init_parts': ('backbone', 'connector')},
+      'no connector is',
+    ),
+    ('ijckd', {'student.init_parts': ('head',)}, 'no head is trained here'),
+    ('ijckd', {'student.init_parts': ('heads',)}, "did you mean 'head'"),
+    ('ijckd', {'student.init_parts': ()}, r'init_parts=\(\): name what'),
+    (
+      'ijckd',
+      {'student.init_parts': ('connector',), 'method.factor': 4},
+      'connector.* must be .* take the connector, factor and tap',
+    ),
+  ],
+)
+def test_parts_that_do_not_fit_are_refused(
+  finished_run, small_config, method, fields, message
+):
+  workdir, _ = finished_run
+  settings = {
+    'student.init_from': str(workdir),
+    'teacher.checkpoint': str(workdir / 'teacher'),
+  }
+  with pytest.raises(config_utils.UserError, match=message):
+    experiment.build(small_config(method, **{**settings, **fields}))
+
+
+def test_a_bundle_without_a_connector_gives_none(finished_run, small_config):
+  teacher = str(finished_run[0] / 'teacher')
+  settings = {
+    'student.init_from': teacher,
+    'student.init_parts': ('backbone', 'connector'),
+    'teacher.checkpoint': teacher,
+  }
+  with pytest.raises(config_utils.UserError, match='holds no connector, but'):
+    experiment.build(small_config(**settings))
+
+
+def test_a_backbone_that_ends_early_cannot_start_a_whole_one(
+  small_config, tmp_path
+):
+  bundle = classifiers.alone('mobilenet_v2_cifar_x0_5', (8, 8, 1), 10)
+  backbone = models.build(bundle.backbone_name, tap='stage')
+  variables = {
+    'params': dict(bundle.variables['params']),
+    'batch_stats': dict(bundle.variables['batch_stats']),
+    'pool': {},
+  }
+  for kind in ('params', 'batch_stats'):
+    layers = bundle.variables[kind]['backbone'].items()
+    variables[kind]['backbone'] = {
+      name: x for name, x in layers if not name.startswith('conv2')
+    }
+  head = variables['params']['head']
+  variables['params']['head'] = {**head, 'kernel': head['kernel'][:160]}
+  network = dataclasses.replace(bundle.network, backbone=backbone)
+  dataclasses.replace(bundle, network=network, variables=variables).save(
+    tmp_path / 'early'
+  )
+  settings = {'student.init_from': str(tmp_path / 'early')}
+  name = bundle.backbone_name
+  message = 'its backbone ends at tap=stage, and a student that starts from it'
+  with pytest.raises(config_utils.UserError, match=message):
+    experiment.build(small_config('ce', backbone=name, **settings))
+
+
+def test_positions_are_resized_for_images_of_another_size():
+  """Hand-made: a ramp stays one, and the class token stays as it is."""
+  ramp = np.linspace(0, 1, 4)[:, None] + np.zeros((4, 4))
+  grid = np.stack([ramp, 2 * ramp.T], axis=-1).reshape(1, 16, 2)
+  old = {'pos_embed': np.concatenate([np.full((1, 1, 2), 7.0), grid], axis=1)}
+  like = {'pos_embed': jax.ShapeDtypeStruct((1, 65, 2), np.float32)}
+  made = models.DeiT(width=2).fit_to_size(old, like)['pos_embed']
+  np.testing.assert_array_equal(made[0, 0], [7, 7])
+  made = made[0, 1:].reshape(8, 8, 2)
+  assert (np.diff(made[:, 0, 0]) > 0).all() and np.ptp(made[3, :, 0]) < 1e-6
+  np.testing.assert_allclose(made[..., 1], 2 * made[..., 0].T, atol=1e-6)
+  assert models.DeiT(width=2).fit_to_size(old, old) is old
+  like = {'pos_embed': jax.ShapeDtypeStruct((1, 13, 2), np.float32)}
+  with pytest.raises(config_utils.UserError, match='for square images alone'):
+    models.DeiT(width=2).fit_to_size(old, like)

@@ -151,7 +151,8 @@ def test_weights_to_start_from(small_config, tmp_path):
   cut.save(tmp_path / 'cut')
   settings['student.init_from'] = str(tmp_path / 'cut')
   with pytest.raises(
-    config_utils.UserError, match='layer2.* not there.* the same tap or later$'
+    config_utils.UserError,
+    match='layer2.* not there.* the end there or earlier$',
   ):
     experiment.build(small_config(**settings))
 

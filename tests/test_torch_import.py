@@ -993,3 +993,16 @@ def test_an_export_that_was_tampered_with(tmp_path):
   assert 'it is no resnet20, but a resnet8' in said(backbone='resnet20')
   assert 'says itself how images are prepared' in said(preprocessing='cifar10')
   assert 'tells 7 classes apart, not 3' in said(num_classes=3)
+
+
+@pytest.mark.parametrize('size', [96, 320])
+def test_positions_are_resized_as_timm_does(size):
+  """When weights for 224 pixels start a student on images of another size."""
+  rng = np.random.default_rng(0)
+  old = rng.normal(size=(1, 1 + 14 * 14, 8)).astype(np.float32)
+  wanted = torch_networks.timm.layers.resample_abs_pos_embed(
+    torch.from_numpy(old), [size // 16, size // 16]
+  )
+  like = {'pos_embed': jax.ShapeDtypeStruct(tuple(wanted.shape), np.float32)}
+  made = models.DeiT(width=8).fit_to_size({'pos_embed': old}, like)
+  assert relative_error(made['pos_embed'], wanted) < 1e-5

@@ -1,5 +1,6 @@
-"""A backbone that starts from a bundle's weights, under a fresh head."""
+"""A student that starts from a bundle's weights: backbone, connector, head."""
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
@@ -7,73 +8,127 @@ import jax
 
 from ijckd_jax.bundles import bundles
 from ijckd_jax.data import augment
+from ijckd_jax.data import classes
 from ijckd_jax.distillation import network
 from ijckd_jax.runtime import config_utils
+
+PARTS = ('backbone', 'connector', 'head')
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-  """A bundle's backbone.
+  """What a student takes of a bundle.
 
   Attributes:
     path: of the bundle.
     backbone_name: in models.BACKBONES.
     preprocessing: what its weights expect.
-    variables: its 'params' and 'batch_stats'.
+    variables: its 'params' and 'batch_stats'; of each, the parts that are taken
+      by their names.
+    tap: where its backbone ends.
   """
 
   path: str
   backbone_name: str
   preprocessing: augment.Preprocessing
   variables: dict[str, Any]
+  tap: str
 
-  def fill(self, variables: dict[str, Any]) -> dict[str, Any]:
-    """Returns a network's fresh variables with the backbone's from here.
+  @property
+  def parts(self) -> tuple[str, ...]:
+    """The names of the parts that are taken."""
+    return tuple(self.variables['params'])
+
+  def fill(self, variables: dict[str, Any], backbone) -> dict[str, Any]:
+    """Returns a network's fresh variables with the parts from here.
 
     Args:
       variables: 'params' and 'batch_stats' of what is trained, or their shapes.
         A backbone that ends at a stage takes the layers up to that stage.
+      backbone: the student's models.Backbone, which may fit the arrays of its
+        layers to images of another size.
 
     Raises:
-      config_utils.UserError: the backbone has what is not here, or of another
-        shape.
+      config_utils.UserError: the student has no such part, or one that is not
+        here, or of another shape.
     """
-
-    def take(path, like):
-      value = self.variables
-      for key in path:
-        value = value.get(key.key, {})
-      if getattr(value, 'shape', None) != like.shape:
+    for part in self.parts:
+      if part not in variables['params']:
         raise config_utils.UserError(
-          f'{self.path}: {jax.tree_util.keystr(path)} must be {like.shape}, '
-          f'but is {getattr(value, "shape", "not there")}: give a bundle of '
-          'the same backbone for the same size of images, which ends at the '
-          'same tap or later'
+          f'student.init_parts: no {part} is trained here that could start '
+          f'from {self.path}: leave it out, or take a method that trains one '
+          '(method=ijckd, and for the head method.head=copy)'
         )
-      return value
+    filled = {kind: dict(variables[kind]) for kind in network.COLLECTIONS}
+    for kind in network.COLLECTIONS:
+      for part in self.parts:
+        like = variables[kind].get(part, {})
+        own = self.variables[kind].get(part, {})
+        if part == 'backbone' and kind == 'params':
+          own = backbone.fit_to_size(own, like)
+        filled[kind][part] = jax.tree_util.tree_map_with_path(
+          lambda path, like, own=own, part=part: self._take(
+            own, part, path, like
+          ),
+          like,
+        )
+    return filled
 
-    mine = {kind: variables[kind]['backbone'] for kind in network.COLLECTIONS}
-    mine = jax.tree_util.tree_map_with_path(take, mine)
-    return {
-      kind: {**variables[kind], 'backbone': mine[kind]}
-      for kind in network.COLLECTIONS
-    }
+  def _take(self, own, part, path, like):
+    """Returns an array of a part, which must have a shape."""
+    value = own
+    for key in path:
+      value = value.get(key.key, {})
+    if getattr(value, 'shape', None) == like.shape:
+      return value
+    name = f'{part}{jax.tree_util.keystr(path)}'
+    if getattr(value, 'shape', None) is None and part == 'backbone':
+      raise config_utils.UserError(
+        f'{self.path} has no {name}: its backbone ends at tap={self.tap}, and '
+        'a student that starts from it must end there or earlier (method.tap; '
+        'a method without a connector, such as ce, trains the whole backbone)'
+      )
+    remedy = {
+      'backbone': 'give a bundle of the same backbone',
+      'connector': 'take the connector, factor and tap that it was made with, '
+      'and a teacher of the same width',
+      'head': 'take a teacher of the same width and classes',
+    }[part]
+    raise config_utils.UserError(
+      f'{self.path}: {name} must be {like.shape}, but is '
+      f'{getattr(value, "shape", "not there")}: {remedy}'
+    )
 
 
 def load(
-  path: str, backbone_name: str, image_shape: tuple[int, int, int]
+  path: str,
+  backbone_name: str,
+  image_shape: tuple[int, int, int],
+  *,
+  parts: Sequence[str] = ('backbone',),
+  class_names: Sequence[str] = (),
 ) -> Start:
-  """Returns the backbone of a bundle or a run.
+  """Returns parts of the student of a bundle or a run.
 
   Args:
     path: of the bundle or the run.
     backbone_name: that it must have.
     image_shape: (H, W, C) of the images to come.
+    parts: of PARTS, what is taken.
+    class_names: of the data set, in whose order the head's classes are put.
 
   Raises:
     config_utils.UserError: there is none, or another backbone, or it reads
-      images of other channels.
+      images of other channels, or has no such part, or other classes.
   """
+  for part in parts:
+    if part not in PARTS:
+      raise config_utils.unknown('part in student.init_parts', part, PARTS)
+  if not parts:
+    raise config_utils.UserError(
+      f'student.init_parts=(): name what {path} is to give, of '
+      f'{", ".join(PARTS)}'
+    )
   # A config is code already: what it names, it trusts.
   bundle = bundles.load(path, trust_code=backbone_name, trust_programs=True)
   if bundle.backbone_name != backbone_name:
@@ -87,9 +142,28 @@ def load(
       f'{path} reads images of {len(own.mean)} channels, but those of the data '
       f'set have {image_shape[-1]}'
     )
+  if 'head' in parts:
+    order, _ = classes.match(bundle.class_names, class_names, what=path)
+    if order is not None:
+      bundle = bundle.in_order(order, class_names)
+  variables = {
+    kind: {
+      part: bundle.variables[kind][part]
+      for part in parts
+      if part in bundle.variables[kind]
+    }
+    for kind in network.COLLECTIONS
+  }
+  for part in parts:
+    if part not in variables['params']:
+      raise config_utils.UserError(
+        f'student.init_parts: {path} holds no {part}, but '
+        f'{", ".join(bundle.variables["params"])}'
+      )
   return Start(
     path=path,
     backbone_name=backbone_name,
     preprocessing=dataclasses.replace(own, size=tuple(image_shape[:2])),
-    variables=network.part(bundle.variables, 'backbone'),
+    variables=variables,
+    tap=bundle.network.backbone.tap,
   )

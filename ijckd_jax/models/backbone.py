@@ -1,5 +1,6 @@
 """What every backbone shares: its settings, its pool and its head's start."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 import re
 from typing import Any
@@ -139,6 +140,18 @@ class Backbone(nn.Module):
   def torch_key(self, key: str) -> str:
     """Returns the published name of an entry of another author's state dict."""
     return key
+
+  def fit_to_size(
+    self, params: Mapping[str, Any], like: Mapping[str, Any]
+  ) -> Mapping[str, Any]:
+    """Returns a backbone's 'params' for images of another size.
+
+    Args:
+      params: of the same backbone.
+      like: 'params' for the size that is wanted, or their shapes.
+    """
+    del like  # Most backbones have none that depend on the size.
+    return params
 
   def drop_branch(
     self, branch: jax.Array, position: float, train: bool

@@ -82,6 +82,7 @@ ADDED_FIELDS = {
   'student.drop_path': 0.0,
   'student.dropout': 0.0,
   'student.init_from': '',
+  'student.init_parts': ('backbone',),
   'student.max_growth': 1.5,
   'teacher.classes_by_number': False,
   'teacher.head': '',

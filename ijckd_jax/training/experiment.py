@@ -93,10 +93,11 @@ def default_config(
       'limit_gib': 20.0,
     },
   }
-  # `init_from`: a bundle of the same backbone; its head is not taken.
+  # `init_from`: a bundle of the same backbone, to start from.
   config.student = {
     'backbone': student,
     'init_from': '',
+    'init_parts': ('backbone',),  # Of pretrained.PARTS, what it gives.
     'drop_path': 0.0,  # Stochastic depth of the last block; see Backbone.
     'dropout': 0.0,  # Of the pooled features, before the student's own head.
     # Parameters of the deployed student, as a multiple of those without a
@@ -152,6 +153,7 @@ def teacher_config(
   own = ml_collections.ConfigDict(config.to_dict())
   own.student.backbone = config.teacher.backbone
   own.student.init_from = config.teacher.init_from
+  own.student.init_parts = ('backbone',)
   own.student.drop_path = own.student.dropout = 0.0
   own.method = methods.section('ce')
   own.optimizer.learning_rate = config.teacher.learning_rate
@@ -246,7 +248,9 @@ class Experiment:
     )
     if self.distiller.method.predicts_with == 'copy':
       variables['params']['head'] = jax.tree.map(jnp.array, self.teacher.head)
-    return variables if self.start is None else self.start.fill(variables)
+    if self.start is None:
+      return variables
+    return self.start.fill(variables, self.distiller.network.backbone)
 
   def abstract_teacher(self) -> teachers.Teacher:
     """Returns the teacher that this run will leave, with shapes for arrays."""
@@ -464,7 +468,8 @@ def build(
   )
   if start is not None:  # Raises where the weights do not fit.
     start.fill(
-      jax.eval_shape(lambda: distiller.init(jax.random.key(0), image_shape))
+      jax.eval_shape(lambda: distiller.init(jax.random.key(0), image_shape)),
+      backbone,
     )
   stored, views = None, config.teacher.store.views
   if views:
@@ -529,6 +534,8 @@ def _start(config, dataset):
     config.student.init_from,
     config.student.backbone,
     tuple(dataset.image_shape),
+    parts=tuple(config.student.init_parts),
+    class_names=dataset.class_names,
   )
   return start, start.preprocessing
 

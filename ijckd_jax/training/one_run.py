@@ -183,8 +183,9 @@ def _announce(exp, workdir) -> None:
     logger.warning('%s: %s', workdir, note)
   if exp.start is not None:
     logger.info(
-      '%s: the backbone starts with the weights of %s, the rest afresh',
+      '%s: starts with the %s of %s, and draws the rest afresh',
       workdir,
+      ', '.join(exp.start.parts),
       exp.start.path,
     )
 
