@@ -152,7 +152,7 @@ def test_weights_to_start_from(small_config, tmp_path):
   settings['student.init_from'] = str(tmp_path / 'cut')
   with pytest.raises(
     config_utils.UserError,
-    match='layer2.* not there.* the end there or earlier$',
+    match='no backbone.*layer2.* ends at tap=stage1, and',
   ):
     experiment.build(small_config(**settings))
 
