@@ -1,6 +1,7 @@
 """Bundles that hold programs, of functions that were written in JAX."""
 
 import dataclasses
+import datetime
 import hashlib
 import json
 
@@ -243,3 +244,76 @@ def test_programs_are_not_read_unless_they_are_trusted(sound, place):
   (place / 'pool.bin').write_bytes(b'of a stranger')
   with pytest.raises(config_utils.UserError, match='--trust_code'):
     bundles.load(place)
+
+
+@pytest.mark.parametrize(
+  'made, end',
+  [
+    ('2026-11-29', '2027-05-29'),
+    ('2026-08-31', '2027-02-28'),
+    ('2026-01-01', '2026-07-01'),
+  ],
+)
+def test_programs_are_promised_for_six_months(made, end):
+  assert programs.until(made).isoformat() == end
+
+
+@pytest.mark.parametrize(
+  'today, said, is_near',
+  [
+    ('2026-11-29', 'JAX promises to read them until 2027-05-29', False),
+    ('2027-02-27', 'JAX promises to read them until 2027-05-29', False),
+    ('2027-02-28', 'JAX promises to read them until 2027-05-29', False),
+    ('2027-03-01', 'JAX promises to read them until 2027-05-29', True),
+    ('2027-05-29', 'JAX promises to read them until 2027-05-29', True),
+    ('2027-05-30', 'promised to read them until 2027-05-29, which has', True),
+  ],
+)
+def test_a_warning_comes_three_months_before_the_end(today, said, is_near):
+  found = programs.lifetime('2026-11-29', datetime.date.fromisoformat(today))
+  assert said in found[0] and found[1] == is_near
+
+
+def test_a_bundle_says_until_when_its_programs_are_read(tmp_path, caplog):
+  caplog.set_level('INFO', logger='ijckd_jax')
+  make_converted().save(tmp_path / 'new')
+  today = datetime.date.today().isoformat()
+  spec = json.loads((tmp_path / 'new/bundle.json').read_text())
+  assert spec['programs_made'] == today
+  said = f'promises to read them until {programs.until(today)}'
+  assert said in (tmp_path / 'new/README.md').read_text()
+  bundle = bundles.load(tmp_path / 'new', trust_programs=True)
+  assert {p.made for p in bundle.network.programs.values()} == {today}
+  (record,) = caplog.records
+  assert record.levelname == 'INFO' and said in record.getMessage()
+
+
+@pytest.mark.parametrize(
+  'made, said',
+  [
+    ('', 'its programs do not say when they were exported'),
+    ('2020-02-29', 'JAX promised to read them until 2020-08-29, which has'),
+  ],
+)
+def test_a_bundle_of_old_programs_is_warned_of(tmp_path, caplog, made, said):
+  make_converted().save(tmp_path / 'old')
+  path = tmp_path / 'old/bundle.json'
+  spec = json.loads(path.read_text())
+  spec['programs_made'] = made
+  if not made:
+    del spec['programs_made']
+  path.write_text(json.dumps(spec))
+  bundles.load(tmp_path / 'old', trust_programs=True)
+  (record,) = caplog.records
+  assert record.levelname == 'WARNING' and said in record.getMessage()
+  command = f'ijckd convert --again {tmp_path / "old"} --output NEW'
+  assert record.getMessage().endswith(command)
+
+
+def test_a_day_that_is_none_is_refused(tmp_path):
+  make_converted().save(tmp_path / 'new')
+  path = tmp_path / 'new/bundle.json'
+  spec = {**json.loads(path.read_text()), 'programs_made': '2026-13-01'}
+  path.write_text(json.dumps(spec))
+  with pytest.raises(config_utils.UserError, match='programs_made must be'):
+    bundles.load(tmp_path / 'new', trust_programs=True)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
@@ -29,6 +30,7 @@ nn, functional = torch.nn, torch.nn.functional
 from experiments.converted import families  # noqa: E402
 from ijckd_jax.commands import convert as convert_command  # noqa: E402
 from ijckd_jax.pytorch import converter  # noqa: E402
+from ijckd_jax.pytorch import state_dicts  # noqa: E402
 
 GREY = augment.Preprocessing((0.3,), (0.3,), (32, 32))
 # Small ones, one for each way in which a network can be cut.
@@ -660,3 +662,82 @@ def test_randomised_networks_have_no_zeros():
   zeros = [k for k, v in model.state_dict().items() if not v.any()]
   assert any(not v.any() for v in before.values())
   assert all(k.endswith('num_batches_tracked') for k in zeros)
+
+
+def convert_command_run(run_command, *flags):
+  code, out, err = run_command(convert_command.main, *flags)
+  assert code == 0, err
+  return out
+
+
+def test_a_bundle_is_converted_again(run_command, tmp_path):
+  """To the last digit, with a head, class names and whatever it knew before."""
+  model = make('convnext')
+  state = {key: x.numpy() for key, x in model.state_dict().items()}
+  state_dicts.write(tmp_path / 'weights.safetensors', state)
+  out = convert_command_run(
+    run_command,
+    *('--model', 'timm:test_convnext', '--output', tmp_path / 'old'),
+    *('--model_args', 'num_classes=10,in_chans=1'),
+    *('--checkpoint', tmp_path / 'weights.safetensors', '--mean', '0.3'),
+    *('--std', '0.3', '--image_size', '32', '--licence', 'mine'),
+  )
+  today = datetime.date.today()
+  until = programs.until(today.isoformat())
+  said = f'exported on {today}, and JAX promises to read them until {until}'
+  assert said in out
+  old = bundles.load(tmp_path / 'old', trust_programs=True)
+  assert said in (tmp_path / 'old/README.md').read_text()
+  rng = np.random.default_rng(0)
+  width = len(old.variables['params']['head']['kernel'])
+  head = {'kernel': rng.normal(size=(width, 3)), 'bias': rng.normal(size=3)}
+  head = {name: x.astype(np.float32) for name, x in head.items()}
+  fitted = dataclasses.replace(
+    old,
+    variables={
+      **old.variables,
+      'params': {**old.variables['params'], 'head': head},
+    },
+    class_names=('a', 'b', 'c'),
+    info={**old.info, 'which': 'last'},
+  )
+  fitted.save(tmp_path / 'fitted')
+  convert_command_run(
+    run_command,
+    *('--again', tmp_path / 'fitted', '--output', tmp_path / 'new'),
+  )
+  new = bundles.load(tmp_path / 'new', trust_programs=True)
+  # The programs hold where in the code their operators come from.
+  specs = [{**x.spec(), 'programs': None} for x in (new, fitted)]
+  assert specs[0] == specs[1]
+  jax.tree.map(np.testing.assert_array_equal, new.variables, fitted.variables)
+  images = images_of(new)
+  for mine, theirs in zip(
+    jax.tree.leaves(outputs_of(new.teacher(), images)),
+    jax.tree.leaves(outputs_of(fitted.teacher(), images)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(mine, theirs)
+
+
+def test_what_cannot_be_converted_again(
+  run_command, saved, finished_run, tmp_path
+):
+  def refused(*flags):
+    flags = (*flags, '--output', tmp_path / 'new')
+    code, _, err = run_command(convert_command.main, *flags)
+    assert code == 2 and not (tmp_path / 'new').exists()
+    return err
+
+  assert 'give --model, or --again BUNDLE' in refused()
+  err = refused('--again', saved('resnet'), '--model', 'timm:test_resnet')
+  assert 'give --model, or --again BUNDLE' in err
+  err = refused('--again', finished_run[0])
+  assert 'is no bundle that ijckd convert wrote: convert the teacher' in err
+  # Without its --model_args, the network has three channels.
+  bundle = bundles.load(saved('resnet'), trust_programs=True)
+  info = {'origin': {'model': 'timm:test_resnet'}}
+  dataclasses.replace(bundle, info=info).save(tmp_path / 'old')
+  err = refused('--again', tmp_path / 'old')
+  assert 'of its arrays are not those of the model (' in err
+  assert 'give the --model_args that it was made with' in err

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import pathlib
 from typing import Any
@@ -33,6 +34,8 @@ from ijckd_jax.models import programs as programs_lib
 from ijckd_jax.runtime import backend
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import disk
+
+logger = logging.getLogger('ijckd_jax')
 
 # 2: those that hold programs. 3: those whose backbone ends at a stage by its
 # number, named by `tap`. Of other backbones a bundle says whether they are
@@ -155,6 +158,7 @@ class Bundle:
         name: hashlib.sha256(program.data).hexdigest()
         for name, program in net.programs.items()
       }
+      spec['programs_made'] = min(p.made for p in net.programs.values())
     # A mean or std may be of numpy's floats, which JSON does not know.
     return json.loads(json.dumps(spec, default=float))
 
@@ -218,6 +222,8 @@ def load(
       directory, spec, name, is_trusted=trust_programs
     ),
   )
+  if spec.get('programs'):
+    _say_lifetime(directory, spec)
   with config_utils.blame(
     f'the {SPEC_FILE} in {directory} does not fit together'
   ):
@@ -265,7 +271,20 @@ def _read_program(
     data = _read(directory, file, MAX_PROGRAM_BYTES)
     if hashlib.sha256(data).hexdigest() != spec['programs'][name]:
       raise ValueError(f'{file} is not the one that was saved')
-  return programs_lib.load(data, f'{directory / file}')
+  made = spec.get('programs_made', '')
+  return programs_lib.load(data, f'{directory / file}', made)
+
+
+def _say_lifetime(directory, spec) -> None:
+  """Logs until when a bundle's programs can be read, with what repairs it."""
+  said, is_near = programs_lib.lifetime(spec.get('programs_made', ''))
+  if is_near:
+    remedy = 'distil it again from its teacher, when that is converted again'
+    if spec.get('converted'):
+      remedy = f'ijckd convert --again {directory} --output NEW'
+    logger.warning('%s: %s: %s', directory, said, remedy)
+  else:
+    logger.info('%s: %s', directory, said)
 
 
 def _read(directory: epath.Path, name: str, limit: int) -> bytes:

@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+from ijckd_jax.models import programs as programs_lib
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import markdown
 
@@ -74,10 +75,17 @@ def _table(bundle, num_params) -> str:
     'recipe': _recipe(_section(info, 'run')),
     'weights from': _origin(_section(info, 'origin')),
     "the teacher's weights from": _origin(_section(info, 'teacher_origin')),
+    'programs': _programs(net),
     'made by': info.get('ijckd_jax') and f'ijckd_jax {info["ijckd_jax"]}',
   }
   cells = [f'| {name} | {_cell(text)} |' for name, text in rows.items() if text]
   return '\n'.join(['| | |', '| :-- | :-- |', *cells])
+
+
+def _programs(net) -> str:
+  """Returns until when programs can be read; '' where there are none."""
+  made = min((p.made for p in net.programs.values()), default=None)
+  return '' if made is None else programs_lib.lifetime(made)[0]
 
 
 def _accuracy(bundle) -> str:

@@ -6,6 +6,7 @@ checked, and no code is imported by what it names.
 
 from collections.abc import Mapping
 import dataclasses
+import datetime
 
 from flax import core
 from flax import traverse_util
@@ -119,6 +120,15 @@ def _check_network(spec):
     'programs',
     f'checksums of {", ".join(PROGRAMS)}',
   )
+  made = spec.get('programs_made', '')
+  _require(_is_day(made), 'programs_made', 'a day, YYYY-MM-DD')
+
+
+def _is_day(value):
+  try:
+    return value == '' or bool(datetime.date.fromisoformat(value))
+  except (TypeError, ValueError):
+    return False
 
 
 def _check_images(spec):

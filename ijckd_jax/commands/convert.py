@@ -7,6 +7,11 @@ The network becomes a program that JAX runs on CPUs, GPUs and TPUs, in a bundle
 that config.teacher.checkpoint takes. PyTorch is needed here, and no more when
 the teacher teaches: pip install 'ijckd_jax[convert]'. The model's code is run;
 its weights are read without running anything.
+
+  ijckd convert --again BUNDLE --output NEW
+
+JAX promises to read the programs for six months. This converts such a teacher
+once more, from the weights that its bundle holds.
 """
 
 import argparse
@@ -28,8 +33,17 @@ def main(argv: Sequence[str], prog: str = PROG) -> None:
   output = epath.Path(flags.output)
   output_flags.check_bundle(output, flags.overwrite)
   arguments = _arguments(flags.model_args)
+  if bool(flags.again) == bool(flags.model):
+    raise config_utils.UserError('give --model, or --again BUNDLE')
 
-  from ijckd_jax.bundles import bundles
+  if flags.again:
+    _write(flags.again, _again(flags, arguments), output)
+  else:
+    _write(flags.model, _convert(flags, arguments), output)
+
+
+def _convert(flags: argparse.Namespace, arguments: dict[str, object]):
+  """Returns what the network that the flags name is converted to."""
   from ijckd_jax.pytorch import converter
   from ijckd_jax.pytorch import named_models
 
@@ -39,9 +53,11 @@ def main(argv: Sequence[str], prog: str = PROG) -> None:
     model, flags.model, flags.checkpoint
   )
   origin |= more
+  if flags.model_args:
+    origin['model_args'] = flags.model_args
   origin['licence'] = flags.licence or origin.get('licence') or 'not stated'
   try:
-    result = converter.convert(
+    return converter.convert(
       model,
       name=flags.name or flags.model,
       preprocessing=named_models.preprocessing(
@@ -52,9 +68,39 @@ def main(argv: Sequence[str], prog: str = PROG) -> None:
     )
   except config_utils.UserError as error:
     raise config_utils.UserError(f'{flags.model}: {error}') from error
+
+
+def _again(flags: argparse.Namespace, arguments: dict[str, object]):
+  """Returns what a bundle's network is, converted once more."""
+  from ijckd_jax.bundles import bundles
+  from ijckd_jax.distillation import converted
+  from ijckd_jax.pytorch import converter
+  from ijckd_jax.pytorch import named_models
+
+  old = bundles.load(flags.again, trust_programs=True)
+  origin = old.info.get('origin', {})
+  name = origin.get('model')
+  if not (isinstance(old.network, converted.Converted) and name):
+    raise config_utils.UserError(
+      f'{flags.again} is no bundle that ijckd convert wrote: convert the '
+      'teacher that it was distilled from, and distil again'
+    )
+  arguments = arguments or _arguments(origin.get('model_args', ''))
+  try:
+    model, _ = named_models.build(name, arguments)
+    return converter.again(model, old)
+  except config_utils.UserError as error:
+    raise config_utils.UserError(f'{flags.again}: {error}') from error
+
+
+def _write(name: str, result, output: epath.Path) -> None:
+  """Writes a converted network, and says what it is."""
+  from ijckd_jax.bundles import bundles
+  from ijckd_jax.pytorch import converter
+
   bundle = result.bundle
   output_flags.write(lambda: bundle.save(output), output)
-  said = [flags.model, *(f'- {note}' for note in converter.describe(result))]
+  said = [name, *(f'- {note}' for note in converter.describe(result))]
   print('\n'.join(map(config_utils.printable, said)))
   counts = bundles.num_params(bundle.variables)
   print(
@@ -71,8 +117,14 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument(
+    '--again',
+    type=config_utils.expand,
+    metavar='BUNDLE',
+    help='a bundle that this command wrote, to convert once more; give its '
+    "--model_args if it does not say them. The model's code is run",
+  )
+  parser.add_argument(
     '--model',
-    required=True,
     help='timm:NAME, or module:attribute, a torch.nn.Module or what makes one; '
     'it is imported, and its code runs',
   )

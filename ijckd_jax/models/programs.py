@@ -5,10 +5,12 @@ nothing else: one that calls out of itself is refused. But XLA, which reads it,
 was not made for files of strangers: bytes that are wrong can end the process.
 """
 
+import calendar
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import datetime
 import functools
 import re
 from typing import Any
@@ -25,7 +27,12 @@ PROGRAM = 'program'  # The name of a pool that is one.
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 # What jax.export itself puts into a program of free sizes, and XLA takes away.
 KNOWN_CALLS = frozenset({'shape_assertion'})
-CONVERT = 'convert it again with ijckd convert'
+CONVERT = 'convert it again: ijckd convert --again'
+# JAX reads a program that is at most so old; from 0.11.1 on it refuses others.
+# Source: https://docs.jax.dev/en/latest/export/export.html, "Compatibility
+# guarantees".
+PROMISED_MONTHS = 6
+WARNED_MONTHS = 3  # Before the end.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +44,11 @@ class Program:
 
   Attributes:
     data: the file's content.
+    made: the day of the export, YYYY-MM-DD; '' where it is not known.
   """
 
   data: bytes = dataclasses.field(repr=False)
+  made: str = dataclasses.field(default='', compare=False)
 
   @functools.cached_property
   def _exported(self) -> export.Exported:
@@ -149,21 +158,69 @@ def trace(
   exported = export.export(
     jax.jit(jax.vmap(fn, in_axes=(None, 0))), platforms=PLATFORMS
   )(dict(arrays), jax.ShapeDtypeStruct((batch, *shape), jnp.float32))
-  return Program(bytes(exported.serialize(vjp_order=vjp_order)))
+  data = bytes(exported.serialize(vjp_order=vjp_order))
+  return Program(data, datetime.date.today().isoformat())
 
 
-def load(data: bytes, what: str) -> Program:
+def until(made: str) -> datetime.date:
+  """Returns the day until which JAX promises to read a program.
+
+  Args:
+    made: the day of its export, YYYY-MM-DD.
+  """
+  return _months_after(datetime.date.fromisoformat(made), PROMISED_MONTHS)
+
+
+def lifetime(made: str, today: datetime.date | None = None) -> tuple[str, bool]:
+  """Returns a sentence on how long programs can be read.
+
+  Args:
+    made: the day of their export, YYYY-MM-DD; '' where it is not known.
+    today: None for the day it is.
+
+  Returns:
+    The sentence, and whether something should be done about it.
+  """
+  today = today or datetime.date.today()
+  if not made:
+    return (
+      'its programs do not say when they were exported, and JAX promises to '
+      f'read them for {PROMISED_MONTHS} months'
+    ), True
+  end = until(made)
+  if today > end:
+    return (
+      f'its programs were exported on {made}, and JAX promised to read them '
+      f'until {end}, which has passed'
+    ), True
+  is_near = _months_after(today, WARNED_MONTHS) >= end
+  return (
+    f'its programs were exported on {made}, and JAX promises to read them '
+    f'until {end}'
+  ), is_near
+
+
+def _months_after(day: datetime.date, months: int) -> datetime.date:
+  """Returns the same day of a later month, or the last one of that month."""
+  years, month = divmod(day.month - 1 + months, 12)
+  year, month = day.year + years, month + 1
+  last = calendar.monthrange(year, month)[1]
+  return datetime.date(year, month, min(day.day, last))
+
+
+def load(data: bytes, what: str, made: str = '') -> Program:
   """Returns a program.
 
   Args:
     data: the file's content, which must be trusted.
     what: the file, for the message.
+    made: see Program.
 
   Raises:
     config_utils.UserError: it is damaged, of another JAX, for other platforms,
       or calls out of itself.
   """
-  program = Program(data)
+  program = Program(data, made)
   try:
     exported = program._exported
     version, newest = (

@@ -14,6 +14,7 @@ import numpy as np
 from ijckd_jax.bundles import bundles
 from ijckd_jax.data import augment
 from ijckd_jax.distillation import converted
+from ijckd_jax.distillation import network as network_lib
 from ijckd_jax.distillation import teachers
 from ijckd_jax.models import programs as programs_lib
 from ijckd_jax.pytorch import classifier_parts
@@ -117,6 +118,68 @@ def convert(
   return Result(bundle, errors, [f'cut by {parts.how}', *notes])
 
 
+def again(model: Any, old: bundles.Bundle) -> Result:
+  """Returns a converted classifier, converted once more from its own arrays.
+
+  Its head, which may have been fitted, its preprocessing, its classes and what
+  else is known of it stay.
+
+  Args:
+    model: torch.nn.Module that it was converted from, with any weights.
+    old: the bundle.
+
+  Raises:
+    config_utils.UserError: the arrays are not those of the model.
+  """
+  head = old.variables['params']['head']
+  _load(model, old)
+  result = convert(
+    model,
+    name=old.backbone_name,
+    preprocessing=old.network.preprocessing,
+    origin=old.info.get('origin', {}),
+  )
+  made = result.bundle
+  if made.variables['params']['head']['kernel'].shape[0] != len(head['kernel']):
+    raise config_utils.UserError('its features have another width than before')
+  origin = made.info['origin']
+  params = {**made.variables['params'], 'head': head}
+  bundle = dataclasses.replace(
+    made,
+    variables={**made.variables, 'params': params},
+    image_shape=old.image_shape,
+    class_names=old.class_names,
+    info={**old.info, 'origin': origin},
+  )
+  return dataclasses.replace(result, bundle=bundle)
+
+
+def _load(model, old) -> None:
+  """Loads a bundle's arrays into the model, all but its classifier's."""
+  import torch
+
+  parts = network_lib.part(old.variables, 'backbone')
+  arrays = {**parts['params'], **parts['batch_stats']}
+  arrays |= old.variables['pool'].get('params', {})
+  wanted = model.state_dict()
+  foreign = [
+    name
+    for name, array in arrays.items()
+    if name not in wanted or tuple(wanted[name].shape) != array.shape
+  ]
+  if foreign:
+    raise config_utils.UserError(
+      f'{len(foreign)} of its arrays are not those of the model '
+      f'({", ".join(map(config_utils.short, foreign[:3]))}): give the '
+      '--model_args that it was made with'
+    )
+  tensors = {
+    name: torch.tensor(array, dtype=wanted[name].dtype)
+    for name, array in arrays.items()
+  }
+  model.load_state_dict(tensors, strict=False)
+
+
 def describe(result: Result) -> list[str]:
   """Returns in sentences what was converted."""
   bundle, network = result.bundle, result.bundle.network
@@ -144,6 +207,7 @@ def describe(result: Result) -> list[str]:
     'from PyTorch, of the scale: '
     + ', '.join(f'{what} {error:.1e}' for what, error in result.errors.items()),
     f'programs for {", ".join(platforms)}: {sizes}',
+    programs_lib.lifetime(next(iter(programs.values())).made)[0],
   ]
 
 
