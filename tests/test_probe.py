@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ijckd_jax.bundles import bundles
+from ijckd_jax.commands import evaluate
 from ijckd_jax.commands import probe
 from ijckd_jax.data import datasets
 from ijckd_jax.data.datasets import digits
@@ -60,7 +61,8 @@ def test_a_linear_probe_is_scored_on_the_test_images():
   labels[250:260] = 1 - labels[250:260]  # A tenth of the last hundred.
   train = features(pooled[:200], labels[:200])
   test = features(pooled[200:], labels[200:])
-  found = probes.linear(train, features(np.zeros((0, 2)), []), test, 2)
+  none = features(np.zeros((0, 2)), [])
+  found = probes.linear(logistic.fit(train, none, 2, seed=0), test)
   assert abs(found['top1'] - 0.9) < 0.03
 
 
@@ -82,6 +84,29 @@ def test_the_command(finished_run, data_dir, run_command):
   assert f'{found["linear"]["top1"]:.6f}' in lines[1]
 
 
+def test_the_probe_becomes_the_head_of_a_bundle(
+  finished_run, data_dir, run_command, tmp_path
+):
+  flags = ('--dataset', 'digits', '--data_dir', data_dir)
+  code, out, err = run_command(
+    probe.main,
+    *('--bundle', finished_run[0], *flags, '--output', tmp_path / 'probe'),
+  )
+  assert (code, err) == (0, '')
+  said = f'written to {tmp_path / "probe"}, with the linear probe as its head'
+  assert out.splitlines()[-1] == said
+  top1 = out.splitlines()[1].removeprefix('linear probe: ')
+  _, out, _ = run_command(evaluate.main, '--bundle', tmp_path / 'probe', *flags)
+  assert top1 in out
+  made = bundles.load(tmp_path / 'probe')
+  assert 'run' not in made.info and made.teacher().num_classes == 10
+  code, _, err = run_command(
+    probe.main,
+    *('--bundle', finished_run[0], *flags, '--output', tmp_path / 'probe'),
+  )
+  assert code == 2 and '--overwrite' in err
+
+
 def test_images_without_labels_are_left_out(finished_run, data_dir):
   bundle = bundles.load(finished_run[0])
   arrays = digits.Dataset(data_dir=data_dir).load('train')
@@ -89,7 +114,7 @@ def test_images_without_labels_are_left_out(finished_run, data_dir):
   some.labels[10:] = -1
   splits = {'train': some, 'test': some}
   splits['validation'] = datasets.Arrays(some.images[:0], some.labels[:0])
-  found = probes.score(
+  found, _ = probes.score(
     bundle.network,
     bundle.variables,
     splits,

@@ -116,6 +116,24 @@ class Bundle:
       class_names=tuple(class_names),
     )
 
+  def with_head(self, head, class_names: Sequence[str]) -> 'Bundle':
+    """Returns it with another head on the same features.
+
+    What is known of its training and its accuracy is left out.
+
+    Args:
+      head: 'kernel' (D, K) and 'bias' (K,).
+      class_names: K names.
+    """
+    params = {**self.variables['params'], 'head': head}
+    kept = ('origin', 'eval_batch_size')
+    return dataclasses.replace(
+      self,
+      variables={**self.variables, 'params': params},
+      class_names=tuple(class_names),
+      info={key: self.info[key] for key in kept if key in self.info},
+    )
+
   def spec(self) -> dict[str, Any]:
     """Returns all of it but the arrays, as `bundle.json` says it."""
     net, more = self.network, {}

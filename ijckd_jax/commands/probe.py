@@ -4,13 +4,18 @@
 
 Its head, if it has one, is left out. A linear head is fitted on the features of
 the training images (a linear probe), and the training images whose features are
-most like an image's vote on its class (nearest neighbours).
+most like an image's vote on its class (nearest neighbours). With --output, the
+network is written with the linear probe as its head: a classifier for the data
+set's classes, which can teach.
 """
 
 import argparse
 import json
 
+from etils import epath
+
 from ijckd_jax.commands import bundle_flags
+from ijckd_jax.commands import output_flags
 from ijckd_jax.runtime import config_utils
 
 PROG = 'python -m ijckd_jax probe'
@@ -28,8 +33,17 @@ def main(argv: list[str], prog: str = PROG) -> None:
     '--neighbours', type=int, default=20, help='how many vote; default: 20'
   )
   parser.add_argument('--json', action='store_true', help='print JSON')
+  parser.add_argument(
+    '--output',
+    type=config_utils.expand,
+    help='folder of a bundle with the linear probe as its head',
+  )
+  output_flags.add_overwrite(parser)
   flags = parser.parse_args(argv)
   config_utils.check_positive('--neighbours', flags.neighbours)
+  output = flags.output and epath.Path(flags.output)
+  if output:
+    output_flags.check_bundle(output, flags.overwrite)
 
   from ijckd_jax.bundles import bundles
   from ijckd_jax.data import datasets
@@ -44,7 +58,7 @@ def main(argv: list[str], prog: str = PROG) -> None:
   splits = {split: dataset.load(split) for split in datasets.SPLITS}
   if not len(splits['test']):
     raise config_utils.UserError('the split test is empty')
-  found = probes.score(
+  found, fitted = probes.score(
     bundle.network,
     bundle.variables,
     splits,
@@ -53,6 +67,9 @@ def main(argv: list[str], prog: str = PROG) -> None:
     num_workers=flags.num_workers,
     neighbours=flags.neighbours,
   )
+  if output:
+    made = bundle.with_head(fitted.head, dataset.class_names)
+    output_flags.write(lambda: made.save(output), output)
   if flags.json:
     print(json.dumps(found))
     return
@@ -62,3 +79,5 @@ def main(argv: list[str], prog: str = PROG) -> None:
     ('nearest', f'{flags.neighbours} nearest neighbours'),
   ):
     print(f'{what}: top1 {found[name]["top1"]:.6f}')
+  if output:
+    print(f'written to {output}, with the linear probe as its head')

@@ -79,20 +79,9 @@ def check(train: logistic.Features, neighbours: int) -> None:
 
 
 def linear(
-  train: logistic.Features,
-  validation: logistic.Features,
-  test: logistic.Features,
-  num_classes: int,
+  fitted: logistic.Fitted, test: logistic.Features
 ) -> dict[str, float]:
-  """Returns the top-1 on test images of a head that is fitted, and its penalty.
-
-  Args:
-    train: to fit on.
-    validation: to choose the penalty by, see logistic.fit.
-    test: to score.
-    num_classes: K.
-  """
-  fitted = logistic.fit(train, validation, num_classes, seed=0)
+  """Returns the top-1 of a fitted head on test images, and its penalty."""
   _, correct = logistic.evaluate(fitted.kernel, fitted.bias, test)
   penalty = fitted.report['penalty']
   return {'top1': float(correct.mean()), 'penalty': penalty}
@@ -131,7 +120,7 @@ def score(
   batch_size: int,
   num_workers: int = 0,
   neighbours: int = 20,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], logistic.Fitted]:
   """Returns what a network's features are worth on a labelled data set.
 
   Args:
@@ -145,7 +134,7 @@ def score(
 
   Returns:
     JSON: 'train' and 'test', the numbers of labelled images; 'linear' and
-    'nearest', what these functions return.
+    'nearest', what these functions return. And the head of the linear probe.
 
   Raises:
     config_utils.UserError: there are too few labels.
@@ -167,11 +156,12 @@ def score(
     for name, arrays in splits.items()
   }
   check(found['train'], neighbours)
+  fitted = logistic.fit(
+    found['train'], found['validation'], num_classes, seed=0
+  )
   return {
     'train': len(found['train']),
     'test': len(found['test']),
-    'linear': linear(
-      found['train'], found['validation'], found['test'], num_classes
-    ),
+    'linear': linear(fitted, found['test']),
     'nearest': nearest(found['train'], found['test'], neighbours),
-  }
+  }, fitted
