@@ -35,6 +35,9 @@ HANDLED = [
   (2, 8, 6, 24, 24, 3, 1, True),
   (2, 8, 6, 24, 24, 3, 2, True),
   (2, 7, 9, 24, 24, 3, 2, True),
+  (2, 8, 6, 24, 24, 5, 1, True),
+  (2, 7, 9, 24, 24, 5, 2, True),
+  (2, 3, 2, 24, 24, 7, 1, True),
 ]
 SIZES = 'batch, height, width, inputs, outputs, side, stride, depthwise'
 
@@ -68,9 +71,42 @@ def test_values_and_gradients_are_xlas(
     np.testing.assert_allclose(mine, expected, rtol=0, atol=3e-6 * scale)
 
 
+@pytest.mark.parametrize('height, width', [(8, 6), (7, 9), (1, 2)])
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('side', cpu_conv.DEPTHWISE_SIDES)
+def test_a_depthwise_convolution_may_be_padded_as_by_tensorflow(
+  side, stride, height, width
+):
+  """Of an even side, by one pixel less above than below."""
+  x, _ = draw(2, height, width, 24, 24, 1, False)
+  conv = layers.conv(
+    24, side, stride, feature_group_count=24, padding='SAME', use_bias=True
+  )
+  assert is_custom(conv, x)
+  variables = conv.init(jax.random.key(0), x)
+
+  def all_of():
+    y, pullback = jax.vjp(conv.apply, variables, x)
+    return y, pullback(jnp.cos(jnp.arange(y.size)).reshape(y.shape))
+
+  theirs = jax.jit(all_of)()
+  with cpu_conv.fast_convolutions():
+    ours = jax.jit(lambda: all_of())()
+  for mine, expected in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(mine, expected, rtol=0, atol=3e-6 * scale)
+
+
 @pytest.mark.parametrize(
   'side, stride, depthwise',
-  [(3, 1, False), (3, 2, False), (3, 1, True), (1, 1, False), (1, 2, False)],
+  [
+    (5, 2, True),
+    (3, 1, False),
+    (3, 2, False),
+    (3, 1, True),
+    (1, 1, False),
+    (1, 2, False),
+  ],
 )
 def test_gradients_are_of_the_values(side, stride, depthwise):
   """By finite differences, with no other convolution to lean on."""
@@ -137,6 +173,9 @@ def test_what_is_handled_and_what_is_left_to_xla():
   assert is_custom(layers.conv(32, 3, 2), x)
   assert is_custom(layers.conv(32, 1), x)
   assert is_custom(layers.conv(32, 1, 2), x)
+  assert is_custom(layers.conv(32, 1, 2, padding='SAME'), x)
+  assert is_custom(layers.conv(64, 3, padding='SAME'), x)
+  assert is_custom(layers.conv(64, 7, feature_group_count=64), x)
   for conv in (
     layers.conv(64, 5),
     layers.conv(64, 3, 3),
@@ -145,7 +184,9 @@ def test_what_is_handled_and_what_is_left_to_xla():
     layers.conv(128, 3, feature_group_count=64),
     layers.conv(64, 3, kernel_dilation=2),
     layers.conv(64, 3, input_dilation=2),
-    layers.conv(64, 3, padding='SAME'),
+    layers.conv(64, 3, 2, padding='SAME'),
+    layers.conv(64, 9, feature_group_count=64),
+    layers.conv(64, 3, padding='VALID'),
     layers.conv(64, 3, precision='highest'),
     layers.conv(64, 3, conv_general_dilated=jax.lax.conv_general_dilated),
     layers.conv(64, 3, dtype=jnp.bfloat16),

@@ -54,6 +54,7 @@ def functions(batch, side, inputs, outputs, window, stride):
   xla = functools.partial(cpu_conv.xla_convolve, stride=stride)
   g = random(*jax.eval_shape(xla, x, kernel).shape)
   ours = cpu_conv.algorithm_of(x, kernel, stride)
+  pads = cpu_conv.half(window)
 
   def xla_by_x(kernel, g):
     return jax.linear_transpose(lambda x: xla(x, kernel), x)(g)[0]
@@ -62,13 +63,21 @@ def functions(batch, side, inputs, outputs, window, stride):
     return jax.linear_transpose(lambda kernel: xla(x, kernel), kernel)(g)[0]
 
   cases = (
-    (lambda x, kernel: ours.convolve(x, kernel, stride), xla, (x, kernel)),
     (
-      lambda kernel, g: ours.by_x(kernel, g, stride, x.shape),
+      lambda x, kernel: ours.convolve(x, kernel, stride, pads),
+      xla,
+      (x, kernel),
+    ),
+    (
+      lambda kernel, g: ours.by_x(kernel, g, stride, pads, x.shape),
       xla_by_x,
       (kernel, g),
     ),
-    (lambda x, g: ours.by_kernel(x, g, stride), xla_by_kernel, (x, g)),
+    (
+      lambda x, g: ours.by_kernel(x, g, stride, pads, window),
+      xla_by_kernel,
+      (x, g),
+    ),
   )
   compiled = []
   for one, other, arguments in cases:

@@ -1,7 +1,7 @@
 """Convolutions that are faster on CPUs than XLA's.
 
-A 1x1 convolution is a matrix product. A depthwise 3x3 convolution is the sum of
-nine products by element; XLA computes a full convolution instead. A wide 3x3
+A 1x1 convolution is a matrix product. A depthwise convolution is a sum of
+products by element; XLA computes a full convolution instead. A wide 3x3
 convolution goes by `winograd`. Any other 3x3 convolution is XLA's, but its
 kernel gradient is `kernel_gradient`. All are exact but for rounding: some 1e-6
 of the largest value in float32. XLA computes every convolution that
@@ -27,15 +27,17 @@ from ijckd_jax.models import winograd
 
 # With fewer, products are too small to pay for the transforms.
 MIN_CHANNELS = 64
+DEPTHWISE_SIDES = (3, 5, 7)
+Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
 class Algorithm(NamedTuple):
   """How a convolution is worked out.
 
   Attributes:
-    convolve: `(x, kernel, stride)` to the result.
-    by_x: `(kernel, g, stride, shape of x)` to the input gradient.
-    by_kernel: `(x, g, stride)` to the kernel gradient.
+    convolve: `(x, kernel, stride, pads)` to the result.
+    by_x: `(kernel, g, stride, pads, shape of x)` to the input gradient.
+    by_kernel: `(x, g, stride, pads, side)` to the kernel gradient.
   """
 
   convolve: Callable
@@ -58,7 +60,7 @@ def _intercept(next_fun, args, kwargs, context):
     return next_fun(*args, **kwargs)
   if not _is_handled(conv, kernel, *args):
     return next_fun(*args, **kwargs)
-  y = convolve(*args, kernel, conv.strides)
+  y = convolve(*args, kernel, conv.strides, _pads(conv, kernel, *args))
   return y + conv.get_variable('params', 'bias') if conv.use_bias else y
 
 
@@ -66,61 +68,89 @@ def _is_handled(conv, kernel, x):
   side, groups = kernel.shape[0], conv.feature_group_count
   plain = (
     x.ndim == 4
-    and kernel.shape[:2] in ((1, 1), (3, 3))
+    and kernel.shape[0] == kernel.shape[1]
     and x.dtype == kernel.dtype == jnp.float32
     and conv.dtype in (None, jnp.float32)
-    and conv.padding == (side - 1) // 2
     and conv.strides in (1, 2)
     and conv.input_dilation == conv.kernel_dilation == 1
     and conv.mask is conv.precision is None
     and conv.conv_general_dilated is conv.conv_general_dilated_cls is None
   )
-  if not plain or groups == 1:
-    return plain
-  return side == 3 and groups == conv.features == x.shape[-1]
+  if not plain:
+    return False
+  pads = _pads(conv, kernel, x)
+  if groups == 1:
+    return side in (1, 3) and pads == half(side)
+  is_depthwise = groups == conv.features == x.shape[-1]
+  return is_depthwise and side in DEPTHWISE_SIDES and pads is not None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-  """Returns (B, H', W', D): `x` padded by half of the kernel, convolved.
+def _pads(conv, kernel, x) -> Pads | None:
+  """Returns by how much an input is padded; None if that is unusual."""
+  side = kernel.shape[0]
+  if conv.padding == (side - 1) // 2:
+    return half(side)
+  if conv.padding == 'SAME':
+    sides, strides = x.shape[1:3], 2 * (conv.strides,)
+    return tuple(lax.padtype_to_pads(sides, 2 * (side,), strides, 'SAME'))
+  return None
+
+
+def half(side: int) -> Pads:
+  """Returns the padding that keeps the size at a stride of 1."""
+  return 2 * (2 * ((side - 1) // 2,),)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def convolve(
+  x: jax.Array, kernel: jax.Array, stride: int, pads: Pads | None = None
+) -> jax.Array:
+  """Returns (B, H', W', D): `x` padded and convolved.
 
   Args:
     x: (B, H, W, C) float32.
-    kernel: (1, 1, C, D) or (3, 3, C, D) float32; or depthwise (3, 3, 1, C).
+    kernel: (1, 1, C, D) or (3, 3, C, D) float32; or depthwise (N, N, 1, C) with
+      N of DEPTHWISE_SIDES.
     stride: 1 or 2.
+    pads: pixels above and below, left and right; None for half of the kernel,
+      as every convolution has that is not depthwise.
   """
+  pads = pads or half(kernel.shape[0])
   algorithm = algorithm_of(x, kernel, stride)
-  on_cpu = functools.partial(algorithm.convolve, stride=stride)
-  elsewhere = functools.partial(xla_convolve, stride=stride)
+  on_cpu = functools.partial(algorithm.convolve, stride=stride, pads=pads)
+  elsewhere = functools.partial(xla_convolve, stride=stride, pads=pads)
   return lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)
 
 
-def xla_convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+def xla_convolve(
+  x: jax.Array, kernel: jax.Array, stride: int, pads: Pads | None = None
+) -> jax.Array:
   """Returns the same by XLA's own convolution."""
-  padding = ((kernel.shape[0] - 1) // 2,) * 2
   return lax.conv_general_dilated(
     x,
     kernel,
     (stride, stride),
-    (padding, padding),
+    pads or half(kernel.shape[0]),
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     feature_group_count=x.shape[-1] // kernel.shape[2],
   )
 
 
-def _convolve_fwd(x, kernel, stride):
-  return convolve(x, kernel, stride), (x, kernel)
+def _convolve_fwd(x, kernel, stride, pads):
+  return convolve(x, kernel, stride, pads), (x, kernel)
 
 
-def _convolve_bwd(stride, kept, g):
+def _convolve_bwd(stride, pads, kept, g):
   algorithm = algorithm_of(*kept, stride)
+  side = kept[1].shape[0]
+  pads = pads or half(side)
 
   def on_cpu(x, kernel, g):
-    by_x = algorithm.by_x(kernel, g, stride, x.shape)
-    return by_x, algorithm.by_kernel(x, g, stride)
+    by_x = algorithm.by_x(kernel, g, stride, pads, x.shape)
+    return by_x, algorithm.by_kernel(x, g, stride, pads, side)
 
   def elsewhere(x, kernel, g):
-    function = functools.partial(xla_convolve, stride=stride)
+    function = functools.partial(xla_convolve, stride=stride, pads=pads)
     return jax.vjp(function, x, kernel)[1](g)
 
   return lax.platform_dependent(*kept, g, cpu=on_cpu, default=elsewhere)
@@ -139,53 +169,65 @@ def algorithm_of(x, kernel, stride: int) -> Algorithm:
   return WIDE if is_wide else NARROW
 
 
-def _xla_by_x(kernel, g, stride, shape):
+def _xla_by_x(kernel, g, stride, pads, shape):
+  del pads  # They are half of the kernel, as for all but depthwise ones.
   x = jax.ShapeDtypeStruct(shape, g.dtype)
   function = functools.partial(xla_convolve, kernel=kernel, stride=stride)
   return jax.linear_transpose(function, x)(g)[0]
 
 
-def _pointwise(x, kernel, stride):
+def _narrow_by_kernel(x, g, stride, pads, side):
+  del pads, side
+  return kernel_gradient.gradient(x, g, stride)
+
+
+def _pointwise(x, kernel, stride, pads):
+  del pads  # There are none.
   return jnp.dot(x[:, ::stride, ::stride], kernel[0, 0])
 
 
-def _pointwise_by_x(kernel, g, stride, shape):
+def _pointwise_by_x(kernel, g, stride, pads, shape):
+  del pads
   return _spread(jnp.dot(g, kernel[0, 0].T), stride, shape)
 
 
-def _pointwise_by_kernel(x, g, stride):
+def _pointwise_by_kernel(x, g, stride, pads, side):
+  del pads, side
   x = x[:, ::stride, ::stride]
   return kernel_gradient.product(x, g)[None, None]
 
 
-def _depthwise(x, kernel, stride):
-  taps = kernel_gradient.taps(x, stride)
-  return sum(map(jnp.multiply, taps, kernel.reshape(9, -1)))
+def _depthwise(x, kernel, stride, pads):
+  side = kernel.shape[0]
+  taps = kernel_gradient.taps(x, stride, side, pads)
+  return sum(map(jnp.multiply, taps, kernel.reshape(side**2, -1)))
 
 
-def _depthwise_by_x(kernel, g, stride, shape):
-  taps = kernel_gradient.taps(_spread(g, stride, shape), 1)
-  return sum(map(jnp.multiply, taps, kernel.reshape(9, -1)[::-1]))
+def _depthwise_by_x(kernel, g, stride, pads, shape):
+  side = kernel.shape[0]
+  turned = tuple((side - 1 - before, before) for before, _ in pads)
+  taps = kernel_gradient.taps(_spread(g, stride, shape), 1, side, turned)
+  return sum(map(jnp.multiply, taps, kernel.reshape(side**2, -1)[::-1]))
 
 
-def _depthwise_by_kernel(x, g, stride):
-  taps = kernel_gradient.taps(x, stride)
+def _depthwise_by_kernel(x, g, stride, pads, side):
+  taps = kernel_gradient.taps(x, stride, side, pads)
   by_kernel = jnp.stack([jnp.sum(tap * g, (0, 1, 2)) for tap in taps])
-  return by_kernel.reshape(3, 3, 1, -1)
+  return by_kernel.reshape(side, side, 1, -1)
 
 
-def _winograd(x, kernel, stride):
-  del stride  # It is 1.
+def _winograd(x, kernel, stride, pads):
+  del stride, pads  # They are 1, and half of the kernel.
   return winograd.convolve(x, kernel)
 
 
-def _winograd_by_x(kernel, g, stride, shape):
-  del stride, shape
+def _winograd_by_x(kernel, g, stride, pads, shape):
+  del stride, pads, shape
   return winograd.convolve(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
 
 
-def _winograd_by_kernel(x, g, stride):
-  del stride
+def _winograd_by_kernel(x, g, stride, pads, side):
+  del stride, pads, side
   return winograd.gradient_by_kernel(x, g)
 
 
@@ -200,5 +242,5 @@ def _spread(g, stride, shape):
 
 POINTWISE = Algorithm(_pointwise, _pointwise_by_x, _pointwise_by_kernel)
 DEPTHWISE = Algorithm(_depthwise, _depthwise_by_x, _depthwise_by_kernel)
-NARROW = Algorithm(xla_convolve, _xla_by_x, kernel_gradient.gradient)
+NARROW = Algorithm(xla_convolve, _xla_by_x, _narrow_by_kernel)
 WIDE = Algorithm(_winograd, _winograd_by_x, _winograd_by_kernel)

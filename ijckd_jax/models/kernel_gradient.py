@@ -69,17 +69,22 @@ def product(x: jax.Array, g: jax.Array) -> jax.Array:
   return jnp.dot(x.reshape(-1, x.shape[-1]).T, g.reshape(-1, g.shape[-1]))
 
 
-def taps(x: jax.Array, stride: int) -> list[jax.Array]:
-  """Returns what each of the nine taps of a kernel meets.
+def taps(
+  x: jax.Array, stride: int, side: int = 3, pads=((1, 1), (1, 1))
+) -> list[jax.Array]:
+  """Returns what each tap of a kernel meets.
 
   Args:
-    x: (B, H, W, C), which is padded by one pixel.
+    x: (B, H, W, C).
     stride: of the convolution.
+    side: of the kernel.
+    pads: pixels by which `x` is padded: above and below, left and right.
   """
-  _, height, width, _ = x.shape
-  x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+  # As far as the last place of the kernel, for each of its taps.
+  rows, columns = (length - side + 1 for length in x.shape[1:3])
   return [
-    x[:, i : i + height : stride, j : j + width : stride]
-    for i in range(3)
-    for j in range(3)
+    x[:, i : i + rows : stride, j : j + columns : stride]
+    for i in range(side)
+    for j in range(side)
   ]
