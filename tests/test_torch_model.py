@@ -190,13 +190,15 @@ class Watched(nn.Module):
     self.norm = nn.LayerNorm(6)
     self.hidden = nn.Linear(6 * 4 if kind == 'hidden' else 6, 8)
     self.head = nn.Linear(8 if 'hidden' in kind else 6, 4)
-    self.pool = nn.AdaptiveAvgPool2d(2)
+    self.pool, self.one = nn.AdaptiveAvgPool2d(2), nn.AdaptiveAvgPool2d(1)
     self.act = nn.ReLU(inplace=True)
 
   def forward(self, x):
     x = self.conv(x)
     if self.kind == 'relu':  # Not a module's.
       return self.head(functional.relu(x).mean((2, 3)))
+    if self.kind == 'module':  # Whose result is a map of one pixel.
+      return self.head(self.one(x).flatten(1))
     if self.kind == 'hidden':
       x = self.act(self.hidden(self.pool(self.act(x)).flatten(1)))
       return self.head(x)
@@ -221,6 +223,7 @@ class Watched(nn.Module):
   'kind, pool, signed',
   [
     ('average', 'average', True),
+    ('module', 'average', True),
     ('relu', 'average', False),
     ('hidden', 'program', False),
     # z itself is then the map, of 1x1.
@@ -238,8 +241,14 @@ def test_a_network_that_says_nothing_is_watched(kind, pool, signed):
   assert bundle.network.signed == signed
   assert bundle.network.pools_map
   assert bundle.pool_name == pool
+  side = {'tokens': 1, 'hidden': 2}.get(kind, 15)
+  assert given.final.shape[1:3] == (side, side)
   if kind == 'tokens':
     np.testing.assert_array_equal(given.final[:, 0, 0], given.pooled)
+  # The head is there once, also where the whole network ran behind a hook.
+  stored = bundle.variables['params']['backbone']
+  assert {'conv.weight', 'conv.bias'} <= set(stored)
+  assert not [key for key in stored if key.startswith('head.')]
 
 
 @pytest.mark.parametrize(

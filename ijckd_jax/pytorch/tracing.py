@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import jax
+from jax.interpreters import partial_eval
 import jax.numpy as jnp
 import numpy as np
 
@@ -103,14 +104,13 @@ def trace(model, fn: Callable[[Any], Any], shape: Sequence[int]) -> Traced:
   with _refusing(model):
     jaxpr = jax.make_jaxpr(of_one)(arrays, example)
   flat, _ = jax.tree.flatten_with_path(arrays)
-  names = [path[0].key for path, _ in flat]
-  read = {
-    var for equation in jaxpr.jaxpr.eqns for var in map(id, equation.invars)
-  } | set(map(id, jaxpr.jaxpr.outvars))
+  # What a network goes on to compute behind `fn`, such as its logits, reads
+  # arrays in vain.
+  _, is_read = partial_eval.dce_jaxpr(
+    jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars)
+  )
   used = {
-    name
-    for name, var in zip(names, jaxpr.jaxpr.invars, strict=False)
-    if id(var) in read
+    path[0].key for (path, _), read in zip(flat, is_read, strict=False) if read
   }
   unused = {
     name: jnp.zeros(array.shape, array.dtype)

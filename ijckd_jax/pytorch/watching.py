@@ -111,7 +111,7 @@ def _find_map(calls, head: int, z):
   maps = [
     number
     for number, call in enumerate(calls[:head])
-    if call.result.ndim == 4 and max(call.result.shape[1:3]) > 1
+    if call.result.ndim == 4 and _has_pixels(call.result.shape)
   ]
   if not maps:
     return None, None, None
@@ -141,3 +141,8 @@ def _find_map(calls, head: int, z):
     if classifier_parts.close(pool(to_map(calls[number].result)), z):
       return number, to_map, pool
   return None, None, None
+
+
+def _has_pixels(shape) -> bool:
+  """Returns whether a map has several pixels, in either order of its axes."""
+  return max(shape[1:3]) > 1 and max(shape[2:]) > 1
