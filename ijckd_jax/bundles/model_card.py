@@ -66,6 +66,9 @@ def _table(bundle, num_params) -> str:
     'classes': f'{len(bundle.class_names)}: {_some(bundle.class_names)}',
     'images': f'{height}x{width}, {colours}, uint8; their preprocessing stands '
     'in bundle.json, and whatever loads it applies it',
+    'pictures': bundle.crop
+    and f'the shorter side is resized to {bundle.crop.resize} '
+    f'({bundle.crop.interpolation}), and the centre is cut out',
     'parameters': f'{sum(num_params.values()):,} ({counts})',
     'connector': connector
     and f'{connector}, between the backbone and the head; see method',

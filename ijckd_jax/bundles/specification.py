@@ -16,6 +16,7 @@ import numpy as np
 
 from ijckd_jax import models
 from ijckd_jax.data import augment
+from ijckd_jax.data import images
 from ijckd_jax.distillation import connectors
 from ijckd_jax.distillation import converted
 from ijckd_jax.distillation import network as network_lib
@@ -148,17 +149,58 @@ def _check_images(spec):
     'a mean, a std, a size and an interpolation',
   )
   # Bundles that do not name one were made when all were bilinear.
-  _require(
-    preprocessing.get('interpolation', 'bilinear') in augment.INTERPOLATIONS,
-    'interpolation',
-    f'one of {", ".join(augment.INTERPOLATIONS)}',
-  )
+  _check_interpolation(preprocessing.get('interpolation', 'bilinear'))
   for field in ('mean', 'std'):
     values = preprocessing[field]
     wanted = f'a list of {shape[2]} numbers, one per channel'
     _require(_is_numbers(values, shape[2]), field, wanted)
   _require(min(preprocessing['std']) > 0, 'std', 'positive')
   _require(_is_size(preprocessing['size']), 'size', SIDES)
+  crop_of(spec)
+
+
+def crop_of(spec) -> images.CentreCrop | None:
+  """Returns the crop that a spec names.
+
+  Raises:
+    ValueError: see `read_crop`.
+  """
+  found = spec.get('crop')
+  return None if found is None else read_crop(found, spec['image_shape'][0])
+
+
+def read_crop(found, height: int) -> images.CentreCrop:
+  """Returns a crop that is described as JSON.
+
+  Args:
+    found: whatever was read.
+    height: of the images that are cut out.
+
+  Raises:
+    ValueError: it is no such description.
+  """
+  fields = {field.name for field in dataclasses.fields(images.CentreCrop)}
+  _require(
+    isinstance(found, dict) and set(found) == fields,
+    'crop',
+    f'an object with {", ".join(sorted(fields))}',
+  )
+  _require(
+    _is_count(found['resize'], MAX_SIDE) and found['resize'] >= height,
+    'resize',
+    f"from {height}, the images' height, to {MAX_SIDE}",
+  )
+  _check_interpolation(found['interpolation'])
+  _require(isinstance(found['keeps_size'], bool), 'keeps_size', 'true or false')
+  return images.CentreCrop(**found)
+
+
+def _check_interpolation(name):
+  _require(
+    name in augment.INTERPOLATIONS,
+    'interpolation',
+    f'one of {", ".join(augment.INTERPOLATIONS)}',
+  )
 
 
 def _check_connection(spec):

@@ -49,10 +49,9 @@ def _convert(flags: argparse.Namespace, arguments: dict[str, object]):
 
   given = pytorch_flags.preprocessing(flags)
   model, origin = named_models.build(flags.model, arguments)
-  published, more = named_models.load_weights(
-    model, flags.model, flags.checkpoint
-  )
+  config, more = named_models.load_weights(model, flags.model, flags.checkpoint)
   origin |= more
+  published = named_models.published(model, arguments, given, config, origin)
   if flags.model_args:
     origin['model_args'] = flags.model_args
   origin['licence'] = flags.licence or origin.get('licence') or 'not stated'
@@ -60,10 +59,10 @@ def _convert(flags: argparse.Namespace, arguments: dict[str, object]):
     return converter.convert(
       model,
       name=flags.name or flags.model,
-      preprocessing=named_models.preprocessing(
-        model, flags.model, given, published
-      ),
+      preprocessing=published.preprocessing,
+      crop=published.crop,
       class_names=pytorch_flags.class_names(flags),
+      usual_names=published.class_names(),
       origin=origin,
     )
   except config_utils.UserError as error:

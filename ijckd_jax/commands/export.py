@@ -4,11 +4,11 @@
 
 Backbone, connector, pool, head and preprocessing become one function: images
 in, logits and probabilities out, for any number of images. Before anything is
-written, the file's own runtime is compared with JAX on test images; what was
-found stands in OUTPUT.json.
+written, the file's own runtime is compared with JAX on test images, or on
+--pictures; what was found stands in OUTPUT.json.
 """
 
-# More than 120 lines: sixteen flags are read, and checked before JAX is loaded.
+# More than 120 lines: many flags are read, and checked before JAX is loaded.
 
 import argparse
 import dataclasses
@@ -43,6 +43,7 @@ def main(argv: list[str], prog: str = PROG) -> None:
   from ijckd_jax.bundles import bundles
   from ijckd_jax.deploy import checks
   from ijckd_jax.deploy import exports
+  from ijckd_jax.deploy import pictures
   from ijckd_jax.runtime import compilation_cache
 
   # Products of float32 are rounded on GPUs and TPUs, by more than the check
@@ -56,6 +57,7 @@ def main(argv: list[str], prog: str = PROG) -> None:
     from ijckd_jax.deploy import web
 
     runtime = web.runtime()
+  paths = pictures.find(flags.pictures)
   compilation_cache.enable(compilation_cache.DEFAULT)
   roles = {'student': flags.bundle}
   if flags.teacher:
@@ -64,15 +66,20 @@ def main(argv: list[str], prog: str = PROG) -> None:
     role: bundles.load(path, dtype=jnp.float32, trust_code=flags.trust_code)
     for role, path in roles.items()
   }
-  dataset = bundle_flags.dataset_of(loaded['student'], flags)
-  for role, bundle in loaded.items():
-    _check_fits('bundle' if role == 'student' else role, bundle, dataset)
   names = [field.name for field in dataclasses.fields(exports.Settings)]
   settings = exports.Settings(**{name: getattr(flags, name) for name in names})
-  made = {}
-  for role, bundle in loaded.items():
-    order = bundle_flags.class_order(f'the {role}', bundle, dataset, flags)
-    made[role] = exports.export(bundle, dataset, order, settings)
+  if paths:
+    settings = dataclasses.replace(settings, split='pictures')
+    examples = {
+      role: (_of_pictures(paths, bundle, flags.check_images), iter(()))
+      for role, bundle in loaded.items()
+    }
+  else:
+    examples = _of_dataset(loaded, flags)
+  made = {
+    role: exports.export(bundle, *examples[role], settings)
+    for role, bundle in loaded.items()
+  }
   if flags.format == 'web':
     models = [
       web.Model(role, data, about['metadata'])
@@ -128,6 +135,14 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     '--check_images', type=int, default=1000, help='how many of them'
   )
   parser.add_argument(
+    '--pictures',
+    nargs='+',
+    default=[],
+    metavar='PICTURE',
+    help='files, folders or globs of pictures without labels, to check the '
+    'file on in place of a data set',
+  )
+  parser.add_argument(
     '--calibration_images',
     type=int,
     default=512,
@@ -148,6 +163,13 @@ def _check_flags(flags, output: pathlib.Path) -> None:
   if flags.weights == 'int8' and flags.format not in ('onnx', 'web'):
     raise config_utils.UserError(
       f'--weights int8 is for --format onnx or web, not for {flags.format}'
+    )
+  if flags.pictures and (flags.dataset or flags.dataset_fields):
+    raise config_utils.UserError('give --pictures or --dataset, not both')
+  if flags.pictures and flags.weights == 'int8':
+    raise config_utils.UserError(
+      '--weights int8 tells its ranges by training images, which --pictures '
+      'are not: give --dataset, or other --weights'
     )
   if flags.teacher and flags.format != 'web':
     raise config_utils.UserError(
@@ -176,6 +198,36 @@ def _check_folder(folder: pathlib.Path, overwrite: bool) -> None:
   output_flags.check_free(folder, overwrite)
 
 
+def _of_pictures(paths, bundle, count: int):
+  """Returns the pictures on which a bundle's file is checked."""
+  from ijckd_jax.deploy import deployed
+  from ijckd_jax.deploy import pictures
+
+  shape, crop = bundle.image_shape, deployed.crop_of(bundle)
+  return pictures.examples(paths, shape, crop, count)
+
+
+def _of_dataset(loaded, flags):
+  """Returns by role the images that check a file, and those that tell ranges.
+
+  Raises:
+    config_utils.UserError: a bundle does not fit the data set.
+  """
+  from ijckd_jax.deploy import checks
+
+  dataset = bundle_flags.dataset_of(loaded['student'], flags)
+  for role, bundle in loaded.items():
+    _check_fits('bundle' if role == 'student' else role, bundle, dataset)
+  found = {}
+  for role, bundle in loaded.items():
+    order = bundle_flags.class_order(f'the {role}', bundle, dataset, flags)
+    found[role] = (
+      checks.images(dataset, flags.split, flags.check_images, order),
+      checks.images(dataset, 'train', flags.calibration_images),
+    )
+  return found
+
+
 def _check_fits(what: str, bundle, dataset) -> None:
   """Raises where a data set's images are not what the file will take."""
   bundle_flags.check_fits(what, bundle, dataset)
@@ -184,7 +236,7 @@ def _check_fits(what: str, bundle, dataset) -> None:
     wanted, found = ('x'.join(map(str, x)) for x in (wanted, found))
     raise config_utils.UserError(
       f'the {what} takes images of {wanted}, but the data set has {found}: '
-      'give --dataset or --dataset_fields of images like those'
+      'give --dataset or --dataset_fields of images like those, or --pictures'
     )
 
 

@@ -21,13 +21,24 @@ def add_images(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--std', help='likewise')
   parser.add_argument('--image_size', help='side in pixels, or 14x28')
   parser.add_argument('--interpolation', help='bilinear (default) or bicubic')
+  parser.add_argument(
+    '--resize',
+    type=int,
+    help='pixels of the shorter side of a picture before the centre of '
+    '--image_size is cut out of it; default: --image_size',
+  )
   parser.add_argument('--class_names', help='a file with a name a line')
 
 
 def preprocessing(flags: argparse.Namespace):
-  """Returns what the flags say of how images are prepared; None: nothing."""
+  """Returns what the flags say of how images are prepared.
+
+  That is a key of published_weights.PREPROCESSING, or a value as there; None if
+  they say nothing.
+  """
   own = (flags.mean, flags.std, flags.image_size)
-  if all(given is None for given in (*own, flags.interpolation)):
+  more = (flags.interpolation, flags.resize)
+  if all(given is None for given in (*own, *more)):
     return flags.preprocessing
   if flags.preprocessing:
     raise config_utils.UserError(
@@ -37,6 +48,8 @@ def preprocessing(flags: argparse.Namespace):
     raise config_utils.UserError('--mean, --std and --image_size go together')
 
   from ijckd_jax.data import augment
+  from ijckd_jax.data import images
+  from ijckd_jax.pytorch import published_weights
 
   mean, std = (
     _numbers(name, text)
@@ -51,8 +64,16 @@ def preprocessing(flags: argparse.Namespace):
     raise config_utils.unknown(
       'interpolation', interpolation, augment.INTERPOLATIONS
     )
-  return augment.Preprocessing(
-    mean, std, _size(flags.image_size), interpolation
+  size = _size(flags.image_size)
+  resize = size[0] if flags.resize is None else flags.resize
+  if resize < size[0]:
+    raise config_utils.UserError(
+      f'--resize {resize}: give at least the {size[0]} pixels of --image_size, '
+      'which are cut out of the centre'
+    )
+  return published_weights.Published(
+    augment.Preprocessing(mean, std, size, interpolation),
+    images.CentreCrop(resize, interpolation),
   )
 
 

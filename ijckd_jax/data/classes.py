@@ -10,6 +10,7 @@ import unicodedata
 
 import numpy as np
 
+from ijckd_jax.data.datasets import imagenet
 from ijckd_jax.runtime import config_utils
 
 MAX_SHOWN = 3
@@ -28,6 +29,7 @@ def match(
 
   Names are alike that differ in case, white space, `_` or `-` only, unless one
   party has two classes that differ only so, such as EMNIST's `a` and `A`.
+  WordNet's identifiers of ImageNet's classes are compared as words.
 
   Args:
     names: K names of one party, such as a teacher.
@@ -49,6 +51,7 @@ def match(
     raise config_utils.UserError(
       f'{what} has {len(names)} classes, but {of} has {len(wanted)}'
     )
+  names, wanted = map(imagenet.in_words, (names, wanted))
   ours, theirs = (list(map(_plain, values)) for values in (names, wanted))
   if len(set(ours)) < len(ours) or len(set(theirs)) < len(theirs):
     ours, theirs = (list(map(str, values)) for values in (names, wanted))

@@ -13,7 +13,7 @@ import numpy as np
 
 from ijckd_jax.runtime import config_utils
 
-MAX_RESIZED = 2**24  # Pixels that are resized at once, in `centre`.
+MAX_RESIZED = 2**24  # Pixels that are resized at once, in `CentreCrop`.
 MAX_SMOOTHED = 2  # In `resize`; what shrinks by more, by areas.
 CROP_ATTEMPTS = 10  # As torchvision's RandomResizedCrop.
 # Markers of ITU-T T.81, B.1.1.3: the end, and frames of every kind.
@@ -72,18 +72,9 @@ class Views:
     """
     import PIL.Image
 
-    image = decode(encoded)
-    height, width = image.shape[:2]
-    short = min(height, width)
-    height, width = (
-      self.resize if side == short else int(self.resize * side / short)
-      for side in (height, width)
-    )
-    return np.asarray(
-      centre(
-        PIL.Image.fromarray(image), (width, height), (self.size, self.size)
-      )
-    )
+    image = PIL.Image.fromarray(decode(encoded))
+    crop = CentreCrop(self.resize)
+    return np.asarray(crop(image, (self.size, self.size)))
 
   def crop_box(
     self, height: int, width: int, random: np.random.RandomState
@@ -111,7 +102,42 @@ class Views:
     return top, left, crop_height, crop_width
 
 
-def centre(image, resized: tuple[int, int], size: tuple[int, int]):
+@dataclasses.dataclass(frozen=True)
+class CentreCrop:
+  """From a picture of any size to the image that a network reads.
+
+  Pixels of square images are those of torchvision's Resize and CenterCrop.
+
+  Attributes:
+    resize: pixels of the shorter side before the centre is cut out; of images
+      that are not square, of the height to which a picture that just covers
+      their shape is resized.
+    interpolation: how Pillow resizes, antialiased: 'bilinear' or 'bicubic'.
+    keeps_size: whether a picture of the image's size is taken as it is.
+  """
+
+  resize: int
+  interpolation: str = 'bilinear'
+  keeps_size: bool = False
+
+  def __call__(self, image, size: tuple[int, int]):
+    """Returns the image of PIL, (width, height) `size`, of a picture of PIL."""
+    if self.keeps_size and image.size == size:
+      return image
+    width, height = size
+    scale = max(height / image.height, width / image.width)
+    scale *= self.resize / height
+    # A quotient of whole numbers that is whole is not to become less.
+    resized = tuple(int(side * scale + 1e-6) for side in image.size)
+    return centre(image, resized, size, self.interpolation)
+
+
+def centre(
+  image,
+  resized: tuple[int, int],
+  size: tuple[int, int],
+  interpolation: str = 'bilinear',
+):
   """Returns the centre of a resized image of PIL.
 
   Of an image that is hundreds of times longer than wide, nothing else is
@@ -122,21 +148,22 @@ def centre(image, resized: tuple[int, int], size: tuple[int, int]):
     image: PIL's.
     resized: (width, height) to which it is resized.
     size: (width, height) of its centre.
+    interpolation: see CentreCrop.
   """
   import PIL.Image
 
-  bilinear = PIL.Image.Resampling.BILINEAR
+  method = PIL.Image.Resampling[interpolation.upper()]
   left, top = (
     round((whole - part) / 2) for whole, part in zip(resized, size, strict=True)
   )
   box = (left, top, left + size[0], top + size[1])
   if math.prod(resized) <= MAX_RESIZED:
-    return image.resize(resized, bilinear).crop(box)
+    return image.resize(resized, method).crop(box)
   scales = [
     side / whole for side, whole in zip(image.size, resized, strict=True)
   ]
   source = [edge * scale for edge, scale in zip(box, 2 * scales, strict=True)]
-  return image.resize(size, bilinear, box=source)
+  return image.resize(size, method, box=source)
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:

@@ -40,11 +40,10 @@ def images(
   arrays = dataset.load(split)
   if not len(arrays):
     raise config_utils.UserError(f'the split {split!r} is empty')
-  count = min(count, len(arrays))
-  rows = np.linspace(0, len(arrays) - 1, count).round().astype(np.int32)
+  rows = evenly(len(arrays), count)
   for batch in input_pipeline.eval_batches(
     arrays.subset(rows),
-    batch_size=min(BATCH_SIZE, count),
+    batch_size=min(BATCH_SIZE, len(rows)),
     process_index=0,
     num_processes=1,
     what='checking the export',
@@ -53,6 +52,11 @@ def images(
     if order is not None:
       label = np.where(label < 0, -1, order[label])
     yield {'image': image, 'label': label}
+
+
+def evenly(total: int, count: int) -> np.ndarray:
+  """Returns up to `count` of the rows of `total` examples, taken evenly."""
+  return np.linspace(0, total - 1, min(count, total)).round().astype(np.int32)
 
 
 def as_taken(pixels: np.ndarray, takes: str) -> np.ndarray:
@@ -73,27 +77,33 @@ def compare(
     batches: as `images` gives them.
 
   Returns:
-    'images', 'max_logit', 'max_error' of a logit, 'agreement' of predictions,
-    and 'top1' of 'jax' and 'file'; None where no image has a label.
+    'images', 'max_logit', 'max_error' of a logit, 'max_probability_error',
+    'agreement' of predictions, and 'top1' of 'jax' and 'file'; None where no
+    image has a label.
   """
   network = bundle.network
 
   @jax.jit
   def trained(variables, images):
-    return network(variables, network.preprocessing(images)).logits
+    logits = network(variables, network.preprocessing(images)).logits
+    return logits, jax.nn.softmax(logits)
 
   rows = []
   for batch in batches:
-    wanted = np.asarray(trained(bundle.variables, batch['image']))
-    found, _ = session(as_taken(batch['image'], session.takes))
-    rows.append((wanted, found, batch['label']))
-  wanted, found, labels = (np.concatenate(x) for x in zip(*rows, strict=True))
+    wanted, likely = trained(bundle.variables, batch['image'])
+    found, shown = session(as_taken(batch['image'], session.takes))
+    differences = np.abs(shown - np.asarray(likely)).max(1)
+    rows.append((np.asarray(wanted), found, differences, batch['label']))
+  wanted, found, differences, labels = (
+    np.concatenate(x) for x in zip(*rows, strict=True)
+  )
   predicted = {'jax': wanted.argmax(1), 'file': found.argmax(1)}
   known = labels >= 0
   return {
     'images': len(labels),
     'max_logit': float(np.abs(wanted).max()),
     'max_error': float(np.abs(wanted - found).max()),
+    'max_probability_error': float(differences.max()),
     'agreement': float(np.mean(predicted['jax'] == predicted['file'])),
     'top1': {
       name: float(np.mean(classes[known] == labels[known]))
@@ -144,6 +154,7 @@ def describe(result: dict[str, Any]) -> str:
   accuracy = f', top-1 {top1["jax"]:.2%} and {top1["file"]:.2%}' if top1 else ''
   return (
     f'{result["images"]} images, JAX and file: logits differ by at most '
-    f'{result["max_error"]:.2g} (of {result["max_logit"]:.3g}), the same '
-    f'prediction on {result["agreement"]:.2%}{accuracy}'
+    f'{result["max_error"]:.2g} (of {result["max_logit"]:.3g}), probabilities '
+    f'by {result["max_probability_error"]:.2g}, the same prediction on '
+    f'{result["agreement"]:.2%}{accuracy}'
   )

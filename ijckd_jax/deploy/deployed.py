@@ -15,6 +15,7 @@ import numpy as np
 from ijckd_jax.bundles import bundles
 from ijckd_jax.bundles import model_card
 from ijckd_jax.bundles import specification
+from ijckd_jax.data import images
 from ijckd_jax.distillation import connectors
 from ijckd_jax.distillation import network as network_lib
 from ijckd_jax.models import folding
@@ -175,6 +176,7 @@ def metadata(bundle: bundles.Bundle, takes: str) -> dict[str, str]:
     'takes': takes,
     'image_shape': list(bundle.image_shape),
     'class_names': [str(name) for name in bundle.class_names],
+    'crop': dataclasses.asdict(crop_of(bundle)),
     'preprocessing': dataclasses.asdict(bundle.network.preprocessing),
     'backbone': bundle.backbone_name,
     'info': info,
@@ -184,3 +186,25 @@ def metadata(bundle: bundles.Bundle, takes: str) -> dict[str, str]:
     key: value if isinstance(value, str) else json.dumps(value, default=float)
     for key, value in said.items()
   }
+
+
+def crop_of(bundle: bundles.Bundle) -> images.CentreCrop:
+  """Returns how pictures of any size become a bundle's images."""
+  if bundle.crop is not None:
+    return bundle.crop
+  return crop_of_dataset(bundle.info.get('dataset'), bundle.image_shape[0])
+
+
+def crop_of_dataset(described: Any, height: int) -> images.CentreCrop:
+  """Returns how a data set's test images were made of pictures.
+
+  A picture of their size may be one of them, and is left as it is.
+
+  Args:
+    described: a bundle's `info` says it of the data set; whatever it may be.
+    height: of its images.
+  """
+  resize = described.get('resize') if isinstance(described, dict) else None
+  if type(resize) is not int or resize < height:
+    resize = height
+  return images.CentreCrop(resize, keeps_size=True)

@@ -1,6 +1,7 @@
 """A bundle becomes the content of a file, checked in the file's own runtime."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
 import dataclasses
 import hashlib
 from typing import Any
@@ -14,6 +15,8 @@ from ijckd_jax.deploy import onnx_files
 from ijckd_jax.deploy import safetensors_files
 from ijckd_jax.deploy import stablehlo_files
 
+Batches = Iterator[dict[str, np.ndarray]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -23,9 +26,7 @@ class Settings:
     format: a key of ENCODERS.
     input: the images' dtype, see deployed.PIXELS.
     weights: how they are stored: 'float32', 'float16' or, in ONNX, 'int8'.
-    split: whose images the file is checked on.
-    check_images: number of those images.
-    calibration_images: number of training images that tell the ranges of int8.
+    split: whose images the file is checked on; 'pictures' of none.
     max_drop: see checks.judge.
     trust_code: see bundles.load.
     output: where the file is to lie, for messages.
@@ -35,8 +36,6 @@ class Settings:
   input: str
   weights: str
   split: str
-  check_images: int
-  calibration_images: int
   max_drop: float
   trust_code: bool
   output: str
@@ -44,16 +43,16 @@ class Settings:
 
 def export(
   bundle: bundles.Bundle,
-  dataset: Any,
-  order: np.ndarray | None,
+  examples: Batches,
+  calibration: Batches,
   settings: Settings,
 ) -> tuple[bytes, dict[str, Any]]:
   """Returns the content of a file that was checked, and its description (JSON).
 
   Args:
     bundle: computes in float32.
-    dataset: see datasets; its images check the file.
-    order: see checks.images.
+    examples: as checks.images gives them; they check the file.
+    calibration: the same of training images, which tell the ranges of int8.
     settings: how the file is made.
 
   Raises:
@@ -61,12 +60,8 @@ def export(
   """
   deployed = deployed_lib.deploy(bundle, takes=settings.input)
   encode = ENCODERS[settings.format]
-  data, open_session = encode(bundle, deployed, dataset, settings)
-  result = checks.compare(
-    bundle,
-    open_session(data),
-    checks.images(dataset, settings.split, settings.check_images, order),
-  )
+  data, open_session = encode(bundle, deployed, calibration, settings)
+  result = checks.compare(bundle, open_session(data), examples)
   checks.judge(result, settings.weights, settings.max_drop)
   return data, {
     'format': settings.format,
@@ -78,21 +73,19 @@ def export(
   }
 
 
-def _onnx(bundle, deployed, dataset, settings):
+def _onnx(bundle, deployed, calibration, settings):
   del bundle
   data = onnx_files.encode(deployed)
   if settings.weights == 'float16':
     data = onnx_files.halve(data)
   if settings.weights == 'int8':
-    batches = checks.images(dataset, 'train', settings.calibration_images)
-    data = onnx_files.quantize(
-      data, (checks.as_taken(x['image'], settings.input) for x in batches)
-    )
+    images = (checks.as_taken(x['image'], settings.input) for x in calibration)
+    data = onnx_files.quantize(data, images)
   return data, lambda data: onnx_files.Session(data, settings.output)
 
 
-def _stablehlo(bundle, deployed, dataset, settings):
-  del bundle, dataset
+def _stablehlo(bundle, deployed, calibration, settings):
+  del bundle, calibration
   half = settings.weights == 'float16'
   data = stablehlo_files.encode(deployed, half=half)
   return data, lambda data: stablehlo_files.Session(
@@ -100,8 +93,8 @@ def _stablehlo(bundle, deployed, dataset, settings):
   )
 
 
-def _safetensors(bundle, deployed, dataset, settings):
-  del dataset
+def _safetensors(bundle, deployed, calibration, settings):
+  del calibration
   half = settings.weights == 'float16'
   data = safetensors_files.encode(bundle, deployed, half=half)
   return data, lambda data: safetensors_files.Session(
@@ -109,7 +102,7 @@ def _safetensors(bundle, deployed, dataset, settings):
   )
 
 
-# Each takes the bundle, its function, the data set and the settings, and
+# Each takes the bundle, its function, training images and the settings, and
 # returns the content of the file and a function that opens such a content in
 # the runtime of its format.
 ENCODERS: dict[str, Callable[..., tuple[bytes, Callable[[bytes], Any]]]] = {

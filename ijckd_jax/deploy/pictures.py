@@ -89,18 +89,14 @@ def _matches(pattern: str) -> list[pathlib.Path]:
 
 
 def read(
-  path: pathlib.Path, shape: tuple[int, int, int], resize: int | None
+  path: pathlib.Path, shape: tuple[int, int, int], crop: images.CentreCrop
 ) -> tuple[np.ndarray, str]:
   """Returns a picture as an image of that shape, uint8 (H, W, C).
 
-  One of that size is taken as it is. Any other is turned upright, resized
-  until it just covers the size, and cut out of its centre.
-
   Args:
-    path: of the file.
+    path: of the file; its picture is turned upright.
     shape: (H, W, C), with 1 channel for grey or 3 for colour.
-    resize: pixels to which what covers the height is resized before it is cut;
-      None: the height.
+    crop: how it gets that size.
 
   Returns:
     The image, and what may be wrong with its pixels, or ''.
@@ -110,13 +106,9 @@ def read(
     OSError: it cannot be read.
   """
   height, width, channels = shape
-  image, warning = image_files.decode(image_files.load(path))
-  image = image.convert('L' if channels == 1 else 'RGB')
-  if image.size != (width, height):
-    scale = max(height / image.height, width / image.width)
-    scale *= (resize or height) / height
-    resized = tuple(int(side * scale + 1e-6) for side in image.size)
-    image = images.centre(image, resized, (width, height))
+  picture, warning = image_files.decode(image_files.load(path))
+  picture = picture.convert('L' if channels == 1 else 'RGB')
+  image = crop(picture, (width, height))
   return np.asarray(image).reshape(shape), warning
 
 
@@ -133,8 +125,8 @@ def classify(
   Raises:
     config_utils.UserError: see `batches`.
   """
-  resize = sessions.resize_of(session.metadata)
-  for read, batch in batches(paths, session.image_shape, resize, batch_size):
+  crop = sessions.crop_of(session)
+  for read, batch in batches(paths, session.image_shape, crop, batch_size):
     _, probabilities = session(checks.as_taken(batch, session.takes))
     yield read, probabilities
 
@@ -162,7 +154,7 @@ def entry(
 def batches(
   paths: Sequence[pathlib.Path],
   shape: tuple[int, int, int],
-  resize: int | None,
+  crop: images.CentreCrop,
   batch_size: int,
 ) -> Iterator[tuple[list[Read], np.ndarray]]:
   """Yields what was read and the images (b, H, W, C) of each batch.
@@ -182,8 +174,31 @@ def batches(
     for path, place in zip(paths[start:], batch, strict=False):
       error = warning = ''
       try:
-        place[:], warning = read(path, shape, resize)
+        place[:], warning = read(path, shape, crop)
       except (OSError, image_files.Unreadable) as reason:
         error = getattr(reason, 'strerror', None) or str(reason)
       chosen.append(Read(path, error, warning))
     yield chosen, batch
+
+
+def examples(
+  paths: Sequence[pathlib.Path],
+  shape: tuple[int, int, int],
+  crop: images.CentreCrop,
+  count: int,
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yields up to `count` of the pictures, as checks.images gives a data set's.
+
+  They are taken evenly from all of them, and have no labels.
+
+  Raises:
+    config_utils.UserError: one of them cannot be read; see also `batches`.
+  """
+  chosen = [paths[row] for row in checks.evenly(len(paths), count)]
+  for read, batch in batches(chosen, shape, crop, checks.BATCH_SIZE):
+    for picture in read:
+      if picture.error:
+        raise config_utils.UserError(
+          f'{picture.path} cannot be read: {picture.error}'
+        )
+    yield {'image': batch, 'label': np.full(len(batch), -1)}

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ijckd_jax.bundles import bundles
+from ijckd_jax.bundles import specification
+from ijckd_jax.data import images
 from ijckd_jax.deploy import deployed as deployed_lib
 from ijckd_jax.deploy import onnx_files
 from ijckd_jax.deploy import safetensors_files
@@ -124,14 +126,25 @@ def class_names(session: Any, what: str) -> list[str]:
     ) from error
 
 
-def resize_of(metadata: Mapping[str, str]) -> int | None:
-  """Returns to how many pixels images were resized before the centre was cut.
+def crop_of(session: Any) -> images.CentreCrop:
+  """Returns how pictures of any size become a classifier's images.
 
   Args:
-    metadata: of a classifier.
+    session: as `load` returns it.
+
+  Raises:
+    config_utils.UserError: its metadata are damaged.
   """
-  try:
-    found = json.loads(metadata['info'])['dataset']['resize']
-  except (KeyError, ValueError, TypeError):
-    return None
-  return found if isinstance(found, int) and found > 0 else None
+  return described_crop(session.metadata, session.image_shape[0])
+
+
+def described_crop(
+  metadata: Mapping[str, str], height: int
+) -> images.CentreCrop:
+  """Does what `crop_of` does, by the metadata and the height of the images."""
+  with config_utils.blame("how the classifier's pictures are cropped"):
+    if 'crop' in metadata:
+      return specification.read_crop(json.loads(metadata['crop']), height)
+    # A file that an earlier version of ijckd_jax wrote.
+    dataset = json.loads(metadata.get('info', '{}')).get('dataset')
+    return deployed_lib.crop_of_dataset(dataset, height)

@@ -134,12 +134,14 @@ def write(
 def _describe(model: Model) -> dict[str, Any]:
   """Returns what the page must know of a model."""
   metadata = model.metadata
+  shape = json.loads(metadata['image_shape'])
+  crop = sessions.described_crop(metadata, shape[0])
   return {
     'role': model.role,
     'file': f'{model.role}.onnx',
     'description': metadata['description'],
     'class_names': json.loads(metadata['class_names']),
-    'image_shape': json.loads(metadata['image_shape']),
+    'image_shape': shape,
     'takes': metadata['takes'],
-    'resize': sessions.resize_of(metadata),
+    'crop': dataclasses.asdict(crop),
   }

@@ -13,11 +13,13 @@ import numpy as np
 
 from ijckd_jax.bundles import bundles
 from ijckd_jax.data import augment
+from ijckd_jax.data import images as images_lib
 from ijckd_jax.distillation import converted
 from ijckd_jax.distillation import network as network_lib
 from ijckd_jax.distillation import teachers
 from ijckd_jax.models import programs as programs_lib
 from ijckd_jax.pytorch import classifier_parts
+from ijckd_jax.pytorch import published_weights
 from ijckd_jax.pytorch import splitting
 from ijckd_jax.pytorch import tracing
 from ijckd_jax.runtime import backend
@@ -50,7 +52,9 @@ def convert(
   *,
   name: str,
   preprocessing: augment.Preprocessing,
+  crop: images_lib.CentreCrop | None = None,
   class_names: Sequence[str] = (),
+  usual_names: Sequence[str] = (),
   origin: Mapping[str, Any],
 ) -> Result:
   """Returns a PyTorch classifier as a bundle.
@@ -59,7 +63,10 @@ def convert(
     model: torch.nn.Module; it is put into inference mode.
     name: what the bundle is called.
     preprocessing: of its images, whose size is the one that it runs on.
-    class_names: K names; () for numbers.
+    crop: see bundles.Bundle.
+    class_names: K names; () for the usual ones.
+    usual_names: names that are taken if the head has as many classes; numbers
+      are taken if not.
     origin: what the bundle is to say of where it comes from.
 
   Raises:
@@ -70,7 +77,10 @@ def convert(
   image_shape = (*preprocessing.size, len(preprocessing.mean))
   parts = splitting.split(model, image_shape)
   num_classes = 0 if parts.bias is None else len(parts.bias)
-  names = tuple(class_names) or tuple(map(str, range(num_classes)))
+  names = tuple(class_names)
+  if not names and len(usual_names) == num_classes:
+    names = tuple(usual_names)
+  names = names or tuple(map(str, range(num_classes)))
   if len(names) != num_classes:
     raise config_utils.UserError(
       f'{len(names)} class names for a head of {num_classes} classes'
@@ -112,6 +122,7 @@ def convert(
     image_shape=image_shape,
     class_names=names,
     info={'origin': {**origin, **versions()}},
+    crop=crop,
   )
   errors = _compare(bundle, model, parts)
   _check(errors)
@@ -201,7 +212,8 @@ def describe(result: Result) -> list[str]:
   return [
     *result.notes,
     head,
-    f'images {shape}: mean {made.mean}, std {made.std}, {made.interpolation}',
+    f'images {shape}: mean {made.mean}, std {made.std}, {made.interpolation}'
+    + published_weights.describe_crop(bundle.crop),
     f'map {signs[network.signed]}, pooled features '
     f'{signs[network.pooled_signed]}; pool: {pool}',
     'from PyTorch, of the scale: '

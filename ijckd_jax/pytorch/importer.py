@@ -19,7 +19,6 @@ import numpy as np
 from ijckd_jax import models
 from ijckd_jax.bundles import bundles
 from ijckd_jax.bundles import specification
-from ijckd_jax.data import augment
 from ijckd_jax.distillation import binding
 from ijckd_jax.distillation import methods
 from ijckd_jax.distillation import network as network_lib
@@ -42,8 +41,8 @@ class Request:
   Attributes:
     backbone: name of its backbone; '' to tell it by the keys.
     num_classes: K; 0 to take what the head says.
-    preprocessing: key of published_weights.PREPROCESSING, or one itself; None
-      to take the one that is usual for the backbone.
+    preprocessing: key of published_weights.PREPROCESSING, or a value as there;
+      None to take the one that is usual for the backbone.
     class_names: K names; () for those of the data set, if it is known.
     teacher: whose head a SimKD student uses.
     dtype: of the computation; None: what an exported bundle says, or float32.
@@ -52,7 +51,7 @@ class Request:
 
   backbone: str = ''
   num_classes: int = 0
-  preprocessing: str | augment.Preprocessing | None = None
+  preprocessing: str | published_weights.Published | None = None
   class_names: Sequence[str] = ()
   teacher: bundles.Bundle | None = None
   dtype: Any = None
@@ -102,8 +101,10 @@ def _read_file(path, request, part):
   state = state_dicts.read(path, part=part)
   name = epath.Path(path).name
   origin = {'file': name, 'sha256': state.sha256}
+  version, known = published_weights.recognise(name, state.sha256)
+  if version == 'V2' and request.preprocessing is None:
+    request = dataclasses.replace(request, preprocessing='imagenet_v2')
   bundle, notes = from_state(state, request, origin=origin)
-  known = published_weights.recognise(name, state.sha256)
   return bundle, [*known, *state.notes, *notes]
 
 
@@ -157,10 +158,8 @@ def _as_timm_says(found, request):
       )
     request = dataclasses.replace(request, backbone=architecture)
   if request.preprocessing is None:
-    preprocessing = published_weights.timm_preprocessing(
-      found.repo, found.config
-    )
-    request = dataclasses.replace(request, preprocessing=preprocessing)
+    published = published_weights.of_timm(found.repo, found.config)
+    request = dataclasses.replace(request, preprocessing=published)
   return request
 
 
@@ -189,7 +188,7 @@ def from_state(
   given, known = request.preprocessing, published_weights.PREPROCESSING
   if isinstance(given, str) and given not in known:
     raise config_utils.unknown('preprocessing', given, list(known))
-  size = known.get(given, given).size if given else None
+  size = known.get(given, given).preprocessing.size if given else None
   found = identification.identify(arrays, request.backbone, size)
   name, arrays, names = found.name, found.arrays, found.names
   notes = [] if request.backbone else [f'backbone {name}, told by the names']
@@ -206,7 +205,8 @@ def from_state(
   backbone = models.build(name, dtype=request.dtype or jnp.float32)
   num_classes = len(arrays[f'{backbone.torch_head}.bias'])
   _check_num_classes(num_classes, request)
-  key, preprocessing = _preprocessing(found, num_classes, request)
+  key, published = _published(found, num_classes, request)
+  preprocessing = published.preprocessing
   bundle = bundles.Bundle(
     network=network_lib.Network(
       backbone, preprocessing, None, None, network_lib.pool_of(backbone)
@@ -215,15 +215,16 @@ def from_state(
     backbone_name=name,
     pool_name=name,
     image_shape=(*preprocessing.size, found.num_channels),
-    class_names=_class_names(key, num_classes, request),
+    class_names=_class_names(published, num_classes, request),
     info={'origin': dict(origin)},
+    crop=published.crop,
   )
   total = sum(bundles.num_params(bundle.variables).values())
   notes.append(
     f'{name}: all {len(names)} arrays taken, {total:,} parameters, '
     f'{num_classes} classes'
   )
-  return bundle, [*notes, _describe(key, preprocessing, request)]
+  return bundle, [*notes, _describe(key, published, request)]
 
 
 def _describe_prefix(found) -> list[str]:
@@ -271,15 +272,15 @@ def _check_num_classes(num_classes, request):
     )
 
 
-def _preprocessing(found, num_classes, request):
-  """Returns how images are prepared: a name for it, or '', and what it does.
+def _published(found, num_classes, request):
+  """Returns what is known of the network: its name, or '', and itself.
 
   Raises:
-    config_utils.UserError: none is given and none is usual, or it is for
+    config_utils.UserError: nothing is given and nothing is usual, or it is for
       images of other channels.
   """
   given, channels = request.preprocessing, found.num_channels
-  if isinstance(given, augment.Preprocessing):
+  if isinstance(given, published_weights.Published):
     key, made = '', given
   else:
     known = published_weights.PREPROCESSING
@@ -295,18 +296,19 @@ def _preprocessing(found, num_classes, request):
         '--std and --image_size, or --preprocessing with one of '
         f'{", ".join(known)}'
       )
-  if len(made.mean) != channels or len(made.std) != channels:
+  numbers = made.preprocessing
+  if len(numbers.mean) != channels or len(numbers.std) != channels:
     raise config_utils.UserError(
       f'the network reads images of {channels} channels, but its preprocessing '
-      f'has a mean of {len(made.mean)} and a std of {len(made.std)}'
+      f'has a mean of {len(numbers.mean)} and a std of {len(numbers.std)}'
     )
   return key, made
 
 
-def _class_names(key, num_classes, request):
+def _class_names(published, num_classes, request):
   names = tuple(request.class_names)
   if not names:
-    names = published_weights.CLASS_NAMES.get(key, ())
+    names = tuple(published.class_names())
     return (
       names
       if len(names) == num_classes
@@ -319,14 +321,15 @@ def _class_names(key, num_classes, request):
   return names
 
 
-def _describe(key, preprocessing, request) -> str:
+def _describe(key, published, request) -> str:
   """Returns how images are prepared, and whether that is assumed."""
-  height, width = preprocessing.size
+  made = published.preprocessing
+  height, width = made.size
   assumed = '' if request.preprocessing else ', assumed as it is usual'
   return (
-    f'preprocessing{f" {key}" if key else ""}{assumed}: mean '
-    f'{preprocessing.mean}, std {preprocessing.std}, {height}x{width}, '
-    f'{preprocessing.interpolation}'
+    f'preprocessing{f" {key}" if key else ""}{assumed}: mean {made.mean}, std '
+    f'{made.std}, {height}x{width}, {made.interpolation}'
+    + published_weights.describe_crop(published.crop)
   )
 
 
@@ -373,6 +376,7 @@ def _from_export(state, request):
     image_shape=tuple(spec['image_shape']),
     class_names=tuple(spec['class_names']),
     info=spec['info'],
+    crop=specification.crop_of(spec),
   )
   return bundle, [
     f'exported from a bundle: {spec["backbone"]}, all {len(names)} arrays'
@@ -394,9 +398,12 @@ def _from_simkd(found, proj, request, origin):
   }
   name, dtype = found.name, request.dtype or jnp.float32
   if request.preprocessing is None:
-    made = request.teacher.network.preprocessing
+    made = published_weights.Published(
+      request.teacher.network.preprocessing, request.teacher.crop
+    )
     request = dataclasses.replace(request, preprocessing=made)
-  key, preprocessing = _preprocessing(found, teacher.num_classes, request)
+  key, published = _published(found, teacher.num_classes, request)
+  preprocessing = published.preprocessing
   image_shape = (*preprocessing.size, found.num_channels)
   bound = binding.bind(
     backbone=models.build(name, tap='stage', dtype=dtype),
@@ -426,12 +433,13 @@ def _from_simkd(found, proj, request, origin):
     image_shape=image_shape,
     class_names=request.teacher.class_names,
     info={'origin': dict(origin), 'teacher': teacher.name},
+    crop=published.crop,
   )
   left = identification.some(unused)
   return bundle, [
     f'{name} by SimKD: {len(names)} arrays taken, the head is that of '
     f'{teacher.name}; not used, as SimKD does not: {left}',
-    _describe(key, preprocessing, request),
+    _describe(key, published, request),
   ]
 
 

@@ -4,18 +4,19 @@ The code of a network is run; its weights are read without running anything.
 """
 
 from collections.abc import Mapping
+import contextlib
 import difflib
 from typing import Any
 
 from etils import epath
 
-from ijckd_jax.data import augment
 from ijckd_jax.pytorch import hub
 from ijckd_jax.pytorch import published_weights
 from ijckd_jax.pytorch import state_dicts
 from ijckd_jax.runtime import config_utils
 
 TIMM = 'timm:'
+TORCHVISION = 'torchvision.models'
 
 
 def build(
@@ -80,7 +81,7 @@ def _call(factory, name, arguments):
 
 def load_weights(
   model: Any, name: str, source: str | None
-) -> tuple[augment.Preprocessing | None, dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
   """Loads a checkpoint into a network, and returns what the checkpoint says.
 
   Args:
@@ -90,7 +91,7 @@ def load_weights(
       `module:attribute` brings.
 
   Returns:
-    How images are prepared, None where nothing says it; and the origin of the
+    What the hub's config.json says, {} without one; and the origin of the
     weights.
 
   Raises:
@@ -101,59 +102,79 @@ def load_weights(
       raise config_utils.UserError(
         f'{name} starts at random: give its weights by --checkpoint'
       )
-    return None, {}
-  preprocessing, path = None, source
+    return {}, {}
+  config, path = {}, source
   if source.startswith(hub.PREFIX):
     found = hub.download(source)
     if 'model.safetensors' not in found.files:
       raise config_utils.UserError(f'{source} has no model.safetensors')
     path = found.files['model.safetensors']
-    preprocessing = published_weights.timm_preprocessing(
-      found.repo, found.config
-    )
+    config = found.config
     origin = {'hub': found.repo, 'revision': found.revision}
     origin['licence'] = found.licence
   else:
     origin = {'file': epath.Path(source).name}
   state = state_dicts.read(path)
   state_dicts.load_into(model, state, str(source))
-  return preprocessing, {**origin, 'sha256': state.sha256}
+  return config, {**origin, 'sha256': state.sha256}
 
 
-def preprocessing(
+def published(
   model: Any,
-  name: str,
-  given: str | augment.Preprocessing | None,
-  published: augment.Preprocessing | None,
-) -> augment.Preprocessing:
-  """Returns how images are prepared: as given, as published, as timm says.
+  arguments: Mapping[str, object],
+  given: str | published_weights.Published | None,
+  config: Mapping[str, Any],
+  origin: Mapping[str, Any],
+) -> published_weights.Published:
+  """Returns what is known of a network: as given, or as published.
 
   Args:
     model: torch.nn.Module.
-    name: see `build`.
-    given: key of published_weights.PREPROCESSING, or one itself, or None.
-    published: as `load_weights` returns it.
+    arguments: with which it was made.
+    given: key of published_weights.PREPROCESSING, or a value as there, or None.
+    config: as `load_weights` returns it.
+    origin: as `build` and `load_weights` return it, together.
 
   Raises:
-    config_utils.UserError: nothing says it.
+    config_utils.UserError: nothing says how its images are prepared.
   """
-  known = published_weights.PREPROCESSING
+  known, name = published_weights.PREPROCESSING, origin['model']
   if isinstance(given, str):
     if given not in known:
       raise config_utils.unknown('preprocessing', given, list(known))
     return known[given]
-  if given is not None or published is not None:
-    return given or published
-  config = getattr(model, 'pretrained_cfg', None)
-  made = None
-  if name.startswith(TIMM) and config:
-    made = published_weights.timm_preprocessing(
-      name, {'pretrained_cfg': config}
-    )
-  if made is None:
+  if given is not None:
+    return given
+  found = published_weights.of_timm(origin.get('hub', name), config)
+  if found is None and name.startswith(TIMM):
+    own = getattr(model, 'pretrained_cfg', None)
+    found = published_weights.of_timm(name, {'pretrained_cfg': own})
+  if found is None and name.startswith(TORCHVISION):
+    weights = _torchvision_weights(name, arguments, origin)
+    found = weights and published_weights.of_torchvision(weights)
+  if found is None:
     raise config_utils.UserError(
       f'how the images of {name} are prepared is not known: give '
       '--mean, --std and --image_size, or --preprocessing with one of '
       f'{", ".join(known)}'
     )
-  return made
+  return found
+
+
+def _torchvision_weights(name, arguments, origin):
+  """Returns which of torchvision's weights a network has; None: of others.
+
+  They are told by the argument that names them, or by the start of their
+  SHA-256, which ends the name of their file.
+  """
+  from torchvision import models
+
+  with contextlib.suppress(ValueError):
+    every = models.get_model_weights(name.partition(':')[2])
+    if arguments.get('weights') and 'sha256' not in origin:
+      return every.verify(arguments['weights'])
+    for weights in every:
+      start = weights.url.rpartition('-')[2].removesuffix('.pth')
+      if origin.get('sha256', '').startswith(start):
+        return weights
+  return None

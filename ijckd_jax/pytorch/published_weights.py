@@ -5,12 +5,18 @@ torchvision's files is which. Sources: RepDistiller and torchdistill for CIFAR,
 torchvision and timm for ImageNet.
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import math
 from typing import Any
 
 from ijckd_jax import models
 from ijckd_jax.data import augment
+from ijckd_jax.data import images
 from ijckd_jax.data.datasets import cifar
+from ijckd_jax.data.datasets import imagenet
 from ijckd_jax.runtime import config_utils
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -18,45 +24,89 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 HALF = 3 * (0.5,)
 
 
-def _square(mean, std, size, interpolation='bilinear'):
-  return augment.Preprocessing(mean, std, (size, size), interpolation)
+# timm's, where a network names no other.
+CROP_PCT = 0.875
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+  """What is known of a network beside its arrays.
+
+  Attributes:
+    preprocessing: of its images.
+    crop: how pictures of any size become its images; None: nothing is cut off
+      but what does not fit.
+    class_names: gives its names, which count if the head has as many classes.
+  """
+
+  preprocessing: augment.Preprocessing
+  crop: images.CentreCrop | None = None
+  class_names: Callable[[], Sequence[str]] = tuple
+
+
+def _cifar(data, mean=None, std=None):
+  mean, std = mean or data.mean, std or data.std
+  preprocessing = augment.Preprocessing(mean, std, (32, 32))
+  return Published(preprocessing, class_names=lambda: data.class_names)
+
+
+def _imagenet(
+  size=224,
+  interpolation='bilinear',
+  crop_pct=CROP_PCT,
+  *,
+  resize=None,
+  mean=IMAGENET_MEAN,
+  std=IMAGENET_STD,
+):
+  return Published(
+    augment.Preprocessing(mean, std, (size, size), interpolation),
+    images.CentreCrop(resize or _resize(size, crop_pct), interpolation),
+    imagenet.class_words,
+  )
+
+
+def _resize(size: int, crop_pct: float) -> int:
+  """Returns what timm resizes the shorter side to, of which it cuts `size`."""
+  return math.floor(size / crop_pct)
 
 
 PREPROCESSING = {
-  'cifar10': _square(cifar.Cifar10.mean, cifar.Cifar10.std, 32),
+  'cifar10': _cifar(cifar.Cifar10),
   # RepDistiller, mdistiller and SimKD.
-  'cifar100': _square(cifar.Cifar100.mean, cifar.Cifar100.std, 32),
+  'cifar100': _cifar(cifar.Cifar100),
   # torchdistill's sample configs for CIFAR-100.
-  'torchdistill_cifar100': _square(
-    (0.5070754, 0.48655024, 0.44091907), (0.26733398, 0.25643876, 0.2761503), 32
+  'torchdistill_cifar100': _cifar(
+    cifar.Cifar100,
+    (0.5070754, 0.48655024, 0.44091907),
+    (0.26733398, 0.25643876, 0.2761503),
   ),
   # torchvision, and all that start from it.
-  'imagenet': _square(IMAGENET_MEAN, IMAGENET_STD, 224),
+  'imagenet': _imagenet(),
+  # torchvision's weights IMAGENET1K_V2 of the networks in TORCHVISION.
+  'imagenet_v2': _imagenet(resize=232),
   # Most of timm's networks.
-  'imagenet_bicubic': _square(IMAGENET_MEAN, IMAGENET_STD, 224, 'bicubic'),
+  'imagenet_bicubic': _imagenet(interpolation='bicubic'),
 }
 # timm's networks, by their names there. Source: their default_cfg in timm 1.0.
 TIMM = {
   **dict.fromkeys(
     (
       *('mobilenetv3_large_100', 'mobilenetv4_conv_small', 'efficientnet_b0'),
-      *('convnext_atto', 'convnext_femto', 'regnety_004'),
-      *('deit_small_patch16_224', 'deit_tiny_patch16_224'),
+      *('convnext_atto', 'convnext_femto'),
     ),
     PREPROCESSING['imagenet_bicubic'],
   ),
-  'mobilenetv4_conv_medium': _square(
-    IMAGENET_MEAN, IMAGENET_STD, 256, 'bicubic'
+  'regnety_004': _imagenet(224, 'bicubic', 0.965),
+  'deit_small_patch16_224': _imagenet(224, 'bicubic', 0.9),
+  'deit_tiny_patch16_224': _imagenet(224, 'bicubic', 0.9),
+  'mobilenetv4_conv_medium': _imagenet(256, 'bicubic', 0.95),
+  'vit_tiny_patch16_224': _imagenet(224, 'bicubic', 0.9, mean=HALF, std=HALF),
+  'tf_efficientnet_lite0': _imagenet(224, 'bicubic', mean=HALF, std=HALF),
+  'tf_efficientnet_lite1': _imagenet(
+    240, 'bicubic', 0.882, mean=HALF, std=HALF
   ),
-  'vit_tiny_patch16_224': _square(HALF, HALF, 224, 'bicubic'),
-  'tf_efficientnet_lite0': _square(HALF, HALF, 224, 'bicubic'),
-  'tf_efficientnet_lite1': _square(HALF, HALF, 240, 'bicubic'),
-  'tf_efficientnet_lite2': _square(HALF, HALF, 260, 'bicubic'),
-}
-CLASS_NAMES = {
-  'cifar10': cifar.Cifar10.class_names,
-  'cifar100': cifar.Cifar100.class_names,
-  'torchdistill_cifar100': cifar.Cifar100.class_names,
+  'tf_efficientnet_lite2': _imagenet(260, 'bicubic', 0.89, mean=HALF, std=HALF),
 }
 
 # torchvision ends the names of its files with the start of their SHA-256.
@@ -83,8 +133,8 @@ TORCHVISION = {
 
 def usual_preprocessing(
   name: str, channels: int, num_classes: int
-) -> tuple[str, augment.Preprocessing | None]:
-  """Returns what the published networks of a name were trained with.
+) -> tuple[str, Published | None]:
+  """Returns what is known of the published networks of a name.
 
   That is a key of PREPROCESSING or 'timm', and what it stands for; '' and None
   where nothing is known.
@@ -101,33 +151,95 @@ def usual_preprocessing(
   return key, PREPROCESSING.get(key)
 
 
-def timm_preprocessing(name: str, config: Mapping[str, Any]):
-  """Returns what timm's config.json says of it, or None."""
+def of_timm(name: str, config: Mapping[str, Any]) -> Published | None:
+  """Returns what timm's config.json says of a network; None: nothing.
+
+  Args:
+    name: of the network, for messages.
+    config: what is in the file, or the same of timm's own networks.
+
+  Raises:
+    config_utils.UserError: it is damaged, or asks for what is not done here.
+  """
+  names = config.get('label_names')
   config = config.get('pretrained_cfg')
   if not isinstance(config, dict):
     return None
   try:
-    _, height, width = config['input_size']
-    made = augment.Preprocessing(
+    _, height, width = map(int, config['input_size'])
+    preprocessing = augment.Preprocessing(
       tuple(map(float, config['mean'])),
       tuple(map(float, config['std'])),
-      (int(height), int(width)),
+      (height, width),
       config['interpolation'],
     )
+    crop_pct = config.get('crop_pct')
+    crop_pct = CROP_PCT if crop_pct is None else float(crop_pct)
   except (KeyError, TypeError, ValueError) as error:
     raise config_utils.UserError(
       f'{name}: its config.json does not say how images are prepared: {error!r}'
     ) from error
-  if made.interpolation not in augment.INTERPOLATIONS:
+  instead = 'give --mean, --std and --image_size of what comes near to it'
+  if preprocessing.interpolation not in augment.INTERPOLATIONS:
     raise config_utils.UserError(
-      f'{name} resizes its images by {made.interpolation!r}, which is '
-      f'none of {", ".join(augment.INTERPOLATIONS)}'
+      f'{name} resizes its images by {preprocessing.interpolation!r}, which is '
+      f'none of {", ".join(augment.INTERPOLATIONS)}: {instead}'
     )
-  return made
+  if not 0 < crop_pct <= 1:
+    raise config_utils.UserError(
+      f'{name} cuts {crop_pct} of a picture out of its centre, which must be '
+      f'above 0 and at most 1: {instead}'
+    )
+  mode = config.get('crop_mode') or 'center'
+  if mode != 'center':
+    raise config_utils.UserError(
+      f'{name} fits pictures to its size by {config_utils.short(mode)!r}; here '
+      f"they are cut out of the centre ('center'): {instead}"
+    )
+  crop = images.CentreCrop(
+    _resize(height, crop_pct), preprocessing.interpolation
+  )
+  if names is None:  # timm tells ImageNet by its number of classes as well.
+    return Published(preprocessing, crop, imagenet.class_words)
+  return Published(preprocessing, crop, lambda: _texts(names))
 
 
-def recognise(name: str, sha256: str) -> list[str]:
-  """Returns what is known of one of torchvision's files."""
+def _texts(names) -> Sequence[str]:
+  """Returns what may be a list of names; () if it is none."""
+  is_right = isinstance(names, list) and all(isinstance(x, str) for x in names)
+  return names if is_right else ()
+
+
+def of_torchvision(weights: Any) -> Published:
+  """Returns what torchvision says of weights of its own.
+
+  Args:
+    weights: member of a torchvision.models.WeightsEnum of classifiers.
+  """
+  made = weights.transforms()
+  (size,), (resize,) = made.crop_size, made.resize_size
+  interpolation = made.interpolation.value
+  return Published(
+    augment.Preprocessing(
+      tuple(made.mean), tuple(made.std), (size, size), interpolation
+    ),
+    images.CentreCrop(resize, interpolation),
+    lambda: weights.meta['categories'],
+  )
+
+
+def describe_crop(crop: images.CentreCrop | None) -> str:
+  """Returns a clause on a crop, to follow the size of the images."""
+  if crop is None:
+    return ''
+  return f', from the centre of pictures whose shorter side is {crop.resize}'
+
+
+def recognise(name: str, sha256: str) -> tuple[str, list[str]]:
+  """Returns the version of one of torchvision's files, and sentences on it.
+
+  The version is '' and there are no sentences if it is none.
+  """
   for weights, hashes in TORCHVISION.items():
     backbone, version = weights.split()
     by_content = any(sha256.startswith(start) for start in hashes)
@@ -142,5 +254,5 @@ def recognise(name: str, sha256: str) -> list[str]:
         f'warning: the tables of distillation papers mean IMAGENET1K_V1 of '
         f'{backbone}; these weights are better, and make another teacher'
       )
-    return notes
-  return []
+    return version, notes
+  return '', []

@@ -5,10 +5,15 @@ Challenge", https://arxiv.org/abs/1409.0575; Imagenette, ten classes that are
 easily told apart: https://github.com/fastai/imagenette.
 """
 
+import collections
+from collections.abc import Sequence
 import dataclasses
 import functools
+import re
 
 from ijckd_jax.data.datasets import photos
+
+IDENTIFIER = re.compile(r'n\d{8}')  # Of WordNet.
 
 
 @functools.cache
@@ -17,6 +22,35 @@ def _class_names(path: str) -> tuple[str, ...]:
   from tensorflow_datasets.core import tfds_path
 
   return tuple(tfds_path(path).read_text().split())
+
+
+@functools.cache
+def class_words() -> tuple[str, ...]:
+  """Returns words for the 1,000 classes, in the order of their labels.
+
+  Each is the first of WordNet's words for the class, or all of them where
+  another class has the same first one.
+  """
+  from tensorflow_datasets.datasets.siscore import labels
+
+  names = labels.IMAGENET_LABELS_LIST
+  first = [name.partition(',')[0] for name in names]
+  count = collections.Counter(map(str.casefold, first))
+  return tuple(
+    word if count[word.casefold()] == 1 else name
+    for word, name in zip(first, names, strict=True)
+  )
+
+
+def in_words(names: Sequence[str]) -> list[str]:
+  """Returns names with words for those that are WordNet's identifiers.
+
+  Identifiers of other classes than ImageNet's are left as they are.
+  """
+  if not any(IDENTIFIER.fullmatch(str(name)) for name in names):
+    return list(names)
+  words = dict(zip(Imagenet().class_names, class_words(), strict=True))
+  return [words.get(name, name) for name in names]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,7 @@ async function read(file, model) {
   context.fillRect(0, 0, width, height);
   context.drawImage(bitmap, 0, 0, width, height);
   const {data} = context.getImageData(0, 0, width, height);
-  return prepare(data, width, height, model.image_shape, model.resize);
+  return prepare(data, width, height, model.image_shape, model.crop);
 }
 
 // Returns the classes of some levels, likeliest first, and the milliseconds.
