@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 
 from ijckd_jax.bundles import bundles
+from ijckd_jax.data import images
 from ijckd_jax.distillation import connectors
 from ijckd_jax.models import backbone as backbone_lib
 from ijckd_jax.models import outputs
@@ -104,14 +105,14 @@ def make_bundle(
 
 
 def logits(bundle):
-  images = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 1), np.uint8)
+  pixels = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 1), np.uint8)
   net = bundle.network
 
   @jax.jit
   def run(variables, images):
     return net(variables, net.preprocessing(images)).logits
 
-  return np.asarray(run(bundle.variables, images))
+  return np.asarray(run(bundle.variables, pixels))
 
 
 # Of each connector, dtype and pool one is run by default.
@@ -564,6 +565,37 @@ def test_a_connector_that_cannot_be(copy, fields, said):
 def test_preprocessing_that_cannot_be(copy, mean, said):
   edit_spec(preprocessing={'mean': mean, 'std': [1], 'size': [8, 8]})(copy)
   assert said in failure(copy)
+
+
+CROP = images.CentreCrop(9, 'bicubic')
+
+
+def test_a_crop_is_kept(copy, tmp_path):
+  """Without one, nothing is said, as by versions that knew of none."""
+  plain = bundles.load(copy)
+  assert plain.crop is None and 'crop' not in plain.spec()
+  dataclasses.replace(plain, crop=CROP).save(tmp_path / 'cropped')
+  assert bundles.load(tmp_path / 'cropped').crop == CROP
+  card = (tmp_path / 'cropped/README.md').read_text()
+  assert 'the shorter side is resized to 9 (bicubic)' in card
+
+
+@pytest.mark.parametrize(
+  'fields, said',
+  [
+    ({'resize': 7}, "resize must be from 8, the images' height, to 4096"),
+    ({'resize': 8.5}, 'resize must be from 8'),
+    ({'resize': 10**9}, 'resize must be from 8'),
+    ({'interpolation': 'random'}, 'must be one of bilinear, bicubic'),
+    ({'keeps_size': 1}, 'keeps_size must be true or false'),
+    ({'pad': 1}, 'crop must be an object with interpolation'),
+  ],
+)
+def test_a_crop_that_cannot_be(copy, fields, said):
+  edit_spec(crop={**dataclasses.asdict(CROP), **fields})(copy)
+  assert said in failure(copy)
+  edit_spec(crop=[9])(copy)
+  assert 'crop must be an object' in failure(copy)
 
 
 def edit_arrays(folder, change):

@@ -12,6 +12,7 @@ from ijckd_jax.commands import bounds as bounds_command
 from ijckd_jax.commands import evaluate
 from ijckd_jax.data import classes
 from ijckd_jax.data.datasets import digits
+from ijckd_jax.data.datasets import imagenet
 from ijckd_jax.deploy import checks
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.training import experiment
@@ -87,6 +88,20 @@ def test_numbers_cannot_be_compared(names):
   for one, other in ((names, ABC), (ABC, names)):
     order, note = match(one, other)
     assert order is None and 'could not be compared' in note
+
+
+def test_identifiers_of_wordnet_are_words():
+  """A data set that names ImageNet's classes so has the classes of words."""
+  identifiers = imagenet.Imagenet().class_names
+  words = imagenet.class_words()
+  assert words[:2] == ('tench', 'goldfish')
+  assert len(set(map(str.casefold, words))) == 1000
+  assert match(words, identifiers) == match(identifiers, words) == (None, '')
+  order, note = match(words, identifiers[::-1])
+  np.testing.assert_array_equal(order, np.arange(1000)[::-1])
+  assert 'put in order by their names' in note
+  with pytest.raises(config_utils.UserError, match="'cat' and 'tench'"):
+    match(ABC, (*identifiers[:2], 'n00000001'))
 
 
 def renamed(names):

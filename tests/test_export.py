@@ -24,10 +24,12 @@ from ijckd_jax import models
 from ijckd_jax.bundles import bundles
 from ijckd_jax.commands import export
 from ijckd_jax.data import datasets
+from ijckd_jax.data import images
 from ijckd_jax.data.datasets import digits
 from ijckd_jax.deploy import checks
 from ijckd_jax.deploy import deployed as deployed_lib
 from ijckd_jax.deploy import onnx_files
+from ijckd_jax.deploy import pictures
 from ijckd_jax.deploy import safetensors_files
 from ijckd_jax.deploy import sessions
 from ijckd_jax.deploy import stablehlo_files
@@ -37,6 +39,7 @@ from ijckd_jax.models import backbone as backbone_lib
 from ijckd_jax.models import outputs
 from ijckd_jax.models import programs
 from ijckd_jax.runtime import config_utils
+from tests import photographs
 
 SIDE = 32
 FILES = ('onnx', 'stablehlo', 'safetensors')  # For 'web', see test_web.
@@ -513,6 +516,67 @@ def test_weights_too_large_for_half_precision():
   ):
     with pytest.raises(config_utils.UserError, match='too large for float16'):
       encode()
+
+
+@pytest.fixture
+def wide(tmp_path):
+  """A bundle that names no data set, and a folder of pictures for it."""
+  bundle = dataclasses.replace(
+    random_bundle('resnet8'),
+    crop=images.CentreCrop(36, 'bicubic'),
+    class_names=tuple('abcdefg'),
+  )
+  bundle.save(tmp_path / 'wide')
+  (tmp_path / 'pictures').mkdir()
+  paths = photographs.write(tmp_path / 'pictures')
+  return tmp_path / 'wide', tmp_path / 'pictures', paths
+
+
+def test_checked_on_pictures(command, wide, tmp_path):
+  """They need no labels, and are cropped as the bundle says."""
+  folder, where, paths = wide
+  output = tmp_path / 'student.onnx'
+  flags = ('--bundle', folder, '--format', 'onnx', '--output', output)
+  code, out, err = command(*flags, '--pictures', where, '--check_images', 7)
+  assert (code, err) == (0, '')
+  said = out.splitlines()[-1]
+  assert said.startswith('7 images, JAX and file: ')
+  assert 'probabilities by' in said and 'top-1' not in said
+  about = json.loads((tmp_path / 'student.onnx.json').read_text())
+  check = about['check']
+  assert (check['split'], check['images'], check['top1']) == (
+    'pictures',
+    7,
+    None,
+  )
+  assert check['agreement'] == 1 and 0 < check['max_probability_error'] < 1e-5
+  assert str(where) not in json.dumps(about)
+  bundle = bundles.load(folder)
+  (batch,) = pictures.examples(paths, (32, 32, 3), bundle.crop, 7)
+  wanted = logits_of(bundle, batch['image'])
+  assert check['max_logit'] == pytest.approx(np.abs(wanted).max())
+  assert json.loads(about['metadata']['crop']) == {
+    'resize': 36,
+    'interpolation': 'bicubic',
+    'keeps_size': False,
+  }
+
+
+def test_pictures_that_check_nothing(refused, wide, tmp_path):
+  folder, where, _ = wide
+  flags = ('--format', 'onnx', '--bundle', folder)
+  assert 'names no data set: give --dataset' in refused(*flags)
+  flags += ('--pictures',)
+  (tmp_path / 'empty').mkdir()
+  assert 'names no pictures' in refused(*flags, tmp_path / 'empty')
+  assert '--weights int8 tells its ranges by training images' in refused(
+    *flags, where, '--weights', 'int8'
+  )
+  assert 'give --pictures or --dataset, not both' in refused(
+    *flags, where, '--dataset', 'digits'
+  )
+  (where / 'bad.png').write_bytes(b'no picture')
+  assert 'bad.png cannot be read: not a picture' in refused(*flags, where)
 
 
 def test_mistakes(refused, command, digits_flags, tmp_path):

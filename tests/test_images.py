@@ -32,14 +32,14 @@ def opened(encoded):
   return PIL.Image.open(io.BytesIO(encoded)).convert('RGB')
 
 
-def torchvision_evaluation(image, views):
+def torchvision_evaluation(image, views, interpolation='BILINEAR'):
   """Resize and CenterCrop, as torchvision's documentation states them."""
   width, height = image.size
   if width <= height:
     size = views.resize, int(views.resize * height / width)
   else:
     size = int(views.resize * width / height), views.resize
-  image = image.resize(size, PIL.Image.Resampling.BILINEAR)
+  image = image.resize(size, PIL.Image.Resampling[interpolation])
   left, top = (int(round((side - views.size) / 2)) for side in image.size)
   return np.asarray(
     image.crop((left, top, left + views.size, top + views.size))
@@ -101,6 +101,29 @@ def test_evaluation_pixels_are_torchvisions(photograph, shape):
   np.testing.assert_array_equal(
     VIEWS.evaluation(encoded), torchvision_evaluation(opened(encoded), VIEWS)
   )
+
+
+@pytest.mark.parametrize('shape', [(427, 639), (301, 101), (35, 37), (9, 80)])
+@pytest.mark.parametrize('size, resize', [(33, 37), (96, 96), (31, 40)])
+def test_bicubic_pixels_are_torchvisions(photograph, shape, size, resize):
+  image = PIL.Image.fromarray(photograph[: shape[0], : shape[1]])
+  found = images.CentreCrop(resize, 'bicubic')(image, (size, size))
+  views = images.Views(size, resize)
+  np.testing.assert_array_equal(
+    np.asarray(found), torchvision_evaluation(image, views, 'BICUBIC')
+  )
+
+
+def test_a_picture_of_the_right_size(photograph):
+  """It is cropped like any other, unless it may have been cropped before."""
+  image = PIL.Image.fromarray(photograph[:96, :96])
+  kept = images.CentreCrop(110, keeps_size=True)
+  assert kept(image, (96, 96)) is image
+  found = images.CentreCrop(110)(image, (96, 96))
+  np.testing.assert_array_equal(
+    np.asarray(found), torchvision_evaluation(image, images.Views(96, 110))
+  )
+  assert kept(image, (64, 64)).size == (64, 64)
 
 
 def test_training_pixels_are_near_to_pils():

@@ -1,5 +1,6 @@
 """Predictions of picture files: the right pixels, and the right words."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -134,6 +135,85 @@ def test_view_is_that_of_evaluation(tmp_path):
   )
   grey, _ = pictures.read(path, (45, 60, 1), images.CentreCrop(45))
   assert grey.shape == (45, 60, 1)
+
+
+CROP = images.CentreCrop(11, 'bicubic')
+
+
+@pytest.fixture(scope='module')
+def cropped(finished_run, tmp_path_factory):
+  """A bundle that says how pictures are cropped, and its ONNX file."""
+  folder = tmp_path_factory.mktemp('cropped')
+  bundle = dataclasses.replace(bundles.load(finished_run[0]), crop=CROP)
+  bundle.save(folder / 'bundle')
+  data = onnx_files.encode(deployed_lib.deploy(bundle))
+  (folder / 'model.onnx').write_bytes(data)
+  return folder / 'bundle', folder / 'model.onnx'
+
+
+def test_pictures_are_cropped_as_the_bundle_says(command, cropped, tmp_path):
+  """Also by its exported file, and also those of the network's own size."""
+  random = np.random.RandomState(0)
+  shapes = ((8, 8), (37, 52), (50, 9), (11, 11))
+  pixels = [random.randint(0, 256, x).astype(np.uint8) for x in shapes]
+  for number, picture in enumerate(pixels):
+    PIL.Image.fromarray(picture).save(tmp_path / f'{number}.png')
+  views = [CROP(PIL.Image.fromarray(x), (8, 8)) for x in pixels]
+  views = np.stack([np.asarray(view) for view in views])[..., None]
+  _, wanted = sessions.load(str(cropped[0]))(views)
+  _, others = sessions.load(str(cropped[0]))(views[:, ::-1])
+  assert np.abs(wanted - others).max() > 1e-3  # Pixels matter.
+  for path in cropped:
+    code, out, err = command('--bundle', path, tmp_path, '--json', '--top', 10)
+    assert code == 0, err
+    for x, row in zip(json.loads(out), wanted, strict=True):
+      shown = {c['class']: c['probability'] for c in x['classes']}
+      np.testing.assert_allclose([shown[c] for c in range(10)], row, atol=1e-5)
+
+
+def changed_metadata(path, folder, **changes):
+  """Returns an ONNX file with other metadata; None takes one away."""
+  model = onnx.load(path)
+  for x in list(model.metadata_props):
+    if x.key in changes:
+      model.metadata_props.remove(x)
+  kept = {key: x for key, x in changes.items() if x is not None}
+  for key, text in kept.items():
+    model.metadata_props.add(key=key, value=text)
+  onnx.save(model, folder / 'changed.onnx')
+  return folder / 'changed.onnx'
+
+
+@pytest.mark.parametrize(
+  'info, resize',
+  [
+    ({'dataset': {'name': 'mine', 'resize': 12}}, 12),
+    ({'dataset': {'name': 'mine'}}, 8),
+    ({'dataset': {'resize': 'much'}}, 8),
+    ({}, 8),
+  ],
+)
+def test_files_that_say_nothing_of_crops(model, tmp_path, info, resize):
+  """Their data set says it; what has the images' size may be one of its."""
+  path = changed_metadata(model, tmp_path, crop=None, info=json.dumps(info))
+  wanted = images.CentreCrop(resize, 'bilinear', keeps_size=True)
+  assert sessions.crop_of(sessions.load(str(path))) == wanted
+
+
+@pytest.mark.parametrize(
+  'crop',
+  [
+    '{}',
+    'no JSON',
+    '{"resize": 4, "interpolation": "bicubic", "keeps_size": false}',
+    '{"resize": 9, "interpolation": "random", "keeps_size": false}',
+  ],
+)
+def test_a_crop_that_is_damaged(refused, folder, model, tmp_path, crop):
+  path = changed_metadata(model, tmp_path, crop=crop)
+  assert "how the classifier's pictures are cropped" in refused(
+    '--bundle', path, folder
+  )
 
 
 def test_turned_pictures_are_upright(tmp_path):

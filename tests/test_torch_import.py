@@ -718,6 +718,14 @@ def assert_same_published(found, wanted):
     (
       {
         **{'mean': '1,1,1', 'std': '1,1,1', 'image_size': '32'},
+        'resize': '31',
+      },
+      '--resize 31: give at least the 32 pixels of --image_size',
+    ),
+    ({'resize': '36'}, '--mean, --std and --image_size go together'),
+    (
+      {
+        **{'mean': '1,1,1', 'std': '1,1,1', 'image_size': '32'},
         'preprocessing': 'cifar10',
       },
       'not both',

@@ -18,6 +18,8 @@ import pytest
 
 from ijckd_jax.bundles import bundles
 from ijckd_jax.data import augment
+from ijckd_jax.data import images
+from ijckd_jax.data.datasets import imagenet
 from ijckd_jax.distillation import converted
 from ijckd_jax.models import programs
 from ijckd_jax.runtime import config_utils
@@ -30,6 +32,7 @@ nn, functional = torch.nn, torch.nn.functional
 from experiments.converted import families  # noqa: E402
 from ijckd_jax.commands import convert as convert_command  # noqa: E402
 from ijckd_jax.pytorch import converter  # noqa: E402
+from ijckd_jax.pytorch import named_models  # noqa: E402
 from ijckd_jax.pytorch import state_dicts  # noqa: E402
 
 GREY = augment.Preprocessing((0.3,), (0.3,), (32, 32))
@@ -318,6 +321,60 @@ def test_command(command, tmp_path):
   code, out, err = command(*argv)
   assert (code, out) == (2, '') and 'give --overwrite' in err
   assert command(*argv, '--overwrite')[0] == 0
+
+
+def test_command_keeps_what_timm_says(command, tmp_path):
+  """Its crop, its interpolation, and words for ImageNet's classes."""
+  model = timm.create_model('test_resnet')
+  torch.save(model.state_dict(), tmp_path / 'net.pth')
+  argv = ('--model', 'timm:test_resnet', '--checkpoint', 'net.pth')
+  code, out, err = command(*argv, '--output', 'out')
+  assert (code, err) == (0, '')
+  assert 'a head of 1000 classes (tench, goldfish, ...)' in out
+  assert 'the centre of pictures whose shorter side is 168' in out
+  bundle = bundles.load(tmp_path / 'out', trust_code=True)
+  config = model.pretrained_cfg
+  assert (config['input_size'], config['crop_pct']) == ((3, 160, 160), 0.95)
+  assert bundle.crop == images.CentreCrop(168, config['interpolation'])
+  assert bundle.class_names == imagenet.class_words()
+  # timm's words, but for two that it cannot tell: crane (bird) and (machine).
+  theirs = timm.data.ImageNetInfo().label_descriptions()
+  others = [
+    word
+    for word, name in zip(imagenet.class_words(), theirs, strict=True)
+    if word not in (name, name.partition(',')[0])
+  ]
+  assert others == ['crane (bird)', 'crane (machine)']
+
+
+@pytest.mark.parametrize(
+  'arguments, origin, resize',
+  [
+    ({'weights': 'IMAGENET1K_V1'}, {}, 256),
+    ({'weights': 'ResNet50_Weights.IMAGENET1K_V2'}, {}, 232),
+    ({'weights': 'DEFAULT'}, {}, 232),
+    ({}, {'sha256': '11ad3fa6' + 56 * '0'}, 232),
+    ({'weights': 'DEFAULT'}, {'sha256': '0676ba61' + 56 * '0'}, 256),
+    ({}, {}, None),
+    ({'weights': 'DEFAULT'}, {'sha256': 64 * '0'}, None),
+  ],
+)
+def test_images_as_torchvision_prepares_them(arguments, origin, resize):
+  """By the weights that it is made with, or by those that are loaded after."""
+  name = 'torchvision.models:resnet50'
+
+  def find():
+    origin['model'] = name
+    return named_models.published(None, arguments, None, {}, origin)
+
+  if resize is None:
+    with pytest.raises(config_utils.UserError, match='is not known: give'):
+      find()
+    return
+  found = find()
+  assert found.crop == images.CentreCrop(resize, 'bilinear')
+  assert found.preprocessing.size == (224, 224)
+  assert len(found.class_names()) == 1000
 
 
 def test_command_takes_a_module_with_its_weights(

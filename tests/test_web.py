@@ -17,13 +17,16 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from experiments.benchmarks import classifiers
 from ijckd_jax.commands import export
 from ijckd_jax.data import images
 from ijckd_jax.data.datasets import digits
+from ijckd_jax.data.datasets import imagenet
 from ijckd_jax.deploy import pictures
 from ijckd_jax.deploy import sessions
 from ijckd_jax.deploy import web
 from ijckd_jax.runtime import config_utils
+from tests import photographs
 
 CHROMIUM = shutil.which('chromium')
 pytestmark = pytest.mark.skipif(
@@ -215,6 +218,39 @@ def test_pictures_of_any_size(exported, finished_run):
       )
       _, wanted = session(image[None])
       assert found[path.name][0][0] == wanted.argmax()
+
+
+def test_a_teacher_of_other_images_and_classes(
+  finished_run, tmp_path, monkeypatch, capsys
+):
+  """Beside the student, checked on pictures: both say what predict says."""
+  teacher = dataclasses.replace(
+    classifiers.alone('resnet8', (32, 32, 3), num_classes=1000),
+    crop=images.CentreCrop(37, 'bicubic'),
+    class_names=imagenet.class_words(),
+  )
+  teacher.save(tmp_path / 'teacher')
+  (tmp_path / 'pictures').mkdir()
+  paths = photographs.write(tmp_path / 'pictures')
+  paths = [path for path in paths if path.suffix == '.png']
+  argv = ['--bundle', finished_run[0], '--teacher', tmp_path / 'teacher']
+  argv += ['--format', 'web', '--output', tmp_path / 'page']
+  code, printed = run(monkeypatch, capsys, *argv, '--pictures', *paths)
+  assert (code, printed.err) == (0, '')
+  with opened(tmp_path / 'page') as page:
+    drop(page, paths)
+    for role, bundle in (
+      ('student', finished_run[0]),
+      ('teacher', tmp_path / 'teacher'),
+    ):
+      session, found = sessions.load(str(bundle)), shown(page, role)
+      for path in paths:
+        crop = sessions.crop_of(session)
+        image, _ = pictures.read(path, session.image_shape, crop)
+        _, (wanted,) = session(image[None])
+        for index, probability in found[path.name]:
+          assert probability == pytest.approx(wanted[index], abs=0.005)
+        assert found[path.name][0][0] == wanted.argmax()
 
 
 def test_what_is_no_picture_is_said(exported):

@@ -27,7 +27,11 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     help='pixels of the shorter side of a picture before the centre of '
     '--image_size is cut out of it; default: --image_size',
   )
-  parser.add_argument('--class_names', help='a file with a name a line')
+  parser.add_argument(
+    '--class_names',
+    help='a file with a name a line; default: those that are known, and '
+    "ImageNet's for 1,000 classes",
+  )
 
 
 def preprocessing(flags: argparse.Namespace):
@@ -49,6 +53,7 @@ def preprocessing(flags: argparse.Namespace):
 
   from ijckd_jax.data import augment
   from ijckd_jax.data import images
+  from ijckd_jax.data.datasets import imagenet
   from ijckd_jax.pytorch import published_weights
 
   mean, std = (
@@ -74,6 +79,7 @@ def preprocessing(flags: argparse.Namespace):
   return published_weights.Published(
     augment.Preprocessing(mean, std, size, interpolation),
     images.CentreCrop(resize, interpolation),
+    imagenet.class_words,
   )
 
 

@@ -194,7 +194,7 @@ def _load(model, old) -> None:
 def describe(result: Result) -> list[str]:
   """Returns in sentences what was converted."""
   bundle, network = result.bundle, result.bundle.network
-  head = f'a head of {len(bundle.class_names)} classes'
+  head = f'a head of {published_weights.describe_classes(bundle.class_names)}'
   if not bundle.class_names:
     head = "no head (--config.teacher.head=fit makes one for a run's classes)"
   shape = 'x'.join(map(str, bundle.image_shape))

@@ -222,7 +222,7 @@ def from_state(
   total = sum(bundles.num_params(bundle.variables).values())
   notes.append(
     f'{name}: all {len(names)} arrays taken, {total:,} parameters, '
-    f'{num_classes} classes'
+    + published_weights.describe_classes(bundle.class_names)
   )
   return bundle, [*notes, _describe(key, published, request)]
 

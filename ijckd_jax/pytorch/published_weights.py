@@ -14,6 +14,7 @@ from typing import Any
 
 from ijckd_jax import models
 from ijckd_jax.data import augment
+from ijckd_jax.data import classes
 from ijckd_jax.data import images
 from ijckd_jax.data.datasets import cifar
 from ijckd_jax.data.datasets import imagenet
@@ -214,7 +215,8 @@ def of_torchvision(weights: Any) -> Published:
   """Returns what torchvision says of weights of its own.
 
   Args:
-    weights: member of a torchvision.models.WeightsEnum of classifiers.
+    weights: member of a torchvision.models.WeightsEnum; all of classifiers are
+      of ImageNet.
   """
   made = weights.transforms()
   (size,), (resize,) = made.crop_size, made.resize_size
@@ -224,7 +226,7 @@ def of_torchvision(weights: Any) -> Published:
       tuple(made.mean), tuple(made.std), (size, size), interpolation
     ),
     images.CentreCrop(resize, interpolation),
-    lambda: weights.meta['categories'],
+    imagenet.class_words,
   )
 
 
@@ -233,6 +235,12 @@ def describe_crop(crop: images.CentreCrop | None) -> str:
   if crop is None:
     return ''
   return f', from the centre of pictures whose shorter side is {crop.resize}'
+
+
+def describe_classes(names: Sequence[str]) -> str:
+  """Returns how many classes there are, and the names of the first ones."""
+  known = f' ({", ".join(names[:2])}, ...)' if classes.are_names(names) else ''
+  return f'{len(names)} classes{known}'
 
 
 def recognise(name: str, sha256: str) -> tuple[str, list[str]]:
