@@ -132,8 +132,8 @@ def convert(
 def again(model: Any, old: bundles.Bundle) -> Result:
   """Returns a converted classifier, converted once more from its own arrays.
 
-  Its head, which may have been fitted, its preprocessing, its classes and what
-  else is known of it stay.
+  Its head, which may have been fitted, its preprocessing, its crop, its classes
+  and what else is known of it stay.
 
   Args:
     model: torch.nn.Module that it was converted from, with any weights.
@@ -148,6 +148,7 @@ def again(model: Any, old: bundles.Bundle) -> Result:
     model,
     name=old.backbone_name,
     preprocessing=old.network.preprocessing,
+    crop=old.crop,
     origin=old.info.get('origin', {}),
   )
   made = result.bundle
