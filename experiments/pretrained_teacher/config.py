@@ -1,0 +1,65 @@
+"""The runs of this experiment, by their arm.
+
+  ARM is fresh_ijckd, fresh_ce, pretrained_ijckd or pretrained_ce
+
+Students from a fresh start are a shufflenet_v2_x0_5; from pretrained weights, a
+tf_efficientnet_lite0. Their teacher is a tf_efficientnet_lite2 whose head is a
+linear probe on the labelled images. ce learns from the labelled images alone.
+"""
+
+import pathlib
+
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import experiment
+
+DATA = pathlib.Path('runs/garments/data')
+TEACHER = 'tf_efficientnet_lite2'
+STUDENTS = {
+  'fresh': 'shufflenet_v2_x0_5',
+  'pretrained': 'tf_efficientnet_lite0',
+}
+# Epochs of all 11,000 images for ijckd, and of the 1,000 labelled ones for ce.
+EPOCHS = {
+  'fresh_ijckd': 15.0,
+  'fresh_ce': 60.0,
+  'pretrained_ijckd': 2.0,
+  'pretrained_ce': 15.0,
+}
+
+
+def get_config(arm=None):
+  """Returns the config of an arm."""
+  if arm not in EPOCHS:
+    raise config_utils.unknown('arm', arm or '', list(EPOCHS))
+  start, method = arm.split('_')
+  config = experiment.default_config(
+    dataset='image_folder',
+    teacher=TEACHER,
+    student=STUDENTS[start],
+    method=method,
+  )
+  config.dataset.folder = 'garments'
+  config.dataset.data_dir = str(DATA / 'tensorflow_datasets')
+  config.dataset.size = config.dataset.resize = 96
+  config.dataset.min_area = 0.5
+  config.dataset.flip = True
+  config.total_epochs = EPOCHS[arm]
+  config.eval_epochs = EPOCHS[arm]
+  config.log_epochs = EPOCHS[arm] / 10
+  config.batch_size = config.eval_batch_size = 50
+  config.optimizer.name = 'adamw'
+  config.optimizer.learning_rate = 2e-3 if start == 'fresh' else 5e-4
+  config.optimizer.weight_decay = 0.05
+  config.optimizer.decay_norm_and_bias = False
+  config.optimizer.schedule = 'cosine'
+  config.optimizer.warmup_epochs = EPOCHS[arm] / 20
+  config.augment.label_smoothing = 0.1
+  config.bounds.fit_examples = 0
+  if start == 'pretrained':
+    config.student.init_from = str(DATA / 'lite0')
+  if method == 'ijckd':
+    config.dataset.unlabelled = 'heap'
+    config.teacher.checkpoint = str(DATA / 'teacher')
+    config.teacher.store.views = min(4, int(EPOCHS[arm]))
+    config.method.factor = config_utils.AUTO
+  return config

