@@ -10,6 +10,7 @@ import hypothesis
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 import numpy as np
 import pytest
 
@@ -247,43 +248,59 @@ def test_programs_are_not_read_unless_they_are_trusted(sound, place):
 
 
 @pytest.mark.parametrize(
-  'made, end',
+  'day, jaxlib, end',
   [
-    ('2026-11-29', '2027-05-29'),
-    ('2026-08-31', '2027-02-28'),
-    ('2026-01-01', '2026-07-01'),
+    # By the jaxlib's own day, and by the program's where that is not known.
+    ('2026-11-29', '0.10.2', '2026-12-17'),
+    ('2026-11-29', '0.99.9', '2027-05-29'),
+    ('2026-08-31', '', '2027-02-28'),
   ],
 )
-def test_programs_are_promised_for_six_months(made, end):
-  assert programs.until(made).isoformat() == end
+def test_programs_are_promised_for_six_months(day, jaxlib, end):
+  assert programs.Made(day, jaxlib).until.isoformat() == end
 
 
 @pytest.mark.parametrize(
   'today, said, is_near',
   [
-    ('2026-11-29', 'JAX promises to read them until 2027-05-29', False),
-    ('2027-02-27', 'JAX promises to read them until 2027-05-29', False),
-    ('2027-02-28', 'JAX promises to read them until 2027-05-29', False),
-    ('2027-03-01', 'JAX promises to read them until 2027-05-29', True),
-    ('2027-05-29', 'JAX promises to read them until 2027-05-29', True),
-    ('2027-05-30', 'promised to read them until 2027-05-29, which has', True),
+    ('2026-11-29', 'until 2027-05-29 promise to read them', False),
+    ('2027-02-28', 'until 2027-05-29 promise to read them', False),
+    ('2027-03-01', 'until 2027-05-29 promise to read them', True),
+    ('2027-05-29', 'until 2027-05-29 promise to read them', True),
+    ('2027-05-30', 'until 2027-05-29 promised to read them', True),
   ],
 )
 def test_a_warning_comes_three_months_before_the_end(today, said, is_near):
-  found = programs.lifetime('2026-11-29', datetime.date.fromisoformat(today))
-  assert said in found[0] and found[1] == is_near
+  today = datetime.date.fromisoformat(today)
+  made = programs.Made('2026-11-29', '0.99.9')
+  found = programs.lifetime(made, today)
+  assert found[0].endswith(said) and 'by jaxlib 0.99.9' in found[0]
+  assert found[1] == is_near
+  # The jaxlib that wrote them goes on reading them.
+  made = dataclasses.replace(made, jaxlib=jaxlib.version.__version__)
+  assert not programs.lifetime(made, today)[1]
+
+
+def test_the_oldest_program_counts():
+  new, old, unknown = (
+    programs.Program(b'', programs.Made(*made))
+    for made in (('2026-11-29', '9'), ('2026-11-29', '0.10.2'), ('', ''))
+  )
+  assert programs.oldest({'a': new, 'b': old}) is old.made
+  assert programs.oldest({'a': new, 'b': unknown}) is unknown.made
 
 
 def test_a_bundle_says_until_when_its_programs_are_read(tmp_path, caplog):
   caplog.set_level('INFO', logger='ijckd_jax')
   make_converted().save(tmp_path / 'new')
   today = datetime.date.today().isoformat()
+  made = programs.Made(today, jaxlib.version.__version__)
   spec = json.loads((tmp_path / 'new/bundle.json').read_text())
-  assert spec['programs_made'] == today
-  said = f'promises to read them until {programs.until(today)}'
+  assert spec['programs_made'] == dataclasses.asdict(made)
+  said = f'releases of JAX until {made.until} promise'
   assert said in (tmp_path / 'new/README.md').read_text()
   bundle = bundles.load(tmp_path / 'new', trust_programs=True)
-  assert {p.made for p in bundle.network.programs.values()} == {today}
+  assert {p.made for p in bundle.network.programs.values()} == {made}
   (record,) = caplog.records
   assert record.levelname == 'INFO' and said in record.getMessage()
 
@@ -291,18 +308,16 @@ def test_a_bundle_says_until_when_its_programs_are_read(tmp_path, caplog):
 @pytest.mark.parametrize(
   'made, said',
   [
-    ('', 'its programs do not say when they were exported'),
-    ('2020-02-29', 'JAX promised to read them until 2020-08-29, which has'),
+    (None, 'its programs were exported on an unknown day'),
+    ({'day': '2020-02-29', 'jaxlib': '0.1'}, 'until 2020-08-29 promised to'),
   ],
 )
 def test_a_bundle_of_old_programs_is_warned_of(tmp_path, caplog, made, said):
   make_converted().save(tmp_path / 'old')
   path = tmp_path / 'old/bundle.json'
   spec = json.loads(path.read_text())
-  spec['programs_made'] = made
-  if not made:
-    del spec['programs_made']
-  path.write_text(json.dumps(spec))
+  del spec['programs_made']
+  path.write_text(json.dumps(spec | ({'programs_made': made} if made else {})))
   bundles.load(tmp_path / 'old', trust_programs=True)
   (record,) = caplog.records
   assert record.levelname == 'WARNING' and said in record.getMessage()
@@ -310,10 +325,24 @@ def test_a_bundle_of_old_programs_is_warned_of(tmp_path, caplog, made, said):
   assert record.getMessage().endswith(command)
 
 
-def test_a_day_that_is_none_is_refused(tmp_path):
+@pytest.mark.parametrize(
+  'made',
+  [
+    '2026-11-29',
+    {'day': '2026-11-29'},
+    {'day': '2026-13-01', 'jaxlib': ''},
+    {'day': 5, 'jaxlib': ''},
+    {'day': '9999-12-31', 'jaxlib': ''},
+    {'day': '', 'jaxlib': 'x' * 41},
+  ],
+)
+def test_a_day_that_is_none_is_refused(tmp_path, made):
   make_converted().save(tmp_path / 'new')
   path = tmp_path / 'new/bundle.json'
-  spec = {**json.loads(path.read_text()), 'programs_made': '2026-13-01'}
+  spec = {**json.loads(path.read_text()), 'programs_made': made}
   path.write_text(json.dumps(spec))
-  with pytest.raises(config_utils.UserError, match='programs_made must be'):
+  with pytest.raises(
+    config_utils.UserError,
+    match='programs_made must be|year 10000 is out of range',
+  ):
     bundles.load(tmp_path / 'new', trust_programs=True)

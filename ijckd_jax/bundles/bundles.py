@@ -182,7 +182,8 @@ class Bundle:
         name: hashlib.sha256(program.data).hexdigest()
         for name, program in net.programs.items()
       }
-      spec['programs_made'] = min(p.made for p in net.programs.values())
+      made = programs_lib.oldest(net.programs)
+      spec['programs_made'] = dataclasses.asdict(made)
     # A mean or std may be of numpy's floats, which JSON does not know.
     return json.loads(json.dumps(spec, default=float))
 
@@ -296,17 +297,18 @@ def _read_program(
     data = _read(directory, file, MAX_PROGRAM_BYTES)
     if hashlib.sha256(data).hexdigest() != spec['programs'][name]:
       raise ValueError(f'{file} is not the one that was saved')
-  made = spec.get('programs_made', '')
+  made = specification.programs_made(spec)
   return programs_lib.load(data, f'{directory / file}', made)
 
 
 def _say_lifetime(directory, spec) -> None:
   """Logs until when a bundle's programs can be read, with what repairs it."""
-  said, is_near = programs_lib.lifetime(spec.get('programs_made', ''))
+  said, is_near = programs_lib.lifetime(specification.programs_made(spec))
   if is_near:
     remedy = 'distil it again from its teacher, when that is converted again'
     if spec.get('converted'):
-      remedy = f'ijckd convert --again {directory} --output NEW'
+      remedy = 'convert it again, under a new JAX, by ijckd convert --again '
+      remedy += f'{directory} --output NEW'
     logger.warning('%s: %s: %s', directory, said, remedy)
   else:
     logger.info('%s: %s', directory, said)

@@ -87,8 +87,9 @@ def _table(bundle, num_params) -> str:
 
 def _programs(net) -> str:
   """Returns until when programs can be read; '' where there are none."""
-  made = min((p.made for p in net.programs.values()), default=None)
-  return '' if made is None else programs_lib.lifetime(made)[0]
+  if not net.programs:
+    return ''
+  return programs_lib.lifetime(programs_lib.oldest(net.programs))[0]
 
 
 def _accuracy(bundle) -> str:

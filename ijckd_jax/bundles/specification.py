@@ -42,6 +42,7 @@ MAX_SIDE = 4096
 SIDES = f'a list of sides from 1 to {MAX_SIDE}'
 MAX_NUMBER = 2.0**127  # Beyond it float32 is infinite, and so are NaN and inf.
 MAX_EVAL_BATCH_SIZE = 2**20
+MAX_VERSION = 40  # Characters of a package's version.
 
 
 def _is_count(value, limit):
@@ -121,14 +122,35 @@ def _check_network(spec):
     'programs',
     f'checksums of {", ".join(PROGRAMS)}',
   )
-  made = spec.get('programs_made', '')
-  _require(_is_day(made), 'programs_made', 'a day, YYYY-MM-DD')
+  programs_made(spec)
+
+
+def programs_made(spec) -> programs_lib.Made:
+  """Returns when a bundle's programs were made; older bundles do not say it.
+
+  Raises:
+    ValueError: what is said is no day, or no version.
+  """
+  found = spec.get('programs_made', {'day': '', 'jaxlib': ''})
+  _require(
+    isinstance(found, dict)
+    and set(found) == {'day', 'jaxlib'}
+    and _is_texts([*found.values()])
+    and _is_day(found['day'])
+    and len(found['jaxlib']) <= MAX_VERSION,
+    'programs_made',
+    'a day, YYYY-MM-DD, and a jaxlib',
+  )
+  made = programs_lib.Made(**found)
+  # The calendar ends with the year 9999, and raises.
+  _require(not made.day or made.until, 'programs_made', 'a day of our time')
+  return made
 
 
 def _is_day(value):
   try:
     return value == '' or bool(datetime.date.fromisoformat(value))
-  except (TypeError, ValueError):
+  except ValueError:
     return False
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 from jax import export
 import jax.numpy as jnp
+import jaxlib.version
 
 from ijckd_jax.models import losses
 from ijckd_jax.runtime import config_utils
@@ -28,11 +29,48 @@ PLATFORMS = ('cpu', 'cuda', 'tpu')
 # What jax.export itself puts into a program of free sizes, and XLA takes away.
 KNOWN_CALLS = frozenset({'shape_assertion'})
 CONVERT = 'convert it again: ijckd convert --again'
-# JAX reads a program that is at most so old; from 0.11.1 on it refuses others.
+# A release of JAX reads the programs of each jaxlib that is at most so much
+# older; from 0.11.1 on it refuses others.
 # Source: https://docs.jax.dev/en/latest/export/export.html, "Compatibility
 # guarantees".
 PROMISED_MONTHS = 6
 WARNED_MONTHS = 3  # Before the end.
+
+
+# Days of the upload to PyPI, because no jaxlib says when it was built.
+RELEASES = {
+  '0.10.0': '2026-04-16',
+  '0.10.1': '2026-05-20',
+  '0.10.2': '2026-06-17',
+  '0.11.0': '2026-07-16',
+  '0.11.1': '2026-08-17',
+  '0.11.2': '2026-09-17',
+  '0.12.0': '2026-10-19',
+  '0.12.0.1': '2026-10-21',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+  """When a program was exported, and by what.
+
+  Attributes:
+    day: YYYY-MM-DD; '' where it is not known.
+    jaxlib: its version; '' where it is not known.
+  """
+
+  day: str = ''
+  jaxlib: str = ''
+
+  @property
+  def until(self) -> datetime.date:
+    """The last day of the releases of JAX that promise to read it.
+
+    They read programs of each jaxlib that is at most six months older. One that
+    RELEASES lacks is taken to be as old as the program.
+    """
+    built = RELEASES.get(self.jaxlib, self.day)
+    return _months_after(datetime.date.fromisoformat(built), PROMISED_MONTHS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +82,11 @@ class Program:
 
   Attributes:
     data: the file's content.
-    made: the day of the export, YYYY-MM-DD; '' where it is not known.
+    made: when it was exported, and by what.
   """
 
   data: bytes = dataclasses.field(repr=False)
-  made: str = dataclasses.field(default='', compare=False)
+  made: Made = dataclasses.field(default=Made(), compare=False)
 
   @functools.cached_property
   def _exported(self) -> export.Exported:
@@ -134,6 +172,12 @@ class Pool:
     return {'params': self.program.arrays} if self.program.arrays else {}
 
 
+def oldest(programs: Mapping[str, Program]) -> Made:
+  """Returns when the program was made that is the first to expire."""
+  made = [program.made for program in programs.values()]
+  return min(made, key=lambda m: (bool(m.day), m.day and m.until))
+
+
 def of_pool(pool: Any) -> dict[str, Program]:
   """Returns a pool's program by name, if it is one."""
   return {POOL: pool.program} if isinstance(pool, Pool) else {}
@@ -159,45 +203,36 @@ def trace(
     jax.jit(jax.vmap(fn, in_axes=(None, 0))), platforms=PLATFORMS
   )(dict(arrays), jax.ShapeDtypeStruct((batch, *shape), jnp.float32))
   data = bytes(exported.serialize(vjp_order=vjp_order))
-  return Program(data, datetime.date.today().isoformat())
+  today = datetime.date.today().isoformat()
+  return Program(data, Made(today, jaxlib.version.__version__))
 
 
-def until(made: str) -> datetime.date:
-  """Returns the day until which JAX promises to read a program.
-
-  Args:
-    made: the day of its export, YYYY-MM-DD.
-  """
-  return _months_after(datetime.date.fromisoformat(made), PROMISED_MONTHS)
-
-
-def lifetime(made: str, today: datetime.date | None = None) -> tuple[str, bool]:
+def lifetime(
+  made: Made, today: datetime.date | None = None
+) -> tuple[str, bool]:
   """Returns a sentence on how long programs can be read.
 
   Args:
-    made: the day of their export, YYYY-MM-DD; '' where it is not known.
+    made: when they were exported, and by what.
     today: None for the day it is.
 
   Returns:
-    The sentence, and whether something should be done about it.
+    The sentence, and whether something should be done about it: not where the
+    jaxlib that runs is the one that wrote them.
   """
   today = today or datetime.date.today()
-  if not made:
+  by = f'by jaxlib {made.jaxlib or "(unknown)"}'
+  if not made.day:
     return (
-      'its programs do not say when they were exported, and JAX promises to '
-      f'read them for {PROMISED_MONTHS} months'
+      f'its programs were exported on an unknown day, {by}, and JAX promises '
+      f'to read them for {PROMISED_MONTHS} months'
     ), True
-  end = until(made)
-  if today > end:
-    return (
-      f'its programs were exported on {made}, and JAX promised to read them '
-      f'until {end}, which has passed'
-    ), True
-  is_near = _months_after(today, WARNED_MONTHS) >= end
+  is_near = _months_after(today, WARNED_MONTHS) > made.until
+  promises = 'promise' if today <= made.until else 'promised'
   return (
-    f'its programs were exported on {made}, and JAX promises to read them '
-    f'until {end}'
-  ), is_near
+    f'its programs were exported on {made.day} {by}: releases of JAX until '
+    f'{made.until} {promises} to read them'
+  ), is_near and made.jaxlib != jaxlib.version.__version__
 
 
 def _months_after(day: datetime.date, months: int) -> datetime.date:
@@ -208,19 +243,19 @@ def _months_after(day: datetime.date, months: int) -> datetime.date:
   return datetime.date(year, month, min(day.day, last))
 
 
-def load(data: bytes, what: str, made: str = '') -> Program:
+def load(data: bytes, what: str, made: Made | None = None) -> Program:
   """Returns a program.
 
   Args:
     data: the file's content, which must be trusted.
     what: the file, for the message.
-    made: see Program.
+    made: see Program; None where that is not known.
 
   Raises:
     config_utils.UserError: it is damaged, of another JAX, for other platforms,
       or calls out of itself.
   """
-  program = Program(data, made)
+  program = Program(data, made or Made())
   try:
     exported = program._exported
     version, newest = (
