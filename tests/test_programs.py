@@ -343,6 +343,6 @@ def test_a_day_that_is_none_is_refused(tmp_path, made):
   path.write_text(json.dumps(spec))
   with pytest.raises(
     config_utils.UserError,
-    match='programs_made must be|year 10000 is out of range',
+    match='programs_made must|year 10000',
   ):
     bundles.load(tmp_path / 'new', trust_programs=True)
