@@ -1,6 +1,7 @@
 """Backbones that start from a bundle's weights, under a fresh head."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from ijckd_jax.bundles import bundles
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.training import experiment
 from ijckd_jax.training import train
+from tests import marks
 
 
 @pytest.fixture(scope='module')
@@ -218,13 +220,50 @@ def test_positions_are_resized_for_images_of_another_size():
   ramp = np.linspace(0, 1, 4)[:, None] + np.zeros((4, 4))
   grid = np.stack([ramp, 2 * ramp.T], axis=-1).reshape(1, 16, 2)
   old = {'pos_embed': np.concatenate([np.full((1, 1, 2), 7.0), grid], axis=1)}
-  like = {'pos_embed': jax.ShapeDtypeStruct((1, 65, 2), np.float32)}
-  made = models.DeiT(width=2).fit_to_size(old, like)['pos_embed']
+  backbone = models.DeiT(width=2)
+  made = backbone.fit_to_size(old, (64, 64), (128, 128))['pos_embed']
   np.testing.assert_array_equal(made[0, 0], [7, 7])
   made = made[0, 1:].reshape(8, 8, 2)
   assert (np.diff(made[:, 0, 0]) > 0).all() and np.ptp(made[3, :, 0]) < 1e-6
   np.testing.assert_allclose(made[..., 1], 2 * made[..., 0].T, atol=1e-6)
-  assert models.DeiT(width=2).fit_to_size(old, old) is old
-  like = {'pos_embed': jax.ShapeDtypeStruct((1, 13, 2), np.float32)}
-  with pytest.raises(config_utils.UserError, match='for square images alone'):
-    models.DeiT(width=2).fit_to_size(old, like)
+  assert backbone.fit_to_size(old, (64, 64), (64, 64)) is old
+
+
+SmallDeiT = functools.partial(
+  models.DeiT, width=8, depth=4, num_heads=2, patch=4
+)
+
+
+@pytest.mark.parametrize(
+  'size', marks.slow_but([(4, 16)], [(8, 8), (4, 16), (16, 16)])
+)
+def test_a_run_starts_from_weights_for_another_size(
+  size, small_config, tmp_path, caplog
+):
+  """It says so, also where as many positions lie in another shape."""
+  name = f'{__name__}:SmallDeiT'
+  classifiers.alone(name, (*size, 1), 10).save(tmp_path / 'source')
+  config = small_config(
+    'ce',
+    backbone=name,
+    total_steps=1,
+    **{
+      'student.init_from': str(tmp_path / 'source'),
+      'optimizer.learning_rate': 1e-12,
+    },
+  )
+  with caplog.at_level('INFO', logger='ijckd_jax'):
+    train.train_and_evaluate(config, tmp_path / 'run')
+  said = f'embedding of positions from images of {size[0]}x{size[1]} to 8x8'
+  said = any(message.endswith(said) for message in caplog.messages)
+  assert said == (size != (8, 8))
+  start, end = (
+    bundles.load(tmp_path / folder, trust_code=True).variables['params']
+    for folder in ('source', 'run')
+  )
+  wanted = SmallDeiT().fit_to_size(start['backbone'], size, (8, 8))
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6),
+    dict(wanted),
+    end['backbone'],
+  )

@@ -1025,14 +1025,24 @@ def test_an_export_that_was_tampered_with(tmp_path):
   assert 'tells 7 classes apart, not 3' in said(num_classes=3)
 
 
-@pytest.mark.parametrize('size', [96, 320])
-def test_positions_are_resized_as_timm_does(size):
-  """When weights for 224 pixels start a student on images of another size."""
+@pytest.mark.parametrize(
+  'old, new',
+  [
+    ((224, 224), (96, 96)),
+    ((224, 224), (320, 320)),
+    # As many positions in another shape, and fewer in one that is no square.
+    ((224, 224), (112, 448)),
+    ((224, 224), (32, 128)),
+    ((32, 128), (64, 64)),
+  ],
+)
+def test_positions_are_resized_as_timm_does(old, new):
+  """When weights start a student on images of another size."""
+  grids = [[side // 16 for side in size] for size in (old, new)]
   rng = np.random.default_rng(0)
-  old = rng.normal(size=(1, 1 + 14 * 14, 8)).astype(np.float32)
+  given = rng.normal(size=(1, 1 + np.prod(grids[0]), 8)).astype(np.float32)
   wanted = torch_networks.timm.layers.resample_abs_pos_embed(
-    torch.from_numpy(old), [size // 16, size // 16]
+    torch.from_numpy(given), new_size=grids[1], old_size=grids[0]
   )
-  like = {'pos_embed': jax.ShapeDtypeStruct(tuple(wanted.shape), np.float32)}
-  made = models.DeiT(width=8).fit_to_size({'pos_embed': old}, like)
+  made = models.DeiT(width=8).fit_to_size({'pos_embed': given}, old, new)
   assert relative_error(made['pos_embed'], wanted) < 1e-5

@@ -22,7 +22,8 @@ class Start:
   Attributes:
     path: of the bundle.
     backbone_name: in models.BACKBONES.
-    preprocessing: what its weights expect.
+    size: (H, W) of the images that its weights are for.
+    preprocessing: what its weights expect, for the images to come.
     variables: its 'params' and 'batch_stats'; of each, the parts that are taken
       by their names.
     tap: where its backbone ends.
@@ -30,6 +31,7 @@ class Start:
 
   path: str
   backbone_name: str
+  size: tuple[int, int]
   preprocessing: augment.Preprocessing
   variables: dict[str, Any]
   tap: str
@@ -65,7 +67,7 @@ class Start:
         like = variables[kind].get(part, {})
         own = self.variables[kind].get(part, {})
         if part == 'backbone' and kind == 'params':
-          own = backbone.fit_to_size(own, like)
+          own = self._fit(own, backbone)
         filled[kind][part] = jax.tree_util.tree_map_with_path(
           lambda path, like, own=own, part=part: self._take(
             own, part, path, like
@@ -73,6 +75,15 @@ class Start:
           like,
         )
     return filled
+
+  def resizes(self, backbone) -> bool:
+    """Returns whether arrays of the backbone are resized for the images."""
+    own = self.variables['params'].get('backbone')
+    return own is not None and self._fit(own, backbone) is not own
+
+  def _fit(self, params, backbone):
+    """Returns the backbone's 'params' for the images to come."""
+    return backbone.fit_to_size(params, self.size, self.preprocessing.size)
 
   def _take(self, own, part, path, like):
     """Returns an array of a part, which must have a shape."""
@@ -163,6 +174,7 @@ def load(
   return Start(
     path=path,
     backbone_name=backbone_name,
+    size=tuple(own.size),
     preprocessing=dataclasses.replace(own, size=tuple(image_shape[:2])),
     variables=variables,
     tap=bundle.network.backbone.tap,

@@ -142,15 +142,17 @@ class Backbone(nn.Module):
     return key
 
   def fit_to_size(
-    self, params: Mapping[str, Any], like: Mapping[str, Any]
+    self, params: Mapping[str, Any], old: tuple[int, int], new: tuple[int, int]
   ) -> Mapping[str, Any]:
     """Returns a backbone's 'params' for images of another size.
 
     Args:
-      params: of the same backbone.
-      like: 'params' for the size that is wanted, or their shapes.
+      params: of the same backbone; the same object is returned where nothing
+        depends on the size.
+      old: (H, W) of the images that they are for.
+      new: (H, W) of the images to come.
     """
-    del like  # Most backbones have none that depend on the size.
+    del old, new  # Most backbones have none that depend on the size.
     return params
 
   def drop_branch(

@@ -7,8 +7,6 @@ https://arxiv.org/abs/2012.12877 (the one without a distillation token). Layout
 and start as in timm.
 """
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -109,25 +107,18 @@ class DeiT(backbone.Backbone):
     pooled = losses.at_least_float32(x[:, 0])
     return outputs.Features(tuple(stages), final, pooled)
 
-  def fit_to_size(self, params, like):
+  def fit_to_size(self, params, old, new):
     """Returns the params with the positions' embedding resized.
 
     Bicubic, antialiased where it shrinks; the class token's stays.
     """
-    wanted = like['pos_embed'].shape[1]
-    token, grid = params['pos_embed'][:, :1], params['pos_embed'][:, 1:]
-    if grid.shape[1] + 1 == wanted:
+    old, new = ([side // self.patch for side in size] for size in (old, new))
+    if old == new:
       return params
-    sides = [math.isqrt(count) for count in (grid.shape[1], wanted - 1)]
-    if [side**2 for side in sides] != [grid.shape[1], wanted - 1]:
-      raise config_utils.UserError(
-        'the embedding of positions is resized for square images alone: it has '
-        f'{grid.shape[1]} positions, and {wanted - 1} are wanted'
-      )
-    old, new = sides
-    shape = (1, new, new, grid.shape[2])
-    grid = jax.image.resize(grid.reshape(1, old, old, -1), shape, 'bicubic')
-    grid = np.asarray(grid).reshape(1, wanted - 1, -1)
+    token, grid = np.split(params['pos_embed'], [1], axis=1)
+    grid = grid.reshape(1, *old, self.width)
+    grid = jax.image.resize(grid, (1, *new, self.width), 'bicubic')
+    grid = np.asarray(grid).reshape(1, -1, self.width)
     return {**params, 'pos_embed': np.concatenate([token, grid], axis=1)}
 
   def dense(self, x, features, name):

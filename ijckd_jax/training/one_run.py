@@ -188,6 +188,13 @@ def _announce(exp, workdir) -> None:
       ', '.join(exp.start.parts),
       exp.start.path,
     )
+    if exp.start.resizes(exp.distiller.network.backbone):
+      both = (exp.start.size, exp.start.preprocessing.size)
+      logger.info(
+        '%s: resizes its embedding of positions from images of %s to %s',
+        workdir,
+        *(f'{height}x{width}' for height, width in both),
+      )
 
 
 def _start(exp, workdir, key, num_examples: int, checkpoints):
