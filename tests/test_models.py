@@ -662,7 +662,8 @@ def test_what_is_no_backbone(name, said):
     ),
     ('timm:swin_tiny', "take a backbone that 'ijckd models' lists$"),
     ('torchvision.models:mobilenet_v2', 'take mobilenet_v2, the same'),
-    ('hf:timm/resnet50', "take a backbone that 'ijckd models' lists$"),
+    ('hf:timm/swin_tiny', "take a backbone that 'ijckd models' lists$"),
+    ('hf:timm/resnet50.a1_in1k@0123', 'take resnet50, the same'),
   ],
 )
 def test_a_network_of_pytorch_only_teaches(name, instead, monkeypatch):

@@ -23,6 +23,7 @@ from etils import epath
 from ijckd_jax.commands import output_flags
 from ijckd_jax.commands import pytorch_flags
 from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import progress
 
 PROG = 'python -m ijckd_jax convert'
 
@@ -36,6 +37,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> None:
   if bool(flags.again) == bool(flags.model):
     raise config_utils.UserError('give --model, or --again BUNDLE')
 
+  progress.log_to_stderr()
   if flags.again:
     _write(flags.again, _again(flags, arguments), output)
   else:

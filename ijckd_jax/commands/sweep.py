@@ -3,11 +3,11 @@
 ijckd sweep --config digits --over seed=0..9 --workdir runs/seeds
 """
 
-import logging
 import sys
 
 from ijckd_jax.commands import sweep_flags
 from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import progress
 
 PROG = 'python -m ijckd_jax sweep'
 USAGE = """\
@@ -53,10 +53,7 @@ def main(argv: list[str], prog: str = PROG) -> int:
   parser.add_argument('--jobs', type=int, default=1)
   flags, overrides = parser.parse_known_args(argv)
   configs = sweep_flags.configs_of(flags.config, flags.over, overrides)
-  handler = logging.StreamHandler()
-  handler.setFormatter(config_utils.LineFormatter())
-  logging.basicConfig(handlers=[handler])
-  logging.getLogger('ijckd_jax').setLevel(logging.INFO)
+  progress.log_to_stderr()
 
   from ijckd_jax.training import loop
   from ijckd_jax.training import sweep

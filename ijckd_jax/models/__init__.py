@@ -8,6 +8,7 @@ that were made elsewhere. No connectors and no teachers here.
 """
 
 from functools import partial
+import re
 
 from ijckd_jax.models import efficientnet
 from ijckd_jax.models import mobilenet_v4
@@ -150,7 +151,8 @@ def _is_pytorch(cls: object) -> bool:
 
 def _only_teaches(name: str) -> config_utils.UserError:
   """Returns the error for a network of PyTorch that is to be trained."""
-  own = name.rpartition(':')[2]
+  # hf:timm/resnet18.a1_in1k@COMMIT is a resnet18.
+  own = re.split('[:/]', name.partition('@')[0])[-1].partition('.')[0]
   other = "take a backbone that 'ijckd models' lists"
   if own in BACKBONES:
     other = (

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import importlib.metadata
+import logging
 from typing import Any
 
 from flax import core
@@ -24,6 +25,9 @@ from ijckd_jax.pytorch import splitting
 from ijckd_jax.pytorch import tracing
 from ijckd_jax.runtime import backend
 from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import progress
+
+logger = logging.getLogger('ijckd_jax')
 
 PACKAGES = ('torch', 'torchax', 'jax')
 # Of a number's scale: more is no rounding, but another network.
@@ -75,6 +79,7 @@ def convert(
   backend.start()
   model = model.eval().requires_grad_(False)
   image_shape = (*preprocessing.size, len(preprocessing.mean))
+  logger.info('%s: running it in PyTorch, to find its map and its head', name)
   parts = splitting.split(model, image_shape)
   num_classes = 0 if parts.bias is None else len(parts.bias)
   names = tuple(class_names)
@@ -92,6 +97,7 @@ def convert(
       return parts.final(x)
     return parts.final(x), parts.pooled(x)
 
+  logger.info('%s: tracing it, to write it as programs', name)
   traced = tracing.trace(model, run, image_shape)
   features, notes = {'float32': traced.export(image_shape)}, []
   try:
@@ -281,7 +287,10 @@ def _compare(bundle, model, parts) -> dict[str, float]:
   if not bundle.class_names:
     del wanted['logits']
   given, errors = {}, {}
-  for dtype in bundle.network.features:
+  dtypes = list(bundle.network.features)
+  for dtype in progress.watched(
+    dtypes, 'comparing with PyTorch', 'programs', len(dtypes)
+  ):
     network = dataclasses.replace(bundle.network, dtype=jnp.dtype(dtype))
     result = jax.jit(network)(bundle.variables, images)
     given[dtype] = {

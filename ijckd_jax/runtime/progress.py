@@ -44,6 +44,17 @@ def shown(wanted: bool) -> Iterator[None]:
       logger.setLevel(level)
 
 
+def log_to_stderr() -> None:
+  """Writes the package's log to standard error, as commands do.
+
+  Logging that is set up already stays as it is, but for its level.
+  """
+  handler = logging.StreamHandler()
+  handler.setFormatter(config_utils.LineFormatter())
+  logging.basicConfig(handlers=[handler])
+  logger.setLevel(logging.INFO)
+
+
 class Lines:
   """Lines about work that goes on, where there is no terminal for a bar."""
 
