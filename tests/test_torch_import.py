@@ -155,6 +155,48 @@ def test_networks_that_are_alike_must_be_named(name):
   )
 
 
+BRANCHING = [
+  name for name in models.BACKBONES if models.build(name).has_branches
+]
+
+
+@pytest.mark.parametrize('name', BRANCHING)
+def test_branches_are_dropped_as_often_as_by_timm(name, monkeypatch):
+  """In the order of the forward pass; timm leaves out those of rate 0."""
+  size = size_for(name)
+  options = {'img_size': size} if name.startswith(('deit', 'vit')) else {}
+  net = torch_networks.timm.create_model(name, drop_path_rate=0.5, **options)
+  theirs, ours = [], []
+  for module in net.modules():
+    if isinstance(module, torch_networks.timm.layers.DropPath):
+      module.register_forward_hook(
+        lambda module, *_: theirs.append(module.drop_prob)
+      )
+  with torch.no_grad():
+    net.train()(torch.zeros(2, 3, size, size))
+
+  def record(self, branch, position, train):
+    del self, train
+    ours.append(0.5 * position)
+    return branch
+
+  monkeypatch.setattr(models.Backbone, 'drop_branch', record)
+  images = jax.ShapeDtypeStruct((2, size, size, 3), np.float32)
+  backbone = models.build(name)
+  jax.eval_shape(
+    lambda x: backbone.init(jax.random.key(0), x, train=False), images
+  )
+  assert theirs
+  np.testing.assert_allclose([rate for rate in ours if rate], theirs, rtol=1e-6)
+
+
+def test_names_of_efficientnet_pytorch_are_those_of_tensorflows_networks():
+  """Padded otherwise, and with another epsilon, the same arrays mislead."""
+  for name in ('_bn0.weight', '_blocks.3._expand_conv.weight'):
+    assert models.build('efficientnet_b0').torch_key(name) == name
+    assert models.build('tf_efficientnet_lite0').torch_key(name) != name
+
+
 # All those before a backbone in the table are tried.
 QUICKLY_TOLD = ('resnet8', 'resnet8x4', 'wrn_16_1', 'vgg8', 'mobilenet_v1')
 

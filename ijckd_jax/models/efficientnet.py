@@ -159,6 +159,7 @@ class EfficientNet(backbone.TimmBackbone):
   has_branches = True
   torch_head = 'classifier'
   stem_width = STEM_WIDTH
+  num_last = 0  # Layers after `groups` that timm counts among the blocks.
   gate = staticmethod(nn.sigmoid)  # Of squeeze-and-excitation.
 
   @property
@@ -169,7 +170,12 @@ class EfficientNet(backbone.TimmBackbone):
     return not self.activation.startswith('relu')
 
   def torch_key(self, key):
-    """Returns timm's name of an entry as EfficientNet-PyTorch calls it."""
+    """Returns timm's name of an entry as EfficientNet-PyTorch calls it.
+
+    Its networks are TensorFlow's, and are padded as there.
+    """
+    if not self.same_padding:
+      return key
     name, _, rest = key.partition('.')
     if name != '_blocks':
       name = TORCH_NAMES.get(name)
@@ -206,7 +212,7 @@ class EfficientNet(backbone.TimmBackbone):
     x = self.conv(self.stem_width, 3, 2, name='conv_stem')(images)
     x = self.activate(self.norm(train, name='bn1')(x))
     stages, index = [x], 0
-    num_blocks = sum(map(len, self.groups))
+    num_blocks = sum(map(len, self.groups)) + self.num_last
     for group, blocks in enumerate(self.groups):
       if len(stages) == self.num_stages:
         break
@@ -269,6 +275,7 @@ class MobileNetV3Large(EfficientNet):
   activation: str = 'hard_swish'
 
   stem_width = 16
+  num_last = 1
   gate = staticmethod(nn.hard_sigmoid)
 
   def setup(self):
