@@ -1,9 +1,11 @@
 """The tests import nothing that `pip install -e '.[test]'` leaves out."""
 
 import ast
+import configparser
 import functools
 import importlib.metadata
 import pathlib
+import re
 import sys
 
 from packaging import requirements
@@ -188,3 +190,14 @@ def test_skips_say_what_to_install():
   for node in skips:
     said = {keyword.arg for keyword in node.keywords}
     assert 'reason' in said, ast.unparse(node)
+
+
+def test_the_gate_asks_for_extras_that_there_are():
+  """Pip only warns of one that is not, or that it calls otherwise."""
+  config = configparser.ConfigParser()
+  config.read(ROOT / 'setup.cfg')
+  extras = set(config['options.extras_require'])
+  assert all(name.isalnum() for name in extras)
+  asked = re.findall(r"-e '\.\[([^]]*)\]'", (ROOT / '.ci/run').read_text())
+  assert asked
+  assert {name for names in asked for name in names.split(',')} <= extras

