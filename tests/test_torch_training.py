@@ -380,4 +380,6 @@ def test_twenty_steps_of_timms_networks_are_pytorchs(name):
       np.testing.assert_allclose(mine / count, loss.item(), rtol=1e-10)
       errors = compare(net, start, state, dist)
       assert errors.keys() == {'parameters', 'running_mean', 'running_var'}
-      assert max(errors.values()) < 1e-8
+      # On maps of one pixel, batch norm multiplies the gradients' rounding.
+      assert errors.pop('parameters') < 1e-6
+      assert max(errors.values()) < 1e-12
