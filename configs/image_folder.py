@@ -15,7 +15,8 @@ well, by `--config.student.init_from`.
 
 Images without classes help too, since the teacher tells the student what it
 sees in them: prepare their folder under another name, and give it as
-`unlabelled=NAME`. They are mixed in with the training images.
+`unlabelled=NAME`. They are mixed in with the training images. Given alone, as
+`folder=NAME,method=simkd` with a teacher.checkpoint, they teach features.
 
 `size=64` and the like are for small images, or for little time.
 

@@ -2,14 +2,19 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
 
+from ijckd_jax.bundles import bundles
 from ijckd_jax.commands import evaluate
 from ijckd_jax.commands import prepare
+from ijckd_jax.data import augment
 from ijckd_jax.data import datasets
 from ijckd_jax.data.datasets import own_images
+from ijckd_jax.distillation import teachers
+from ijckd_jax.models import outputs
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.training import experiment
 from ijckd_jax.training import train
@@ -97,11 +102,66 @@ def test_unlabelled_images_come_last_and_are_not_held_out(data_dir):
   assert len(data.load('test')) == 8
 
 
+def test_a_folder_without_classes_is_for_training_alone(data_dir):
+  data = dataset(data_dir, folder='heap')
+  assert data.class_names == ()
+  sizes = [len(data.load(split)) for split in datasets.SPLITS]
+  assert sizes == [6, 0, 0]
+  more = dataset(data_dir, folder='heap', unlabelled='heap')
+  assert len(more.load('train')) == 12
+
+
+class ClassToken:
+  """Signed features of all patches, which no map is pooled to."""
+
+  def __call__(self, variables, images):
+    patches = images.reshape(len(images), 4, 8, 4, 8, 3).mean((2, 4))
+    pooled = jnp.tanh(patches.reshape(len(images), -1) @ variables)
+    return outputs.Outputs((patches,), patches, pooled, None)
+
+
+def test_features_of_a_class_token_are_learned_from_a_folder(
+  data_dir, tmp_path
+):
+  config = config_utils.load(
+    f'{test_configs.IMAGE_FOLDER}:folder=heap,size=32,student=resnet8'
+  )
+  config_utils.override(
+    config,
+    {
+      'dataset.data_dir': data_dir,
+      'batch_size': 6,
+      'total_epochs': 30.0,
+      'log_epochs': 10.0,
+      'method.connector': 'mlp',
+      'method.feature_site': 'pooled',
+      'method.cross_entropy_weight': 0.0,
+      'method.logit_weight': 0.0,
+      'optimizer.learning_rate': 0.01,
+    },
+  )
+  random = np.random.RandomState(0)
+  teacher = teachers.Teacher(
+    apply=ClassToken(),
+    variables=random.normal(size=(48, 5)).astype(np.float32),
+    head={'kernel': np.zeros((5, 0)), 'bias': np.zeros(0)},
+    preprocessing=augment.Preprocessing((0.5,) * 3, (0.25,) * 3, (32, 32)),
+    pools_map=False,
+  )
+  result = train.train_and_evaluate(config, tmp_path, teacher=teacher)
+  first, *_, last = (row['train/feature'] for row in result.history)
+  assert last < 0.8 * first
+  assert bundles.load(tmp_path).network.pooled_signed
+
+
 @pytest.mark.parametrize(
   'fields, message',
   [
     ({'folder': ''}, r'--config\.dataset\.folder=NAME'),
-    ({'folder': 'heap'}, 'give it as dataset.unlabelled'),
+    (
+      {'folder': 'heap', 'validation_fraction': 0.5},
+      'heap has no classes to validate on',
+    ),
     ({'folder': 'wasps'}, 'image_folder --source DIR --name wasps'),
     ({'unlabelled': 'insects'}, 'has labels'),
     ({'unlabelled': 'wasps'}, '--name wasps'),

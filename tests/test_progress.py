@@ -54,8 +54,21 @@ def test_a_run_that_continues_counts_its_own_steps(clock, caplog):
     line.advance(8)
     clock[0] += 50
     line.advance(92)
-  # 100 steps in 50 s; 2,900 are left.
-  assert caplog.messages == ['student: 1,100 of 4,000 steps, about 24 min left']
+  # 92 steps in 50 s; 2,900 are left.
+  assert caplog.messages == ['student: 1,100 of 4,000 steps, about 26 min left']
+
+
+def test_the_first_step_which_is_compiled_tells_no_time(clock, caplog):
+  caplog.set_level(logging.INFO)
+  with loop._ProgressLine('student', 0, 100) as line:
+    clock[0] += 60
+    line.advance(1)
+    clock[0] += 20
+    line.advance(10)
+  assert caplog.messages == [
+    'student: 1 of 100 steps',
+    'student: 11 of 100 steps, about 3 min left',
+  ]
 
 
 def test_evaluation_says_how_far_it_is(monkeypatch, caplog):

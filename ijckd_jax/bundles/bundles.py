@@ -60,7 +60,7 @@ MAX_PROGRAM_BYTES = 2**28  # Hundreds of times what a network's program takes.
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-  """A classifier that needs nothing else.
+  """A classifier that needs nothing else; or features, without a head.
 
   Attributes:
     network: how its parts are joined; or a Converted, which is one program.
@@ -68,7 +68,7 @@ class Bundle:
     backbone_name: as models.build takes it; of a Converted, what it was.
     pool_name: 'average', the backbone whose pool it is, or 'program'.
     image_shape: (H, W, C) of the images that it was made for.
-    class_names: K names; none where it has no head.
+    class_names: K names; none where it has no head, which is (D, 0) then.
     info: what else is known of it, JSON: how it was trained and measured.
     crop: how pictures of any size become its images; None: as the data set does
       it that `info` names, if it does.
@@ -82,6 +82,15 @@ class Bundle:
   class_names: tuple[str, ...]
   info: dict[str, Any]
   crop: images.CentreCrop | None = None
+
+  def check_head(self) -> None:
+    """Raises UserError where it has no head, and so names no class."""
+    if not self.class_names:
+      raise config_utils.UserError(
+        f'this {self.backbone_name} has no head, so that it names no class: '
+        'ijckd probe --bundle DIR --dataset NAME --output NEW writes it with '
+        'one, fitted on images with classes'
+      )
 
   def teacher(self, name: str | None = None) -> teachers.Teacher:
     """Returns it as a teacher."""

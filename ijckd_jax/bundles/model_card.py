@@ -49,7 +49,8 @@ def as_markdown(bundle, num_params: dict[str, int]) -> str:
 
 def _header(bundle) -> str:
   """Returns what the hub reads of a card."""
-  lines = ['library_name: ijckd_jax', 'pipeline_tag: image-classification']
+  task = 'classification' if bundle.class_names else 'feature-extraction'
+  lines = ['library_name: ijckd_jax', f'pipeline_tag: image-{task}']
   licence = _get(bundle.info, 'origin', 'licence')
   if licence and licence != UNSTATED:
     lines.append(f'license: {json.dumps(config_utils.short(licence))}')
@@ -63,7 +64,9 @@ def _table(bundle, num_params) -> str:
   connector = net.connector and type(net.connector).__name__
   counts = ', '.join(f'{k} {v:,}' for k, v in num_params.items() if v)
   rows = {
-    'classes': f'{len(bundle.class_names)}: {_some(bundle.class_names)}',
+    'classes': f'{len(bundle.class_names)}: {_some(bundle.class_names)}'
+    if bundle.class_names
+    else 'none: it has no head, and gives features',
     'images': f'{height}x{width}, {colours}, uint8; their preprocessing stands '
     'in bundle.json, and whatever loads it applies it',
     'pictures': bundle.crop
@@ -120,6 +123,15 @@ def _accuracy(bundle) -> str:
 
 def _use(bundle) -> str:
   name = config_utils.printable(bundle.backbone_name)
+  if not bundle.class_names:
+    return '\n'.join(
+      [
+        '    ijckd probe --bundle DIR --dataset NAME --output NEW',
+        '',
+        'says what its features are worth, and writes it with a head for your '
+        'classes.',
+      ]
+    )
   return '\n'.join(
     [
       '    ijckd evaluate --bundle DIR',
@@ -139,7 +151,10 @@ def _limits(bundle) -> str:
   known = _get(bundle.info, 'run', 'test') or bundle.info.get('test')
   lines = [
     f'It names one of {len(bundle.class_names)} classes whatever it sees, also '
-    'where the picture shows none of them.',
+    'where the picture shows none of them.'
+    if bundle.class_names
+    else 'It names nothing: what its features are worth depends on the head '
+    'behind them.',
     f'Nothing is known of other images than those of {data}: of other cameras, '
     'places or times it may be right less often, and just as sure.'
     if known

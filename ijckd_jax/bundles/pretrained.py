@@ -154,6 +154,7 @@ def load(
       f'set have {image_shape[-1]}'
     )
   if 'head' in parts:
+    bundle.check_head()
     order, _ = classes.match(bundle.class_names, class_names, what=path)
     if order is not None:
       bundle = bundle.in_order(order, class_names)

@@ -110,10 +110,9 @@ def _check_network(spec):
   for field in flags:
     _require(isinstance(owner.get(field), bool), field, 'true or false')
   _require(spec.get('dtype') in DTYPES, 'dtype', f'one of {", ".join(DTYPES)}')
+  # There are none where there is no head.
   names = spec.get('class_names')
-  # A converted network may have none, and then no head.
-  wanted = 'a list of names'
-  _require(_is_texts(names) and (names or found), 'class_names', wanted)
+  _require(_is_texts(names), 'class_names', 'a list of names')
   hashes = spec.get('programs', {})
   _require(
     isinstance(hashes, dict)

@@ -119,7 +119,7 @@ def main(argv: list[str], prog: str = PROG) -> None:
     about.dataset = flags.unlabelled
     about.dataset_fields = flags.unlabelled_fields
     other = bundle_flags.dataset_of(student, about)
-    _check_fits(student, teacher_bundle, connected, other)
+    _check_fits(student, teacher_bundle, connected, other, has_classes=False)
     if tuple(other.image_shape) != tuple(dataset.image_shape):
       raise config_utils.UserError(
         f'--unlabelled: images are {tuple(other.image_shape)}, those of '
@@ -141,7 +141,8 @@ def main(argv: list[str], prog: str = PROG) -> None:
     splits['unlabelled'] = other.load(flags.unlabelled_split)
     if not len(splits['unlabelled']):
       raise config_utils.UserError(
-        f'--unlabelled: the split {flags.unlabelled_split!r} is empty'
+        f'--unlabelled: the split {flags.unlabelled_split!r} is empty: give '
+        '--unlabelled_split (images without classes are all in train)'
       )
     if splits['unlabelled'].digest() == splits['test'].digest():
       raise config_utils.UserError(
@@ -208,10 +209,12 @@ def _unwritable(flags: argparse.Namespace, error: OSError):
 def _labels_in_order(labels, dataset, other, flags: argparse.Namespace):
   """Returns labels of --unlabelled as numbers of --dataset's classes.
 
-  All are -1 where the classes are others.
+  All are -1 where the classes are others, or none.
   """
   from ijckd_jax.data import classes
 
+  if not other.class_names:
+    return labels
   try:
     order, note = classes.match(
       dataset.class_names,
@@ -251,14 +254,19 @@ def _same_head(ours, theirs) -> bool:
   )
 
 
-def _check_fits(student, teacher_bundle, connected, dataset) -> None:
+def _check_fits(
+  student, teacher_bundle, connected, dataset, *, has_classes: bool = True
+) -> None:
   """Raises where the pair does not belong together, or to a data set."""
   from ijckd_jax.bounds import pairs
 
-  bundle_flags.check_fits('bundle', student, dataset)
-  bundle_flags.check_fits(
-    'teacher', teacher_bundle, dataset, has_head=connected is None
-  )
+  for what, bundle, has_head in (
+    ('bundle', student, True),
+    ('teacher', teacher_bundle, connected is None),
+  ):
+    bundle_flags.check_fits(
+      what, bundle, dataset, has_head=has_head, has_classes=has_classes
+    )
   teacher = teacher_bundle.teacher()
   if connected is not None and not pairs.sees(
     connected.network, connected.variables, teacher

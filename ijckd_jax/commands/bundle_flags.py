@@ -62,7 +62,14 @@ def batch_size_of(bundle, flags: argparse.Namespace) -> int:
   return batch_size
 
 
-def check_fits(what: str, bundle, dataset, *, has_head: bool = True) -> None:
+def check_fits(
+  what: str,
+  bundle,
+  dataset,
+  *,
+  has_head: bool = True,
+  has_classes: bool = True,
+) -> None:
   """Raises where a bundle cannot be evaluated on a data set.
 
   Args:
@@ -70,9 +77,17 @@ def check_fits(what: str, bundle, dataset, *, has_head: bool = True) -> None:
     bundle: bundles.Bundle.
     dataset: see datasets.
     has_head: whether its own head is to predict.
+    has_classes: whether the data set must have classes.
   """
   num_classes = len(dataset.class_names)
-  if has_head and num_classes != len(bundle.class_names):
+  if has_classes and not num_classes:
+    raise config_utils.UserError(
+      'the images of the data set have no classes, so that nothing is right or '
+      'wrong on them: give --dataset with classes'
+    )
+  if has_head:
+    bundle.check_head()
+  if has_head and num_classes and num_classes != len(bundle.class_names):
     raise config_utils.UserError(
       f'the {what} tells {len(bundle.class_names)} classes apart, but the data '
       f'set has {num_classes}'

@@ -78,7 +78,11 @@ def deploy(bundle: bundles.Bundle, *, takes: str = 'uint8') -> Deployed:
   Args:
     bundle: computes in float32.
     takes: a key of PIXELS.
+
+  Raises:
+    config_utils.UserError: it has no head.
   """
+  bundle.check_head()
   network, variables = bundle.network, bundle.variables
   if isinstance(network, network_lib.Network):
     network, variables = _folded(network, variables, bundle.image_shape)

@@ -54,12 +54,14 @@ def load(path: str, *, trust_code: bool = False) -> Any:
     trust_code: see bundles.load; a StableHLO file is only read if it is set.
 
   Raises:
-    config_utils.UserError: there is none, or it is damaged, not trusted, or
-      another file than the one that FILE.json beside it describes.
+    config_utils.UserError: there is none, or it is damaged, not trusted,
+      without a head, or another file than the one that FILE.json beside it
+      describes.
   """
   file = pathlib.Path(config_utils.expand(path))
   if file.suffix not in SUFFIXES or file.is_dir():
     bundle = bundles.load(path, dtype=jnp.float32, trust_code=trust_code)
+    bundle.check_head()
     return _BundleSession(bundle)
   try:
     data = file.read_bytes()

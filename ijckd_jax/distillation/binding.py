@@ -11,6 +11,7 @@ from ijckd_jax.data import mixing
 from ijckd_jax.distillation import distiller as distiller_lib
 from ijckd_jax.distillation import network as network_lib
 from ijckd_jax.distillation import teachers
+from ijckd_jax.distillation import unlabelled
 from ijckd_jax.models import outputs
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import parallel
@@ -41,7 +42,7 @@ def bind(
     given: the teachers, that with the joint classifier first; their arrays may
       be shapes. Needed unless the method says `needs_teacher = False`.
     image_shape: (H, W, C) of the shared view.
-    num_classes: K of the data set.
+    num_classes: K of the data set; 0 where its images have no classes.
     axis_name: mapped axis over which batch norm is synchronised, or None.
     dtype: of the connectors' computation.
     mixed: whether its batches hold mixing.MixedLabels.
@@ -53,6 +54,17 @@ def bind(
   Raises:
     config_utils.UserError: the pair does not fit; nothing has been compiled.
   """
+  if not num_classes:
+    _check_unlabelled(
+      backbone=backbone,
+      preprocessing=preprocessing,
+      method=method,
+      given=given,
+      image_shape=image_shape,
+      axis_name=axis_name,
+      dtype=dtype,
+      num_rows=num_rows,
+    )
   network = network_lib.plain(backbone, preprocessing)
   if not method.needs_teacher:
     given = weights = ()
@@ -81,17 +93,19 @@ def bind(
       f'{method} predicts behind a connector, but builds none: return one from '
       "build_connector, or say predicts_with = 'own'"
     )
-  random_head = None
+  fixed_head = None
   if method.predicts_with == 'random':
-    random_head = network_lib.random_head(
+    fixed_head = network_lib.random_head(
       seed, given[0].num_features, num_classes
     )
+  elif method.predicts_with == 'own' and not num_classes:
+    fixed_head = network_lib.random_head(seed, source.pooled.shape[-1], 0)
   distiller = distiller_lib.Distiller(
     network,
     method,
     links,
     num_classes,
-    random_head,
+    fixed_head,
     _auxiliary(source, targets, method, runtime),
     dropout,
   )
@@ -237,6 +251,25 @@ def _auxiliary(source, targets, method, runtime):
       'teacher: set teacher.others=()'
     )
   return auxiliary.clone(**runtime)
+
+
+def _check_unlabelled(*, method, given, **more) -> None:
+  """Raises UserError where a method cannot learn without classes.
+
+  Arguments are those of `bind`.
+  """
+  unlabelled.check_head(method)
+  num_classes = unlabelled.NUM_CLASSES
+  given = [
+    teacher.with_head(
+      network_lib.head_shapes(teacher.num_features, num_classes)
+    )
+    for teacher in given
+  ]
+  distiller = bind(method=method, given=given, num_classes=num_classes, **more)
+  unlabelled.check_reads_features_alone(
+    distiller, more['image_shape'], more['num_rows']
+  )
 
 
 def _check_loss(distiller, image_shape, num_rows, *, mixed: bool) -> None:

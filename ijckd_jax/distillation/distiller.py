@@ -33,12 +33,11 @@ class Frozen:
 
   Attributes:
     teachers: Teacher.arrays of each teacher, the joint classifier's first.
-    random_head: of a student that predicts with a random head; None for all
-      others.
+    fixed_head: of a student whose own head is not trained; None for all others.
   """
 
   teachers: tuple[dict[str, Any], ...] = ()
-  random_head: dict[str, jax.Array] | None = None
+  fixed_head: dict[str, jax.Array] | None = None
 
   @property
   def joint(self) -> dict[str, Any] | None:
@@ -76,9 +75,10 @@ class Distiller:
     method: the objective, see methods.
     links: to the teachers, that to the joint classifier's first; () for a
       method that needs no teacher.
-    num_classes: K.
-    random_head: of a student that predicts with a random head, which is not
-      trained; None for all others.
+    num_classes: K; 0 where the images have no classes, so that features alone
+      are learned, and every head is empty.
+    fixed_head: of a student whose own head is not trained, because it is random
+      or empty; None for all others.
     auxiliary: auxiliary.Auxiliary of the method, trained beside the student;
       None for most.
     dropout: share of the pooled features that the student's own head does not
@@ -89,7 +89,7 @@ class Distiller:
   method: Any
   links: tuple[Link, ...]
   num_classes: int
-  random_head: Any = None
+  fixed_head: Any = None
   auxiliary: auxiliary_lib.Auxiliary | None = None
   dropout: float = 0.0
 
@@ -106,7 +106,10 @@ class Distiller:
   @property
   def trains_head(self) -> bool:
     """Whether the head that makes the prediction is trained."""
-    return self.method.predicts_with not in ('teacher', 'random')
+    return self.num_classes > 0 and self.method.predicts_with not in (
+      'teacher',
+      'random',
+    )
 
   @property
   def remembers(self) -> bool:
@@ -122,7 +125,7 @@ class Distiller:
   def frozen(self) -> Frozen:
     """The arrays that are not trained."""
     arrays = tuple(teacher.arrays for teacher in self.teachers)
-    return Frozen(arrays, self.random_head)
+    return Frozen(arrays, self.fixed_head)
 
   def with_teachers(self, given) -> 'Distiller':
     """Returns the same for teachers of the same shapes, in the same order."""
@@ -269,9 +272,21 @@ class Distiller:
       The total; and the terms, the student's outputs.Outputs and the updated
       batch statistics.
     """
-    students, batch_stats = self.run_student(
-      variables, frozen, batch['image'], key
+    students, batch_stats = self.what_loss_reads(
+      variables, frozen, teacher_outputs, batch['image'], key
     )
+    total, terms = self.loss(students, teacher_outputs, batch)
+    return total, (terms, students[0], batch_stats)
+
+  def what_loss_reads(
+    self, variables, frozen: Frozen, teacher_outputs, images, key=None
+  ):
+    """Returns the student's outputs for `loss`, and its batch statistics.
+
+    Arguments are those of `run_student`, and the teachers' outputs, which the
+    method's own module may read.
+    """
+    students, batch_stats = self.run_student(variables, frozen, images, key)
     if self.auxiliary is not None:  # There is one link then.
       made, batch_stats['auxiliary'] = network_lib.run(
         self.auxiliary,
@@ -281,8 +296,7 @@ class Distiller:
         train=True,
       )
       students = (students[0].replace(auxiliary=made),)
-    total, terms = self.loss(students, teacher_outputs, batch)
-    return total, (terms, students[0], batch_stats)
+    return students, batch_stats
 
   def loss(self, students, teacher_outputs, batch):
     """Returns the method's total and terms: the links' weighted mean.
@@ -353,7 +367,8 @@ class Distiller:
     """
     if self.through_connector:
       return self._connected(variables, frozen, self._head(variables, frozen))
-    kept = _parts(variables, 'backbone', 'head')
+    kept = _parts(variables, 'backbone')
+    kept['params']['head'] = self._head(variables, frozen)
     return {**kept, 'pool': {}}
 
   def connected_variables(
@@ -373,7 +388,7 @@ class Distiller:
     """Returns the head that makes the student's prediction."""
     if self.trains_head:
       return variables['params']['head']
-    return frozen.joint['head'] if self.reuses_head else frozen.random_head
+    return frozen.joint['head'] if self.reuses_head else frozen.fixed_head
 
   def _connected(self, variables, frozen: Frozen, head) -> dict[str, Any]:
     """Returns the variables of the student through the connector and a head."""

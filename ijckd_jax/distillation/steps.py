@@ -60,7 +60,8 @@ def train_step(
 
   Returns:
     The state after, and (sum, count) of each metric over all devices: 'loss',
-    the method's terms, 'accuracy', and 'gradient_norm' before the optimizer.
+    the method's terms, 'accuracy' where there are classes, and 'gradient_norm'
+    before the optimizer.
   """
   batch = _augment(batch, key, augmentation, mixing)
   zeros = jax.tree.map(jnp.zeros_like, state.params)
@@ -241,6 +242,8 @@ def _sums(means, logits, labels):
   """Returns (sum, count) of means over the rows, and of the accuracy."""
   count = jnp.asarray(len(logits), jnp.float32)
   sums = {name: (value * count, count) for name, value in means.items()}
+  if not logits.shape[-1]:  # There are no classes.
+    return sums
   labels = losses.single_labels(labels)
   labelled = labels >= 0
   correct = labelled & (jnp.argmax(logits, axis=-1) == labels)

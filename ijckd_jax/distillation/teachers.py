@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ijckd_jax.data import augment
 from ijckd_jax.data import classes
@@ -37,7 +38,7 @@ class Teacher:
       that `preprocessing` made. Its logits are ignored: the head's on
       `pooled` are taken.
     variables: its arrays, a pytree; `head` and `pool_variables` apart.
-    head: 'kernel' (D, K) and 'bias' (K,).
+    head: 'kernel' (D, K) and 'bias' (K,); K is 0 where it has none.
     preprocessing: from the shared view to its input.
     name: what reports call it.
     pool: `(pool_variables, map) -> pooled`.
@@ -97,6 +98,14 @@ class Teacher:
     """Returns it with another head on the same features."""
     counts = {**self.num_params, 'head': count(head)}
     return dataclasses.replace(self, head=head, num_params=counts)
+
+  def without_head(self) -> 'Teacher':
+    """Returns it with an empty head, for images that have no classes."""
+    head = {
+      'kernel': np.zeros((self.num_features, 0), np.float32),
+      'bias': np.zeros(0, np.float32),
+    }
+    return dataclasses.replace(self.with_head(head), class_names=())
 
   def in_order(self, order, class_names: Sequence[str]) -> 'Teacher':
     """Returns it with its classes in another order, see classes.reorder."""

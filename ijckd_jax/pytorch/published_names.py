@@ -136,7 +136,12 @@ def pool_backbone(name: str) -> models.Backbone | None:
 
 
 def state_dict(bundle: bundles.Bundle) -> dict[str, np.ndarray]:
-  """Returns a network's arrays as PyTorch's state dict holds them."""
+  """Returns a network's arrays as PyTorch's state dict holds them.
+
+  Raises:
+    config_utils.UserError: it has no head.
+  """
+  bundle.check_head()
   flat = traverse_util.flatten_dict(bundle.variables)
   state = {}
   names = names_of(bundle.network, bundle.variables, bundle.pool_name)

@@ -52,10 +52,7 @@ def draw(
       *_scatter(measured),
       *_classes(measured, class_names),
     ]
-    return [
-      plots.Section(title, stem, plots.render(figure, *FORMATS), text)
-      for title, stem, figure, text in sections
-    ]
+    return plots.finish(sections, *FORMATS)
 
 
 def _bounds(measured) -> tuple:

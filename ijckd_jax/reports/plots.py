@@ -13,6 +13,7 @@ import numpy as np
 
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import markdown
+from ijckd_jax.runtime import progress
 
 NOT_LOSSES = ('accuracy', 'gradient_norm', 'images_per_second', 'learning_rate')
 MAX_NAMED = 20  # More names do not fit beside a matrix.
@@ -77,14 +78,31 @@ def draw(
   with style.context(['default', STYLE]):
     sections = [
       *([_losses(summary, history)] if history else []),
-      *([_accuracy(summary, history)] if history else []),
-      _confusions(summary, evaluation, class_names),
-      _images(summary, evaluation, arrays, class_names),
     ]
-    return [
-      Section(title, stem, render(figure, 'png'), text)
-      for title, stem, figure, text in sections
-    ]
+    if evaluation is not None:
+      sections += [
+        *([_accuracy(summary, history)] if history else []),
+        _confusions(summary, evaluation, class_names),
+        _images(summary, evaluation, arrays, class_names),
+      ]
+    return finish(sections, 'png')
+
+
+def finish(
+  drawn: Sequence[tuple[str, str, Any, str]], *formats: str
+) -> list[Section]:
+  """Returns sections whose figures are rendered; says how far it is.
+
+  Args:
+    drawn: title, stem, figure or None, and text of each section.
+    *formats: of the pictures.
+  """
+  return [
+    Section(title, stem, render(figure, *formats), text)
+    for title, stem, figure, text in progress.watched(
+      drawn, 'drawing the report', 'plots', len(drawn)
+    )
+  ]
 
 
 def render(figure, *formats: str) -> dict[str, bytes]:

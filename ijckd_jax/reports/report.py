@@ -31,6 +31,9 @@ def table(summary: Mapping[str, Any]) -> str:
   learner, student = markdown.learner(summary), summary['student']
   best_by = 'the test set' if summary['best_by'] == 'test' else 'validation'
   best = f'{learner}, best by {best_by} (step {summary["best_step"]:,})'
+  counts = [f'- {line}' for line in _counts(summary)]
+  if not student:  # The images have no classes.
+    return '\n'.join(counts)
   rows = {
     'teacher': summary['teacher'],
     f'{learner}, last': student['last'],
@@ -38,9 +41,7 @@ def table(summary: Mapping[str, Any]) -> str:
     f'{learner}, last without EMA': student.get('last_without_ema'),
   }
   rows = {name: metrics for name, metrics in rows.items() if metrics}
-  return '\n'.join(
-    [markdown.metrics(rows), '', *(f'- {x}' for x in _counts(summary))]
-  )
+  return '\n'.join([markdown.metrics(rows), '', *counts])
 
 
 def _counts(summary):
@@ -90,7 +91,7 @@ def write(
     summary: as in `summary.json`.
     history: rows of `metrics.jsonl`.
     evaluation: evaluator.Evaluation of the network that is bundled, on the test
-      split.
+      split; None where the images have no classes.
     arrays: datasets.Arrays of the test split.
     class_names: K names.
     measured: measure.Measured of the pair; None without a teacher.
@@ -102,7 +103,7 @@ def write(
       measured, class_names, history, summary['best_by']
     )
   parts = [_headline(summary, evaluation), table(summary)]
-  if summary['best_by'] == 'test':
+  if summary['best_by'] == 'test' and evaluation is not None:
     parts.append(
       "'Best' was chosen on the test set, so its numbers flatter: compare runs "
       'by their last step, or hold out a validation split '
@@ -207,7 +208,7 @@ def _write_pages(folder: epath.Path, parts, sections, details) -> None:
 
 def _headline(summary, evaluation):
   """Returns a title, what was done, and what that was worth."""
-  config, teacher_evaluation = summary['config'], evaluation.teacher
+  config = summary['config']
   method = methods.build(config['method'])
   by, on, name, teacher = map(
     markdown.escape,
@@ -218,6 +219,14 @@ def _headline(summary, evaluation):
       summary['teacher_name'],
     ),
   )
+  if evaluation is None:
+    return (
+      f'# {name} by {by} on {on}\n\n**{name}** learned the features of '
+      f'**{teacher}** by **{by}** on **{on}**, whose images have no classes. '
+      'It has no head: `ijckd probe` says what its features are worth, on '
+      'images with classes.'
+    )
+  teacher_evaluation = evaluation.teacher
   if teacher_evaluation is None:
     done = f'trained without a teacher by **{by}** on **{on}**'
   elif method.needs_teacher:

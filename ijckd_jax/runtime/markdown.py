@@ -54,7 +54,7 @@ def join(*sentences: str | bool) -> str:
 
 def learner(summary: Mapping[str, Any]) -> str:
   """Returns what a report calls the network that was trained."""
-  return 'student' if summary['teacher'] else 'network'
+  return 'student' if summary['teacher_name'] else 'network'
 
 
 def grid(cells: Sequence[Sequence[str]]) -> str:

@@ -72,18 +72,28 @@ class Lines:
     self._first = done
     self._total = total
     self._begin = self._said = time.monotonic()
+    self._has_begun = False
 
   def say(self, done: int) -> None:
-    """Logs how many are done, if the last line is SECONDS ago."""
+    """Logs how many are done, if the last line is SECONDS ago.
+
+    The time that is left is told by all but the first ones, which may have
+    waited for a compiler.
+    """
     now = time.monotonic()
-    if (
-      not _is_wanted.get() or now - self._said < SECONDS or done == self._first
-    ):
+    if done > self._first and not self._has_begun:
+      self._first, self._begin, self._has_begun = done, now, True
+    if not (_is_wanted.get() and self._has_begun):
+      return
+    if now - self._said < SECONDS:
       return
     self._said = now
+    counted = f'{done:,} of {self._total:,} {self._unit}'
+    if done == self._first:
+      logger.info('%s: %s', self._what, counted)
+      return
     rate = (now - self._begin) / (done - self._first)
     left = duration(rate * (self._total - done))
-    counted = f'{done:,} of {self._total:,} {self._unit}'
     logger.info('%s: %s, about %s left', self._what, counted, left)
 
 

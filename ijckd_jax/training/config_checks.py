@@ -220,6 +220,30 @@ def check_drops(section, backbone, method) -> None:
     )
 
 
+def check_unlabelled(config, *, teacher_given: bool) -> None:
+  """Raises UserError where settings need classes, and the images have none.
+
+  Args:
+    config: the run's.
+    teacher_given: whether teachers come from Python, not from the config.
+  """
+  section, why = config.teacher, 'the images have no classes'
+  if not (section.checkpoint or teacher_given):
+    raise config_utils.UserError(
+      f'{why}, so that no teacher can be trained on them: give one that is '
+      'there, as teacher.checkpoint'
+    )
+  if section.head or section.refit:
+    raise config_utils.UserError(
+      f'{why}, so that no head can be fitted on them: set teacher.head= and '
+      'teacher.refit='
+    )
+  if config.bundle == 'best':
+    raise config_utils.UserError(
+      f'{why}, so that no step is known to be the best: set bundle=last'
+    )
+
+
 def check_refit(config, method) -> None:
   """Raises UserError where a head is refitted that the student does not use."""
   if config.teacher.refit and method.predicts_with != 'teacher':

@@ -224,7 +224,7 @@ class Experiment:
   def frozen(self) -> distiller_lib.Frozen:
     """The arrays that are not trained, as a step takes them."""
     arrays = tuple(teacher.arrays for teacher in self.teachers)
-    return distiller_lib.Frozen(arrays, self.distiller.random_head)
+    return distiller_lib.Frozen(arrays, self.distiller.fixed_head)
 
   def with_teachers(self, given: Sequence[teachers.Teacher]) -> 'Experiment':
     """Returns the same with teachers whose arrays are there.
@@ -441,6 +441,8 @@ def build(
   )
   config_checks.check_drops(config.student, backbone, method)
   start, preprocessing = _start(config, dataset)
+  if not dataset.class_names:
+    config_checks.check_unlabelled(config, teacher_given=teacher is not None)
   teacher_run = None
   if method.needs_teacher and teacher is None and not config.teacher.checkpoint:
     teacher_run = build(
@@ -556,6 +558,8 @@ def _teachers(config, dataset, given, dtype):
   if given is None:
     given = teacher_loading.load(section, dtype) if section.checkpoint else ()
   given, weights = teacher_loading.order(given, section)
+  if not dataset.class_names:
+    given = tuple(teacher.without_head() for teacher in given)
   if section.head == 'fit':
     num_classes = len(dataset.class_names)
     given = tuple(

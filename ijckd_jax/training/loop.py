@@ -261,7 +261,7 @@ class Loop:
           line.show(step, row)
           progress.sums = {}
         score = None
-        if evaluation:
+        if evaluation and exp.dataset.class_names:
           result = self.evaluate(state.evaluated, frozen, split).metrics
           score = result['top1']
           row = {f'{split}/{name}': value for name, value in result.items()}

@@ -181,6 +181,12 @@ def _announce(exp, workdir) -> None:
     logger.info('%s: the teacher is of %s', workdir, ', '.join(said))
   for note in exp.notes:
     logger.warning('%s: %s', workdir, note)
+  if not exp.dataset.class_names:
+    logger.info(
+      '%s: the images have no classes: features alone are learned, and nothing '
+      'is evaluated; ijckd probe judges the bundle',
+      workdir,
+    )
   if exp.start is not None:
     logger.info(
       '%s: starts with the %s of %s, and draws the rest afresh',

@@ -158,13 +158,16 @@ def finish(training, workdir, state, progress, history):
   # Long, because its order decides what a kill leaves: bundle, summary, report.
   exp, config = training.experiment, training.experiment.config
   kept, best_step = _kept(training, state)
-  results = {
-    name: training.evaluate(*arrays, 'test') for name, arrays in kept.items()
-  }
-  chosen = config.bundle if config.bundle in results else 'last'
-  student = {name: result.metrics for name, result in results.items()}
-  student.setdefault('best', student['last'])
-  teacher = results[chosen].teacher and results[chosen].teacher.metrics
+  chosen = config.bundle if config.bundle in kept else 'last'
+  evaluation, student, teacher = None, {}, None
+  if exp.dataset.class_names:  # Without them nothing can be right or wrong.
+    results = {
+      name: training.evaluate(*arrays, 'test') for name, arrays in kept.items()
+    }
+    student = {name: result.metrics for name, result in results.items()}
+    student.setdefault('best', student['last'])
+    evaluation = results[chosen]
+    teacher = evaluation.teacher and evaluation.teacher.metrics
   facts = {
     'best_step': best_step,
     'best_by': training.ranking_split,
@@ -178,7 +181,7 @@ def finish(training, workdir, state, progress, history):
     kept[chosen],
     {'which': chosen, **_made(exp)},
     {
-      'test': student[chosen],
+      **({'test': student[chosen]} if student else {}),
       'run': {
         'test': student,
         'teacher': teacher,
@@ -212,7 +215,7 @@ def finish(training, workdir, state, progress, history):
       workdir,
       summary=summary,
       history=history,
-      evaluation=results[chosen],
+      evaluation=evaluation,
       arrays=training.splits['test'],
       class_names=bundle.class_names,
       measured=measured,
@@ -230,6 +233,8 @@ def _kept(training, state):
   """
   states = {'last': state}
   best_step = training.checkpoints.best_step
+  if best_step is None:  # None was evaluated.
+    best_step = int(state.step)
   if best_step != int(state.step):
     states['best'], _ = training.checkpoints.restore_best(state)
     best_step = int(states['best'].step)
@@ -302,12 +307,12 @@ def _try_report(write, failure, workdir) -> None:
 
 
 def _measure(training, workdir, variables, frozen) -> measure.Measured | None:
-  """Returns what test images say of student and teacher; None without one.
+  """Returns what test images say of student and teacher, if there are both.
 
   Nor where they are not finite, of which nothing can be said: it is logged.
   """
   exp, config = training.experiment, training.experiment.config
-  if exp.teacher is None:
+  if exp.teacher is None or not exp.dataset.class_names:
     return None
   distiller = exp.distiller
   student = distiller.deployed(variables, frozen)

@@ -51,6 +51,10 @@ def _check(configs) -> str:
       # This process has one device, however many the run will have.
       config.num_cpu_devices = 1
       exp = experiment.build(config)
+      if not exp.dataset.class_names:
+        raise config_utils.UserError(
+          'a sweep compares accuracies, but the images have no classes'
+        )
       data = config_utils.to_json(config.dataset)
       if data not in loaded:
         splits = {split: exp.dataset.load(split) for split in datasets.SPLITS}

@@ -169,7 +169,7 @@ def in_class_order(
 def check(teacher: teachers.Teacher, dataset) -> None:
   """Raises UserError where a teacher cannot teach on a data set."""
   num_classes = len(dataset.class_names)
-  if not teacher.num_classes:
+  if num_classes and not teacher.num_classes:
     raise config_utils.UserError(
       f'teacher {teacher.name} has no head: --config.teacher.head=fit fits one '
       'on its features'

@@ -4,7 +4,8 @@ A data set is a frozen dataclass, in a module of its own as `Dataset`, whose
 fields can be set in a config. It has these attributes:
 
   image_shape: (H, W, C) of its uint8 images.
-  class_names: K names.
+  class_names: K names; () where the images have no classes, so that a student
+    can learn features alone: then all labels are -1, and 'test' is empty.
   mean, std: C numbers each, of pixels scaled to [0, 1].
   crop_padding: zero padding in pixels of the training crop; 0 for none.
   flip: whether training images are mirrored at random.
@@ -110,8 +111,10 @@ class ArrayDataset:
   """A data set from arrays. Labels of -1, in `train` only, mean unlabelled.
 
   Attributes:
-    train, test, validation: images and labels of each split.
-    class_names: K names; what is no text becomes one.
+    train, test, validation: images and labels of each split. Only images
+      without classes may lack `test`.
+    class_names: K names; what is no text becomes one. () for images without
+      classes.
     mean, std: C numbers each, of pixels scaled to [0, 1].
     crop_padding, flip: see the module's docstring.
 
@@ -120,7 +123,7 @@ class ArrayDataset:
   """
 
   train: Arrays
-  test: Arrays
+  test: Arrays | None = None
   validation: Arrays | None = None
   class_names: Sequence[str]
   mean: Sequence[float]
@@ -134,7 +137,7 @@ class ArrayDataset:
     object.__setattr__(self, 'class_names', names)
     for split in SPLITS:
       arrays = getattr(self, split)
-      if arrays is None and split == 'validation':
+      if arrays is None and (split == 'validation' or not names):
         continue
       if not isinstance(arrays, Arrays):
         raise config_utils.UserError(
@@ -163,6 +166,11 @@ class ArrayDataset:
           'give images.transpose(0, 2, 3, 1)'
         )
       lowest = -1 if split == 'train' else 0
+      if not names and (split != 'train' or labels.max() >= 0):
+        raise config_utils.UserError(
+          'without class_names, images have no classes: give `train` alone, '
+          'and -1 as each of its labels; or give class_names'
+        )
       if labels.min() < lowest or labels.max() >= len(self.class_names):
         raise config_utils.UserError(
           f'{split} labels go from {labels.min()} to {labels.max()}; with '

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 
+from ijckd_jax.data import datasets
 from ijckd_jax.data.datasets import photos
 from ijckd_jax.runtime import config_utils
 
@@ -16,7 +17,7 @@ class Dataset(photos.PhotoDataset):
   """A folder of images, under the name that it was prepared with.
 
   Attributes:
-    folder: that name.
+    folder: that name. Of images without classes, a student can learn features.
     unlabelled: the same of images without classes, which are mixed in with the
       training images; '' for none. Their labels are -1.
   """
@@ -49,28 +50,36 @@ class Dataset(photos.PhotoDataset):
 
   @functools.cached_property
   def class_names(self) -> tuple[str, ...]:
-    """The folders' names.
+    """The folders' names; () for images without classes.
 
     Raises:
-      UserError: it is not prepared, or has no classes.
+      UserError: it is not prepared.
     """
     (source,) = super().sources('train')
     features = source.builder.info.features
-    if 'label' not in features:
-      raise config_utils.UserError(
-        f'{self.folder} was prepared from images without classes: give it as '
-        'dataset.unlabelled, beside a folder with classes'
-      )
-    return tuple(features['label'].names)
+    return tuple(features['label'].names) if 'label' in features else ()
 
   def load(self, split: str) -> photos.Photos:
     """Returns the examples of a split; none is read yet.
 
+    Images without classes are all for training: the other splits are empty.
+
     Raises:
       UserError: there is no such split, the data set is not prepared, or images
-        are to be held out where there are validation images.
+        are to be held out where there are validation images, or no classes.
     """
     (source,) = super().sources('train')
+    if not self.class_names:
+      if self.validation_fraction:
+        raise config_utils.UserError(
+          f'{self.folder} has no classes to validate on: leave out '
+          'dataset.validation_fraction'
+        )
+      whole = self.photos(self.sources('train'))
+      datasets.check_split(split)
+      if split == 'train':
+        return whole
+      return dataclasses.replace(whole, rows=whole.rows[:0])
     if 'validation' not in source.builder.info.splits:
       return super().load(split)
     if self.validation_fraction:

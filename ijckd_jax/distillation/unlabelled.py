@@ -1,0 +1,83 @@
+"""Learning from images that have no classes: by features alone."""
+
+import jax
+from jax.interpreters import partial_eval
+import jax.numpy as jnp
+
+from ijckd_jax.runtime import config_utils
+from ijckd_jax.runtime import parallel
+
+# With as many stand-ins a loss is traced that would read labels or logits.
+NUM_CLASSES = 2
+# What there is only where there are classes, by the names in the batch and in
+# outputs.Outputs.
+OF_CLASSES = ('label', 'logits')
+
+
+def check_head(method) -> None:
+  """Raises UserError where a method trains or draws a head, which has no use.
+
+  Args:
+    method: the objective.
+  """
+  if method.predicts_with not in ('own', 'teacher'):
+    raise config_utils.UserError(
+      f"{method} predicts with the head '{method.predicts_with}', but the "
+      'images have no classes, so that there is none: set method.head=teacher'
+    )
+
+
+def check_reads_features_alone(distiller, image_shape, num_rows: int) -> None:
+  """Raises UserError where a loss reads labels or logits.
+
+  Args:
+    distiller: the pair and the method, with heads of NUM_CLASSES stand-ins.
+    image_shape: (H, W, C) of the shared view.
+    num_rows: images in a batch that is traced.
+  """
+  terms = sorted(_terms_of_classes(distiller, image_shape, num_rows))
+  if not terms:
+    return
+  weights = [
+    f'method.{name}_weight=0'
+    for name in terms
+    if hasattr(distiller.method, f'{name}_weight')
+  ]
+  remedy = 'take method simkd, which learns from features alone'
+  if len(weights) == len(terms):
+    remedy = f'set {" and ".join(weights)}, or {remedy}'
+  raise config_utils.UserError(
+    f'the images have no classes, but {distiller.method} reads labels or '
+    f'logits ({", ".join(terms)}): {remedy}'
+  )
+
+
+def _terms_of_classes(distiller, image_shape, num_rows) -> set[str]:
+  """Returns the terms of a loss that read labels or logits."""
+  images = jax.ShapeDtypeStruct((num_rows, *image_shape), jnp.uint8)
+  frozen = distiller.frozen
+  teacher_outputs = jax.eval_shape(distiller.run_teachers, frozen, images)
+
+  def read(frozen, teacher_outputs, images):
+    key = jax.random.key(0)
+    variables = distiller.init(key, image_shape)
+    students, _ = distiller.what_loss_reads(
+      variables, frozen, teacher_outputs, images, key
+    )
+    return students, distiller.example_batch(images)
+
+  _, (students, batch) = parallel.trace(read, frozen, teacher_outputs, images)
+  inputs = students, teacher_outputs, batch
+  jaxpr, (_, terms) = parallel.trace(distiller.loss, *inputs)
+  of_classes = [
+    jax.tree_util.keystr(path[-1:], simple=True) in OF_CLASSES
+    for path, _ in jax.tree_util.tree_leaves_with_path(inputs)
+  ]
+  found = set()
+  # The first result is the total; dicts are flattened in the order of keys.
+  for number, name in enumerate(sorted(terms), 1):
+    wanted = [i == number for i in range(len(terms) + 1)]
+    _, is_read = partial_eval.dce_jaxpr(jaxpr.jaxpr, wanted)
+    if any(a and b for a, b in zip(is_read, of_classes, strict=True)):
+      found.add(name)
+  return found
