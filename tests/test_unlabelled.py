@@ -45,6 +45,18 @@ def heap_of(images, **fields):
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class Heap(digits.Dataset):
+  """The training images of digits, without their classes."""
+
+  class_names = ()
+
+  def load(self, split):
+    arrays = super().load('train')
+    count = len(arrays) if split == 'train' else 0
+    return datasets.Arrays(arrays.images[:count], np.full(count, -1, np.int32))
+
+
 def config_of(method, **fields):
   config = experiment.default_config(
     dataset=None, teacher='', student='plain', method=method
@@ -255,6 +267,30 @@ def test_where_a_head_is_needed(learned, data_dir, run_command, tmp_path):
     assert code == 2, (command, err)
     assert 'has no head' in err and 'ijckd probe' in err, (command, err)
   assert not list(tmp_path.iterdir())
+
+
+def test_the_bound_takes_them_as_images_without_labels(
+  published_run, data_dir, run_command
+):
+  flags = [
+    *('--bundle', published_run[0], '--data_dir', data_dir),
+    *('--teacher', published_run[0] / 'teacher', '--fit_examples', 0),
+    *('--unlabelled', 'tests.test_unlabelled:Heap'),
+  ]
+  code, _, err = run_command(bounds.main, *flags)
+  assert code == 2 and 'give --unlabelled_split' in err
+  flags += ['--unlabelled_split', 'train', '--json']
+  code, out, err = run_command(bounds.main, *flags)
+  assert code == 0, err
+  assert json.loads(out)['unlabelled']['examples'] == 1437
+
+
+def test_nothing_is_judged_on_them(published_run, data_dir, run_command):
+  flags = ('--bundle', published_run[0], '--data_dir', data_dir)
+  flags = (*flags, '--dataset', 'tests.test_unlabelled:Heap')
+  for command in (evaluate.main, probe.main):
+    code, _, err = run_command(command, *flags)
+    assert code == 2 and 'the images of the data set have no classes' in err
 
 
 def test_as_a_teacher_it_needs_a_head(learned, small_config):
