@@ -1,10 +1,10 @@
 """The runs of this experiment, by their arm.
 
-  ARM is fresh_ijckd, fresh_ce, pretrained_ijckd or pretrained_ce
+  ARM is teacher, fresh_ijckd, fresh_ce, pretrained_ijckd or pretrained_ce
 
-Students from a fresh start are a shufflenet_v2_x0_5; from pretrained weights, a
-tf_efficientnet_lite0. Their teacher is a tf_efficientnet_lite2 whose head is a
-linear probe on the labelled images. ce learns from the labelled images alone.
+The teacher is a tf_efficientnet_lite2 that starts from ImageNet's weights.
+Students from a fresh start are a shufflenet_v2_x0_5; from ImageNet's weights, a
+tf_efficientnet_lite0. Teacher and ce learn from the labelled images alone.
 """
 
 import pathlib
@@ -16,12 +16,17 @@ DATA = pathlib.Path('runs/garments/data')
 DATA_DIR = str(DATA / 'tensorflow_datasets')
 SIDE = 96
 TEACHER = 'tf_efficientnet_lite2'
-STUDENTS = {
+# Backbones of what each start is the start of.
+BACKBONES = {
+  'teacher': TEACHER,
   'fresh': 'shufflenet_v2_x0_5',
   'pretrained': 'tf_efficientnet_lite0',
 }
+# Folders of weights.
+WEIGHTS = {'teacher': 'lite2', 'pretrained': 'lite0'}
 # Epochs of all 11,000 images for ijckd, and of the 1,000 labelled ones for ce.
 EPOCHS = {
+  'teacher': 15.0,
   'fresh_ijckd': 10.0,
   'fresh_ce': 60.0,
   'pretrained_ijckd': 2.0,
@@ -33,11 +38,12 @@ def get_config(arm=None):
   """Returns the config of an arm."""
   if arm not in EPOCHS:
     raise config_utils.unknown('arm', arm or '', list(EPOCHS))
-  start, method = arm.split('_')
+  start, _, method = arm.partition('_')
+  method = method or 'ce'
   config = experiment.default_config(
     dataset='image_folder',
     teacher=TEACHER,
-    student=STUDENTS[start],
+    student=BACKBONES[start],
     method=method,
   )
   config.dataset.folder = 'garments'
@@ -57,11 +63,13 @@ def get_config(arm=None):
   config.optimizer.warmup_epochs = EPOCHS[arm] / 20
   config.augment.label_smoothing = 0.1
   config.bounds.fit_examples = 0
-  if start == 'pretrained':
-    config.student.init_from = str(DATA / 'lite0')
+  if start in WEIGHTS:
+    config.student.init_from = str(DATA / WEIGHTS[start])
   if method == 'ijckd':
     config.dataset.unlabelled = 'heap'
-    config.teacher.checkpoint = str(DATA / 'teacher')
+    config.teacher.checkpoint = str(DATA.parent / 'teacher')
     config.teacher.store.views = 2
     config.method.factor = config_utils.AUTO
+    if start == 'fresh':  # Which leaves it below a fifth of the teacher.
+      config.student.max_growth = 2.5
   return config

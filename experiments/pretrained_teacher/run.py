@@ -1,23 +1,29 @@
-"""Trains the students of this experiment, judges and ships them.
+"""Trains teacher and students of this experiment, judges and ships them.
 
   python -m experiments.pretrained_teacher.run
 
 after .prepare, in the same folder. The same command continues what was stopped.
-Leaves runs/garments: a folder for each arm and seed; start.json, what frozen
-starts are worth; student.onnx in eight bits and page, with student and teacher.
+Leaves runs/garments: the teacher; in fresh and pretrained, students by seed
+with their table (sweep.md); probe_*.json, what frozen starts are worth;
+student.onnx in eight bits, and page, with student and teacher; results.json,
+results.png, and a printed table.
 What follows the command is given to each training: --config.total_epochs=1.
 """
 
 import json
-import pathlib
+import os
 import subprocess
 import sys
 
-from experiments.pretrained_teacher import config
+import jax
 
-FOLDER = pathlib.Path('runs/garments')
-FILE = pathlib.Path(config.__file__)
-SEEDS = (0, 1, 2)
+from experiments.pretrained_teacher import config
+from experiments.pretrained_teacher import results
+from ijckd_jax.bundles import bundles
+from ijckd_jax.training import experiment
+
+FOLDER = config.DATA.parent
+FILE = os.path.relpath(config.__file__)
 DATASET = (
   *('--dataset', 'image_folder', '--data_dir', config.DATA_DIR),
   *(
@@ -29,28 +35,52 @@ DATASET = (
 
 def main(more: list[str]) -> None:
   """Runs everything that is not there yet."""
-  teacher = FOLDER / 'data/teacher'
-  if not teacher.exists():
-    probe = ('--bundle', FOLDER / 'data/lite2', '--output', teacher)
-    _keep('teacher', 'probe', *probe, *DATASET)
-  for seed in SEEDS:
-    for arm in config.EPOCHS:
-      _ijckd(
-        *('train', '--config', f'{FILE}:{arm}', f'--config.seed={seed}'),
-        *('--workdir', FOLDER / f'{arm}_{seed}', *more),
-      )
-  _keep(
-    'pretrained_start', 'probe', '--bundle', FOLDER / 'data/lite0', *DATASET
+  _ijckd(
+    *('train', '--config', f'{FILE}:teacher', '--workdir', FOLDER / 'teacher'),
+    *more,
   )
-  student = FOLDER / 'fresh_ijckd_0'
+  for start in ('fresh', 'pretrained'):
+    _ijckd(
+      *('sweep', '--config', f'{FILE}:{start}_ce'),
+      *('--config', f'{FILE}:{start}_ijckd', '--over', 'seed=0..2'),
+      *('--jobs', 2, '--workdir', FOLDER / start, *more),
+    )
+  untrained = FOLDER / 'data/untrained'
+  if not untrained.exists():
+    _untrained().save(untrained)
+  starts = {'fresh': 'untrained', 'pretrained': 'lite0', 'teacher': 'lite2'}
+  for start, bundle in starts.items():
+    path = FOLDER / f'probe_{start}.json'
+    if not path.exists():
+      found = _ijckd(
+        *('probe', '--bundle', FOLDER / 'data' / bundle, *DATASET, '--json')
+      )
+      path.write_text(json.dumps(json.loads(found), indent=1) + '\n')
+  (student,) = (FOLDER / 'fresh').glob('*fresh_ijckd*seed=0')
   export = ('export', '--bundle', student, *DATASET, '--overwrite')
   _ijckd(
     *(*export, '--format', 'onnx', '--weights', 'int8'),
     *('--output', FOLDER / 'student.onnx'),
   )
   _ijckd(
-    *(*export, '--format', 'web', '--teacher', teacher),
+    *(*export, '--format', 'web', '--teacher', FOLDER / 'teacher'),
     *('--output', FOLDER / 'page'),
+  )
+  results.write(FOLDER)
+
+
+def _untrained() -> bundles.Bundle:
+  """Returns the fresh student before its first step, as ce trains it."""
+  exp = experiment.build(config.get_config('fresh_ce'))
+  variables = exp.init(jax.random.key(0))
+  return bundles.Bundle(
+    network=exp.distiller.deployed_network,
+    variables=jax.device_get(exp.distiller.deployed(variables, exp.frozen)),
+    backbone_name=exp.config.student.backbone,
+    pool_name=exp.config.student.backbone,
+    image_shape=exp.dataset.image_shape,
+    class_names=exp.dataset.class_names,
+    info={},
   )
 
 
@@ -63,14 +93,6 @@ def _ijckd(*arguments) -> str:
   if done.returncode:
     sys.exit(done.returncode)
   return done.stdout
-
-
-def _keep(name: str, *arguments) -> None:
-  """Runs a command, and keeps what it says in a file of JSON."""
-  path = FOLDER / f'{name}.json'
-  if not path.exists():
-    found = json.loads(_ijckd(*arguments, '--json'))
-    path.write_text(json.dumps(found, indent=1) + '\n')
 
 
 if __name__ == '__main__':
