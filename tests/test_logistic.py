@@ -42,6 +42,7 @@ def test_is_scikit_learns():
   rows = make_rows()
   fitted = fit(rows)
   mean, std = rows.pooled.mean(0), rows.pooled.std(0)
+  std = np.maximum(std, logistic.MIN_SPREAD * np.sqrt((std**2).mean()))
   penalty = fitted.report['penalty']
   theirs = linear_model.LogisticRegression(
     C=1 / (penalty * len(rows)), tol=1e-8, max_iter=10_000
@@ -148,6 +149,18 @@ def test_a_feature_that_never_changes_is_no_harm():
   assert np.isfinite(fitted.kernel).all()
   plain = fit(rows)
   np.testing.assert_allclose(fitted.kernel[:6], plain.kernel, rtol=1e-3)
+
+
+def test_a_feature_that_hardly_varies_makes_no_large_logits():
+  """It happens to tell the classes apart, but by a millionth of its size."""
+  rows = make_rows()
+  hardly = 1 + 1e-6 * (rows.labels == 0) * rows.pooled.std()
+  pooled = np.concatenate([rows.pooled, hardly[:, None]], axis=1)
+  fitted = fit(
+    logistic.Features(pooled.astype(np.float32), rows.labels, rows.images)
+  )
+  largest = np.abs(fit(rows).kernel).max()
+  assert np.abs(fitted.kernel[6]).max() < 10 * largest
 
 
 def test_what_cannot_be_fitted_is_said():

@@ -1065,6 +1065,16 @@ def test_multiply_adds_by_hand():
   assert found == convolution + 3 * 24 * 7
 
 
+def test_multiply_adds_in_vain_are_not_counted():
+  square = jax.ShapeDtypeStruct((2, 2), jnp.float32)
+
+  def last_product(x):
+    x @ x  # Of which nothing comes.
+    return x @ x[:, :1]
+
+  assert cost.multiply_adds(last_product, square) == 4
+
+
 def test_multiply_adds_of_loops_and_programs():
   """A scan's are counted for each turn; of a program nobody can tell."""
   square = jnp.ones((2, 2))

@@ -1,6 +1,8 @@
 """Your own images: from a folder to a report, unlabelled ones mixed in."""
 
+import argparse
 import json
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +10,12 @@ import PIL.Image
 import pytest
 
 from ijckd_jax.bundles import bundles
+from ijckd_jax.commands import bundle_flags
 from ijckd_jax.commands import evaluate
 from ijckd_jax.commands import prepare
 from ijckd_jax.data import augment
 from ijckd_jax.data import datasets
+from ijckd_jax.data import images
 from ijckd_jax.data.datasets import own_images
 from ijckd_jax.distillation import teachers
 from ijckd_jax.models import outputs
@@ -107,8 +111,33 @@ def test_a_folder_without_classes_is_for_training_alone(data_dir):
   assert data.class_names == ()
   sizes = [len(data.load(split)) for split in datasets.SPLITS]
   assert sizes == [6, 0, 0]
-  more = dataset(data_dir, folder='heap', unlabelled='heap')
-  assert len(more.load('train')) == 12
+
+
+def fields_of(crop=None, made_on=None, **given):
+  """Returns the fields of a data set for a bundle that takes 64 pixels."""
+  info = {'dataset': made_on} if made_on else {}
+  bundle = types.SimpleNamespace(image_shape=(64, 64, 3), crop=crop, info=info)
+  flags = {'dataset': None, 'dataset_fields': None, 'data_dir': None, **given}
+  return bundle_flags.dataset_fields(bundle, argparse.Namespace(**flags))
+
+
+def test_pictures_become_as_large_as_a_bundle_takes_them():
+  given = {'dataset': 'image_folder', 'dataset_fields': 'folder=insects'}
+  crop = images.CentreCrop(80, 'bicubic', keeps_size=False)
+  found = fields_of(crop, **given)
+  assert (found.size, found.resize) == (64, 80)
+  given['dataset_fields'] = 'folder=insects,size=32,resize=36'
+  found = fields_of(crop, **given)
+  assert (found.size, found.resize) == (32, 36)
+
+
+def test_a_bundle_is_judged_on_labelled_images_alone():
+  """What it learned from without classes is no second copy of a split."""
+  made_on = {'name': 'image_folder', 'folder': 'insects', 'unlabelled': 'heap'}
+  found = fields_of(made_on={**made_on, 'size': 32, 'resize': 36})
+  assert (found.folder, found.unlabelled, found.size) == ('insects', '', 32)
+  found = fields_of(made_on=made_on, dataset_fields='folder=heap')
+  assert (found.folder, found.unlabelled) == ('heap', '')
 
 
 class ClassToken:
@@ -163,7 +192,8 @@ def test_features_of_a_class_token_are_learned_from_a_folder(
       'heap has no classes to validate on',
     ),
     ({'folder': 'wasps'}, 'image_folder --source DIR --name wasps'),
-    ({'unlabelled': 'insects'}, 'has labels'),
+    ({'folder': 'heap', 'unlabelled': 'insects'}, 'has labels'),
+    ({'unlabelled': 'insects'}, 'are both insects: leave the second out'),
     ({'unlabelled': 'wasps'}, '--name wasps'),
     ({'folder': '/data/insects'}, 'dataset.folder=/data/insects.*is no path'),
     ({'unlabelled': 'my-heap'}, 'dataset.unlabelled=my-heap: give the NAME'),

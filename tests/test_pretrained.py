@@ -160,7 +160,7 @@ def test_a_connected_student_is_fine_tuned(
     (
       'ijckd',
       {'student.init_parts': ('connector',), 'method.factor': 4},
-      'connector.* must be .* take the connector, factor and tap',
+      'connector.* must be .* take its connector .bottleneck, factor=2',
     ),
   ],
 )

@@ -72,7 +72,7 @@ def test_the_command(finished_run, data_dir, run_command):
   code, out, err = run_command(probe.main, *flags)
   assert (code, err) == (0, '')
   lines = out.splitlines()
-  assert lines[0] == '1437 labelled training images, 360 of test'
+  assert lines[0] == '1437 labelled training images, 360 of test, of 8x8 pixels'
   assert lines[1].startswith('linear probe: top1 0.')
   assert lines[2].startswith('20 nearest neighbours: top1 0.')
   _, out, _ = run_command(probe.main, *flags, '--json')

@@ -57,6 +57,17 @@ def test_the_setting_that_is_named_repairs_it(method):
   assert sizes.warning(exp, found) == ''
 
 
+def test_a_student_that_is_its_own_teacher_may_be_as_large(finished_run):
+  fields = {'student.init_from': str(finished_run[0])}
+  exp, found = built(
+    teacher='',
+    student='plain',
+    **fields,
+    **{'teacher.checkpoint': str(finished_run[0])},
+  )
+  assert found.is_large and 'size' not in sizes.warning(exp, found)
+
+
 def test_a_student_that_is_no_smaller_than_its_teacher():
   exp, found = built('kd', 'resnet8', 'resnet14')
   assert sizes.warning(exp, found) == (

@@ -18,6 +18,8 @@ from ijckd_jax.commands import weights
 from ijckd_jax.data import datasets
 from ijckd_jax.data.datasets import digits
 from ijckd_jax.distillation import methods
+from ijckd_jax.distillation.methods import base
+from ijckd_jax.models import losses
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.training import experiment
 from ijckd_jax.training import train
@@ -57,6 +59,35 @@ class Heap(digits.Dataset):
     return datasets.Arrays(arrays.images[:count], np.full(count, -1, np.int32))
 
 
+class NumpyNames(digits.Dataset):
+  """Its classes' names are an array."""
+
+  class_names = np.array([*'0123456789'])
+
+
+class Forgotten(digits.Dataset):
+  """Its classes have no names, but its images have labels."""
+
+  class_names = ()
+
+
+class Empty(Heap):
+  """It has no images."""
+
+  def load(self, split):
+    return super().load('validation')
+
+
+@dataclasses.dataclass(frozen=True)
+class Hidden(base.Method):
+  """Learns from the labels, and does not say so in its terms."""
+
+  def loss(self, student, teacher, batch):
+    hint = losses.mean_squared_error(student.pooled, 0 * student.pooled)
+    labels = losses.cross_entropy(student.logits, batch['label'])
+    return hint + labels, {'hint': hint}
+
+
 def config_of(method, **fields):
   config = experiment.default_config(
     dataset=None, teacher='', student='plain', method=method
@@ -77,7 +108,7 @@ def learn(images, teacher, workdir, method='simkd', **fields):
 def learned(images, published_run, tmp_path_factory):
   """The folder of a run on images without classes, and its Result."""
   folder = tmp_path_factory.mktemp('features')
-  fields = {'student.backbone': 'resnet8'}
+  fields = {'student.backbone': 'resnet8', 'method.factor': 4}
   return folder, learn(images, published_run[0], folder, **fields)
 
 
@@ -114,6 +145,7 @@ def test_the_bundle_has_no_head(learned):
   assert bundles.num_params(bundle.variables)['head'] == 0
   assert bundles.num_params(bundle.variables)['connector'] > 0
   assert result.summary['student'] == {} and result.summary['teacher'] is None
+  assert result.summary['best_step'] is None is result.summary['best_by']
   card = (folder / 'bundle' / 'README.md').read_text()
   assert 'pipeline_tag: image-feature-extraction' in card
   assert '| classes | none: it has no head, and gives features |' in card
@@ -125,7 +157,7 @@ def test_the_bundle_has_no_head(learned):
 
 def test_a_finished_run_is_found(learned, images, published_run, caplog):
   caplog.set_level('INFO')
-  fields = {'student.backbone': 'resnet8'}
+  fields = {'student.backbone': 'resnet8', 'method.factor': 4}
   again = learn(images, published_run[0], learned[0], **fields)
   assert again.state is None and 'already finished' in caplog.text
 
@@ -192,8 +224,7 @@ def test_which_methods_need_no_classes(method, images, published_run):
     with pytest.raises(config_utils.UserError) as caught:
       experiment.build(config, dataset=heap_of(images))
     message = str(caught.value)
-    assert 'the images have no classes, but' in message
-    assert 'take method simkd' in message
+    assert 'the images have no classes' in message
     for term in zero or ():
       assert f'method.{term}_weight=0' in message
       config.method[f'{term}_weight'] = 0.0
@@ -214,6 +245,11 @@ def test_which_methods_need_no_classes(method, images, published_run):
     ({'teacher.head': 'fit'}, 'no head can be fitted'),
     ({'bundle': 'best'}, 'set bundle=last'),
     (
+      {'method.name': 'at', 'student.dropout': 0.1},
+      'set student.dropout=0',
+    ),
+    ({'method.name': 'ce'}, 'from which alone ce learns'),
+    (
       {'method.name': 'ijckd', 'method.head': 'copy', **FEATURES_ALONE},
       'set method.head=teacher',
     ),
@@ -231,12 +267,51 @@ def test_settings_that_need_classes(fields, message, images, finished_run):
     experiment.build(config, dataset=heap_of(images))
 
 
+def test_a_term_that_is_only_in_the_total_is_found(images, finished_run):
+  config = config_of('tests.test_unlabelled:Hidden')
+  config.teacher.checkpoint = str(finished_run[0])
+  with pytest.raises(config_utils.UserError, match='logits in the total'):
+    experiment.build(config, dataset=heap_of(images))
+
+
+def test_added_terms_are_named(images, finished_run):
+  config = config_of('simkd', **{'method.add': 'kd'})
+  config.teacher.checkpoint = str(finished_run[0])
+  message = 'in kd_distillation: leave out of method.add what reads them'
+  with pytest.raises(config_utils.UserError, match=message):
+    experiment.build(config, dataset=heap_of(images))
+
+
+@pytest.mark.parametrize(
+  'name, message',
+  [
+    ('Forgotten', 'labels, but no class_names'),
+    ('Empty', 'no training images'),
+  ],
+)
+def test_data_sets_of_ones_own_are_checked(
+  name, message, data_dir, finished_run, tmp_path
+):
+  config = config_of('simkd')
+  config.teacher.checkpoint = str(finished_run[0])
+  dataset = globals()[name](data_dir=data_dir)
+  with pytest.raises(config_utils.UserError, match=message):
+    train.train_and_evaluate(config, tmp_path / 'run', dataset=dataset)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_names_of_classes_may_be_an_array(data_dir):
+  built = experiment.build(config_of('ce'), dataset=NumpyNames(data_dir))
+  assert built.distiller.num_classes == 10
+
+
 @pytest.mark.parametrize(
   'fields, message',
   [
     ({'test': 'train'}, 'give `train` alone'),
     ({'train': 'labelled'}, '-1 as each of its labels'),
     ({'class_names': ('a', 'b')}, 'test is of type NoneType'),
+    ({'train': None}, 'train is of type NoneType'),
   ],
 )
 def test_arrays_without_classes_are_checked(fields, message, images):
@@ -312,6 +387,16 @@ def test_it_is_judged_and_gets_a_head(learned, data_dir, run_command, tmp_path):
     evaluate.main, '--bundle', tmp_path / 'a', *data, '--json'
   )
   assert json.loads(out)['network']['top1'] == found['linear']['top1']
+  card = (tmp_path / 'a' / 'README.md').read_text()
+  assert '# resnet8, distilled from resnet8 by simkd on arrays' in card
+  percent = f'{found["linear"]["top1"]:.2%}'
+  assert (
+    f'a linear probe, fitted on 1,437 labelled images; top-1 {percent}' in card
+  )
+  assert '| data | digits' in card and 'data of the features' in card
+  # It knows its data set, but for where that lies.
+  flags = ('--bundle', tmp_path / 'a', '--data_dir', data_dir, '--json')
+  assert run_command(evaluate.main, *flags)[1] == out
 
 
 @pytest.mark.parametrize('parts', [('backbone',), ('backbone', 'connector')])
@@ -321,14 +406,16 @@ def test_a_student_starts_from_it(parts, learned, published_run, small_config):
   config.teacher.checkpoint = str(published_run[0])
   config.student.init_from = str(learned[0])
   config.student.init_parts = parts
+  config.method.factor = 0  # auto: that of the connector, if it is taken.
   built = experiment.build(config)
+  assert (built.distiller.method.factor == 4) == ('connector' in parts)
   params = built.init(jax.random.key(0))['params']
   own = bundles.load(learned[0]).variables['params']
-  for part in ('backbone', 'connector'):
+  for part in parts:
     same = jax.tree.all(
       jax.tree.map(lambda x, y: np.array_equal(x, y), params[part], own[part])
     )
-    assert same == (part in parts)
+    assert same
   config.student.init_parts = ('backbone', 'head')
   config.method.head = 'copy'
   with pytest.raises(config_utils.UserError, match='has no head'):

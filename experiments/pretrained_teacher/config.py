@@ -1,10 +1,12 @@
 """The runs of this experiment, by their arm.
 
-  ARM is teacher, fresh_ijckd, fresh_ce, pretrained_ijckd or pretrained_ce
+  ARM is fresh_ijckd, fresh_ce, pretrained_ijckd or pretrained_ce
 
-The teacher is a tf_efficientnet_lite2 that starts from ImageNet's weights.
 Students from a fresh start are a shufflenet_v2_x0_5; from ImageNet's weights, a
-tf_efficientnet_lite0. Teacher and ce learn from the labelled images alone.
+tf_efficientnet_lite0. Their teacher is a tf_efficientnet_lite2 with ImageNet's
+weights, whose head is a linear probe on the labelled images: the few steps that
+1,000 images allow do not improve it (trained on, it gets 77.2%, and 82.7% as it
+is). ce learns from the labelled images alone.
 """
 
 import pathlib
@@ -16,17 +18,12 @@ DATA = pathlib.Path('runs/garments/data')
 DATA_DIR = str(DATA / 'tensorflow_datasets')
 SIDE = 96
 TEACHER = 'tf_efficientnet_lite2'
-# Backbones of what each start is the start of.
 BACKBONES = {
-  'teacher': TEACHER,
   'fresh': 'shufflenet_v2_x0_5',
   'pretrained': 'tf_efficientnet_lite0',
 }
-# Folders of weights.
-WEIGHTS = {'teacher': 'lite2', 'pretrained': 'lite0'}
 # Epochs of all 11,000 images for ijckd, and of the 1,000 labelled ones for ce.
 EPOCHS = {
-  'teacher': 15.0,
   'fresh_ijckd': 10.0,
   'fresh_ce': 60.0,
   'pretrained_ijckd': 2.0,
@@ -38,8 +35,7 @@ def get_config(arm=None):
   """Returns the config of an arm."""
   if arm not in EPOCHS:
     raise config_utils.unknown('arm', arm or '', list(EPOCHS))
-  start, _, method = arm.partition('_')
-  method = method or 'ce'
+  start, method = arm.split('_')
   config = experiment.default_config(
     dataset='image_folder',
     teacher=TEACHER,
@@ -63,8 +59,8 @@ def get_config(arm=None):
   config.optimizer.warmup_epochs = EPOCHS[arm] / 20
   config.augment.label_smoothing = 0.1
   config.bounds.fit_examples = 0
-  if start in WEIGHTS:
-    config.student.init_from = str(DATA / WEIGHTS[start])
+  if start == 'pretrained':
+    config.student.init_from = str(DATA / 'lite0')
   if method == 'ijckd':
     config.dataset.unlabelled = 'heap'
     config.teacher.checkpoint = str(DATA.parent / 'teacher')

@@ -30,17 +30,10 @@ def write(folder: pathlib.Path) -> None:
 
 def read(folder: pathlib.Path) -> dict:
   """Returns by start what its probe and its runs are worth, and the teacher."""
-  teacher = _summary(folder / 'teacher')
   found = {
-    'teacher': {
-      'top1': teacher['student']['last']['top1'],
-      'parameters': sum(teacher['parameters']['student'].values()),
-      'multiply_adds': teacher['multiply_adds']['student'],
-    },
-    'versions': teacher['versions'],
     'probes': {
-      start: json.loads((folder / f'probe_{start}.json').read_text())
-      for start in ('teacher', *STARTS)
+      what: json.loads((folder / f'probe_{what}.json').read_text())
+      for what in ('teacher', *STARTS)
     },
   }
   for start in STARTS:
@@ -53,6 +46,12 @@ def read(folder: pathlib.Path) -> dict:
         'parameters': summaries[0]['parameters']['student'],
         'multiply_adds': summaries[0]['multiply_adds']['student'],
       }
+  taught = summaries[0]  # By the last method, which has a teacher.
+  found['teacher'] = {
+    'parameters': sum(taught['parameters']['teacher'].values()),
+    'multiply_adds': taught['multiply_adds']['teacher'],
+  }
+  found['versions'] = taught['versions']
   return found
 
 
@@ -64,8 +63,8 @@ def table(found: dict) -> str:
   """Returns the results in Markdown."""
   rows = [['', 'parameters', 'of the teacher', 'test top-1 %', 'to alone']]
   whole = found['teacher']['parameters']
-  top1 = f'{100 * found["teacher"]["top1"]:.2f}'
-  rows.append([config.TEACHER, f'{whole:,}', '', top1, ''])
+  top1 = f'{100 * found["probes"]["teacher"]["linear"]["top1"]:.2f}'
+  rows.append([f'{config.TEACHER}, probed', f'{whole:,}', '', top1, ''])
   for start in STARTS:
     probe = 100 * found['probes'][start]['linear']['top1']
     name = config.BACKBONES[start]
@@ -101,7 +100,7 @@ def draw(found: dict, path: pathlib.Path) -> None:
       ax.plot(probe, y, 'd', color=PROBE, markersize=7)
       count = sum(arm['parameters'].values()) / 1e6
       names.append(f'{arm["backbone"]} {label}\n{count:.2f} M parameters')
-  top1 = 100 * found['teacher']['top1']
+  top1 = 100 * found['probes']['teacher']['linear']['top1']
   ax.axvline(top1, color=TEACHER, linestyle=(0, (5, 2)))
   ax.annotate(
     f'teacher {top1:.2f}',

@@ -1,10 +1,10 @@
-"""Trains teacher and students of this experiment, judges and ships them.
+"""Trains the students of this experiment, judges and ships them.
 
   python -m experiments.pretrained_teacher.run
 
 after .prepare, in the same folder. The same command continues what was stopped.
-Leaves runs/garments: the teacher; in fresh and pretrained, students by seed
-with their table (sweep.md); probe_*.json, what frozen starts are worth;
+Leaves runs/garments: teacher; in fresh and pretrained, students by seed with
+their table (sweep.md); probe_*.json, what frozen networks are worth;
 student.onnx in eight bits, and page, with student and teacher; results.json,
 results.png, and a printed table.
 What follows the command is given to each training: --config.total_epochs=1.
@@ -35,10 +35,7 @@ DATASET = (
 
 def main(more: list[str]) -> None:
   """Runs everything that is not there yet."""
-  _ijckd(
-    *('train', '--config', f'{FILE}:teacher', '--workdir', FOLDER / 'teacher'),
-    *more,
-  )
+  _probe('teacher', 'lite2', '--output', FOLDER / 'teacher')
   for start in ('fresh', 'pretrained'):
     _ijckd(
       *('sweep', '--config', f'{FILE}:{start}_ce'),
@@ -48,14 +45,8 @@ def main(more: list[str]) -> None:
   untrained = FOLDER / 'data/untrained'
   if not untrained.exists():
     _untrained().save(untrained)
-  starts = {'fresh': 'untrained', 'pretrained': 'lite0', 'teacher': 'lite2'}
-  for start, bundle in starts.items():
-    path = FOLDER / f'probe_{start}.json'
-    if not path.exists():
-      found = _ijckd(
-        *('probe', '--bundle', FOLDER / 'data' / bundle, *DATASET, '--json')
-      )
-      path.write_text(json.dumps(json.loads(found), indent=1) + '\n')
+  _probe('fresh', 'untrained')
+  _probe('pretrained', 'lite0')
   (student,) = (FOLDER / 'fresh').glob('*fresh_ijckd*seed=0')
   export = ('export', '--bundle', student, *DATASET, '--overwrite')
   _ijckd(
@@ -67,6 +58,15 @@ def main(more: list[str]) -> None:
     *('--output', FOLDER / 'page'),
   )
   results.write(FOLDER)
+
+
+def _probe(what: str, bundle: str, *more) -> None:
+  """Writes what the frozen features of a bundle are worth."""
+  path = FOLDER / f'probe_{what}.json'
+  if not path.exists():
+    probe = ('probe', '--bundle', FOLDER / 'data' / bundle, *DATASET)
+    found = json.loads(_ijckd(*probe, '--json', *more))
+    path.write_text(json.dumps(found, indent=1) + '\n')
 
 
 def _untrained() -> bundles.Bundle:

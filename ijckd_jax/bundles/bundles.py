@@ -83,13 +83,17 @@ class Bundle:
   info: dict[str, Any]
   crop: images.CentreCrop | None = None
 
-  def check_head(self) -> None:
-    """Raises UserError where it has no head, and so names no class."""
+  def check_head(self, what: str) -> None:
+    """Raises UserError where it has no head, and so names no class.
+
+    Args:
+      what: how the message calls it.
+    """
     if not self.class_names:
       raise config_utils.UserError(
-        f'this {self.backbone_name} has no head, so that it names no class: '
-        'ijckd probe --bundle DIR --dataset NAME --output NEW writes it with '
-        'one, fitted on images with classes'
+        f'{what}, a {self.backbone_name}, has no head, so that it names no '
+        'class: ijckd probe --bundle DIR --dataset NAME --output NEW writes it '
+        'with one, fitted on images with classes'
       )
 
   def teacher(self, name: str | None = None) -> teachers.Teacher:
@@ -129,22 +133,38 @@ class Bundle:
       class_names=tuple(class_names),
     )
 
-  def with_head(self, head, class_names: Sequence[str]) -> 'Bundle':
-    """Returns it with another head on the same features.
+  def with_head(
+    self,
+    head,
+    class_names: Sequence[str],
+    dataset: dict[str, Any],
+    probe: dict[str, Any],
+  ) -> 'Bundle':
+    """Returns it with a linear probe as its head, on the same features.
 
-    What is known of its training and its accuracy is left out.
+    What is known of the accuracy of its own head is left out.
 
     Args:
       head: 'kernel' (D, K) and 'bias' (K,).
       class_names: K names.
+      dataset: fields of the data set that the head was fitted on, as whose
+        images pictures are seen from now on.
+      probe: what probes.score says of it.
     """
     params = {**self.variables['params'], 'head': head}
-    kept = ('origin', 'eval_batch_size')
+    info = {
+      key: value
+      for key, value in self.info.items()
+      if key not in ('dataset', 'run', 'test', 'which')
+    }
+    if 'dataset' in self.info:
+      info.setdefault('features_dataset', self.info['dataset'])
     return dataclasses.replace(
       self,
       variables={**self.variables, 'params': params},
       class_names=tuple(class_names),
-      info={key: self.info[key] for key in kept if key in self.info},
+      info={**info, 'dataset': dataset, 'probe': probe},
+      crop=None if 'resize' in dataset else self.crop,
     )
 
   def spec(self) -> dict[str, Any]:

@@ -24,7 +24,8 @@ def describe(bundle) -> str:
     origin = _section(info, 'origin')
     found = origin.get('hub') or origin.get('file')
     return f'{name}, imported' + (f' from {found}' if found else '')
-  teacher, data = _taught_by(info), _get(info, 'dataset', 'name')
+  teacher = _taught_by(info)
+  data = _get(info, 'features_dataset', 'name') or _get(info, 'dataset', 'name')
   done = f'distilled from {teacher} by {method}' if teacher else f'by {method}'
   return config_utils.short(f'{name}, {done} on {data}')
 
@@ -76,6 +77,8 @@ def _table(bundle, num_params) -> str:
     'connector': connector
     and f'{connector}, between the backbone and the head; see method',
     'data': _fields(_section(info, 'dataset')),
+    'data of the features': _fields(_section(info, 'features_dataset')),
+    'head': _probe(info),
     'method': _fields(_section(info, 'method')),
     'teacher': _teacher(info),
     'recipe': _recipe(_section(info, 'run')),
@@ -100,7 +103,7 @@ def _accuracy(bundle) -> str:
   run = _section(bundle.info, 'run')
   rows = {
     f'last step ({run.get("steps", 0):,})': _get(run, 'test', 'last'),
-    f'best step ({run.get("best_step", 0):,})': _get(run, 'test', 'best'),
+    f'best step ({run.get("best_step") or 0:,})': _get(run, 'test', 'best'),
   }
   rows = {name: metrics for name, metrics in rows.items() if metrics}
   if not rows:
@@ -148,7 +151,11 @@ def _use(bundle) -> str:
 
 def _limits(bundle) -> str:
   data = _cell(_get(bundle.info, 'dataset', 'name'))
-  known = _get(bundle.info, 'run', 'test') or bundle.info.get('test')
+  known = (
+    _get(bundle.info, 'run', 'test')
+    or bundle.info.get('test')
+    or _probe(bundle.info)
+  )
   lines = [
     f'It names one of {len(bundle.class_names)} classes whatever it sees, also '
     'where the picture shows none of them.'
@@ -192,6 +199,21 @@ def _recipe(run) -> str:
     return ''
   recipe = run.get('recipe', {})
   return f'{run.get("steps", 0):,} steps; {_fields(recipe)}'
+
+
+def _probe(info) -> str:
+  """Returns what is known of a head that is a linear probe."""
+  top1, count = (
+    _get(info, 'probe', 'linear', 'top1'),
+    _get(info, 'probe', 'test'),
+  )
+  if top1 is None:
+    return ''
+  train = _get(info, 'probe', 'train')
+  return (
+    f'a linear probe, fitted on {train:,} labelled images; top-1 {top1:.2%} on '
+    f'{count:,} test images'
+  )
 
 
 def _origin(origin) -> str:

@@ -9,6 +9,7 @@ import jax
 from ijckd_jax.bundles import bundles
 from ijckd_jax.data import augment
 from ijckd_jax.data import classes
+from ijckd_jax.distillation import connectors
 from ijckd_jax.distillation import network
 from ijckd_jax.runtime import config_utils
 
@@ -27,6 +28,7 @@ class Start:
     variables: its 'params' and 'batch_stats'; of each, the parts that are taken
       by their names.
     tap: where its backbone ends.
+    connector: the bundle's; None where it has none.
   """
 
   path: str
@@ -35,6 +37,14 @@ class Start:
   preprocessing: augment.Preprocessing
   variables: dict[str, Any]
   tap: str
+  connector: Any = None
+
+  @property
+  def factor(self) -> int | None:
+    """Of the connector that is taken; None where none, or none with one, is."""
+    if 'connector' not in self.parts:
+      return None
+    return getattr(self.connector, 'factor', None)
 
   @property
   def parts(self) -> tuple[str, ...]:
@@ -101,14 +111,22 @@ class Start:
       )
     remedy = {
       'backbone': 'give a bundle of the same backbone',
-      'connector': 'take the connector, factor and tap that it was made with, '
-      'and a teacher of the same width',
+      'connector': f'take its connector ({self._of_connector()}), the same '
+      'tap, and a teacher of the same width',
       'head': 'take a teacher of the same width and classes',
     }[part]
     raise config_utils.UserError(
       f'{self.path}: {name} must be {like.shape}, but is '
       f'{getattr(value, "shape", "not there")}: {remedy}'
     )
+
+  def _of_connector(self):
+    """Returns the settings of the bundle's connector, in words."""
+    if self.connector is None:
+      return 'none'
+    name = config_utils.reference(self.connector, connectors.CONNECTORS)
+    factor = getattr(self.connector, 'factor', None)
+    return f'{name}, factor={factor}' if factor else name
 
 
 def load(
@@ -154,7 +172,11 @@ def load(
       f'set have {image_shape[-1]}'
     )
   if 'head' in parts:
-    bundle.check_head()
+    if not len(class_names):
+      raise config_utils.UserError(
+        'the images have no classes: leave head out of student.init_parts'
+      )
+    bundle.check_head(path)
     order, _ = classes.match(bundle.class_names, class_names, what=path)
     if order is not None:
       bundle = bundle.in_order(order, class_names)
@@ -179,4 +201,5 @@ def load(
     preprocessing=dataclasses.replace(own, size=tuple(image_shape[:2])),
     variables=variables,
     tap=bundle.network.backbone.tap,
+    connector=bundle.network.connector,
   )

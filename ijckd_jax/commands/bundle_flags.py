@@ -80,13 +80,13 @@ def check_fits(
     has_classes: whether the data set must have classes.
   """
   num_classes = len(dataset.class_names)
+  if has_head:
+    bundle.check_head(f'the {what}')
   if has_classes and not num_classes:
     raise config_utils.UserError(
       'the images of the data set have no classes, so that nothing is right or '
       'wrong on them: give --dataset with classes'
     )
-  if has_head:
-    bundle.check_head()
   if has_head and num_classes and num_classes != len(bundle.class_names):
     raise config_utils.UserError(
       f'the {what} tells {len(bundle.class_names)} classes apart, but the data '
@@ -150,6 +150,18 @@ def dataset_of(bundle, flags: argparse.Namespace):
   """Returns the data set that the flags ask for."""
   from ijckd_jax.data import datasets
 
+  fields = dataset_fields(bundle, flags)
+  return config_utils.instantiate('dataset', datasets.get(fields.name), fields)
+
+
+def dataset_fields(bundle, flags: argparse.Namespace):
+  """Returns the fields of the data set that the flags ask for.
+
+  Those that the flags do not name are the bundle's data set's own, if it is the
+  same one; of another, pictures become as large as the bundle takes them.
+  """
+  from ijckd_jax.data import datasets
+
   made_on = bundle.info.get('dataset', {})
   name = flags.dataset or made_on.get('name')
   if not name or not isinstance(name, str):
@@ -169,13 +181,20 @@ def dataset_of(bundle, flags: argparse.Namespace):
   fields = config_utils.section(cls, name)
   if name == made_on.get('name'):
     config_utils.override(fields, made_on)
+    if 'unlabelled' in fields:  # They teach, but nothing is right or wrong.
+      fields.unlabelled = ''
+  elif 'resize' in fields:
+    from ijckd_jax.deploy import deployed
+
+    fields.size = bundle.image_shape[0]
+    fields.resize = deployed.crop_of(bundle).resize
   try:
     _set_fields(fields, flags.dataset_fields)
   except config_utils.UserError as error:
     raise config_utils.UserError(f'--dataset_fields: {error}') from error
   if flags.data_dir is not None:
     fields.data_dir = flags.data_dir
-  return config_utils.instantiate('dataset', cls, fields)
+  return fields
 
 
 def _set_fields(fields, arg: str | None) -> None:

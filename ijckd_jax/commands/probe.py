@@ -68,12 +68,21 @@ def main(argv: list[str], prog: str = PROG) -> None:
     neighbours=flags.neighbours,
   )
   if output:
-    made = bundle.with_head(fitted.head, dataset.class_names)
+    made = bundle.with_head(
+      fitted.head,
+      dataset.class_names,
+      bundle_flags.dataset_fields(bundle, flags).to_dict(),
+      found,
+    )
     output_flags.write(lambda: made.save(output), output)
   if flags.json:
     print(json.dumps(found))
     return
-  print(f'{found["train"]} labelled training images, {found["test"]} of test')
+  size = 'x'.join(map(str, dataset.image_shape[:2]))
+  print(
+    f'{found["train"]} labelled training images, {found["test"]} of test, '
+    f'of {size} pixels'
+  )
   for name, what in (
     ('linear', 'linear probe'),
     ('nearest', f'{flags.neighbours} nearest neighbours'),

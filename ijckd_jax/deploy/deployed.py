@@ -82,7 +82,7 @@ def deploy(bundle: bundles.Bundle, *, takes: str = 'uint8') -> Deployed:
   Raises:
     config_utils.UserError: it has no head.
   """
-  bundle.check_head()
+  bundle.check_head('the bundle')
   network, variables = bundle.network, bundle.variables
   if isinstance(network, network_lib.Network):
     network, variables = _folded(network, variables, bundle.image_shape)

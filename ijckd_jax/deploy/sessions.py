@@ -61,7 +61,7 @@ def load(path: str, *, trust_code: bool = False) -> Any:
   file = pathlib.Path(config_utils.expand(path))
   if file.suffix not in SUFFIXES or file.is_dir():
     bundle = bundles.load(path, dtype=jnp.float32, trust_code=trust_code)
-    bundle.check_head()
+    bundle.check_head(path)
     return _BundleSession(bundle)
   try:
     data = file.read_bytes()

@@ -4,6 +4,7 @@ import jax
 from jax.interpreters import partial_eval
 import jax.numpy as jnp
 
+from ijckd_jax.distillation.methods import added
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import parallel
 
@@ -22,7 +23,7 @@ def check_head(method) -> None:
   """
   if method.predicts_with not in ('own', 'teacher'):
     raise config_utils.UserError(
-      f"{method} predicts with the head '{method.predicts_with}', but the "
+      f"the method predicts with the head '{method.predicts_with}', but the "
       'images have no classes, so that there is none: set method.head=teacher'
     )
 
@@ -35,25 +36,36 @@ def check_reads_features_alone(distiller, image_shape, num_rows: int) -> None:
     image_shape: (H, W, C) of the shared view.
     num_rows: images in a batch that is traced.
   """
-  terms = sorted(_terms_of_classes(distiller, image_shape, num_rows))
-  if not terms:
+  found = _of_classes(distiller, image_shape, num_rows)
+  if not found:
     return
+  method = distiller.method
   weights = [
     f'method.{name}_weight=0'
-    for name in terms
-    if hasattr(distiller.method, f'{name}_weight')
+    for name in found
+    if hasattr(method, f'{name}_weight')
   ]
   remedy = 'take method simkd, which learns from features alone'
-  if len(weights) == len(terms):
-    remedy = f'set {" and ".join(weights)}, or {remedy}'
+  if not all(teacher.pools_map for teacher in distiller.teachers):
+    remedy = (
+      "take method ijckd with connector='mlp', feature_site='pooled', "
+      'cross_entropy_weight=0 and logit_weight=0'
+    )
+  if len(weights) == len(found):
+    remedy = f'set {" and ".join(weights)}'
+  elif isinstance(method, added.Sum):
+    remedy = 'leave out of method.add what reads them'
   raise config_utils.UserError(
-    f'the images have no classes, but {distiller.method} reads labels or '
-    f'logits ({", ".join(terms)}): {remedy}'
+    f'the images have no classes, but the method reads labels or logits in '
+    f'{", ".join(found)}: {remedy}'
   )
 
 
-def _terms_of_classes(distiller, image_shape, num_rows) -> set[str]:
-  """Returns the terms of a loss that read labels or logits."""
+def _of_classes(distiller, image_shape, num_rows) -> list[str]:
+  """Returns the terms of a loss that read labels or logits.
+
+  'the total' is one of them if it alone does.
+  """
   images = jax.ShapeDtypeStruct((num_rows, *image_shape), jnp.uint8)
   frozen = distiller.frozen
   teacher_outputs = jax.eval_shape(distiller.run_teachers, frozen, images)
@@ -73,11 +85,12 @@ def _terms_of_classes(distiller, image_shape, num_rows) -> set[str]:
     jax.tree_util.keystr(path[-1:], simple=True) in OF_CLASSES
     for path, _ in jax.tree_util.tree_leaves_with_path(inputs)
   ]
-  found = set()
-  # The first result is the total; dicts are flattened in the order of keys.
-  for number, name in enumerate(sorted(terms), 1):
-    wanted = [i == number for i in range(len(terms) + 1)]
+  # As the results are flattened: dicts in the order of their keys.
+  names = ['the total', *sorted(terms)]
+  found = []
+  for name in names:
+    wanted = [other == name for other in names]
     _, is_read = partial_eval.dce_jaxpr(jaxpr.jaxpr, wanted)
     if any(a and b for a, b in zip(is_read, of_classes, strict=True)):
-      found.add(name)
-  return found
+      found.append(name)
+  return found[1:] or found

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 
 # Calls whose inside cannot be seen.
 OPAQUE = ('call_exported', 'pure_callback', 'io_callback', 'custom_call')
@@ -29,7 +30,10 @@ def multiply_adds(fn: Callable[..., Any], *shapes: Any) -> int | None:
     The number; None where a part of the function is a program or a callback,
     or a loop whose length is not known.
   """
-  return _count(jax.make_jaxpr(fn)(*shapes).jaxpr)
+  traced = jax.make_jaxpr(fn)(*shapes).jaxpr
+  # A network that is given another head computes its own in vain.
+  read, _ = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
+  return _count(read)
 
 
 def _count(jaxpr) -> int | None:

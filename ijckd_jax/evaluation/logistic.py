@@ -20,6 +20,12 @@ from ijckd_jax.runtime import progress
 # Of the squared kernel on standardised features, beside the mean loss; from
 # where nothing is learned to where nothing is held back.
 PENALTIES = tuple(10.0**-power for power in range(8))
+# Of the features' root-mean-square deviation, the least that a feature counts
+# as having. One that hardly varies among few images would get a kernel of
+# hundreds, and logits of thousands on others. On 40 garments, seen by an
+# EfficientNet-Lite2, without it: top-1 51.2%, nll 22; with 0.03 to 0.3: 59.2 to
+# 60.4%, nll 1.28. On 1,000: 82.6% either way.
+MIN_SPREAD = 0.1
 HELD_OUT = 10  # One labelled image of so many, where there is no validation.
 # Of the gradient's largest number (what float32 sums leave of it), and of the
 # iterations; less where penalties are only compared.
@@ -169,7 +175,10 @@ class _Problem:
     x = rows.pooled
     self._mean = x.mean(axis=0, dtype=np.float64)
     std = x.std(axis=0, dtype=np.float64)
-    self._scale = 1 / np.where(std > 0, std, 1.0)
+    varies = std > 0
+    if varies.any():
+      std = np.maximum(std, MIN_SPREAD * np.sqrt(np.mean(std[varies] ** 2)))
+    self._scale = 1 / np.where(varies, std, 1.0)
     x = ((x - self._mean) * self._scale).astype(np.float32)
     self._shape = (x.shape[1], num_classes)
     padding = -len(x) % min(CHUNK, len(x))

@@ -141,7 +141,7 @@ def state_dict(bundle: bundles.Bundle) -> dict[str, np.ndarray]:
   Raises:
     config_utils.UserError: it has no head.
   """
-  bundle.check_head()
+  bundle.check_head('the bundle')
   flat = traverse_util.flatten_dict(bundle.variables)
   state = {}
   names = names_of(bundle.network, bundle.variables, bundle.pool_name)

@@ -28,12 +28,12 @@ def table(summary: Mapping[str, Any]) -> str:
   Args:
     summary: as in `summary.json`.
   """
-  learner, student = markdown.learner(summary), summary['student']
-  best_by = 'the test set' if summary['best_by'] == 'test' else 'validation'
-  best = f'{learner}, best by {best_by} (step {summary["best_step"]:,})'
   counts = [f'- {line}' for line in _counts(summary)]
+  learner, student = markdown.learner(summary), summary['student']
   if not student:  # The images have no classes.
     return '\n'.join(counts)
+  best_by = 'the test set' if summary['best_by'] == 'test' else 'validation'
+  best = f'{learner}, best by {best_by} (step {summary["best_step"]:,})'
   rows = {
     'teacher': summary['teacher'],
     f'{learner}, last': student['last'],

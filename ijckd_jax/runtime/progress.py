@@ -14,6 +14,7 @@ from ijckd_jax.runtime import config_utils
 T = TypeVar('T')
 # Before work is worth a bar or a line, and between two lines.
 SECONDS = 10.0
+NUM_COMPILING = 2  # Calls: a training step is compiled again in the second one.
 
 logger = logging.getLogger('ijckd_jax')
 _is_wanted = contextvars.ContextVar('is_wanted', default=True)
@@ -69,32 +70,36 @@ class Lines:
     """
     self._what = what
     self._unit = unit
-    self._first = done
     self._total = total
-    self._begin = self._said = time.monotonic()
-    self._has_begun = False
+    self._done = done
+    self._said = time.monotonic()
+    self._calls = 0
+    self._begin = self._first = (
+      None  # Of what the time that is left is told by.
+    )
 
   def say(self, done: int) -> None:
     """Logs how many are done, if the last line is SECONDS ago.
 
-    The time that is left is told by all but the first ones, which may have
-    waited for a compiler.
+    The time that is left is told by what follows the first calls, because these
+    may have waited for a compiler.
     """
     now = time.monotonic()
-    if done > self._first and not self._has_begun:
-      self._first, self._begin, self._has_begun = done, now, True
-    if not (_is_wanted.get() and self._has_begun):
+    if done == self._done:
       return
-    if now - self._said < SECONDS:
+    self._done = done
+    self._calls += 1
+    if self._calls == NUM_COMPILING:
+      self._begin, self._first = now, done
+    if not _is_wanted.get() or now - self._said < SECONDS:
       return
     self._said = now
+    left = ''
+    if self._calls > NUM_COMPILING:
+      pace = (now - self._begin) / (done - self._first)
+      left = f', about {duration(pace * (self._total - done))} left'
     counted = f'{done:,} of {self._total:,} {self._unit}'
-    if done == self._first:
-      logger.info('%s: %s', self._what, counted)
-      return
-    rate = (now - self._begin) / (done - self._first)
-    left = duration(rate * (self._total - done))
-    logger.info('%s: %s, about %s left', self._what, counted, left)
+    logger.info('%s: %s%s', self._what, counted, left)
 
 
 def has_bar() -> bool:

@@ -220,18 +220,29 @@ def check_drops(section, backbone, method) -> None:
     )
 
 
-def check_unlabelled(config, *, teacher_given: bool) -> None:
+def check_unlabelled(config, method, *, teacher_given: bool) -> None:
   """Raises UserError where settings need classes, and the images have none.
 
   Args:
     config: the run's.
+    method: the objective.
     teacher_given: whether teachers come from Python, not from the config.
   """
   section, why = config.teacher, 'the images have no classes'
+  if not method.needs_teacher:
+    raise config_utils.UserError(
+      f'{why}, from which alone {config.method.name} learns: take method simkd '
+      'and a teacher'
+    )
+  if config.student.dropout:
+    raise config_utils.UserError(
+      f'{why}, and the student no head before which to drop features: set '
+      'student.dropout=0'
+    )
   if not (section.checkpoint or teacher_given):
     raise config_utils.UserError(
       f'{why}, so that no teacher can be trained on them: give one that is '
-      'there, as teacher.checkpoint'
+      'there, by teacher.checkpoint'
     )
   if section.head or section.refit:
     raise config_utils.UserError(

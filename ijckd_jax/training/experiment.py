@@ -441,8 +441,10 @@ def build(
   )
   config_checks.check_drops(config.student, backbone, method)
   start, preprocessing = _start(config, dataset)
-  if not dataset.class_names:
-    config_checks.check_unlabelled(config, teacher_given=teacher is not None)
+  if not datasets.has_classes(dataset):
+    config_checks.check_unlabelled(
+      config, method, teacher_given=teacher is not None
+    )
   teacher_run = None
   if method.needs_teacher and teacher is None and not config.teacher.checkpoint:
     teacher_run = build(
@@ -452,7 +454,7 @@ def build(
   given, weights, notes = _teachers(config, dataset, teacher, dtype)
   if given and _asks_for_factor(config.method):
     student = network.plain(backbone, preprocessing)
-    method = _with_factor(config, dataset, given, student)
+    method = _with_factor(config, dataset, given, student, start)
   distiller = binding.bind(
     backbone=backbone,
     preprocessing=preprocessing,
@@ -501,19 +503,24 @@ def _asks_for_factor(section) -> bool:
   )
 
 
-def _with_factor(config, dataset, given, student):
+def _with_factor(config, dataset, given, student, start):
   """Returns the method, with a factor in place of `auto`.
+
+  That is the one of the connector that the student starts from, if it does.
 
   Args:
     config: the run's.
     dataset: see datasets.
     given: the teachers, that with the joint classifier first.
     student: network.Network without a connector.
+    start: pretrained.Start, or None.
   """
 
   def method_of(factor):
     return methods.build({**config.method, 'factor': factor})
 
+  if start is not None and start.factor is not None:
+    return method_of(start.factor)
   factor = binding.smallest_factor(
     student,
     given[0],
@@ -558,7 +565,7 @@ def _teachers(config, dataset, given, dtype):
   if given is None:
     given = teacher_loading.load(section, dtype) if section.checkpoint else ()
   given, weights = teacher_loading.order(given, section)
-  if not dataset.class_names:
+  if not datasets.has_classes(dataset):
     given = tuple(teacher.without_head() for teacher in given)
   if section.head == 'fit':
     num_classes = len(dataset.class_names)

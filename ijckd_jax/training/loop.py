@@ -14,6 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from ijckd_jax.data import datasets
 from ijckd_jax.distillation import distiller as distiller_lib
 from ijckd_jax.distillation import train_state
 from ijckd_jax.evaluation import evaluator
@@ -261,7 +262,7 @@ class Loop:
           line.show(step, row)
           progress.sums = {}
         score = None
-        if evaluation and exp.dataset.class_names:
+        if evaluation and datasets.has_classes(exp.dataset):
           result = self.evaluate(state.evaluated, frozen, split).metrics
           score = result['top1']
           row = {f'{split}/{name}': value for name, value in result.items()}

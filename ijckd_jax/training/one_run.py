@@ -7,6 +7,7 @@ import math
 
 import jax
 
+from ijckd_jax.data import datasets
 from ijckd_jax.data import input_pipeline
 from ijckd_jax.distillation import steps
 from ijckd_jax.distillation import train_state
@@ -181,7 +182,7 @@ def _announce(exp, workdir) -> None:
     logger.info('%s: the teacher is of %s', workdir, ', '.join(said))
   for note in exp.notes:
     logger.warning('%s: %s', workdir, note)
-  if not exp.dataset.class_names:
+  if not datasets.has_classes(exp.dataset):
     logger.info(
       '%s: the images have no classes: features alone are learned, and nothing '
       'is evaluated; ijckd probe judges the bundle',

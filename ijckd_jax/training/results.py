@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+import math
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from ijckd_jax.bounds import measure
 from ijckd_jax.bounds import pairs
 from ijckd_jax.bundles import bundles
 from ijckd_jax.bundles import model_card
+from ijckd_jax.data import datasets
 from ijckd_jax.distillation import train_state
 from ijckd_jax.evaluation import cost
 from ijckd_jax.reports import report
@@ -160,19 +162,20 @@ def finish(training, workdir, state, progress, history):
   kept, best_step = _kept(training, state)
   chosen = config.bundle if config.bundle in kept else 'last'
   evaluation, student, teacher = None, {}, None
-  if exp.dataset.class_names:  # Without them nothing can be right or wrong.
+  if datasets.has_classes(exp.dataset):  # Or nothing is right or wrong.
     results = {
       name: training.evaluate(*arrays, 'test') for name, arrays in kept.items()
     }
     student = {name: result.metrics for name, result in results.items()}
     student.setdefault('best', student['last'])
     evaluation = results[chosen]
+    _warn_of_ruin(student[chosen]['nll'], exp, workdir)
     teacher = evaluation.teacher and evaluation.teacher.metrics
   facts = {
-    'best_step': best_step,
-    'best_by': training.ranking_split,
+    'best_step': best_step if student else None,
+    'best_by': training.ranking_split if student else None,
     'steps': int(state.step),
-    'test_examples': len(training.splits['test']),
+    'test_examples': len(training.splits['test']) if student else 0,
   }
   # First: whatever is said of it, the student is kept.
   bundle = _write_bundles(
@@ -223,6 +226,20 @@ def finish(training, workdir, state, progress, history):
 
   hosts.share(lambda: _try_report(write_report, failure, workdir))
   return bundle, summary
+
+
+def _warn_of_ruin(nll: float, exp, workdir) -> None:
+  """Warns where a student is worse than one that gives all classes alike."""
+  guessed = math.log(len(exp.dataset.class_names))
+  if nll > guessed:
+    logger.warning(
+      '%s: the NLL on the test images is %.4g, and that of guessing %.4g: if '
+      'the run was not merely short, lower the learning rate, or clip the '
+      'gradient (optimizer.clip_norm)',
+      workdir,
+      nll,
+      guessed,
+    )
 
 
 def _kept(training, state):
@@ -312,7 +329,7 @@ def _measure(training, workdir, variables, frozen) -> measure.Measured | None:
   Nor where they are not finite, of which nothing can be said: it is logged.
   """
   exp, config = training.experiment, training.experiment.config
-  if exp.teacher is None or not exp.dataset.class_names:
+  if exp.teacher is None or not datasets.has_classes(exp.dataset):
     return None
   distiller = exp.distiller
   student = distiller.deployed(variables, frozen)
@@ -345,9 +362,14 @@ def _measure(training, workdir, variables, frozen) -> measure.Measured | None:
 def _made(exp) -> dict[str, Any]:
   """Returns what a bundle says of how it was made."""
   config, teacher = exp.config, exp.teacher
+  method = config.method.to_dict()
+  network = exp.distiller.connected_network
+  if network is not None and method.get('factor') == config_utils.AUTO:
+    # The one that was taken, lest nobody could take the connector again.
+    method['factor'] = getattr(network.connector, 'factor', config_utils.AUTO)
   return {
     'dataset': config.dataset.to_dict(),
-    'method': config.method.to_dict(),
+    'method': method,
     'teacher': teacher and teacher.name,
     'teacher_origin': teacher and teacher.origin,
     # Methods that learn from labels alone are only judged by it.

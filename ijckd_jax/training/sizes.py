@@ -82,7 +82,8 @@ def warning(exp, sizes: Sizes) -> str:
   backbone.
   """
   wrong = []
-  if sizes.is_large:
+  itself = exp.config.student.init_from == exp.config.teacher.checkpoint
+  if sizes.is_large and not (itself and exp.start is not None):
     wrong.append(f"the student has over {MAX_SHARE:.0%} of its teacher's size")
   if sizes.has_large_connector:
     wrong.append('its connector is larger than its backbone')

@@ -51,7 +51,7 @@ def _check(configs) -> str:
       # This process has one device, however many the run will have.
       config.num_cpu_devices = 1
       exp = experiment.build(config)
-      if not exp.dataset.class_names:
+      if not datasets.has_classes(exp.dataset):
         raise config_utils.UserError(
           'a sweep compares accuracies, but the images have no classes'
         )

@@ -264,6 +264,7 @@ def _load_data(exp):
   splits, record, missing = {}, {}, None
   try:
     splits = {split: exp.dataset.load(split) for split in datasets.SPLITS}
+    datasets.check_labels(exp.dataset, splits)
     record = run_record.make(exp.dataset, splits, exp.config)
   except config_utils.UserError as error:
     missing = error

@@ -137,7 +137,9 @@ class ArrayDataset:
     object.__setattr__(self, 'class_names', names)
     for split in SPLITS:
       arrays = getattr(self, split)
-      if arrays is None and (split == 'validation' or not names):
+      if arrays is None and (
+        split == 'validation' or (split == 'test' and not names)
+      ):
         continue
       if not isinstance(arrays, Arrays):
         raise config_utils.UserError(
@@ -207,6 +209,32 @@ class ArrayDataset:
     check_split(split)
     arrays = getattr(self, split) or self.train.take(slice(0))
     return Arrays(arrays.images, arrays.labels.astype(np.int32))
+
+
+def has_classes(dataset) -> bool:
+  """Returns whether the images of a data set have classes."""
+  return len(dataset.class_names) > 0
+
+
+def check_labels(dataset, splits) -> None:
+  """Raises UserError where there is nothing to train on, or labels are wrong.
+
+  Those of images without classes must all be -1, where they lie in memory.
+
+  Args:
+    dataset: of the run.
+    splits: its Arrays by name.
+  """
+  if not len(splits['train']):
+    raise config_utils.UserError('the data set has no training images')
+  if has_classes(dataset):
+    return
+  labels = getattr(splits['train'], 'labels', None)
+  if labels is not None and labels.max() >= 0:
+    raise config_utils.UserError(
+      'the data set has labels, but no class_names: name its classes, or give '
+      '-1 as each label, for images without classes'
+    )
 
 
 def check_split(split: str) -> None:

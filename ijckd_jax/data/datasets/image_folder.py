@@ -267,6 +267,10 @@ def _tell(name, done, folder):
   for line in image_report.lines(report):
     print(f'  {line}')
   print(f'  more in {folder / "report.md"}')
+  print(
+    f'  a run takes it by --config image_folder:folder={name}, and a command '
+    f'on a bundle by --dataset image_folder --dataset_fields folder={name}'
+  )
 
 
 def _read_json(path):

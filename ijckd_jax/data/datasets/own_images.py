@@ -32,7 +32,8 @@ class Dataset(photos.PhotoDataset):
     if not self.folder:
       raise config_utils.UserError(
         'no dataset.folder: give the name under which the images were '
-        'prepared, by --config.dataset.folder=NAME'
+        'prepared, by --config.dataset.folder=NAME, or to a command on a '
+        'bundle by --dataset_fields folder=NAME'
       )
     for field in ('folder', 'unlabelled'):
       name = getattr(self, field)
@@ -42,6 +43,11 @@ class Dataset(photos.PhotoDataset):
           'image_folder --source DIR --name NAME`, which is no path; where it '
           'is stored is data_dir'
         )
+    if self.folder == self.unlabelled:
+      raise config_utils.UserError(
+        f'dataset.folder and dataset.unlabelled are both {self.folder}: leave '
+        'the second out'
+      )
 
   @property
   def tfds_name(self) -> str:
