@@ -203,16 +203,13 @@ def _recipe(run) -> str:
 
 def _probe(info) -> str:
   """Returns what is known of a head that is a linear probe."""
-  top1, count = (
-    _get(info, 'probe', 'linear', 'top1'),
-    _get(info, 'probe', 'test'),
-  )
-  if top1 is None:
+  top1 = _get(info, 'probe', 'linear', 'top1')
+  train, test = (_get(info, 'probe', split) for split in ('train', 'test'))
+  if not all(isinstance(number, int | float) for number in (top1, train, test)):
     return ''
-  train = _get(info, 'probe', 'train')
   return (
     f'a linear probe, fitted on {train:,} labelled images; top-1 {top1:.2%} on '
-    f'{count:,} test images'
+    f'{test:,} test images'
   )
 
 

@@ -212,8 +212,9 @@ def _labels_in_order(labels, dataset, other, flags: argparse.Namespace):
   All are -1 where the classes are others, or none.
   """
   from ijckd_jax.data import classes
+  from ijckd_jax.data import datasets
 
-  if not other.class_names:
+  if not datasets.has_classes(other):
     return labels
   try:
     order, note = classes.match(
