@@ -5,8 +5,8 @@
 Students from a fresh start are a shufflenet_v2_x0_5; from ImageNet's weights, a
 tf_efficientnet_lite0. Their teacher is a tf_efficientnet_lite2 with ImageNet's
 weights, whose head is a linear probe on the labelled images: the few steps that
-1,000 images allow do not improve it (trained on, it gets 77.2%, and 82.7% as it
-is). ce learns from the labelled images alone.
+1,000 images allow do not improve it (15 epochs of AdamW at 5e-4 took it from
+82.7% to 77.2%). ce learns from the labelled images alone.
 """
 
 import pathlib
@@ -26,7 +26,7 @@ BACKBONES = {
 EPOCHS = {
   'fresh_ijckd': 10.0,
   'fresh_ce': 60.0,
-  'pretrained_ijckd': 2.0,
+  'pretrained_ijckd': 1.0,
   'pretrained_ce': 15.0,
 }
 
@@ -64,8 +64,9 @@ def get_config(arm=None):
   if method == 'ijckd':
     config.dataset.unlabelled = 'heap'
     config.teacher.checkpoint = str(DATA.parent / 'teacher')
-    config.teacher.store.views = 2
     config.method.factor = config_utils.AUTO
-    if start == 'fresh':  # Which leaves it below a fifth of the teacher.
+    if start == 'fresh':
+      config.teacher.store.views = 2
+      # Which leaves the student below a fifth of its teacher.
       config.student.max_growth = 2.5
   return config
