@@ -13,6 +13,7 @@ from ijckd_jax.evaluation import cost
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import parallel
 from ijckd_jax.training import cost_estimate
+from ijckd_jax.training import experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = str(ROOT / 'configs' / 'digits.py')
@@ -163,6 +164,22 @@ def test_the_compiled_step_is_the_one_that_trains(exp):
   )
   assert state.step == 1
   assert np.isfinite(sums['loss'][0])
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'total_epochs': 1.0, 'optimizer.warmup_epochs': 0.05},
+    {'total_epochs': 5.0, 'optimizer.warmup_steps': 500},
+  ],
+)
+def test_a_warm_up_that_fits_the_data_is_taken(fields):
+  config = experiment.default_config(
+    dataset='digits', teacher='', student='resnet8', method='ce'
+  )
+  config_utils.override(config, fields)
+  tx, schedule = cost_estimate.optimizer(experiment.build(config))
+  assert schedule(0) < schedule(1)
 
 
 def test_its_arithmetic_is_that_of_forward_and_backward(exp):

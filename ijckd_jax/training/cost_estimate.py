@@ -23,6 +23,7 @@ too long where arrays stay on chip. The estimate is the longer of the two, with
 a free interconnect. Peak rates: {source}"""
 INSTALL = "pip install 'ijckd_jax[tpu]'"
 GIB = 2**30
+STEPS_OF_EPOCH = 100_000  # Far more than a warm-up has.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,10 +206,10 @@ def build(config, devices):
 def optimizer(exp):
   """Returns the experiment's optimizer and schedule, without its data.
 
-  The number of examples only moves the schedule's epochs, so one batch of
-  examples stands for the data.
+  The number of examples only moves the schedule's epochs. It is so large here
+  that a warm-up fits into any run into which it may fit.
   """
-  return exp.optimizer(exp.config.batch_size)
+  return exp.optimizer(STEPS_OF_EPOCH * exp.config.batch_size)
 
 
 def step_arguments(exp):
@@ -225,7 +226,7 @@ def step_arguments(exp):
       exp.distiller.init(key, image_shape),
       tx,
       with_ema=exp.config.ema_decay > 0,
-      memory=exp.memory(key, rows),  # As in `optimizer`: one batch.
+      memory=exp.memory(key, rows),  # One batch stands for the data.
     )
 
   key = jax.eval_shape(lambda: jax.random.key(0))
