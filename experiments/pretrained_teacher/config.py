@@ -67,6 +67,5 @@ def get_config(arm=None):
     config.method.factor = config_utils.AUTO
     if start == 'fresh':
       config.teacher.store.views = 2
-      # Which leaves the student below a fifth of its teacher.
       config.student.max_growth = 2.5
   return config
