@@ -1069,7 +1069,7 @@ def test_multiply_adds_in_vain_are_not_counted():
   square = jax.ShapeDtypeStruct((2, 2), jnp.float32)
 
   def last_product(x):
-    x @ x  # Of which nothing comes.
+    x @ x  # Its result is not used.
     return x @ x[:, :1]
 
   assert cost.multiply_adds(last_product, square) == 4

@@ -99,7 +99,7 @@ def bind(
       seed, given[0].num_features, num_classes
     )
   elif method.predicts_with == 'own' and not num_classes:
-    fixed_head = network_lib.random_head(seed, source.pooled.shape[-1], 0)
+    fixed_head = network_lib.empty_head(source.pooled.shape[-1])
   distiller = distiller_lib.Distiller(
     network,
     method,

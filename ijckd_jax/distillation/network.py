@@ -60,6 +60,14 @@ def random_head(
   }
 
 
+def empty_head(width: int) -> dict[str, np.ndarray]:
+  """Returns the head of a network that names no class: (D, 0) and (0,)."""
+  return {
+    name: np.zeros(shape.shape, np.float32)
+    for name, shape in head_shapes(width, 0).items()
+  }
+
+
 def run(module, variables, *x, train: bool, key: jax.Array | None = None):
   """Applies a backbone, connector or auxiliary module.
 

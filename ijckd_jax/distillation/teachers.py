@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ijckd_jax.data import augment
 from ijckd_jax.data import classes
@@ -101,10 +100,7 @@ class Teacher:
 
   def without_head(self) -> 'Teacher':
     """Returns it with an empty head, for images that have no classes."""
-    head = {
-      'kernel': np.zeros((self.num_features, 0), np.float32),
-      'bias': np.zeros(0, np.float32),
-    }
+    head = network.empty_head(self.num_features)
     return dataclasses.replace(self.with_head(head), class_names=())
 
   def in_order(self, order, class_names: Sequence[str]) -> 'Teacher':

@@ -262,8 +262,8 @@ def _head(parts, network) -> dict[str, np.ndarray]:
       'kernel': np.ascontiguousarray(parts.kernel, np.float32),
       'bias': np.ascontiguousarray(parts.bias, np.float32),
     }
-  shapes = network.shapes(0)['params']['head']
-  return {key: np.zeros(x.shape, x.dtype) for key, x in shapes.items()}
+  width = network.shapes(0)['params']['head']['kernel'].shape[0]
+  return network_lib.empty_head(width)
 
 
 def _compare(bundle, model, parts) -> dict[str, float]:

@@ -74,9 +74,8 @@ class Lines:
     self._done = done
     self._said = time.monotonic()
     self._calls = 0
-    self._begin = self._first = (
-      None  # Of what the time that is left is told by.
-    )
+    # When the calls that compile had ended, and how many units were done then.
+    self._begin = self._first = None
 
   def say(self, done: int) -> None:
     """Logs how many are done, if the last line is SECONDS ago.
