@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import types
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from ijckd_jax.training import experiment
 from ijckd_jax.training import loop
 from ijckd_jax.training import metric_writer
 from ijckd_jax.training import one_run
+from ijckd_jax.training import results
 from ijckd_jax.training import train
 
 TIMES = 'train/images_per_second'
@@ -500,3 +502,11 @@ def test_too_few_steps_for_batch_norm_are_told(
     )
   assert f'{percent}% of them will be what they started as' in caplog.text
   assert f'{enough} steps leave less than 1%' in caplog.text
+
+
+@pytest.mark.parametrize('nll, is_said', [(2.30, False), (2.31, True)])
+def test_a_student_worse_than_guessing_is_warned_of(nll, is_said, caplog):
+  """Of ten classes; log(10) is 2.303."""
+  dataset = types.SimpleNamespace(class_names=tuple('abcdefghij'))
+  results._warn_of_ruin(nll, types.SimpleNamespace(dataset=dataset), 'W')
+  assert ('that of guessing 2.303' in caplog.text) == is_said

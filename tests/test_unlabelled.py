@@ -274,6 +274,15 @@ def test_a_term_that_is_only_in_the_total_is_found(images, finished_run):
     experiment.build(config, dataset=heap_of(images))
 
 
+def test_the_advice_fits_a_teacher_that_pools_no_map(images, published_run):
+  teacher = bundles.load(published_run[0]).teacher()
+  teacher = dataclasses.replace(teacher, pools_map=False)
+  config = config_of('kd', **{'student.backbone': 'resnet8'})
+  with pytest.raises(config_utils.UserError, match="connector='mlp'") as caught:
+    experiment.build(config, dataset=heap_of(images), teacher=teacher)
+  assert 'simkd' not in str(caught.value)
+
+
 def test_added_terms_are_named(images, finished_run):
   config = config_of('simkd', **{'method.add': 'kd'})
   config.teacher.checkpoint = str(finished_run[0])
