@@ -28,7 +28,8 @@ schedule, 30 epochs of batch 64. From random weights a teacher needs far more.
                    that keeps the student small (method.factor=auto)
   recipe=finetune  a network that starts from weights (student.init_from): 30
                    epochs of AdamW, whose early layers learn slowly, stochastic
-                   depth, and the same augmentation; method=ce needs no teacher
+                   depth, frozen statistics of batch norm, and the same
+                   augmentation; method=ce needs no teacher
 """
 
 from ijckd_jax import models
@@ -87,6 +88,9 @@ def _finetune(config):
   """Makes the recipe one for a student that starts from weights."""
   _use_adamw(config)
   config.optimizer.learning_rate = 3e-4
+  config.student.freeze_statistics = True
+  if config.student.backbone.partition(':')[0] in models.PYTORCH:
+    return  # A converted network, whose layers are not known.
   config.optimizer.layer_decay = 0.7
   if models.build(config.student.backbone).has_branches:
     config.student.drop_path = 0.1
@@ -102,6 +106,7 @@ def _use_adamw(config):
   config.optimizer.weight_decay = 0.05
   config.optimizer.decay_norm_and_bias = False
   config.teacher.learning_rate = 3e-4
+  config.teacher.freeze_statistics = True
   config.augment.trivialaugment = True
   config.augment.label_smoothing = 0.1
   config.ema_decay = 0.999

@@ -387,6 +387,27 @@ def test_sizes_of_maps(name, size):
   assert features.final.shape[1:3] == features.stages[-1].shape[1:3]
 
 
+@pytest.mark.parametrize('name', by_default(ONE_OF_EACH))
+def test_frozen_statistics_are_those_of_inference(name):
+  """In a training step too; and the weights still learn."""
+  backbone = models.build(name, freeze_statistics=True)
+  x = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+  variables = backbone.init(jax.random.key(0), x, train=False)
+  stats = variables.get('batch_stats', {})
+  variables = {'params': variables['params'], 'batch_stats': stats}
+
+  @jax.jit
+  def run(variables, x):
+    return [
+      network.run(backbone, variables, x, train=train)
+      for train in (True, False)
+    ]
+
+  (trained, after), (wanted, _) = run(variables, x)
+  np.testing.assert_allclose(trained.pooled, wanted.pooled, rtol=1e-5)
+  jax.tree.map(np.testing.assert_array_equal, after, stats)
+
+
 def test_images_that_are_too_small():
   with pytest.raises(config_utils.UserError, match='4x9 are too small'):
     shapes_of('vgg8', (4, 9, 3))
@@ -654,28 +675,29 @@ def test_what_is_no_backbone(name, said):
 
 
 @pytest.mark.parametrize(
-  'name, instead',
+  'name, own',
   [
-    (
-      'timm:resnet18',
-      'take resnet18, the same network here, .* init_from=DIR$',
-    ),
-    ('timm:swin_tiny', "take a backbone that 'ijckd models' lists$"),
-    ('torchvision.models:mobilenet_v2', 'take mobilenet_v2, the same'),
-    ('hf:timm/swin_tiny', "take a backbone that 'ijckd models' lists$"),
-    ('hf:timm/resnet50.a1_in1k@0123', 'take resnet50, the same'),
+    ('timm:resnet18', 'resnet18'),
+    ('timm:swin_tiny', None),
+    ('torchvision.models:mobilenet_v2', 'mobilenet_v2'),
+    ('hf:timm/swin_tiny', None),
+    ('hf:timm/resnet50.a1_in1k@0123', 'resnet50'),
   ],
 )
-def test_a_network_of_pytorch_only_teaches(name, instead, monkeypatch):
+def test_a_network_of_pytorch_is_not_built(name, own, monkeypatch):
+  """It is said how it teaches or starts, and whether it is here as well."""
   monkeypatch.setattr(config_utils, 'resolve', None)  # Nothing is imported.
-  message = f"^'{name}' is a network of PyTorch, .* teacher.checkpoint=DIR. To "
-  message += f'train, {instead}'
-  with pytest.raises(config_utils.UserError, match=message):
+  with pytest.raises(config_utils.UserError) as error:
     models.build(name)
+  said = str(error.value)
+  assert said.startswith(f"'{name}' is a network of PyTorch: 'ijckd convert' ")
+  assert 'teacher.checkpoint=DIR' in said and 'student.init_from=DIR' in said
+  assert said.endswith('reads') == (own is not None)
+  assert (f'take {own}, the same network here' in said) == (own is not None)
 
 
 @pytest.mark.parametrize('name', ['TorchNet', 'torch_net'])
-def test_a_module_of_pytorch_only_teaches(name):
+def test_a_module_of_pytorch_is_not_built(name):
   pytest.importorskip('torch', reason='needs PyTorch')
   with pytest.raises(config_utils.UserError, match='is a network of PyTorch'):
     models.build(f'tests.pytorch_modules:{name}')

@@ -222,6 +222,7 @@ RECIPES = {
     'total_epochs': 30.0,
     'optimizer.layer_decay': 0.7,
     'student.drop_path': 0.1,
+    'student.freeze_statistics': True,
   },
 }
 
@@ -240,7 +241,10 @@ def test_a_recipe_builds(data_dir, recipe):
   exp.optimizer(100)
   if recipe == 'mobile':  # Beside 2,048 channels of the teacher.
     assert exp.distiller.connected_network.connector.factor > 2
+  # There is no start whose statistics could be kept.
+  assert not exp.distiller.network.backbone.freeze_statistics
   own = exp.teacher_run.config
+  assert own.student.freeze_statistics
   assert own.optimizer.name == 'adamw' and own.optimizer.layer_decay == 1
   assert own.total_epochs == 30 and exp.teacher_run.mixing is None
 
@@ -248,6 +252,8 @@ def test_a_recipe_builds(data_dir, recipe):
 def test_a_recipe_for_a_backbone_without_stochastic_depth():
   config = config_utils.load('image_folder:recipe=finetune,student=resnet18')
   assert config.student.drop_path == 0
+  config = config_utils.load('image_folder:recipe=finetune,student=timm:swin_t')
+  assert config.optimizer.layer_decay == 1 and config.student.freeze_statistics
 
 
 def test_an_unknown_recipe_is_refused():

@@ -17,7 +17,8 @@ import pytest
 from ijckd_jax.bundles import bundles
 from ijckd_jax.data import augment
 from ijckd_jax.distillation import connectors
-from ijckd_jax.distillation import converted
+from ijckd_jax.distillation import network as network_lib
+from ijckd_jax.models import converted
 from ijckd_jax.models import programs
 from ijckd_jax.runtime import config_utils
 from tests import test_bundle_fuzzing as fuzzing
@@ -58,28 +59,27 @@ def make_pool():
 def make_converted():
   """Returns a bundle whose network and pool are programs."""
   rng = np.random.default_rng(1)
-  network = converted.Converted(
+  backbone = converted.Converted(
     features=core.FrozenDict(
       {'float32': programs.trace(features, shapes_of(ARRAYS), SHAPE)}
     ),
-    pool=make_pool(),
-    preprocessing=PREPROCESSING,
-    signed=False,
-    pooled_signed=False,
-    pools_map=True,
+    own_pool=make_pool().program,
+    map_is_signed=False,
+    pooled_is_signed=False,
     buffers=('mean',),
   )
   variables = {
     'params': {
-      'backbone': {'w': ARRAYS['w']},
+      'backbone': {'w': ARRAYS['w'], **SCALE},
       'head': {
         'kernel': rng.normal(size=(6, 3)).astype(np.float32),
         'bias': np.zeros(3, np.float32),
       },
     },
     'batch_stats': {'backbone': {'mean': ARRAYS['mean']}},
-    'pool': {'params': dict(SCALE)},
+    'pool': {},
   }
+  network = network_lib.plain(backbone, PREPROCESSING)
   return bundles.Bundle(
     network, variables, 'mine', programs.PROGRAM, SHAPE, tuple('abc'), {}
   )
@@ -113,6 +113,7 @@ def make_student():
 
 
 MAKERS = {'converted': make_converted, 'student': make_student}
+FORMATS = {make_converted: 4, make_student: 2}
 
 
 @pytest.fixture(scope='module', params=MAKERS)
@@ -137,7 +138,7 @@ def test_a_bundle_comes_back_as_it_was(make, tmp_path):
     np.testing.assert_array_equal, loaded.variables, bundle.variables
   )
   assert loaded.spec() == bundle.spec()
-  assert loaded.spec()['format_version'] == 2
+  assert loaded.spec()['format_version'] == FORMATS[make]
   assert loaded.network.programs == bundle.network.programs
   images = np.random.default_rng(0).integers(0, 256, (5, *bundle.image_shape))
   x = bundle.network.preprocessing(jnp.asarray(images))
@@ -165,7 +166,7 @@ def test_a_program_is_its_function_and_can_be_differentiated():
 
 def test_teacher_of_programs():
   teacher = make_converted().teacher()
-  assert teacher.num_params == {'backbone': 24, 'connector': 0, 'head': 27}
+  assert teacher.num_params == {'backbone': 30, 'connector': 0, 'head': 21}
   images = np.zeros((2, *SHAPE), np.uint8)
   result = teacher(teacher.arrays, images)
   np.testing.assert_allclose(

@@ -154,7 +154,7 @@ def test_pool_variables_are_those_named_so():
     'params': {'conv': 1, 'pool_norm': {'scale': 2}, 'pooling': 3},
     'batch_stats': {'conv': 4},
   }
-  assert network.pool_variables(variables) == {
+  assert models.build('resnet8').pool_variables(variables) == {
     'params': {'pool_norm': {'scale': 2}}
   }
 
@@ -169,7 +169,7 @@ def test_the_pools_variables_are_all_that_the_pool_needs(name):
       features, variables = backbone.init_with_output(
         jax.random.key(0), x, train=False
       )
-      share = network.pool_variables(variables)
+      share = backbone.pool_variables(variables)
       again = network.pool_of(backbone)(share, features.final)
       return features.pooled, again, share
 

@@ -20,7 +20,6 @@ from ijckd_jax.bundles import bundles
 from ijckd_jax.data import augment
 from ijckd_jax.data import images
 from ijckd_jax.data.datasets import imagenet
-from ijckd_jax.distillation import converted
 from ijckd_jax.models import programs
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.training import train
@@ -275,7 +274,7 @@ def test_what_cannot_be_converted_is_said(kind, said):
 def test_what_cannot_be_in_bfloat16_is_left_out():
   torch.manual_seed(1)
   result = convert(Watched('float32'))
-  assert set(result.bundle.network.features) == {'float32'}
+  assert set(result.bundle.network.backbone.features) == {'float32'}
   assert 'no program in bfloat16' in result.notes[-1]
 
 
@@ -400,9 +399,8 @@ def test_command_takes_a_module_with_its_weights(
     *('--model', 'mine:net', '--model_args', 'width=5', '--overwrite', *common)
   )
   assert (code, err) == (0, '')
-  assert bundles.load(tmp_path / 'out', trust_code=True).network.shapes(3)[
-    'params'
-  ]['head']['kernel'].shape == (5, 3)
+  bundle = bundles.load(tmp_path / 'out', trust_code=True)
+  assert bundle.variables['params']['head']['kernel'].shape == (5, 3)
 
 
 @pytest.mark.parametrize(
@@ -520,8 +518,9 @@ def test_a_program_that_calls_out_is_refused():
 
 def test_a_dtype_without_a_program_is_refused(saved, tmp_path):
   bundle = bundles.load(saved('resnet'), trust_code=True)
-  features = bundle.network.features.pop('bfloat16')[0]
-  network = dataclasses.replace(bundle.network, features=features)
+  backbone = bundle.network.backbone
+  backbone = backbone.clone(features=backbone.features.pop('bfloat16')[0])
+  network = dataclasses.replace(bundle.network, backbone=backbone)
   dataclasses.replace(bundle, network=network).save(tmp_path / 'half')
   with pytest.raises(
     config_utils.UserError, match='for float32, not for bfloat16'
@@ -562,7 +561,7 @@ def test_a_student_goes_through_a_converted_pool_and_stands_alone(
   assert result.bundle.pool_name == programs.PROGRAM
   alone = bundles.load(tmp_path / 'run', trust_code=True)
   assert isinstance(alone.network.pool, programs.Pool)
-  assert not isinstance(alone.network, converted.Converted)
+  assert not alone.network.backbone.programs
   images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1))
   given, wanted = (
     bundle.network(
@@ -584,7 +583,7 @@ def test_a_student_goes_through_a_converted_pool_and_stands_alone(
   assert again.bundle.pool_name == programs.PROGRAM
   from ijckd_jax.commands import weights
 
-  with pytest.raises(config_utils.UserError, match='its pool is a program'):
+  with pytest.raises(config_utils.UserError, match='is no torch.nn.Module any'):
     weights.main(
       ['export', '--trust_code', '--bundle', str(tmp_path / 'run')]
       + ['--output', str(tmp_path / 'student.safetensors')]

@@ -213,20 +213,18 @@ def step_of(dist):
   for name, value in SETTINGS.items():
     config[name] = value
   tx = optim.make_optimizer(config, config.learning_rate)
-  return tx, jax.jit(
-    jax.vmap(
-      functools.partial(
-        steps.train_step,
-        distiller=dist,
-        tx=tx,
-        augmentation=lambda key, images, epochs, indices: images,
-        ema_decay=0.0,
-        num_pieces=1,
-      ),
-      in_axes=(None, None, 0, None),
-      out_axes=None,
-      axis_name=parallel.AXIS,
-    )
+  return tx, jax.pmap(
+    functools.partial(
+      steps.train_step,
+      distiller=dist,
+      tx=tx,
+      augmentation=lambda key, images, epochs, indices: images,
+      ema_decay=0.0,
+      num_pieces=1,
+    ),
+    in_axes=(None, None, 0, None),
+    out_axes=None,
+    axis_name=parallel.AXIS,
   )
 
 

@@ -28,9 +28,9 @@ from ijckd_jax.bundles import specification
 from ijckd_jax.data import classes
 from ijckd_jax.data import images
 from ijckd_jax.distillation import connectors
-from ijckd_jax.distillation import converted
 from ijckd_jax.distillation import network as network_lib
 from ijckd_jax.distillation import teachers
+from ijckd_jax.models import converted
 from ijckd_jax.models import programs as programs_lib
 from ijckd_jax.runtime import backend
 from ijckd_jax.runtime import config_utils
@@ -40,8 +40,9 @@ logger = logging.getLogger('ijckd_jax')
 
 # 2: those that hold programs. 3: those whose backbone ends at a stage by its
 # number, named by `tap`. Of other backbones a bundle says whether they are
-# `truncated`, because older versions of ijckd_jax read that.
-FORMAT_VERSIONS = (1, 2, 3)
+# `truncated`, because older versions of ijckd_jax read that. 4: those whose
+# backbone was converted, with its pool's arrays among its own.
+FORMAT_VERSIONS = (1, 2, 3, 4)
 SPEC_FILE = 'bundle.json'
 CHECKSUM = 'arrays_sha256'  # Its field for that of ARRAYS_FILE.
 ARRAYS_FILE = 'variables.safetensors'
@@ -63,9 +64,9 @@ class Bundle:
   """A classifier that needs nothing else; or features, without a head.
 
   Attributes:
-    network: how its parts are joined; or a Converted, which is one program.
+    network: how its parts are joined.
     variables: their arrays on the host, see there.
-    backbone_name: as models.build takes it; of a Converted, what it was.
+    backbone_name: as models.build takes it; of a Converted, what it was called.
     pool_name: 'average', the backbone whose pool it is, or 'program'.
     image_shape: (H, W, C) of the images that it was made for.
     class_names: K names; none where it has no head, which is (D, 0) then.
@@ -74,7 +75,7 @@ class Bundle:
       it that `info` names, if it does.
   """
 
-  network: network_lib.Network | converted.Converted
+  network: network_lib.Network
   variables: Any
   backbone_name: str
   pool_name: str
@@ -100,12 +101,15 @@ class Bundle:
     """Returns it as a teacher."""
     net, pool_variables = self.network, self.variables['pool']
     pool, pool_name = net.pool, self.pool_name
-    if isinstance(net, network_lib.Network) and net.connector is None:
-      backbone = network_lib.part(self.variables, 'backbone')
-      pool_variables = network_lib.pool_variables(backbone)
-      if net.backbone.truncated:
-        # The backbone of that name, whole, may have another pool.
-        pool, pool_name = teachers.average_pool, 'average'
+    if net.connector is None:
+      pool_variables = net.backbone.pool_variables(
+        network_lib.part(self.variables, 'backbone')
+      )
+    if self.pool_name == 'average' or (
+      # The backbone of that name, whole, may have another pool.
+      net.connector is None and net.backbone.truncated
+    ):
+      pool, pool_name = teachers.average_pool, 'average'
     return teachers.Teacher(
       apply=net,
       variables=self.variables,
@@ -171,14 +175,14 @@ class Bundle:
     """Returns all of it but the arrays, as `bundle.json` says it."""
     net, more = self.network, {}
     connector = None
-    if isinstance(net, converted.Converted):
+    if isinstance(net.backbone, converted.Converted):
       more['converted'] = {
-        'signed': net.signed,
-        'pooled_signed': net.pooled_signed,
-        'pools_map': net.pools_map,
-        'buffers': net.buffers,
+        'signed': net.backbone.map_is_signed,
+        'pooled_signed': net.backbone.pooled_is_signed,
+        'pools_map': net.backbone.map_is_pooled,
+        'buffers': net.backbone.buffers,
       }
-    elif net.backbone.num_stages is None:
+    if net.backbone.num_stages is None:
       more['truncated'] = net.backbone.truncated
     else:
       more['tap'] = net.backbone.tap
@@ -192,7 +196,7 @@ class Bundle:
         net.connector, connectors.CONNECTORS
       )
     spec = {
-      'format_version': 3 if 'tap' in more else 2 if net.programs else 1,
+      'format_version': self._format_version(),
       'backbone': self.backbone_name,
       **more,
       'dtype': jnp.dtype(net.dtype).name,
@@ -215,6 +219,13 @@ class Bundle:
       spec['programs_made'] = dataclasses.asdict(made)
     # A mean or std may be of numpy's floats, which JSON does not know.
     return json.loads(json.dumps(spec, default=float))
+
+  def _format_version(self) -> int:
+    if isinstance(self.network.backbone, converted.Converted):
+      return 4
+    if self.network.backbone.num_stages is not None:
+      return 3
+    return 2 if self.network.programs else 1
 
   def save(self, directory: epath.PathLike) -> None:
     """Writes it; the folder appears whole or not at all."""
@@ -287,6 +298,7 @@ def load(
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
     data = _read(directory, ARRAYS_FILE, size + MAX_TEXT_BYTES)
     arrays = safetensors.numpy.load(data)
+    arrays = specification.upgraded_arrays(spec, arrays)
   with config_utils.blame(
     f'the arrays in {directory} do not fit its {SPEC_FILE}'
   ):
@@ -389,6 +401,7 @@ def build(
       f'the bundle in {where} has format {version}; this version of ijckd_jax '
       f'reads {", ".join(map(str, FORMAT_VERSIONS))}'
     )
+  spec = specification.upgraded(spec)
   with config_utils.blame(f"{where}: the bundle's description is damaged"):
     specification.check(spec)
     outside = [

@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 
+from ijckd_jax import models
 from ijckd_jax.bundles import bundles
 from ijckd_jax.data import augment
 from ijckd_jax.data import classes
 from ijckd_jax.distillation import connectors
 from ijckd_jax.distillation import network
+from ijckd_jax.models import converted
 from ijckd_jax.runtime import config_utils
 
 PARTS = ('backbone', 'connector', 'head')
@@ -22,22 +24,39 @@ class Start:
 
   Attributes:
     path: of the bundle.
-    backbone_name: in models.BACKBONES.
+    backbone_name: of the bundle.
+    backbone: the bundle's.
     size: (H, W) of the images that its weights are for.
     preprocessing: what its weights expect, for the images to come.
     variables: its 'params' and 'batch_stats'; of each, the parts that are taken
       by their names.
-    tap: where its backbone ends.
     connector: the bundle's; None where it has none.
+    origin: of the weights, see teachers.Teacher; None where it is not known.
   """
 
   path: str
   backbone_name: str
+  backbone: models.Backbone
   size: tuple[int, int]
   preprocessing: augment.Preprocessing
   variables: dict[str, Any]
-  tap: str
   connector: Any = None
+  origin: dict[str, Any] | None = None
+
+  def build_backbone(self, **settings) -> models.Backbone:
+    """Returns the student's backbone.
+
+    Args:
+      **settings: fields of models.Backbone.
+
+    Raises:
+      config_utils.UserError: it cannot be trained.
+    """
+    if not isinstance(self.backbone, converted.Converted):
+      return models.build(self.backbone_name, **settings)
+    backbone = self.backbone.clone(**settings)
+    backbone.check_trains(self.path)
+    return backbone
 
   @property
   def factor(self) -> int | None:
@@ -105,7 +124,8 @@ class Start:
     name = f'{part}{jax.tree_util.keystr(path)}'
     if getattr(value, 'shape', None) is None and part == 'backbone':
       raise config_utils.UserError(
-        f'{self.path} has no {name}: its backbone ends at tap={self.tap}, and '
+        f'{self.path} has no {name}: its backbone ends at '
+        f'tap={self.backbone.tap}, and '
         'a student that starts from it must end there or earlier (method.tap; '
         'a method without a connector, such as ce, trains the whole backbone)'
       )
@@ -165,7 +185,12 @@ def load(
       f'{path} holds a {bundle.backbone_name}, and cannot start a '
       f'{backbone_name}: name the same backbone'
     )
-  own = bundle.network.preprocessing
+  own, backbone = bundle.network.preprocessing, bundle.network.backbone
+  if isinstance(backbone, converted.Converted) and 'backbone' not in parts:
+    raise config_utils.UserError(
+      f'student.init_parts: {path} holds a converted network, of which nothing '
+      'else than its own weights can be the start: add backbone'
+    )
   if len(own.mean) != image_shape[-1]:
     raise config_utils.UserError(
       f'{path} reads images of {len(own.mean)} channels, but those of the data '
@@ -194,12 +219,16 @@ def load(
         f'student.init_parts: {path} holds no {part}, but '
         f'{", ".join(bundle.variables["params"])}'
       )
+  size = tuple(own.size)
+  if not isinstance(backbone, converted.Converted):  # That has one size.
+    own = dataclasses.replace(own, size=tuple(image_shape[:2]))
   return Start(
     path=path,
     backbone_name=backbone_name,
-    size=tuple(own.size),
-    preprocessing=dataclasses.replace(own, size=tuple(image_shape[:2])),
+    backbone=backbone,
+    size=size,
+    preprocessing=own,
     variables=variables,
-    tap=bundle.network.backbone.tap,
     connector=bundle.network.connector,
+    origin=bundle.info.get('origin'),
   )

@@ -18,9 +18,9 @@ from ijckd_jax import models
 from ijckd_jax.data import augment
 from ijckd_jax.data import images
 from ijckd_jax.distillation import connectors
-from ijckd_jax.distillation import converted
 from ijckd_jax.distillation import network as network_lib
 from ijckd_jax.distillation import teachers
+from ijckd_jax.models import converted
 from ijckd_jax.models import programs as programs_lib
 from ijckd_jax.runtime import config_utils
 
@@ -28,8 +28,11 @@ DTYPES = ('float32', 'bfloat16')
 # The files, by name, of what is not built but read.
 PROGRAMS = (
   *(f'{converted.FEATURES}{dtype}' for dtype in DTYPES),
+  *(f'{converted.TRAINING}{dtype}' for dtype in DTYPES),
   programs_lib.POOL,
+  programs_lib.OWN_POOL,
 )
+CONVERTED_FLAGS = ('signed', 'pooled_signed', 'pools_map')
 CONNECTOR_RUNTIME_FIELDS = (
   'axis_name',
   'dtype',
@@ -43,6 +46,25 @@ SIDES = f'a list of sides from 1 to {MAX_SIDE}'
 MAX_NUMBER = 2.0**127  # Beyond it float32 is infinite, and so are NaN and inf.
 MAX_EVAL_BATCH_SIZE = 2**20
 MAX_VERSION = 40  # Characters of a package's version.
+
+
+def upgraded(spec):
+  """Returns a spec as this version writes it.
+
+  Args:
+    spec: of one of bundles.FORMAT_VERSIONS, not checked.
+  """
+  if spec['format_version'] < 4 and spec.get('converted') is not None:
+    return {**spec, 'truncated': False}
+  return spec
+
+
+def upgraded_arrays(spec, arrays):
+  """Returns a bundle's arrays by the names that this version gives them."""
+  if spec['format_version'] < 4 and spec.get('converted') is not None:
+    old, new = 'pool/params/', 'params/backbone/'
+    return {name.replace(old, new, 1): x for name, x in arrays.items()}
+  return arrays
 
 
 def _is_count(value, limit):
@@ -94,21 +116,19 @@ def _check_network(spec):
   """Raises ValueError unless backbone, pool, classes and programs are right."""
   for field in ('backbone', 'pool'):
     _require(isinstance(spec.get(field), str), field, 'a name')
-  flags = ('signed', 'pooled_signed', 'pools_map')
+  is_right = isinstance(spec.get('tap'), str) ^ ('truncated' in spec)
+  _require(is_right, 'tap', 'a name, or not there where truncated is')
+  flags = {'truncated': spec['truncated']} if 'truncated' in spec else {}
   found = spec.get('converted')
-  if found is None:
-    flags, owner = ('truncated',) if 'truncated' in spec else (), spec
-    is_right = isinstance(spec.get('tap'), str) ^ ('truncated' in spec)
-    _require(is_right, 'tap', 'a name, or not there where truncated is')
-  else:
+  if found is not None:
     _require(isinstance(found, dict), 'converted', 'null or an object')
     _require(_is_texts(found.get('buffers')), 'buffers', 'a list of names')
-    _require(
-      spec['pool'] in ('average', programs_lib.PROGRAM), 'pool', 'its own'
-    )
-    owner = found
-  for field in flags:
-    _require(isinstance(owner.get(field), bool), field, 'true or false')
+    flags |= {name: found.get(name) for name in CONVERTED_FLAGS}
+    if spec.get('connector') is None:
+      pools = ('average', programs_lib.PROGRAM)
+      _require(spec['pool'] in pools, 'pool', 'its own')
+  for field, value in flags.items():
+    _require(isinstance(value, bool), field, 'true or false')
   _require(spec.get('dtype') in DTYPES, 'dtype', f'one of {", ".join(DTYPES)}')
   # There are none where there is no head.
   names = spec.get('class_names')
@@ -258,9 +278,9 @@ def names_outside(spec) -> list[str]:
   Raises:
     config_utils.UserError: a name is neither known nor a reference.
   """
-  if spec.get('converted') is not None:
-    return []
-  names = [('backbone', spec['backbone'], models.BACKBONES)]
+  names = []
+  if spec.get('converted') is None:
+    names.append(('backbone', spec['backbone'], models.BACKBONES))
   if spec['pool'] not in ('average', programs_lib.PROGRAM):
     names.append(('backbone', spec['pool'], models.BACKBONES))
   if spec['connector'] is not None:
@@ -300,8 +320,9 @@ def build(spec, dtype, programs: Mapping[str, programs_lib.Program]):
     pool = programs_lib.Pool(programs[programs_lib.POOL])
     pool_signed = True
   if spec.get('converted') is not None:
-    return _build_converted(spec, dtype, programs, preprocessing, pool), None
-  backbone = models.build(spec['backbone'], tap=_tap(spec), dtype=dtype)
+    backbone = _build_converted(spec, dtype, programs)
+  else:
+    backbone = models.build(spec['backbone'], tap=_tap(spec), dtype=dtype)
   if spec['connector'] is None:
     pool = network_lib.pool_of(backbone)
     return network_lib.Network(backbone, preprocessing, None, None, pool), None
@@ -326,13 +347,19 @@ def build(spec, dtype, programs: Mapping[str, programs_lib.Program]):
   return network, pool_backbone
 
 
-def _build_converted(spec, dtype, programs, preprocessing, pool):
+def _build_converted(spec, dtype, programs):
   """Returns the Converted of a checked spec."""
-  features = {
-    name.removeprefix(converted.FEATURES): program
-    for name, program in programs.items()
-    if name.startswith(converted.FEATURES)
-  }
+  features, training = (
+    {
+      name.removeprefix(prefix): program
+      for name, program in programs.items()
+      if name.startswith(prefix)
+    }
+    for prefix in (converted.FEATURES, converted.TRAINING)
+  )
+  own_pool = programs.get(programs_lib.OWN_POOL)
+  if spec['connector'] is None:
+    own_pool = programs.get(programs_lib.POOL)
   dtype = jnp.dtype(dtype)
   if dtype.name not in features:
     raise ValueError(
@@ -341,14 +368,15 @@ def _build_converted(spec, dtype, programs, preprocessing, pool):
     )
   found = spec['converted']
   return converted.Converted(
-    features=core.FrozenDict(features),
-    pool=pool,
-    preprocessing=preprocessing,
-    signed=found['signed'],
-    pooled_signed=found['pooled_signed'],
-    pools_map=found['pools_map'],
-    buffers=tuple(found['buffers']),
+    tap=_tap(spec),
     dtype=dtype,
+    features=core.FrozenDict(features),
+    training=core.FrozenDict(training),
+    own_pool=own_pool,
+    buffers=tuple(found['buffers']),
+    map_is_signed=found['signed'],
+    pooled_is_signed=found['pooled_signed'],
+    map_is_pooled=found['pools_map'],
   )
 
 
@@ -387,8 +415,6 @@ def shapes(network, pool_backbone, spec):
   """
   image_shape, key = tuple(spec['image_shape']), jax.random.key(0)
   num_classes, connector = len(spec['class_names']), network.connector
-  if isinstance(network, converted.Converted):
-    return network.shapes(num_classes)
   if connector is None:
     made = jax.eval_shape(lambda: network.init(key, image_shape, num_classes))
     return {**made, 'pool': {}}
@@ -448,7 +474,9 @@ def check_arrays(arrays, network, expected):
     if not jnp.issubdtype(array.dtype, jnp.floating):
       continue
     # A buffer of a converted network may be infinite, such as a mask.
-    is_converted = isinstance(network, converted.Converted)
+    is_converted = '/backbone/' in name and isinstance(
+      network.backbone, converted.Converted
+    )
     if (np.isnan if is_converted else lambda x: ~np.isfinite(x))(array).any():
       raise ValueError(f'{name} holds numbers that are not finite')
     if name.startswith('batch_stats/') and name.endswith('/var'):

@@ -1,16 +1,17 @@
-r"""Makes a teacher of any PyTorch image classifier, by tracing it.
+r"""Makes a bundle of any PyTorch image classifier, by tracing it.
 
   ijckd convert --model timm:NAME --checkpoint FILE \
     --output DIR
 
 The network becomes a program that JAX runs on CPUs, GPUs and TPUs, in a bundle
-that config.teacher.checkpoint takes. PyTorch is needed here, and no more when
-the teacher teaches: pip install 'ijckd_jax[convert]'. The model's code is run;
-its weights are read without running anything.
+that teaches (config.teacher.checkpoint) or is trained further
+(config.student.init_from, config.teacher.init_from). PyTorch is needed here,
+and no more in training: pip install 'ijckd_jax[convert]'. The model's code is
+run; its weights are read without running anything.
 
   ijckd convert --again BUNDLE --output NEW
 
-JAX promises to read the programs for six months. This converts such a teacher
+JAX promises to read the programs for six months. This converts such a network
 once more, from the weights that its bundle holds.
 """
 
@@ -74,14 +75,15 @@ def _convert(flags: argparse.Namespace, arguments: dict[str, object]):
 def _again(flags: argparse.Namespace, arguments: dict[str, object]):
   """Returns what a bundle's network is, converted once more."""
   from ijckd_jax.bundles import bundles
-  from ijckd_jax.distillation import converted
+  from ijckd_jax.models import converted
   from ijckd_jax.pytorch import converter
   from ijckd_jax.pytorch import named_models
 
   old = bundles.load(flags.again, trust_programs=True)
   origin = old.info.get('origin', {})
   name = origin.get('model')
-  if not (isinstance(old.network, converted.Converted) and name):
+  is_converted = isinstance(old.network.backbone, converted.Converted)
+  if not (is_converted and old.network.connector is None and name):
     raise config_utils.UserError(
       f'{flags.again} is no bundle that ijckd convert wrote: convert the '
       'teacher that it was distilled from, and distil again'
@@ -106,9 +108,14 @@ def _write(name: str, result, output: epath.Path) -> None:
   counts = bundles.num_params(bundle.variables)
   print(
     f'written to {output} ({sum(counts.values()):,} parameters); a run takes '
-    f'it by --config.teacher.checkpoint={output} '
+    f'it as its teacher by --config.teacher.checkpoint={output} '
     f'--config.teacher.backbone={bundle.backbone_name}'
   )
+  if bundle.network.backbone.can_be_trained:
+    print(
+      f'and trains it further by --config.student.init_from={output} '
+      f'--config.student.backbone={bundle.backbone_name}'
+    )
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:

@@ -116,19 +116,12 @@ def _export(flags: argparse.Namespace) -> None:
   output = epath.Path(flags.output)
 
   from ijckd_jax.bundles import bundles
-  from ijckd_jax.models import programs
   from ijckd_jax.pytorch import published_names
   from ijckd_jax.pytorch import state_dicts
   from ijckd_jax.runtime import disk
 
   state_dicts.check_suffix(output)
   bundle = bundles.load(flags.bundle, trust_code=flags.trust_code)
-  if bundle.network.programs:
-    raise config_utils.UserError(
-      f'{flags.bundle} cannot be exported to PyTorch: its '
-      + ('pool' if programs.POOL in bundle.network.programs else 'network')
-      + ' is a program, of which there is no torch.nn.Module any more'
-    )
   if output.parent.resolve() == bundles.find(flags.bundle).resolve():
     raise config_utils.UserError(
       f'{output} is inside of the bundle: give another --output'
@@ -154,6 +147,8 @@ def _export(flags: argparse.Namespace) -> None:
 
   output_flags.write(write, output)
   print(f'{output}: {len(state)} arrays of a {bundle.backbone_name}')
+  if bundle.network.programs:
+    print('the module loads them by load_state_dict(arrays, strict=False)')
   if connected:
     output_flags.write(lambda: disk.write_text(module, text), module)
     print(f'{module}: the module that runs them, with PyTorch alone')

@@ -32,7 +32,7 @@ class Deployed:
   Images are (B, H, W, C) of `image_shape`, with pixels as PIXELS says.
 
   Attributes:
-    network: network.Network, or a Converted.
+    network: see there; its batch norm is folded in.
     arrays: float32 by name, those that the function reads.
     unread: shapes by name of the other arrays of the network.
     image_shape: (H, W, C).
@@ -83,9 +83,9 @@ def deploy(bundle: bundles.Bundle, *, takes: str = 'uint8') -> Deployed:
     config_utils.UserError: it has no head.
   """
   bundle.check_head('the bundle')
-  network, variables = bundle.network, bundle.variables
-  if isinstance(network, network_lib.Network):
-    network, variables = _folded(network, variables, bundle.image_shape)
+  network, variables = _folded(
+    bundle.network, bundle.variables, bundle.image_shape
+  )
   arrays = traverse_util.flatten_dict(variables, sep='/')
   whole = Deployed(
     network=network,

@@ -16,7 +16,6 @@ from ijckd_jax.models import outputs
 from ijckd_jax.models import programs as programs_lib
 
 COLLECTIONS = ('params', 'batch_stats')
-POOL_PREFIX = 'pool_'  # Of the names of a pool's layers, see models.Backbone.
 
 
 def classify(head: dict[str, jax.Array], pooled: jax.Array) -> jax.Array:
@@ -102,18 +101,12 @@ def init(module, key: jax.Array, *x):
 
 def pool_of(backbone: models.Backbone):
   """Returns a backbone's pool as `(variables of the pool, map) -> pooled`."""
+  program = backbone.programs.get(programs_lib.OWN_POOL)
+  if program is not None and not backbone.truncated:
+    return programs_lib.Pool(program)
   return lambda variables, final: backbone.apply(
     variables, final, method='pool'
   )
-
-
-def pool_variables(variables):
-  """Returns the pool's share of a backbone's 'params' and 'batch_stats'."""
-  share = {
-    kind: {k: v for k, v in tree.items() if k.startswith(POOL_PREFIX)}
-    for kind, tree in variables.items()
-  }
-  return {kind: tree for kind, tree in share.items() if tree}
 
 
 def part(variables, name: str):
@@ -257,7 +250,10 @@ class Network:
   @property
   def programs(self) -> dict[str, programs_lib.Program]:
     """The programs that it runs, by name."""
-    return programs_lib.of_pool(self.pool)
+    found = dict(self.backbone.programs)
+    if self.connector is None:  # Its pool is the backbone's.
+      found.pop(programs_lib.OWN_POOL, None)
+    return {**found, **programs_lib.of_pool(self.pool)}
 
   @property
   def signed(self) -> bool:

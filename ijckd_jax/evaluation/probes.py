@@ -29,7 +29,7 @@ def features(
   """Returns a network's features of the labelled images of a split.
 
   Args:
-    network: network.Network or converted.Converted.
+    network: see network.Network.
     variables: of it.
     arrays: datasets.Arrays.
     mapper: see parallel.
@@ -124,7 +124,7 @@ def score(
   """Returns what a network's features are worth on a labelled data set.
 
   Args:
-    network: network.Network or converted.Converted.
+    network: see network.Network.
     variables: of it.
     splits: datasets.Arrays of 'train', 'validation' and 'test'.
     num_classes: K.

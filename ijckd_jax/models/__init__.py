@@ -3,8 +3,8 @@
 A module of each family has its `Backbone`, built from `layers` and `folding`.
 `cpu_conv` replaces Linen's convolutions on CPUs, by `winograd` and
 `kernel_gradient`, inside the steps that it decorates. `outputs` is what a
-backbone gives, `losses` what methods are made of, and `programs` runs networks
-that were made elsewhere. No connectors and no teachers here.
+backbone gives, and `losses` what methods are made of. A `converted` backbone is
+made of `programs`, in place of layers. No connectors and no teachers here.
 """
 
 from functools import partial
@@ -149,20 +149,20 @@ def _is_pytorch(cls: object) -> bool:
   return any(base.__module__.startswith('torch.nn.') for base in bases)
 
 
-def _only_teaches(name: str) -> config_utils.UserError:
-  """Returns the error for a network of PyTorch that is to be trained."""
+def _not_built(name: str) -> config_utils.UserError:
+  """Returns the error for a network of PyTorch, which is not built here."""
   # hf:timm/resnet18.a1_in1k@COMMIT is a resnet18.
   own = re.split('[:/]', name.partition('@')[0])[-1].partition('.')[0]
-  other = "take a backbone that 'ijckd models' lists"
+  other = ''
   if own in BACKBONES:
     other = (
-      f'take {own}, the same network here, which starts from the weights that '
-      "'ijckd weights import' reads: init_from=DIR"
+      f'. Or take {own}, the same network here, which starts at random, or by '
+      "the weights that 'ijckd weights import' reads"
     )
   return config_utils.UserError(
-    f'{name!r} is a network of PyTorch, which cannot be trained here. It can '
-    "teach: convert it by 'ijckd convert', and give teacher.checkpoint=DIR. "
-    f'To train, {other}'
+    f"{name!r} is a network of PyTorch: 'ijckd convert' writes it with its "
+    'weights as a bundle, which teaches (teacher.checkpoint=DIR) or is trained '
+    f'further (student.init_from=DIR, teacher.init_from=DIR){other}'
   )
 
 
@@ -182,10 +182,10 @@ def build(name: str, **settings) -> Backbone:
     config_utils.UserError: there is no such backbone, or it is something else.
   """
   if name.partition(':')[0].partition('.')[0] in PYTORCH:
-    raise _only_teaches(name)
+    raise _not_built(name)
   constructor = config_utils.resolve('backbone', name, BACKBONES)
   if _is_pytorch(constructor):
-    raise _only_teaches(name)
+    raise _not_built(name)
   try:
     backbone = constructor(**settings)
   except TypeError as error:
@@ -193,7 +193,7 @@ def build(name: str, **settings) -> Backbone:
       f'{name!r} does not make a backbone: {error}'
     ) from error
   if _is_pytorch(type(backbone)):
-    raise _only_teaches(name)
+    raise _not_built(name)
   if not isinstance(backbone, Backbone):
     raise config_utils.UserError(
       f'{name!r} makes a {type(backbone).__name__}, which is not a '

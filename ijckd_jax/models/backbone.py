@@ -14,6 +14,8 @@ from ijckd_jax.models import layers
 from ijckd_jax.models import losses
 from ijckd_jax.runtime import config_utils
 
+POOL_PREFIX = 'pool_'  # Of the names of a pool's layers, see Backbone.
+
 
 class Backbone(nn.Module):
   """A network from images to a map and a pooled representation.
@@ -42,6 +44,8 @@ class Backbone(nn.Module):
     axis_name: mapped axis over which batch norm is synchronised, or None.
     dtype: dtype of the computation; parameters stay float32.
     unbiased_variance: see layers.BatchNorm.
+    freeze_statistics: batch norm is in training what it is in inference: it
+      keeps its running statistics, and normalises by them.
     drop_path: stochastic depth; see `drop_branch`. Of a backbone without
       `has_branches` it must be 0.
   """
@@ -51,6 +55,7 @@ class Backbone(nn.Module):
   dtype: Any = jnp.float32
   unbiased_variance: bool = False
   drop_path: float = 0.0
+  freeze_statistics: bool = False
 
   has_branches = False  # Whether it calls `drop_branch`.
   usual_size = 32  # Side of the square images that it was made for.
@@ -104,6 +109,27 @@ class Backbone(nn.Module):
   def pool(self, final: jax.Array) -> jax.Array:
     """Returns `pooled` (B, D) float32 of `final`: here its global average."""
     return jnp.mean(losses.at_least_float32(final), axis=(1, 2))
+
+  def pool_name(self, name: str) -> str:
+    """Returns by which name a bundle finds its pool again.
+
+    Args:
+      name: the backbone's.
+    """
+    return name
+
+  def pool_variables(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the pool's share of its 'params' and 'batch_stats'."""
+    share = {
+      kind: {k: v for k, v in tree.items() if k.startswith(POOL_PREFIX)}
+      for kind, tree in variables.items()
+    }
+    return {kind: tree for kind, tree in share.items() if tree}
+
+  @property
+  def programs(self) -> dict[str, Any]:
+    """The programs.Program that it runs, by name; of most backbones none."""
+    return {}
 
   def init_head(
     self, key: jax.Array, num_features: int, num_classes: int
@@ -209,16 +235,23 @@ class Backbone(nn.Module):
     kwargs = {'kernel_init': self.kernel_init, **kwargs}
     return layers.conv(features, kernel, stride, dtype=self.dtype, **kwargs)
 
+  def follows(self, train: bool) -> bool:
+    """Returns whether batch norm follows the batch's statistics."""
+    return train and not self.freeze_statistics
+
   def norm(self, train: bool | None, **kwargs):
     """Returns a batch norm, see layers.BatchNorm.
 
     Args:
-      train: whether it uses the batch's statistics; None: its call says so.
+      train: whether the backbone is trained; None: the call of the batch norm
+        says whether it uses running statistics.
       **kwargs: fields of the batch norm.
     """
     return layers.BatchNorm(
       **{
-        'use_running_average': None if train is None else not train,
+        'use_running_average': None
+        if train is None
+        else not self.follows(train),
         'momentum': self.momentum,
         'axis_name': self.axis_name,
         'dtype': self.dtype,

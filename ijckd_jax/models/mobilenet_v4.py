@@ -135,7 +135,9 @@ class MobileNetV4(backbone.TimmBackbone):
     if self.truncated:
       return pooled
     x = self.pool_conv_head(pooled[:, None, None])
-    return nn.relu(self.pool_norm_head(x, None, not train))[:, 0, 0]
+    return nn.relu(self.pool_norm_head(x, None, not self.follows(train)))[
+      :, 0, 0
+    ]
 
   @nn.compact
   def __call__(self, images, *, train):

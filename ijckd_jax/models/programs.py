@@ -24,6 +24,8 @@ from ijckd_jax.models import losses
 from ijckd_jax.runtime import config_utils
 
 POOL = 'pool'  # The name of a pool's program.
+# That of a connected network's own backbone, whose `POOL` is its teacher's.
+OWN_POOL = 'own_pool'
 PROGRAM = 'program'  # The name of a pool that is one.
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 # What jax.export itself puts into a program of free sizes, and XLA takes away.
@@ -120,6 +122,11 @@ class Program:
     )
 
   @property
+  def has_gradient(self) -> bool:
+    """Whether it can be differentiated."""
+    return self._exported.has_vjp()
+
+  @property
   def platforms(self) -> tuple[str, ...]:
     """For which it was exported."""
     return tuple(self._exported.platforms)
@@ -189,6 +196,7 @@ def trace(
   shape: Sequence[int],
   *,
   vjp_order: int = 0,
+  out_axes: Any = 0,
 ) -> Program:
   """Returns a function of one example as a program for any number of them.
 
@@ -197,10 +205,12 @@ def trace(
     arrays: shapes of its arrays by name.
     shape: of the example, in float32.
     vjp_order: how often it can be differentiated.
+    out_axes: of jax.vmap; None for a result that all examples share.
   """
   (batch,) = export.symbolic_shape('b')
   exported = export.export(
-    jax.jit(jax.vmap(fn, in_axes=(None, 0))), platforms=PLATFORMS
+    jax.jit(jax.vmap(fn, in_axes=(None, 0), out_axes=out_axes)),
+    platforms=PLATFORMS,
   )(dict(arrays), jax.ShapeDtypeStruct((batch, *shape), jnp.float32))
   data = bytes(exported.serialize(vjp_order=vjp_order))
   today = datetime.date.today().isoformat()

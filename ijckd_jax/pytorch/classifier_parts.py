@@ -20,28 +20,31 @@ class Parts:
   """What a classifier is made of; images are (B, C, H, W), maps (B, h, w, c).
 
   Attributes:
-    final: torch function, images to the map that is pooled.
-    pooled: torch function, images to z (B, D); None where it is `pool` of the
-      map.
+    features: torch function, images to the map that is pooled and to z (B, D),
+      by one run of the network.
     pool: torch function to z, of the map or of its average (B, c) where that
       is all that matters; None where it is the average itself, or where z does
       not follow from the map.
     pool_takes: shape of an example of `pool`.
+    num_features: D.
     pools_map: whether z follows from the map.
     kernel: (D, K) of the head; None where the network has none.
     bias: (K,); None likewise.
+    head_name: of the torch.nn.Linear that is the head; None where it is made of
+      others.
     signed: whether a number of the map was below zero.
     pooled_signed: whether one of z was.
     how: in words, how they were found.
   """
 
-  final: Callable[[Any], Any]
-  pooled: Callable[[Any], Any] | None
+  features: Callable[[Any], tuple[Any, Any]]
   pool: Callable[[Any], Any] | None
   pool_takes: tuple[int, ...] | None
+  num_features: int
   pools_map: bool
   kernel: np.ndarray | None
   bias: np.ndarray | None
+  head_name: str | None
   signed: bool
   pooled_signed: bool
   how: str
@@ -107,16 +110,16 @@ def affine(head, z):
   return kernel, bias
 
 
-def assemble(map_, z, *, final, pooled, pool, head, how) -> Parts:
+def assemble(map_, z, *, features, pool, head, head_name, how) -> Parts:
   """Returns the parts, once it is known what z follows from.
 
   Args:
     map_: (B, h, w, c).
     z: (B, D).
-    final: see Parts.
-    pooled: see Parts; it is dropped where z follows from the map.
+    features: see Parts.
     pool: torch function of the map that may give z; None where none is known.
     head: kernel and bias.
+    head_name: see Parts.
     how: see Parts.
   """
   import torch
@@ -141,13 +144,14 @@ def assemble(map_, z, *, final, pooled, pool, head, how) -> Parts:
       if close(of_average(average(wide)), of_map(wide)):
         pool, takes = of_average, takes[2:]
   return Parts(
-    final=final,
-    pooled=None if pools_map else pooled,
+    features=features,
     pool=None if takes is None else pool,
     pool_takes=takes,
+    num_features=z.shape[1],
     pools_map=pools_map,
     kernel=head[0],
     bias=head[1],
+    head_name=head_name,
     signed=bool((map_ < 0).any()),
     pooled_signed=bool((z < 0).any()),
     how=how,

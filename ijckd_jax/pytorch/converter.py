@@ -15,10 +15,10 @@ import numpy as np
 from ijckd_jax.bundles import bundles
 from ijckd_jax.data import augment
 from ijckd_jax.data import images as images_lib
-from ijckd_jax.distillation import converted
 from ijckd_jax.distillation import network as network_lib
-from ijckd_jax.distillation import teachers
+from ijckd_jax.models import converted
 from ijckd_jax.models import programs as programs_lib
+from ijckd_jax.pytorch import batch_norm
 from ijckd_jax.pytorch import classifier_parts
 from ijckd_jax.pytorch import published_weights
 from ijckd_jax.pytorch import splitting
@@ -91,43 +91,16 @@ def convert(
       f'{len(names)} class names for a head of {num_classes} classes'
     )
 
-  def run(images):
-    x = images.permute(0, 3, 1, 2)
-    if parts.pools_map:
-      return parts.final(x)
-    return parts.final(x), parts.pooled(x)
-
   logger.info('%s: tracing it, to write it as programs', name)
-  traced = tracing.trace(model, run, image_shape)
-  features, notes = {'float32': traced.export(image_shape)}, []
-  try:
-    dtype = jnp.bfloat16
-    features['bfloat16'] = traced.export(image_shape, dtype=dtype)
-  except config_utils.UserError as error:  # Some operators know none.
-    notes.append(f'no program in bfloat16: {error}')
-  pool, pool_name, pool_arrays = _pool(model, parts)
-  network = converted.Converted(
-    features=core.FrozenDict(features),
-    pool=pool,
-    preprocessing=preprocessing,
-    signed=parts.signed,
-    pooled_signed=parts.pooled_signed,
-    pools_map=parts.pools_map,
-    buffers=tuple(sorted(traced.arrays.keys() - traced.trainable)),
-  )
-  variables = {
-    kind: {'backbone': arrays} for kind, arrays in _by_kind(traced).items()
-  }
-  variables['pool'] = pool_arrays
-  variables['params']['head'] = _head(parts, network)
+  backbone, variables, notes = _backbone(model, parts, image_shape)
   bundle = bundles.Bundle(
-    network=network,
+    network=network_lib.plain(backbone, preprocessing),
     variables=variables,
     backbone_name=name,
-    pool_name=pool_name,
+    pool_name=backbone.pool_name(name),
     image_shape=image_shape,
     class_names=names,
-    info={'origin': {**origin, **versions()}},
+    info={'origin': {**origin, **_head_name(parts), **versions()}},
     crop=crop,
   )
   errors = _compare(bundle, model, parts)
@@ -178,7 +151,6 @@ def _load(model, old) -> None:
 
   parts = network_lib.part(old.variables, 'backbone')
   arrays = {**parts['params'], **parts['batch_stats']}
-  arrays |= old.variables['pool'].get('params', {})
   wanted = model.state_dict()
   foreign = [
     name
@@ -235,35 +207,109 @@ def versions() -> dict[str, str]:
   return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def _pool(model, parts) -> tuple[Any, str, dict[str, Any]]:
-  """Returns the pool, its name in the bundle, and its arrays."""
-  if parts.pool is None:
-    return teachers.average_pool, 'average', {}
-  traced = tracing.trace(model, parts.pool, parts.pool_takes)
-  # A student is trained through it.
-  pool = programs_lib.Pool(traced.export(parts.pool_takes, vjp_order=1))
-  arrays = {'params': traced.arrays} if traced.arrays else {}
-  return pool, programs_lib.PROGRAM, arrays
+def _backbone(model, parts, image_shape):
+  """Returns a Converted, its variables with the head's, and notes."""
+  traced = tracing.trace(model, _function(parts), image_shape)
+  own_pool, arrays, trainable = None, traced.arrays, traced.trainable
+  if parts.pool is not None:
+    pool = tracing.trace(model, parts.pool, parts.pool_takes)
+    own_pool = pool.export(parts.pool_takes, vjp_order=1)
+    arrays, trainable = arrays | pool.arrays, trainable | pool.trainable
+  notes, training = [], {}
+  try:
+    step = _step(model, parts, image_shape, arrays.keys())
+    features = _by_dtype(traced, image_shape, notes, vjp_order=1)
+    if step is not None:
+      training = _by_dtype(step, image_shape, notes, vjp_order=1)
+  except config_utils.UserError as error:
+    notes = [f'it can teach, but not be trained: {error}']
+    features = _by_dtype(traced, image_shape, notes)
+  backbone = converted.Converted(
+    features=core.FrozenDict(features),
+    training=core.FrozenDict(training),
+    own_pool=own_pool,
+    buffers=tuple(sorted(arrays.keys() - trainable)),
+    map_is_signed=parts.signed,
+    pooled_is_signed=parts.pooled_signed,
+    map_is_pooled=parts.pools_map,
+  )
+  kinds = {'params': trainable, 'batch_stats': arrays.keys() - trainable}
+  variables = {
+    kind: {'backbone': {name: arrays[name] for name in sorted(names)}}
+    for kind, names in kinds.items()
+  }
+  variables['params']['head'] = _head(parts)
+  return backbone, {**variables, 'pool': {}}, notes
 
 
-def _by_kind(traced) -> dict[str, dict[str, np.ndarray]]:
-  """Returns the trainable arrays as 'params', the others as 'batch_stats'."""
-  kinds = {'params': {}, 'batch_stats': {}}
-  for key, array in traced.arrays.items():
-    kind = 'params' if key in traced.trainable else 'batch_stats'
-    kinds[kind][key] = array
-  return kinds
+def _function(parts):
+  """Returns images (B, H, W, C) to the map, or to map and z; see Converted."""
+
+  def run(images):
+    final, pooled = parts.features(images.permute(0, 3, 1, 2))
+    return final if parts.pools_map else (final, pooled)
+
+  return run
 
 
-def _head(parts, network) -> dict[str, np.ndarray]:
+def _step(model, parts, image_shape, known):
+  """Returns what is traced of the run in a training step.
+
+  Args:
+    model: torch.nn.Module.
+    parts: of it.
+    image_shape: (H, W, C).
+    known: names of the arrays that inference reads.
+
+  Returns:
+    A tracing.Traced, see Converted.training; None where the network has no
+    batch norm.
+
+  Raises:
+    config_utils.UserError: it cannot be trained.
+  """
+  norms = batch_norm.modules(model)
+  if not norms:
+    return None
+
+  def run(images):
+    final, pooled = parts.features(images.permute(0, 3, 1, 2))
+    is_average = parts.pools_map and parts.pool is None
+    return {'map': final} if is_average else {'map': final, 'pooled': pooled}
+
+  traced = tracing.trace(model, run, image_shape, norms=norms)
+  if unknown := sorted(traced.arrays.keys() - known):
+    raise config_utils.UserError(
+      f'in training it reads {config_utils.short(unknown[0])}, which it does '
+      'not in inference'
+    )
+  return traced
+
+
+def _by_dtype(traced, image_shape, notes, **settings):
+  """Returns the programs of what was traced, by the dtypes that it can have."""
+  made = {'float32': traced.export(image_shape, **settings)}
+  try:
+    dtype = jnp.bfloat16
+    made['bfloat16'] = traced.export(image_shape, dtype=dtype, **settings)
+  except config_utils.UserError as error:  # Some operators know none.
+    notes.append(f'no program in bfloat16: {error}')
+  return made
+
+
+def _head_name(parts) -> dict[str, str]:
+  """Returns what the origin says of the head, by which it goes back."""
+  return {'head': parts.head_name} if parts.head_name else {}
+
+
+def _head(parts) -> dict[str, np.ndarray]:
   """Returns the head's arrays; without classes where there is none."""
-  if parts.kernel is not None:
-    return {
-      'kernel': np.ascontiguousarray(parts.kernel, np.float32),
-      'bias': np.ascontiguousarray(parts.bias, np.float32),
-    }
-  width = network.shapes(0)['params']['head']['kernel'].shape[0]
-  return network_lib.empty_head(width)
+  if parts.kernel is None:
+    return network_lib.empty_head(parts.num_features)
+  return {
+    'kernel': np.ascontiguousarray(parts.kernel, np.float32),
+    'bias': np.ascontiguousarray(parts.bias, np.float32),
+  }
 
 
 def _compare(bundle, model, parts) -> dict[str, float]:
@@ -275,23 +321,17 @@ def _compare(bundle, model, parts) -> dict[str, float]:
   )
   with torch.no_grad():
     x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    wanted = {'map': parts.final(x), 'logits': model(x)}
-    average = wanted['map'].mean(dim=(1, 2))
-    if parts.pooled is not None:
-      wanted['pooled'] = parts.pooled(x)
-    elif parts.pool is not None:
-      is_map = len(parts.pool_takes) == 3
-      wanted['pooled'] = parts.pool(wanted['map'] if is_map else average)
-    else:
-      wanted['pooled'] = average
+    map_, pooled = parts.features(x)
+    wanted = {'map': map_, 'pooled': pooled, 'logits': model(x)}
   if not bundle.class_names:
     del wanted['logits']
   given, errors = {}, {}
-  dtypes = list(bundle.network.features)
+  dtypes = list(bundle.network.backbone.features)
   for dtype in progress.watched(
     dtypes, 'comparing with PyTorch', 'programs', len(dtypes)
   ):
-    network = dataclasses.replace(bundle.network, dtype=jnp.dtype(dtype))
+    backbone = bundle.network.backbone.clone(dtype=jnp.dtype(dtype))
+    network = dataclasses.replace(bundle.network, backbone=backbone)
     result = jax.jit(network)(bundle.variables, images)
     given[dtype] = {
       'map': result.final,

@@ -14,7 +14,9 @@ import numpy as np
 from ijckd_jax import models
 from ijckd_jax.bundles import bundles
 from ijckd_jax.distillation import network as network_lib
+from ijckd_jax.models import converted
 from ijckd_jax.pytorch import student_source
+from ijckd_jax.runtime import config_utils
 
 # By this key an exported file's metadata say what `bundle.json` says.
 SPEC_KEY = 'ijckd_jax'
@@ -142,6 +144,8 @@ def state_dict(bundle: bundles.Bundle) -> dict[str, np.ndarray]:
     config_utils.UserError: it has no head.
   """
   bundle.check_head('the bundle')
+  if bundle.network.programs:
+    return _of_converted(bundle)
   flat = traverse_util.flatten_dict(bundle.variables)
   state = {}
   names = names_of(bundle.network, bundle.variables, bundle.pool_name)
@@ -151,6 +155,27 @@ def state_dict(bundle: bundles.Bundle) -> dict[str, np.ndarray]:
       counter = f'{name.rpartition(".")[0]}.{COUNTER}'
       state[counter] = np.zeros((), np.int64)
   return state
+
+
+def _of_converted(bundle) -> dict[str, np.ndarray]:
+  """Returns the arrays of a converted network by their names in PyTorch."""
+  head = bundle.variables['params']['head']
+  name = bundle.info.get('origin', {}).get('head')
+  is_alone = bundle.network.connector is None
+  is_alone &= isinstance(bundle.network.backbone, converted.Converted)
+  if not (is_alone and isinstance(name, str)):
+    raise config_utils.UserError(
+      'it cannot be written for PyTorch: what is a program, its pool or its '
+      'network, is no torch.nn.Module any more. A converted network without a '
+      'connector, whose head is one linear layer, can be written as weights of '
+      'the module that it was'
+    )
+  parts = network_lib.part(bundle.variables, 'backbone')
+  return {
+    **{k: x for tree in parts.values() for k, x in tree.items()},
+    f'{name}.weight': np.ascontiguousarray(head['kernel'].T),
+    f'{name}.bias': head['bias'],
+  }
 
 
 def metadata(bundle: bundles.Bundle) -> dict[str, str]:

@@ -64,8 +64,9 @@ def _by_protocol(model, features, logits) -> classifier_parts.Parts:
     pooled = model.forward_head(features, pre_logits=True)
     return pooled.flatten(1)
 
-  def final(images):
-    return layout.to_map(model.forward_features(images))
+  def run(images):
+    features = model.forward_features(images)
+    return layout.to_map(features), pool(features)
 
   z = pool(features)
   kernel, bias = _linear(heads, z, logits, two_tokens)
@@ -78,10 +79,10 @@ def _by_protocol(model, features, logits) -> classifier_parts.Parts:
   return classifier_parts.assemble(
     layout.to_map(features),
     z,
-    final=final,
-    pooled=lambda images: pool(model.forward_features(images)),
+    features=run,
     pool=pool_of_map,
     head=(kernel, bias),
+    head_name=_name(model, heads),
     how=', '.join(classifier_parts.PROTOCOL),
   )
 
@@ -147,6 +148,15 @@ def _heads(model):
     return [heads], False
   # A distilled LeViT averages two heads on one z, a DeiT on a token each.
   return list(heads), getattr(model, 'num_prefix_tokens', 0) == len(heads) == 2
+
+
+def _name(model, heads) -> str | None:
+  """Returns the name of a head that is one linear layer; None of others."""
+  import torch
+
+  if len(heads) != 1 or not isinstance(heads[0], torch.nn.Linear):
+    return None
+  return next(name for name, x in model.named_modules() if x is heads[0])
 
 
 def _linear(heads, z, logits, two_tokens):

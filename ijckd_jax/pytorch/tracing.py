@@ -1,6 +1,7 @@
 """PyTorch functions as programs: traced by torchax, exported by JAX."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import dataclasses
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ijckd_jax.models import programs as programs_lib
+from ijckd_jax.pytorch import batch_norm
 from ijckd_jax.pytorch import classifier_parts
 from ijckd_jax.runtime import config_utils
 
@@ -24,16 +26,19 @@ class Traced:
   """A function of one image, or of one map, and the arrays that it reads.
 
   Attributes:
-    arrays: by the name that they have in the network.
+    arrays: by the name that they have in the network, those of real numbers.
     trainable: which of them are parameters; the others are buffers.
     fn: `(arrays, x) -> a tree of arrays`, of an example without its batch.
     model: of which it runs parts.
+    running: names of the running statistics that it updates. Then `fn` returns
+      the tree, and what batch_norm.Statistics.updated does.
   """
 
   arrays: dict[str, np.ndarray]
   trainable: frozenset[str]
   fn: Callable[[Any, jax.Array], Any]
   model: Any
+  running: frozenset[str] = frozenset()
 
   @property
   def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -58,24 +63,36 @@ class Traced:
     """
 
     def fn(arrays, x):
-      arrays, x = jax.tree.map(lambda leaf: _cast(leaf, dtype), (arrays, x))
-      return self.fn(arrays, x)
+      arrays = {
+        name: array if name in self.running else array.astype(dtype)
+        for name, array in arrays.items()
+      }
+      return self.fn(arrays, x.astype(dtype))
 
     with _refusing(self.model):
-      return programs_lib.trace(fn, self.shapes, shape, vjp_order=vjp_order)
+      return programs_lib.trace(
+        fn,
+        self.shapes,
+        shape,
+        vjp_order=vjp_order,
+        out_axes=(0, None) if self.running else 0,
+      )
 
 
-def _cast(x, dtype):
-  return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-
-def trace(model, fn: Callable[[Any], Any], shape: Sequence[int]) -> Traced:
+def trace(
+  model,
+  fn: Callable[[Any], Any],
+  shape: Sequence[int],
+  *,
+  norms: Mapping[str, Any] | None = None,
+) -> Traced:
   """Returns a torch function of a model as one of JAX.
 
   Args:
     model: torch.nn.Module in inference mode, which `fn` runs parts of.
     fn: of a batch, torch tensors in and a tree of them out.
     shape: of an example, to trace it by.
+    norms: batch norms that are in training; see batch_norm.modules.
 
   Raises:
     config_utils.UserError: torchax cannot trace it; the operator or the module
@@ -95,10 +112,23 @@ def trace(model, fn: Callable[[Any], Any], shape: Sequence[int]) -> Traced:
 
   arrays, call = torchax.extract_jax(Part(), dedup_parameters=False)
 
+  momentum = {name: norm.momentum for name, norm in (norms or {}).items()}
+
   def of_one(arrays, x):
-    # By batches of one: a network's Python may ask how large a batch is.
-    with classifier_parts.unchanged(model), _linear_by_position(torch):
-      return jax.tree.map(lambda y: y[0], call(arrays, (x[None],)))
+    found = batch_norm.Statistics()
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(classifier_parts.unchanged(model))
+      stack.enter_context(_linear_by_position(torch))
+      if norms:
+        stack.enter_context(found.followed(norms))
+      # By batches of one: a network's Python may ask how large a batch is.
+      result = jax.tree.map(lambda y: y[0], call(arrays, (x[None],)))
+    if not norms:
+      return result
+    mine = {
+      name.removeprefix('model.'): array for name, array in arrays.items()
+    }
+    return result, found.updated(mine, momentum)
 
   example = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
   with _refusing(model):
@@ -112,20 +142,30 @@ def trace(model, fn: Callable[[Any], Any], shape: Sequence[int]) -> Traced:
   used = {
     path[0].key for (path, _), read in zip(flat, is_read, strict=False) if read
   }
-  unused = {
-    name: jnp.zeros(array.shape, array.dtype)
+  # Whole numbers, such as the positions in a table, are part of the program.
+  whole = {
+    name
     for name, array in arrays.items()
-    if name not in used
+    if not jnp.issubdtype(array.dtype, jnp.floating)
   }
+  fixed = {
+    name: array if name in used else jnp.zeros(array.shape, array.dtype)
+    for name, array in arrays.items()
+    if name in whole or name not in used
+  }
+  used -= whole
   parameters = {f'model.{name}' for name, _ in model.named_parameters()}
   prefix = len('model.')
   return Traced(
     arrays={name[prefix:]: np.asarray(arrays[name]) for name in sorted(used)},
     trainable=frozenset(name[prefix:] for name in used & parameters),
     fn=lambda mine, x: of_one(
-      {**unused, **{f'model.{name}': array for name, array in mine.items()}}, x
+      {**fixed, **{f'model.{name}': array for name, array in mine.items()}}, x
     ),
     model=model,
+    running=frozenset(
+      f'{name}.{kind}' for name in momentum for kind in batch_norm.BUFFERS
+    ),
   )
 
 
@@ -179,6 +219,8 @@ def _refusing(model):
     yield
   except Exception as error:  # Of torch, of torchax, of JAX, of the model.
     config_utils.raise_outside(error)
+    if isinstance(error, config_utils.UserError):
+      raise
     raise _untraceable(error, running) from error
   finally:
     for hook in hooks:

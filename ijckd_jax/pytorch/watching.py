@@ -77,27 +77,32 @@ def split(model, probes, logits) -> classifier_parts.Parts:
       model(images)
     return seen
 
+  def at_both(seen):
+    return to_map(seen[number].result), seen[head].given
+
   if number is None:
-    # Nothing that is pooled was found; z stands for it, as a map of 1x1.
-    final = z[:, None, None, :]
     return classifier_parts.assemble(
-      final,
-      z,
-      final=lambda images: tap(images)[head].given[:, None, None, :],
-      pooled=lambda images: tap(images)[head].given,
+      *_alone(z),
+      features=lambda images: _alone(tap(images)[head].given),
       pool=None,
       head=(kernel.numpy(), bias.numpy()),
+      head_name=calls[head].name,
       how=f'the linear layer {calls[head].name}, and no map before it',
     )
   return classifier_parts.assemble(
     to_map(calls[number].result),
     z,
-    final=lambda images: to_map(tap(images)[number].result),
-    pooled=lambda images: tap(images)[head].given,
+    features=lambda images: at_both(tap(images)),
     pool=pool,
     head=(kernel.numpy(), bias.numpy()),
+    head_name=calls[head].name,
     how=f'the linear layer {calls[head].name}, the map of {calls[number].name}',
   )
+
+
+def _alone(z):
+  """Returns z as a map of 1x1, for where nothing is pooled, and z."""
+  return z[:, None, None, :], z
 
 
 def _find_map(calls, head: int, z):

@@ -33,7 +33,7 @@ MODULES = {
   'config_checks': 'training.config_checks',
   'config_utils': 'runtime.config_utils',
   'connectors': 'distillation.connectors',
-  'converted': 'distillation.converted',
+  'converted': 'models.converted',
   'cost': 'evaluation.cost',
   'cpu_memory': 'runtime.cpu_memory',
   'datasets': 'data.datasets',

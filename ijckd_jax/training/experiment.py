@@ -81,6 +81,7 @@ def default_config(
     'fingerprint': 0,  # Of its arrays; a run fills it in.
     # A bundle whose backbone it starts from, where a run trains it.
     'init_from': '',
+    'freeze_statistics': False,  # As student.freeze_statistics.
     'learning_rate': 0.05,
     'seed': 1000,  # Unlike the student's, lest they start alike.
     'total_epochs': 0.0,  # All three 0: as long as the student.
@@ -98,6 +99,9 @@ def default_config(
     'backbone': student,
     'init_from': '',
     'init_parts': ('backbone',),  # Of pretrained.PARTS, what it gives.
+    # Where it starts from `init_from`: batch norm normalises by the running
+    # statistics of that start, and keeps them. Better where images are few.
+    'freeze_statistics': False,
     'drop_path': 0.0,  # Stochastic depth of the last block; see Backbone.
     'dropout': 0.0,  # Of the pooled features, before the student's own head.
     # Parameters of the deployed student, as a multiple of those without a
@@ -154,6 +158,7 @@ def teacher_config(
   own.student.backbone = config.teacher.backbone
   own.student.init_from = config.teacher.init_from
   own.student.init_parts = ('backbone',)
+  own.student.freeze_statistics = config.teacher.freeze_statistics
   own.student.drop_path = own.student.dropout = 0.0
   own.method = methods.section('ce')
   own.optimizer.learning_rate = config.teacher.learning_rate
@@ -431,16 +436,20 @@ def build(
   mixing = mixing_lib.build(config.augment)
   datasets.check_statistics(dataset.mean, dataset.std, image_shape[-1])
   axis_name = parallel.AXIS if config.sync_batch_norm else None
-  backbone = models.build(
-    config.student.backbone,
-    tap=method.tap,
-    axis_name=axis_name,
-    dtype=dtype,
-    unbiased_variance=config.unbiased_variance,
-    drop_path=config.student.drop_path,
-  )
-  config_checks.check_drops(config.student, backbone, method)
   start, preprocessing = _start(config, dataset)
+  settings = {
+    'tap': method.tap,
+    'axis_name': axis_name,
+    'dtype': dtype,
+    'unbiased_variance': config.unbiased_variance,
+    'drop_path': config.student.drop_path,
+    'freeze_statistics': config.student.freeze_statistics and start is not None,
+  }
+  if start is None:
+    backbone = models.build(config.student.backbone, **settings)
+  else:
+    backbone = start.build_backbone(**settings)
+  config_checks.check_drops(config.student, backbone, method)
   if not datasets.has_classes(dataset):
     config_checks.check_unlabelled(
       config, method, teacher_given=teacher is not None

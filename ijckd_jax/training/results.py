@@ -372,11 +372,19 @@ def _made(exp) -> dict[str, Any]:
     'method': method,
     'teacher': teacher and teacher.name,
     'teacher_origin': teacher and teacher.origin,
+    **_origin(exp.start),
     # Methods that learn from labels alone are only judged by it.
     'taught': bool(exp.distiller.links),
     'eval_batch_size': config.eval_batch_size,
     'ijckd_jax': importlib.metadata.version('ijckd_jax'),
   }
+
+
+def _origin(start) -> dict[str, Any]:
+  """Returns where the weights come from that a backbone started from."""
+  if start is None or start.origin is None or 'backbone' not in start.parts:
+    return {}
+  return {'origin': start.origin}
 
 
 def _recipe(config) -> dict[str, Any]:
@@ -403,7 +411,7 @@ def _bundle(exp, network, variables, info) -> bundles.Bundle:
     backbone_name=backbone_name,
     pool_name=teacher.pool_name
     if network.connector is not None
-    else backbone_name,
+    else network.backbone.pool_name(backbone_name),
     image_shape=tuple(exp.dataset.image_shape),
     class_names=tuple(exp.dataset.class_names),
     info=info,

@@ -108,7 +108,7 @@ def abstract(
     network=network,
     variables={**variables, 'pool': {}},
     backbone_name=name,
-    pool_name=name,
+    pool_name=network.backbone.pool_name(name),
     image_shape=image_shape,
     class_names=tuple(class_names),
     info={},

@@ -1,0 +1,190 @@
+"""Backbones that are programs, such as those that were PyTorch's."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import core
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ijckd_jax.models import backbone
+from ijckd_jax.models import losses
+from ijckd_jax.models import outputs
+from ijckd_jax.models import programs as programs_lib
+from ijckd_jax.runtime import config_utils
+
+FEATURES = 'features_'  # Of the names of programs, before the dtype.
+TRAINING = 'training_'
+
+
+class Converted(backbone.Backbone):
+  """A network that was traced, under the names that its arrays had there.
+
+  Programs hold no arrays, and no rule for how they start: a network that is
+  trained starts from a bundle. In training its batch norm alone does other
+  things than in inference; nothing is dropped.
+
+  Attributes:
+    features: programs by dtype, from normalised images to the map; or to the
+      map and `pooled`, where that does not follow from the map.
+    training: programs by dtype, from normalised images to 'map', and 'pooled'
+      if it is not the average; and to the running statistics after the step:
+      the 'mean', and the variance by a 'biased' and by an 'unbiased' estimate.
+      None where training does what inference does.
+    own_pool: program from the map, or its average, to `pooled`; None where that
+      is the average, or does not follow from the map.
+    buffers: names of the arrays that are no parameters.
+    map_is_signed: whether the map can be negative.
+    pooled_is_signed: whether `pooled` can be.
+    map_is_pooled: whether `pooled` follows from the map.
+  """
+
+  features: Mapping[str, programs_lib.Program] = core.FrozenDict()
+  training: Mapping[str, programs_lib.Program] = core.FrozenDict()
+  own_pool: programs_lib.Program | None = None
+  buffers: tuple[str, ...] = ()
+  map_is_signed: bool = True
+  pooled_is_signed: bool = True
+  map_is_pooled: bool = True
+
+  @property
+  def signed(self):
+    return self.map_is_signed
+
+  @property
+  def pooled_signed(self):
+    return self.map_is_signed if self.truncated else self.pooled_is_signed
+
+  @property
+  def pools_map(self):
+    return self.truncated or self.map_is_pooled
+
+  @property
+  def programs(self) -> dict[str, programs_lib.Program]:
+    """Its programs by name, as a bundle keeps them."""
+    found = {f'{FEATURES}{dtype}': p for dtype, p in self.features.items()}
+    found |= {f'{TRAINING}{dtype}': p for dtype, p in self.training.items()}
+    if self.own_pool is not None:
+      found[programs_lib.OWN_POOL] = self.own_pool
+    return found
+
+  @property
+  def can_be_trained(self) -> bool:
+    """Whether its programs give gradients."""
+    return self._of_dtype(self.features).has_gradient
+
+  def check_trains(self, name: str) -> None:
+    """Raises UserError where it can be run, but not trained.
+
+    Args:
+      name: what the message calls it.
+    """
+    if not self.can_be_trained:
+      raise config_utils.UserError(
+        f'{name} can teach, but not be trained: its programs give no '
+        f'gradients. If an older version wrote them, {programs_lib.CONVERT}'
+      )
+    if self.freeze_statistics or not self.training:
+      return
+    if jnp.dtype(self.dtype).name not in self.training:
+      raise config_utils.UserError(
+        f'{name} can be trained in {", ".join(self.training)} alone: set dtype'
+      )
+    if self.axis_name is not None:
+      raise config_utils.UserError(
+        f'{name}: a converted network has the batch statistics of each device: '
+        'leave sync_batch_norm=False'
+      )
+
+  @property
+  def _pool(self) -> programs_lib.Pool | None:
+    """Its own pool; None where that is the average, or is not run."""
+    if self.truncated or self.own_pool is None:
+      return None
+    return programs_lib.Pool(self.own_pool)
+
+  def _of_dtype(self, by_dtype):
+    return by_dtype[jnp.dtype(self.dtype).name]
+
+  def pool(self, final):
+    if self._pool is None:
+      return super().pool(final)
+    arrays = {
+      name: self.get_variable(self._kind(name), name)
+      for name in self.own_pool.arrays
+    }
+    return self._pool({'params': arrays}, final)
+
+  def pool_name(self, name):
+    del name  # No backbone that is built has it.
+    return 'average' if self._pool is None else programs_lib.PROGRAM
+
+  def pool_variables(self, variables):
+    if self._pool is None:
+      return {}
+    arrays = {**variables['params'], **variables['batch_stats']}
+    return {'params': {name: arrays[name] for name in self.own_pool.arrays}}
+
+  def stages_of_layers(self, images):
+    """Raises UserError: its layers are not known."""
+    del images
+    raise config_utils.UserError(
+      'the layers of a converted network are not known: set '
+      'optimizer.layer_decay=1'
+    )
+
+  @nn.compact
+  def __call__(self, images, *, train: bool):
+    """Returns Features, whose one stage is the map.
+
+    Raises:
+      config_utils.UserError: in training there is a single image, which may
+        have no variance.
+    """
+    inference = self._of_dtype(self.features)
+    shapes = dict(inference.arrays)
+    if self._pool is not None:
+      shapes |= self.own_pool.arrays
+    arrays = {name: self._array(name, shape) for name, shape in shapes.items()}
+    if not (self.training and self.follows(train)):
+      result = inference(_share(arrays, inference), images)
+      final, pooled = (result, None) if self.map_is_pooled else result
+    elif len(images) < 2:
+      raise config_utils.UserError(
+        'the batch norm of a converted network needs two images or more on '
+        'each device: take a larger batch_size, or a smaller accumulation'
+      )
+    else:
+      step = self._of_dtype(self.training)
+      result, statistics = step(_share(arrays, step), images)
+      kind = 'unbiased' if self.unbiased_variance else 'biased'
+      for name, value in (statistics['mean'] | statistics[kind]).items():
+        if name in arrays:
+          self.put_variable('batch_stats', name, value)
+      final, pooled = result['map'], result.get('pooled')
+    if pooled is None or self.truncated:
+      pooled = self.pool(final)
+    return outputs.Features((final,), final, losses.at_least_float32(pooled))
+
+  def _kind(self, name: str) -> str:
+    return 'batch_stats' if name in self.buffers else 'params'
+
+  def _array(self, name: str, like: Any) -> jax.Array:
+    """Returns one of its arrays; a fresh one is zero."""
+    if self._kind(name) == 'params':
+      return self.param(name, lambda key: jnp.zeros(like.shape, like.dtype))
+    return self.variable(
+      'batch_stats', name, lambda: jnp.zeros(like.shape, like.dtype)
+    ).value
+
+
+def _share(arrays, program) -> dict[str, jax.Array]:
+  """Returns those of the arrays that a program takes.
+
+  Of a pool that is left out there are none: nothing comes of its zeros.
+  """
+  return {
+    name: arrays.get(name, jnp.zeros(shape.shape, shape.dtype))
+    for name, shape in program.arrays.items()
+  }

@@ -1,0 +1,171 @@
+"""PyTorch's batch norm in training, as a trace of one image can have it."""
+
+from collections.abc import Iterator
+import contextlib
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from ijckd_jax.runtime import config_utils
+
+BUFFERS = ('running_mean', 'running_var')
+
+
+@jax.custom_batching.custom_vmap
+def _mean_of_images(x):
+  return x
+
+
+@_mean_of_images.def_vmap
+def _(size, is_batched, x):
+  del size, is_batched
+  return jnp.mean(x, axis=0), False
+
+
+@jax.custom_batching.custom_vmap
+def _num_images(x):
+  """Returns how many images there are; `x` is a number of each."""
+  del x
+  return jnp.ones(())
+
+
+@_num_images.def_vmap
+def _(size, is_batched, x):
+  del size, is_batched
+  # The number may be free, so that it has to be counted.
+  return jnp.sum(jnp.ones_like(x)), False
+
+
+def modules(model) -> dict[str, Any]:
+  """Returns a model's batch norms by their names.
+
+  Raises:
+    config_utils.UserError: one of them cannot be trained as it is in PyTorch.
+  """
+  import torch
+
+  found = {
+    name: module
+    for name, module in model.named_modules()
+    if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+  }
+  for name, module in found.items():
+    if module.momentum is None:
+      raise config_utils.UserError(
+        f'{name} averages its statistics over all steps: give it a momentum'
+      )
+  return found
+
+
+class Statistics:
+  """What the batch norms of one run in training found in their batch."""
+
+  def __init__(self):
+    self._found = {}
+
+  def updated(self, arrays, momentum) -> dict[str, dict[str, jax.Array]]:
+    """Returns the running statistics after the step.
+
+    Args:
+      arrays: the network's, by name, before the step.
+      momentum: of the batch norms, by their names.
+
+    Returns:
+      'mean', and by the 'biased' and by the 'unbiased' variance of the batch
+      the new variance; of each, arrays by their names in the network.
+    """
+    made = {'mean': {}, 'biased': {}, 'unbiased': {}}
+    for name, (mean, var, count) in self._found.items():
+      values = {
+        'mean': ('running_mean', mean),
+        'biased': ('running_var', var),
+        'unbiased': ('running_var', var * (count / (count - 1))),
+      }
+      for kind, (buffer, value) in values.items():
+        old = arrays[f'{name}.{buffer}']
+        new = (1 - momentum[name]) * old + momentum[name] * value
+        made[kind][f'{name}.{buffer}'] = new.astype(old.dtype)
+    return made
+
+  @contextlib.contextmanager
+  def followed(self, norms) -> Iterator[None]:
+    """Lets batch norms use the statistics of all images, and notes them.
+
+    Args:
+      norms: see `modules`.
+    """
+    import torch
+
+    running, hooks = [], []
+    original = torch.nn.functional.batch_norm
+
+    def batch_norm(
+      input,
+      running_mean,
+      running_var,
+      weight=None,
+      bias=None,
+      training=False,
+      momentum=0.1,
+      eps=1e-5,
+    ):
+      if not (training and running):
+        return original(
+          input,
+          running_mean,
+          running_var,
+          weight,
+          bias,
+          training,
+          momentum,
+          eps,
+        )
+      return self._normalise(running[-1], input, weight, bias, eps)
+
+    def enter(name):
+      return lambda module, given: running.append(name)
+
+    def leave(module, given, result):
+      running.pop()
+
+    with contextlib.ExitStack() as stack:
+      for name, module in norms.items():
+        hooks.append(module.register_forward_pre_hook(enter(name)))
+        hooks.append(module.register_forward_hook(leave, always_call=True))
+        stack.callback(setattr, module, 'training', module.training)
+        module.training = True
+      stack.enter_context(
+        mock.patch.object(torch.nn.functional, 'batch_norm', batch_norm)
+      )
+      try:
+        yield
+      finally:
+        for hook in hooks:
+          hook.remove()
+
+  def _normalise(self, name: str, x, weight, bias, epsilon: float):
+    """Returns x (1, C, ...) of torchax, normalised by all images."""
+    import torch
+    from torchax import interop
+
+    if name in self._found:
+      raise config_utils.UserError(
+        f'batch norm {name} is run twice in a step, and has two statistics'
+      )
+    axes = (0, *range(2, x.ndim))
+    shape = (-1, *(1,) * (x.ndim - 2))
+    exact = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    mean = interop.call_jax(_mean_of_images, exact.mean(axes))
+    centred = exact - mean.reshape(shape)
+    var = interop.call_jax(_mean_of_images, (centred**2).mean(axes))
+    num_images = _num_images(jnp.ravel(exact.jax())[0])
+    count = num_images * (x.numel() // x.shape[1])
+    self._found[name] = mean.jax(), var.jax(), count
+    y = centred * torch.rsqrt(var + epsilon).reshape(shape)
+    if weight is not None:
+      y = y * weight.reshape(shape)
+    if bias is not None:
+      y = y + bias.reshape(shape)
+    return y.to(x.dtype)
