@@ -140,6 +140,14 @@ def test_what_is_loaded_computes_what_pytorch_computes(saved, kind):
   assert bundle.network.pooled_signed == bool((pooled < 0).any())
 
 
+def test_a_network_with_a_pool_has_both_dtypes():
+  """Where its map is asked for, the convolution in its pool runs in vain."""
+  model = timm.create_model('mobilenetv3_small_050', in_chans=1)
+  backbone = convert(model).bundle.network.backbone
+  for programs_by_dtype in (backbone.features, backbone.training):
+    assert set(programs_by_dtype) == {'float32', 'bfloat16'}
+
+
 def test_bfloat16_is_another_program(saved):
   images = None
   results = {}

@@ -115,6 +115,12 @@ class Graph:
         return _evaluated(equation, operands)
       if name != 'broadcast_in_dim':
         operands = [self.stored(x) for x in operands]
+    if name == 'call_exported':
+      raise Unsupported(
+        'it holds a program. The weights of a converted network without a '
+        "connector go to PyTorch by 'ijckd weights export', and from there by "
+        'torch.onnx'
+      )
     if name not in self._writers:
       raise Unsupported(f'no writer for the primitive {name}')
     given = self._writers[name](self, equation, *operands)

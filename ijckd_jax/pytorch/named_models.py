@@ -57,9 +57,13 @@ def build(
 def _timm_model(name, arguments):
   try:
     import timm
-  except ImportError as error:
+  # torchvision, which timm imports, may not fit torch, in many ways.
+  except Exception as error:
+    config_utils.raise_outside(error)
     raise config_utils.UserError(
-      f"{name} takes timm: pip install 'ijckd_jax[convert]' ({error})"
+      f'{name} takes timm, which cannot be imported ({error}): pip install '
+      "'ijckd_jax[convert]' installs it, with a torch and a torchvision that "
+      'fit each other'
     ) from error
   wanted = name.removeprefix(TIMM)
   if not timm.is_model(wanted):

@@ -156,12 +156,19 @@ def trace(
   used -= whole
   parameters = {f'model.{name}' for name, _ in model.named_parameters()}
   prefix = len('model.')
+
+  def of_mine(mine, x):
+    # What is not read is run all the same, in the dtype of the others.
+    made = {
+      name: array if name in whole else array.astype(x.dtype)
+      for name, array in fixed.items()
+    }
+    return of_one({**made, **{f'model.{k}': y for k, y in mine.items()}}, x)
+
   return Traced(
     arrays={name[prefix:]: np.asarray(arrays[name]) for name in sorted(used)},
     trainable=frozenset(name[prefix:] for name in used & parameters),
-    fn=lambda mine, x: of_one(
-      {**fixed, **{f'model.{name}': array for name, array in mine.items()}}, x
-    ),
+    fn=of_mine,
     model=model,
     running=frozenset(
       f'{name}.{kind}' for name in momentum for kind in batch_norm.BUFFERS
