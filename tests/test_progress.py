@@ -56,7 +56,10 @@ def test_a_run_that_continues_counts_its_own_steps(clock, caplog):
     clock[0] += 50
     line.advance(92)
   # 92 steps in 50 s; 2,900 are left.
-  assert caplog.messages == ['student: 1,100 of 4,000 steps, about 26 min left']
+  assert caplog.messages == [
+    'student: compiling its training step',
+    'student: 1,100 of 4,000 steps, about 26 min left',
+  ]
 
 
 def test_steps_that_are_compiled_tell_no_time(clock, caplog):
@@ -66,6 +69,7 @@ def test_steps_that_are_compiled_tell_no_time(clock, caplog):
       clock[0] += seconds
       line.advance(1)
   assert caplog.messages == [
+    'student: compiling its training step',
     'student: 1 of 100 steps',
     'student: 2 of 100 steps',
     'student: 3 of 100 steps, about 32 min left',

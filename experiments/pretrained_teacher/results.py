@@ -48,6 +48,7 @@ def read(folder: pathlib.Path) -> dict:
       }
   taught = summaries[0]  # By the last method, which has a teacher.
   found['teacher'] = {
+    'top1': _summary(folder / 'teacher')['student']['last']['top1'],
     'parameters': sum(taught['parameters']['teacher'].values()),
     'multiply_adds': taught['multiply_adds']['teacher'],
   }
@@ -63,8 +64,12 @@ def table(found: dict) -> str:
   """Returns the results in Markdown."""
   rows = [['', 'parameters', 'of the teacher', 'test top-1 %', 'to alone']]
   whole = found['teacher']['parameters']
-  top1 = f'{100 * found["probes"]["teacher"]["linear"]["top1"]:.2f}'
-  rows.append([f'{config.TEACHER}, probed', f'{whole:,}', '', top1, ''])
+  probe = 100 * found['probes']['teacher']['linear']['top1']
+  top1 = 100 * found['teacher']['top1']
+  rows += [
+    [f'{config.TEACHER}, its start probed', '', '', f'{probe:.2f}', ''],
+    [f'{config.TEACHER}, the teacher', f'{whole:,}', '', f'{top1:.2f}', ''],
+  ]
   for start in STARTS:
     probe = 100 * found['probes'][start]['linear']['top1']
     name = config.BACKBONES[start]
@@ -100,7 +105,7 @@ def draw(found: dict, path: pathlib.Path) -> None:
       ax.plot(probe, y, 'd', color=PROBE, markersize=7)
       count = sum(arm['parameters'].values()) / 1e6
       names.append(f'{arm["backbone"]} {label}\n{count:.2f} M parameters')
-  top1 = 100 * found['probes']['teacher']['linear']['top1']
+  top1 = 100 * found['teacher']['top1']
   ax.axvline(top1, color=TEACHER, linestyle=(0, (5, 2)))
   ax.annotate(
     f'teacher {top1:.2f}',

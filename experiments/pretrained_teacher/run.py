@@ -3,8 +3,9 @@
   python -m experiments.pretrained_teacher.run
 
 after .prepare, in the same folder. The same command continues what was stopped.
-Leaves runs/garments: teacher; in fresh and pretrained, students by seed with
-their table (sweep.md); probe_*.json, what frozen networks are worth;
+Leaves runs/garments: the teacher, and in probed what it starts as; in fresh and
+pretrained, students by seed with their table (sweep.md); probe_*.json, what
+frozen networks are worth;
 student.onnx in eight bits, and page, with student and teacher; results.json,
 results.png, and a printed table.
 What follows the command is given to each training: --config.total_epochs=1.
@@ -35,7 +36,11 @@ DATASET = (
 
 def main(more: list[str]) -> None:
   """Runs everything that is not there yet."""
-  _probe('teacher', 'lite2', '--output', FOLDER / 'teacher')
+  _probe('teacher', 'lite2', '--output', FOLDER / 'probed')
+  _ijckd(
+    *('train', '--config', f'{FILE}:teacher'),
+    *('--workdir', FOLDER / 'teacher', *more),
+  )
   for start in ('fresh', 'pretrained'):
     _ijckd(
       *('sweep', '--config', f'{FILE}:{start}_ce'),

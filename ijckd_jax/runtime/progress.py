@@ -101,6 +101,12 @@ class Lines:
     logger.info('%s: %s%s', self._what, counted, left)
 
 
+def say(text: str) -> None:
+  """Logs a line, unless progress is turned off."""
+  if _is_wanted.get():
+    logger.info('%s', text)
+
+
 def has_bar() -> bool:
   """Returns whether progress is a bar: on a terminal, if it is wanted."""
   return _is_wanted.get() and sys.stderr.isatty()

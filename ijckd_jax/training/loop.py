@@ -414,6 +414,7 @@ class _ProgressLine:
         desc=name, initial=start, total=total, unit='step', dynamic_ncols=True
       )
     self._shown = {}
+    progress_lib.say(f'{name}: compiling its training step')
 
   def __enter__(self):
     return self
