@@ -89,10 +89,10 @@ def _finetune(config):
   _use_adamw(config)
   config.optimizer.learning_rate = 3e-4
   config.student.freeze_statistics = True
-  if config.student.backbone.partition(':')[0] in models.PYTORCH:
-    return  # A converted network, whose layers are not known.
   config.optimizer.layer_decay = 0.7
-  if models.build(config.student.backbone).has_branches:
+  name = config.student.backbone
+  # Any other name may be that of a converted network.
+  if name in models.BACKBONES and models.build(name).has_branches:
     config.student.drop_path = 0.1
 
 

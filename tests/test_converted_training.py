@@ -16,6 +16,7 @@ from ijckd_jax.distillation import network as network_lib
 from ijckd_jax.distillation import train_state
 from ijckd_jax.models import programs
 from ijckd_jax.runtime import config_utils
+from ijckd_jax.training import optim
 from ijckd_jax.training import train
 from tests import marks
 from tests import test_programs
@@ -26,6 +27,7 @@ torch, timm = torch_networks.torch, torch_networks.timm
 nn = torch.nn
 from ijckd_jax.commands import weights  # noqa: E402
 from ijckd_jax.pytorch import converter  # noqa: E402
+from ijckd_jax.pytorch import published_names  # noqa: E402
 from tests import test_torch_model  # noqa: E402
 from tests import test_torch_training as parity  # noqa: E402
 
@@ -55,6 +57,70 @@ class Normalised(nn.Module):
     return self.fc(torch.relu(self.flat(self.hidden(x))))
 
 
+class Pooled(nn.Module):
+  """A network with a batch norm in its body, and one behind its map."""
+
+  def __init__(self, pool=None, keeps=False, drop=0.0, bias=True):
+    super().__init__()
+    self.conv = nn.Conv2d(3, 8, 3, padding=1)
+    self.norm = nn.BatchNorm2d(8)
+    self.relu = nn.ReLU()
+    self.pool = pool or nn.AdaptiveAvgPool2d(1)
+    self.flat = nn.Flatten()
+    self.flat_norm = nn.BatchNorm1d(8)
+    nn.init.uniform_(self.flat_norm.running_var, 1, 2)
+    self.drop = nn.Dropout(drop)
+    self.fc = nn.Linear(8, parity.NUM_CLASSES, bias=bias)
+    self.keeps = keeps
+
+  def train(self, mode=True):
+    super().train(mode)
+    if self.keeps:
+      self.norm.eval()
+    return self
+
+  def forward(self, images):
+    x = self.relu(self.norm(self.conv(images)))
+    return self.fc(self.drop(self.flat_norm(self.flat(self.pool(x)))))
+
+
+class GeneralisedMean(nn.Module):
+  """A pool whose gradient is infinite where its exponent is zero."""
+
+  def __init__(self):
+    super().__init__()
+    self.exponent = nn.Parameter(torch.tensor(3.0))
+
+  def forward(self, x):
+    x = x.clamp(min=1e-6).pow(self.exponent).mean((2, 3), keepdim=True)
+    return x.pow(1 / self.exponent)
+
+
+class OwnNorm(nn.BatchNorm2d):
+  """A batch norm that computes by itself."""
+
+  def forward(self, x):
+    if not self.training:
+      return super().forward(x)
+    return torch.batch_norm(
+      *(x, self.weight, self.bias, self.running_mean, self.running_var),
+      *(True, self.momentum, self.eps, False),
+    )
+
+
+def with_own_norm():
+  net = Pooled()
+  net.norm = OwnNorm(8)
+  return net
+
+
+def tied():
+  net = Pooled()
+  net.pool = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), net.pool)
+  net.pool[1].weight = net.pool[0].weight
+  return net
+
+
 def of_timm(name, **fields):
   return timm.create_model(name, num_classes=parity.NUM_CLASSES, **fields)
 
@@ -62,6 +128,9 @@ def of_timm(name, **fields):
 VIT = {**test_torch_model.VIT, 'img_size': parity.SHAPE[0], 'depth': 2}
 NETWORKS = {
   'normalised': Normalised,
+  'pooled': Pooled,
+  'general_pool': lambda: Pooled(GeneralisedMean()),
+  'kept_in_inference': lambda: Pooled(keeps=True),
   'test_resnet': lambda: of_timm('test_resnet'),
   'test_efficientnet': lambda: of_timm('test_efficientnet'),
   # Without batch norm, so that training is inference; with a pool of its own.
@@ -76,7 +145,9 @@ NETWORKS = {
 @pytest.mark.parametrize(
   'name',
   marks.slow_but(
-    ['normalised', 'test_resnet', 'test_efficientnet', 'vit'], NETWORKS
+    ['normalised', 'pooled', 'general_pool', 'kept_in_inference']
+    + ['test_resnet', 'test_efficientnet', 'vit'],
+    NETWORKS,
   ),
 )
 def test_twenty_steps_are_pytorchs(name):
@@ -171,26 +242,103 @@ def errors_of(state, before, after):
   return found
 
 
+def converted(net, **fields):
+  return converter.convert(
+    net,
+    **{
+      'name': 'net',
+      'preprocessing': parity.PREPROCESSING,
+      'origin': {},
+      **fields,
+    },
+  )
+
+
 @pytest.mark.parametrize(
-  'fields, said',
+  'make, said',
   [
-    ({'momentum': None}, 'norm averages its statistics over all steps'),
-    ({'runs': 2}, 'batch norm norm is run twice in a step'),
+    (lambda: Normalised(momentum=None), 'norm averages its statistics over'),
+    (lambda: Normalised(runs=2), 'batch norm norm is run twice in a step'),
+    (with_own_norm, 'batch norm norm (a OwnNorm) does not run by torch.nn.'),
+    (tied, 'pool.0.weight and pool.1.weight are one parameter'),
   ],
 )
-def test_what_can_teach_but_not_be_trained(fields, said):
-  result = converter.convert(
-    Normalised(**fields),
-    name='net',
-    preprocessing=parity.PREPROCESSING,
-    origin={},
-  )
-  assert said in result.notes[1]
-  assert result.notes[1].startswith('it can teach, but not be trained: ')
+def test_what_can_teach_but_not_be_trained(make, said):
+  result = converted(make())
+  (note,) = (x for x in result.notes if 'can teach' in x)
+  assert note.startswith('it can teach, but not be trained: ')
+  assert said in note
   backbone = result.bundle.network.backbone
-  assert not backbone.training
+  assert not backbone.training and not backbone.pool_training
   with pytest.raises(config_utils.UserError, match='DIR can teach, but not be'):
     backbone.check_trains('DIR')
+
+
+def test_what_is_not_done_in_training_is_said():
+  """And what is: the check is silent where there is batch norm alone."""
+  assert len(converted(Pooled()).notes) == 1
+  *_, note = converted(Pooled(drop=0.5)).notes
+  assert 'such as dropout or stochastic depth, is not done here' in note
+  net = Pooled()
+  net.conv.requires_grad_(False)
+  assert '2 of its 8 parameters are frozen' in converted(net).notes[1]
+
+
+def test_running_statistics_of_the_model_stay():
+  """The comparison in training mode leaves no trace."""
+  net = Pooled()
+  before = {name: x.clone() for name, x in net.state_dict().items()}
+  bundle = converted(net).bundle
+  for name, x in net.state_dict().items():
+    assert torch.equal(x, before[name])
+  arrays = bundle.variables['batch_stats']['backbone']
+  for name, x in arrays.items():
+    np.testing.assert_array_equal(x, before[name])
+
+
+def test_a_pool_that_is_left_out_does_not_spoil_gradients():
+  """Behind a connector there are no arrays of it; it is not run at all."""
+  torch.manual_seed(0)
+  bundle = converted(Pooled(GeneralisedMean())).bundle
+  backbone = bundle.network.backbone.clone(tap='stage')
+  part = network_lib.part(bundle.variables, 'backbone')
+  own = backbone.init(jax.random.key(0), np.zeros((2, 16, 16, 3)), train=False)
+  part = {kind: {k: part[kind][k] for k in tree} for kind, tree in own.items()}
+  assert 'pool.exponent' not in part['params']
+  images = np.random.default_rng(0).normal(size=(4, *parity.SHAPE))
+
+  def loss(params):
+    variables = {**part, 'params': params}
+    features, _ = network_lib.run(
+      backbone, variables, images.astype(np.float32), train=True
+    )
+    return jnp.sum(jnp.sin(features.final))
+
+  gradient = jax.jit(jax.grad(loss))(part['params'])
+  for x in jax.tree.leaves(gradient):
+    assert np.isfinite(x).all() and x.any()
+
+
+def test_what_pytorch_calls_a_weight_decays():
+  """Where norms and biases are spared, as in all that is trained here."""
+  bundle = converted(Pooled()).bundle
+  config = optim.default_config()
+  config.weight_decay, config.decay_norm_and_bias = 0.5, False
+  config.learning_rate, config.momentum = 1.0, 0.0
+  params = bundle.variables['params']
+  tx = optim.make_optimizer(config, 1.0)
+  zeros = jax.tree.map(np.zeros_like, params)
+  updates, _ = tx.update(zeros, tx.init(params), params)
+  moved = {name for name, x in updates['backbone'].items() if x.any()}
+  assert moved == {'conv.weight'}
+
+
+def test_a_head_that_is_no_layers_own_is_not_written(tmp_path):
+  """PyTorch's layer has no bias, which is trained here."""
+  bundle = converted(Pooled(bias=False)).bundle
+  assert 'head' not in bundle.info['origin']
+  with pytest.raises(config_utils.UserError, match='one linear layer'):
+    published_names.state_dict(bundle)
 
 
 def student_of(small_config, folder, method='ce', **fields):
@@ -325,7 +473,6 @@ def test_a_teacher_is_made_of_a_converted_network(
     ({'student.backbone': 'resnet8'}, 'holds a timm:test_resnet, and cannot'),
     ({'student.drop_path': 0.1}, 'drop_path'),
     ({'sync_batch_norm': True}, 'leave sync_batch_norm=False'),
-    ({'optimizer.layer_decay': 0.7}, 'set optimizer.layer_decay=1'),
     ({'batch_size': 1}, 'needs two images or more'),
     ({'student.init_parts': ('head',)}, 'nothing else than its own weights'),
   ],

@@ -346,8 +346,8 @@ def _say_lifetime(directory, spec) -> None:
   """Logs until when a bundle's programs can be read, with what repairs it."""
   said, is_near = programs_lib.lifetime(specification.programs_made(spec))
   if is_near:
-    remedy = 'distil it again from its teacher, when that is converted again'
-    if spec.get('converted'):
+    remedy = 'train it again, when what it came from is converted again'
+    if spec.get('converted') and spec['connector'] is None:
       remedy = 'convert it again, under a new JAX, by ijckd convert --again '
       remedy += f'{directory} --output NEW'
     logger.warning('%s: %s: %s', directory, said, remedy)

@@ -31,6 +31,7 @@ PROGRAMS = (
   *(f'{converted.TRAINING}{dtype}' for dtype in DTYPES),
   programs_lib.POOL,
   programs_lib.OWN_POOL,
+  programs_lib.POOL_TRAINING,
 )
 CONVERTED_FLAGS = ('signed', 'pooled_signed', 'pools_map')
 CONNECTOR_RUNTIME_FIELDS = (
@@ -373,6 +374,7 @@ def _build_converted(spec, dtype, programs):
     features=core.FrozenDict(features),
     training=core.FrozenDict(training),
     own_pool=own_pool,
+    pool_training=programs.get(programs_lib.POOL_TRAINING),
     buffers=tuple(found['buffers']),
     map_is_signed=found['signed'],
     pooled_is_signed=found['pooled_signed'],

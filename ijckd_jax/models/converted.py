@@ -28,12 +28,13 @@ class Converted(backbone.Backbone):
   Attributes:
     features: programs by dtype, from normalised images to the map; or to the
       map and `pooled`, where that does not follow from the map.
-    training: programs by dtype, from normalised images to 'map', and 'pooled'
-      if it is not the average; and to the running statistics after the step:
-      the 'mean', and the variance by a 'biased' and by an 'unbiased' estimate.
-      None where training does what inference does.
+    training: the same in training, which give the running statistics too: after
+      the step, the 'mean', and the variance by a 'biased' and an 'unbiased'
+      estimate. None where there is no batch norm.
     own_pool: program from the map, or its average, to `pooled`; None where that
       is the average, or does not follow from the map.
+    pool_training: program from the map to `pooled` and the running statistics,
+      in training; None where the pool has no batch norm.
     buffers: names of the arrays that are no parameters.
     map_is_signed: whether the map can be negative.
     pooled_is_signed: whether `pooled` can be.
@@ -43,6 +44,7 @@ class Converted(backbone.Backbone):
   features: Mapping[str, programs_lib.Program] = core.FrozenDict()
   training: Mapping[str, programs_lib.Program] = core.FrozenDict()
   own_pool: programs_lib.Program | None = None
+  pool_training: programs_lib.Program | None = None
   buffers: tuple[str, ...] = ()
   map_is_signed: bool = True
   pooled_is_signed: bool = True
@@ -65,9 +67,9 @@ class Converted(backbone.Backbone):
     """Its programs by name, as a bundle keeps them."""
     found = {f'{FEATURES}{dtype}': p for dtype, p in self.features.items()}
     found |= {f'{TRAINING}{dtype}': p for dtype, p in self.training.items()}
-    if self.own_pool is not None:
-      found[programs_lib.OWN_POOL] = self.own_pool
-    return found
+    found[programs_lib.OWN_POOL] = self.own_pool
+    found[programs_lib.POOL_TRAINING] = self.pool_training
+    return {name: program for name, program in found.items() if program}
 
   @property
   def can_be_trained(self) -> bool:
@@ -83,11 +85,12 @@ class Converted(backbone.Backbone):
     if not self.can_be_trained:
       raise config_utils.UserError(
         f'{name} can teach, but not be trained: its programs give no '
-        f'gradients. If an older version wrote them, {programs_lib.CONVERT}'
+        "gradients. Either 'ijckd convert' said why, or an older version wrote "
+        f'them: {programs_lib.CONVERT}'
       )
-    if self.freeze_statistics or not self.training:
+    if self.freeze_statistics or not (self.training or self.pool_training):
       return
-    if jnp.dtype(self.dtype).name not in self.training:
+    if self.training and jnp.dtype(self.dtype).name not in self.training:
       raise config_utils.UserError(
         f'{name} can be trained in {", ".join(self.training)} alone: set dtype'
       )
@@ -127,12 +130,12 @@ class Converted(backbone.Backbone):
     return {'params': {name: arrays[name] for name in self.own_pool.arrays}}
 
   def stages_of_layers(self, images):
-    """Raises UserError: its layers are not known."""
+    """Returns 0 for all of its arrays: its layers are not known."""
     del images
-    raise config_utils.UserError(
-      'the layers of a converted network are not known: set '
-      'optimizer.layer_decay=1'
-    )
+    arrays = dict(self._of_dtype(self.features).arrays)
+    if self._pool is not None:
+      arrays |= self.own_pool.arrays
+    return dict.fromkeys(arrays, 0)
 
   @nn.compact
   def __call__(self, images, *, train: bool):
@@ -143,29 +146,37 @@ class Converted(backbone.Backbone):
         have no variance.
     """
     inference = self._of_dtype(self.features)
-    shapes = dict(inference.arrays)
+    arrays = {n: self._array(n, like) for n, like in inference.arrays.items()}
     if self._pool is not None:
-      shapes |= self.own_pool.arrays
-    arrays = {name: self._array(name, shape) for name, shape in shapes.items()}
-    if not (self.training and self.follows(train)):
+      for name, like in self.own_pool.arrays.items():
+        if name not in arrays:
+          arrays[name] = self._array(name, like)
+    follows = self.follows(train)
+    if follows and self.training:
+      result = self._follow(self._of_dtype(self.training), arrays, images)
+    else:
       result = inference(_share(arrays, inference), images)
-      final, pooled = (result, None) if self.map_is_pooled else result
-    elif len(images) < 2:
+    final, pooled = (result, None) if self.map_is_pooled else result
+    if self.truncated or pooled is None:
+      if follows and self.pool_training and not self.truncated:
+        x = losses.at_least_float32(final)
+        pooled = self._follow(self.pool_training, arrays, x)
+      else:
+        pooled = self.pool(final)
+    return outputs.Features((final,), final, losses.at_least_float32(pooled))
+
+  def _follow(self, step, arrays, x):
+    """Returns what a program of training gives; the statistics are updated."""
+    if len(x) < 2:
       raise config_utils.UserError(
         'the batch norm of a converted network needs two images or more on '
         'each device: take a larger batch_size, or a smaller accumulation'
       )
-    else:
-      step = self._of_dtype(self.training)
-      result, statistics = step(_share(arrays, step), images)
-      kind = 'unbiased' if self.unbiased_variance else 'biased'
-      for name, value in (statistics['mean'] | statistics[kind]).items():
-        if name in arrays:
-          self.put_variable('batch_stats', name, value)
-      final, pooled = result['map'], result.get('pooled')
-    if pooled is None or self.truncated:
-      pooled = self.pool(final)
-    return outputs.Features((final,), final, losses.at_least_float32(pooled))
+    result, statistics = step(_share(arrays, step), x)
+    kind = 'unbiased' if self.unbiased_variance else 'biased'
+    for name, value in (statistics['mean'] | statistics[kind]).items():
+      self.put_variable('batch_stats', name, value)
+    return result
 
   def _kind(self, name: str) -> str:
     return 'batch_stats' if name in self.buffers else 'params'
@@ -180,11 +191,5 @@ class Converted(backbone.Backbone):
 
 
 def _share(arrays, program) -> dict[str, jax.Array]:
-  """Returns those of the arrays that a program takes.
-
-  Of a pool that is left out there are none: nothing comes of its zeros.
-  """
-  return {
-    name: arrays.get(name, jnp.zeros(shape.shape, shape.dtype))
-    for name, shape in program.arrays.items()
-  }
+  """Returns those of the arrays that a program takes."""
+  return {name: arrays[name] for name in program.arrays}

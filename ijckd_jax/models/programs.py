@@ -26,6 +26,7 @@ from ijckd_jax.runtime import config_utils
 POOL = 'pool'  # The name of a pool's program.
 # That of a connected network's own backbone, whose `POOL` is its teacher's.
 OWN_POOL = 'own_pool'
+POOL_TRAINING = 'pool_training'
 PROGRAM = 'program'  # The name of a pool that is one.
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 # What jax.export itself puts into a program of free sizes, and XLA takes away.

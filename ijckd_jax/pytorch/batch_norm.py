@@ -39,18 +39,25 @@ def _(size, is_batched, x):
 
 
 def modules(model) -> dict[str, Any]:
-  """Returns a model's batch norms by their names.
+  """Returns a model's batch norms that follow the batch in training, by name.
+
+  Args:
+    model: torch.nn.Module in inference mode, as it is left. Its own `train` may
+      keep some in inference.
 
   Raises:
     config_utils.UserError: one of them cannot be trained as it is in PyTorch.
   """
   import torch
 
+  model.train()
   found = {
     name: module
     for name, module in model.named_modules()
     if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+    and module.training
   }
+  model.eval()
   for name, module in found.items():
     if module.momentum is None:
       raise config_utils.UserError(
@@ -70,14 +77,15 @@ class Statistics:
 
     Args:
       arrays: the network's, by name, before the step.
-      momentum: of the batch norms, by their names.
+      momentum: of the batch norms that are asked for, by their names.
 
     Returns:
       'mean', and by the 'biased' and by the 'unbiased' variance of the batch
       the new variance; of each, arrays by their names in the network.
     """
     made = {'mean': {}, 'biased': {}, 'unbiased': {}}
-    for name, (mean, var, count) in self._found.items():
+    for name in momentum.keys() & self._found.keys():
+      mean, var, count = self._found[name]
       values = {
         'mean': ('running_mean', mean),
         'biased': ('running_var', var),
@@ -128,7 +136,12 @@ class Statistics:
       return lambda module, given: running.append(name)
 
     def leave(module, given, result):
-      running.pop()
+      name = running.pop()
+      if result is not None and name not in self._found:
+        raise config_utils.UserError(
+          f'batch norm {name} (a {type(module).__name__}) does not run by '
+          'torch.nn.functional.batch_norm'
+        )
 
     with contextlib.ExitStack() as stack:
       for name, module in norms.items():

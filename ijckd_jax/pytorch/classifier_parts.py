@@ -26,6 +26,7 @@ class Parts:
       is all that matters; None where it is the average itself, or where z does
       not follow from the map.
     pool_takes: shape of an example of `pool`.
+    pool_of_map: the same as `pool`, of the map; None where that is.
     num_features: D.
     pools_map: whether z follows from the map.
     kernel: (D, K) of the head; None where the network has none.
@@ -40,6 +41,7 @@ class Parts:
   features: Callable[[Any], tuple[Any, Any]]
   pool: Callable[[Any], Any] | None
   pool_takes: tuple[int, ...] | None
+  pool_of_map: Callable[[Any], Any] | None
   num_features: int
   pools_map: bool
   kernel: np.ndarray | None
@@ -127,14 +129,14 @@ def assemble(map_, z, *, features, pool, head, head_name, how) -> Parts:
   # Where a pool bends its input, the network's own maps may not show it.
   wide = 3 * map_.std() * torch.randn(map_.shape, generator=generator())
   is_average = pools_map = close(average(map_), z)
-  takes = None
+  of_map, takes = pool, None
   if pool is not None:
     pools_map = False
     with contextlib.suppress(Exception):
       pools_map = close(pool(map_), z)
       is_average = pools_map and close(pool(wide), average(wide))
   if pools_map and not is_average:
-    of_map, takes = pool, tuple(map_.shape[1:])
+    takes = tuple(map_.shape[1:])
     height, width, _ = takes
 
     def of_average(x):
@@ -147,6 +149,7 @@ def assemble(map_, z, *, features, pool, head, head_name, how) -> Parts:
     features=features,
     pool=None if takes is None else pool,
     pool_takes=takes,
+    pool_of_map=None if takes is None else of_map,
     num_features=z.shape[1],
     pools_map=pools_map,
     kernel=head[0],

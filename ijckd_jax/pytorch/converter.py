@@ -77,6 +77,7 @@ def convert(
     config_utils.UserError: its head is not linear, or it cannot be traced.
   """
   backend.start()
+  notes = _frozen(model)
   model = model.eval().requires_grad_(False)
   image_shape = (*preprocessing.size, len(preprocessing.mean))
   logger.info('%s: running it in PyTorch, to find its map and its head', name)
@@ -92,7 +93,7 @@ def convert(
     )
 
   logger.info('%s: tracing it, to write it as programs', name)
-  backbone, variables, notes = _backbone(model, parts, image_shape)
+  backbone, variables = _backbone(model, parts, image_shape, notes)
   bundle = bundles.Bundle(
     network=network_lib.plain(backbone, preprocessing),
     variables=variables,
@@ -100,12 +101,16 @@ def convert(
     pool_name=backbone.pool_name(name),
     image_shape=image_shape,
     class_names=names,
-    info={'origin': {**origin, **_head_name(parts), **versions()}},
+    info={'origin': {**origin, **_head_name(model, parts), **versions()}},
     crop=crop,
   )
   errors = _compare(bundle, model, parts)
   _check(errors)
-  return Result(bundle, errors, [f'cut by {parts.how}', *notes])
+  if backbone.can_be_trained:
+    notes += _in_training(bundle, model, parts)
+  # Two programs may lack a dtype for one reason.
+  notes = dict.fromkeys([f'cut by {parts.how}', *notes])
+  return Result(bundle, errors, list(notes))
 
 
 def again(model: Any, old: bundles.Bundle) -> Result:
@@ -207,27 +212,48 @@ def versions() -> dict[str, str]:
   return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def _backbone(model, parts, image_shape):
-  """Returns a Converted, its variables with the head's, and notes."""
+def _frozen(model) -> list[str]:
+  """Returns a note on parameters that are frozen, where not all of them are."""
+  flags = [parameter.requires_grad for parameter in model.parameters()]
+  if all(flags) or not any(flags):
+    return []
+  return [
+    f'{flags.count(False)} of its {len(flags)} parameters are frozen '
+    '(requires_grad=False); in training here, all of them learn'
+  ]
+
+
+def _backbone(model, parts, image_shape, notes):
+  """Returns a Converted, and its variables with the head's.
+
+  Args:
+    model: torch.nn.Module.
+    parts: of it.
+    image_shape: (H, W, C).
+    notes: to which what is missing is added.
+  """
   traced = tracing.trace(model, _function(parts), image_shape)
-  own_pool, arrays, trainable = None, traced.arrays, traced.trainable
+  own_pool, pool = None, None
+  arrays, trainable = traced.arrays, traced.trainable
   if parts.pool is not None:
     pool = tracing.trace(model, parts.pool, parts.pool_takes)
     own_pool = pool.export(parts.pool_takes, vjp_order=1)
     arrays, trainable = arrays | pool.arrays, trainable | pool.trainable
-  notes, training = [], {}
+  if parts.kernel is not None and parts.head_name is None:
+    notes.append('its head is made of several layers, which become one')
+  training = {'training': {}, 'pool_training': None}
   try:
-    step = _step(model, parts, image_shape, arrays.keys())
+    _check_shared(model, parts, arrays)
     features = _by_dtype(traced, image_shape, notes, vjp_order=1)
-    if step is not None:
-      training = _by_dtype(step, image_shape, notes, vjp_order=1)
+    training = _training(model, parts, traced, pool, features, notes)
   except config_utils.UserError as error:
-    notes = [f'it can teach, but not be trained: {error}']
+    notes.append(f'it can teach, but not be trained: {error}')
     features = _by_dtype(traced, image_shape, notes)
   backbone = converted.Converted(
     features=core.FrozenDict(features),
-    training=core.FrozenDict(training),
+    training=core.FrozenDict(training['training']),
     own_pool=own_pool,
+    pool_training=training['pool_training'],
     buffers=tuple(sorted(arrays.keys() - trainable)),
     map_is_signed=parts.signed,
     pooled_is_signed=parts.pooled_signed,
@@ -239,7 +265,7 @@ def _backbone(model, parts, image_shape):
     for kind, names in kinds.items()
   }
   variables['params']['head'] = _head(parts)
-  return backbone, {**variables, 'pool': {}}, notes
+  return backbone, {**variables, 'pool': {}}
 
 
 def _function(parts):
@@ -252,38 +278,52 @@ def _function(parts):
   return run
 
 
-def _step(model, parts, image_shape, known):
-  """Returns what is traced of the run in a training step.
+def _check_shared(model, parts, arrays) -> None:
+  """Raises UserError where one parameter has two names, of which one learns."""
+  names = {}
+  for name, parameter in model.named_parameters(remove_duplicate=False):
+    is_head = parts.head_name and name.startswith(f'{parts.head_name}.')
+    if name in arrays or is_head:
+      names.setdefault(id(parameter), []).append(name)
+  for shared in names.values():
+    if len(shared) > 1:
+      raise config_utils.UserError(f'{" and ".join(shared)} are one parameter')
+
+
+def _training(model, parts, traced, pool, features, notes):
+  """Returns the programs of training, as fields of a Converted.
 
   Args:
     model: torch.nn.Module.
     parts: of it.
-    image_shape: (H, W, C).
-    known: names of the arrays that inference reads.
-
-  Returns:
-    A tracing.Traced, see Converted.training; None where the network has no
-    batch norm.
+    traced: of inference, tracing.Traced.
+    pool: the same of its own pool, or None.
+    features: programs of `traced` by dtype.
+    notes: to which what is missing is added.
 
   Raises:
     config_utils.UserError: it cannot be trained.
   """
+  made = {'training': {}, 'pool_training': None}
   norms = batch_norm.modules(model)
-  if not norms:
-    return None
 
-  def run(images):
-    final, pooled = parts.features(images.permute(0, 3, 1, 2))
-    is_average = parts.pools_map and parts.pool is None
-    return {'map': final} if is_average else {'map': final, 'pooled': pooled}
+  def has_norm(arrays):
+    return any(f'{name}.{batch_norm.BUFFERS[0]}' in arrays for name in norms)
 
-  traced = tracing.trace(model, run, image_shape, norms=norms)
-  if unknown := sorted(traced.arrays.keys() - known):
-    raise config_utils.UserError(
-      f'in training it reads {config_utils.short(unknown[0])}, which it does '
-      'not in inference'
+  if has_norm(traced.arrays):
+    shape = features['float32'].takes[1:]
+    step = tracing.trace(
+      model, _function(parts), shape, norms=norms, known=traced.arrays
     )
-  return traced
+    made['training'] = _by_dtype(step, shape, notes, vjp_order=1)
+  if pool is not None and has_norm(pool.arrays):
+    # Of the map: its average has another variance.
+    shape = features['float32'].gives
+    step = tracing.trace(
+      model, parts.pool_of_map, shape, norms=norms, known=pool.arrays
+    )
+    made['pool_training'] = step.export(shape, vjp_order=1)
+  return made
 
 
 def _by_dtype(traced, image_shape, notes, **settings):
@@ -297,9 +337,15 @@ def _by_dtype(traced, image_shape, notes, **settings):
   return made
 
 
-def _head_name(parts) -> dict[str, str]:
-  """Returns what the origin says of the head, by which it goes back."""
-  return {'head': parts.head_name} if parts.head_name else {}
+def _head_name(model, parts) -> dict[str, str]:
+  """Returns what the origin says of the head, by which it goes back.
+
+  Nothing where the head's arrays are not the kernel and bias of its layer.
+  """
+  found, name = model.state_dict(), parts.head_name
+  if name is None or not {f'{name}.weight', f'{name}.bias'} <= found.keys():
+    return {}
+  return {'head': name}
 
 
 def _head(parts) -> dict[str, np.ndarray]:
@@ -316,11 +362,9 @@ def _compare(bundle, model, parts) -> dict[str, float]:
   """Returns how far the bundle is from PyTorch, see Result."""
   import torch
 
-  images = np.random.default_rng(0).standard_normal(
-    (classifier_parts.NUM_PROBES, *bundle.image_shape), dtype=np.float32
-  )
+  images = _probes(bundle.image_shape)
   with torch.no_grad():
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    x = _as_torch(images)
     map_, pooled = parts.features(x)
     wanted = {'map': map_, 'pooled': pooled, 'logits': model(x)}
   if not bundle.class_names:
@@ -343,6 +387,46 @@ def _compare(bundle, model, parts) -> dict[str, float]:
       name = what if dtype == 'float32' else f'{dtype} {what}'
       errors[name] = _error(found[what], right.numpy())
   return errors
+
+
+def _in_training(bundle, model, parts) -> list[str]:
+  """Returns a note where PyTorch does more in training than is done here."""
+  import torch
+
+  images = _probes(bundle.image_shape)
+  buffers = {name: x.clone() for name, x in model.named_buffers()}
+  with torch.no_grad(), classifier_parts.unchanged(model):
+    model.train()
+    wanted = parts.features(_as_torch(images))
+  for name, x in model.named_buffers():
+    x.copy_(buffers[name])
+  part = network_lib.part(bundle.variables, 'backbone')
+  backbone = bundle.network.backbone
+  given = jax.jit(
+    lambda part, x: network_lib.run(backbone, part, x, train=True)[0]
+  )(part, images)
+  pairs = zip((given.final, given.pooled), wanted, strict=True)
+  error = max(_error(mine, theirs.numpy()) for mine, theirs in pairs)
+  if error <= MAX_ERROR:
+    return []
+  return [
+    f'in training its features are {error:.1e} of the scale from those of '
+    'PyTorch: what the network does there beside batch norm, such as dropout '
+    'or stochastic depth, is not done here'
+  ]
+
+
+def _probes(image_shape) -> np.ndarray:
+  """Returns some images, normalised and of no meaning."""
+  shape = (classifier_parts.NUM_PROBES, *image_shape)
+  return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+
+def _as_torch(images):
+  """Returns (B, H, W, C) as PyTorch has images."""
+  import torch
+
+  return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def _check(errors: Mapping[str, float]) -> None:

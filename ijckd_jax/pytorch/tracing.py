@@ -1,6 +1,7 @@
 """PyTorch functions as programs: traced by torchax, exported by JAX."""
 
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
@@ -85,6 +86,7 @@ def trace(
   shape: Sequence[int],
   *,
   norms: Mapping[str, Any] | None = None,
+  known: Collection[str] = (),
 ) -> Traced:
   """Returns a torch function of a model as one of JAX.
 
@@ -93,6 +95,8 @@ def trace(
     fn: of a batch, torch tensors in and a tree of them out.
     shape: of an example, to trace it by.
     norms: batch norms that are in training; see batch_norm.modules.
+    known: names of the arrays that inference reads, among them those whose
+      statistics are followed.
 
   Raises:
     config_utils.UserError: torchax cannot trace it; the operator or the module
@@ -112,7 +116,11 @@ def trace(
 
   arrays, call = torchax.extract_jax(Part(), dedup_parameters=False)
 
-  momentum = {name: norm.momentum for name, norm in (norms or {}).items()}
+  momentum = {
+    name: norm.momentum
+    for name, norm in (norms or {}).items()
+    if f'{name}.{batch_norm.BUFFERS[0]}' in known
+  }
 
   def of_one(arrays, x):
     found = batch_norm.Statistics()
@@ -154,6 +162,11 @@ def trace(
     if name in whole or name not in used
   }
   used -= whole
+  if norms and (foreign := sorted(used - {f'model.{name}' for name in known})):
+    raise config_utils.UserError(
+      f'in training it reads {config_utils.short(foreign[0])}, which it does '
+      'not in inference'
+    )
   parameters = {f'model.{name}' for name, _ in model.named_parameters()}
   prefix = len('model.')
 

@@ -188,6 +188,12 @@ def _announce(exp, workdir) -> None:
       'is evaluated; ijckd probe judges the bundle',
       workdir,
     )
+  if exp.start is None and exp.config.student.freeze_statistics:
+    logger.warning(
+      '%s: freeze_statistics=True has no effect on a backbone that starts at '
+      'random: give init_from, whose running statistics are to stay',
+      workdir,
+    )
   if exp.start is not None:
     logger.info(
       '%s: starts with the %s of %s, and draws the rest afresh',

@@ -169,7 +169,13 @@ def _layer_decay(decay, stages):
 
 
 def _only_kernels(params):
-  """Returns a mask of what is neither a bias nor of a batch norm."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: path[-1].key == 'kernel', params
-  )
+  """Returns a mask of what is neither a bias nor of a norm.
+
+  In a converted network that is what PyTorch calls a weight, and is no vector.
+  """
+
+  def is_kernel(path, leaf):
+    name = path[-1].key
+    return name == 'kernel' or (name.endswith('weight') and leaf.ndim > 1)
+
+  return jax.tree_util.tree_map_with_path(is_kernel, params)
