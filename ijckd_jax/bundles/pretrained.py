@@ -188,8 +188,8 @@ def load(
   own, backbone = bundle.network.preprocessing, bundle.network.backbone
   if isinstance(backbone, converted.Converted) and 'backbone' not in parts:
     raise config_utils.UserError(
-      f'student.init_parts: {path} holds a converted network, of which nothing '
-      'else than its own weights can be the start: add backbone'
+      f'student.init_parts: {path} holds a converted network, which cannot '
+      'start at random: add backbone'
     )
   if len(own.mean) != image_shape[-1]:
     raise config_utils.UserError(
@@ -220,7 +220,7 @@ def load(
         f'{", ".join(bundle.variables["params"])}'
       )
   size = tuple(own.size)
-  if not isinstance(backbone, converted.Converted):  # That has one size.
+  if not isinstance(backbone, converted.Converted):  # It has one size.
     own = dataclasses.replace(own, size=tuple(image_shape[:2]))
   return Start(
     path=path,

@@ -367,6 +367,13 @@ def _build_converted(spec, dtype, programs):
       f'it was converted for {", ".join(features) or "nothing"}, not for '
       f'{dtype.name}'
     )
+  known = set(features[dtype.name].arrays)
+  known |= set(own_pool.arrays if own_pool else ())
+  for name, program in programs.items():
+    is_own = name.startswith(converted.TRAINING)
+    is_own |= name == programs_lib.POOL_TRAINING
+    if is_own and not known >= set(program.arrays):
+      raise ValueError(f'{name} takes arrays that inference does not')
   found = spec['converted']
   return converted.Converted(
     tap=_tap(spec),

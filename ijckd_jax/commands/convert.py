@@ -6,7 +6,7 @@ r"""Makes a bundle of any PyTorch image classifier, by tracing it.
 The network becomes a program that JAX runs on CPUs, GPUs and TPUs, in a bundle
 that teaches (config.teacher.checkpoint) or is trained further
 (config.student.init_from, config.teacher.init_from). PyTorch is needed here,
-and no more in training: pip install 'ijckd_jax[convert]'. The model's code is
+and not in training: pip install 'ijckd_jax[convert]'. The model's code is
 run; its weights are read without running anything.
 
   ijckd convert --again BUNDLE --output NEW

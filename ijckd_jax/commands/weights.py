@@ -148,7 +148,10 @@ def _export(flags: argparse.Namespace) -> None:
   output_flags.write(write, output)
   print(f'{output}: {len(state)} arrays of a {bundle.backbone_name}')
   if bundle.network.programs:
-    print('the module loads them by load_state_dict(arrays, strict=False)')
+    print(
+      f'a module that is made for {len(bundle.class_names)} classes loads them '
+      'by load_state_dict(arrays, strict=False)'
+    )
   if connected:
     output_flags.write(lambda: disk.write_text(module, text), module)
     print(f'{module}: the module that runs them, with PyTorch alone')

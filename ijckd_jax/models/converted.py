@@ -14,31 +14,31 @@ from ijckd_jax.models import outputs
 from ijckd_jax.models import programs as programs_lib
 from ijckd_jax.runtime import config_utils
 
-FEATURES = 'features_'  # Of the names of programs, before the dtype.
+FEATURES = 'features_'  # Prefix of program names; the dtype follows.
 TRAINING = 'training_'
 
 
 class Converted(backbone.Backbone):
   """A network that was traced, under the names that its arrays had there.
 
-  Programs hold no arrays, and no rule for how they start: a network that is
-  trained starts from a bundle. In training its batch norm alone does other
-  things than in inference; nothing is dropped.
+  Programs take their arrays as arguments, and have no rule for how these start:
+  a network that is trained starts from a bundle. In training its batch norm
+  alone does other things than in inference; nothing is dropped.
 
   Attributes:
     features: programs by dtype, from normalised images to the map; or to the
-      map and `pooled`, where that does not follow from the map.
+      map and `pooled`, where that is no function of the map.
     training: the same in training, which give the running statistics too: after
       the step, the 'mean', and the variance by a 'biased' and an 'unbiased'
-      estimate. None where there is no batch norm.
+      estimate. Empty where there is no batch norm.
     own_pool: program from the map, or its average, to `pooled`; None where that
-      is the average, or does not follow from the map.
+      is the average, or no function of the map.
     pool_training: program from the map to `pooled` and the running statistics,
       in training; None where the pool has no batch norm.
     buffers: names of the arrays that are no parameters.
     map_is_signed: whether the map can be negative.
     pooled_is_signed: whether `pooled` can be.
-    map_is_pooled: whether `pooled` follows from the map.
+    map_is_pooled: whether `pooled` is a function of the map.
   """
 
   features: Mapping[str, programs_lib.Program] = core.FrozenDict()
@@ -82,6 +82,12 @@ class Converted(backbone.Backbone):
     Args:
       name: what the message calls it.
     """
+    dtype = jnp.dtype(self.dtype).name
+    if dtype not in self.features:
+      raise config_utils.UserError(
+        f'{name} has programs in {", ".join(self.features)}, none in {dtype}: '
+        'set dtype'
+      )
     if not self.can_be_trained:
       raise config_utils.UserError(
         f'{name} can teach, but not be trained: its programs give no '
@@ -90,7 +96,7 @@ class Converted(backbone.Backbone):
       )
     if self.freeze_statistics or not (self.training or self.pool_training):
       return
-    if self.training and jnp.dtype(self.dtype).name not in self.training:
+    if self.training and dtype not in self.training:
       raise config_utils.UserError(
         f'{name} can be trained in {", ".join(self.training)} alone: set dtype'
       )
@@ -120,7 +126,7 @@ class Converted(backbone.Backbone):
     return self._pool({'params': arrays}, final)
 
   def pool_name(self, name):
-    del name  # No backbone that is built has it.
+    del name  # Its program is found by PROGRAM, since no backbone is built.
     return 'average' if self._pool is None else programs_lib.PROGRAM
 
   def pool_variables(self, variables):
@@ -153,26 +159,26 @@ class Converted(backbone.Backbone):
           arrays[name] = self._array(name, like)
     follows = self.follows(train)
     if follows and self.training:
-      result = self._follow(self._of_dtype(self.training), arrays, images)
+      result = self._run_training(self._of_dtype(self.training), arrays, images)
     else:
-      result = inference(_share(arrays, inference), images)
+      result = inference(_select(arrays, inference), images)
     final, pooled = (result, None) if self.map_is_pooled else result
     if self.truncated or pooled is None:
       if follows and self.pool_training and not self.truncated:
         x = losses.at_least_float32(final)
-        pooled = self._follow(self.pool_training, arrays, x)
+        pooled = self._run_training(self.pool_training, arrays, x)
       else:
         pooled = self.pool(final)
     return outputs.Features((final,), final, losses.at_least_float32(pooled))
 
-  def _follow(self, step, arrays, x):
+  def _run_training(self, step, arrays, x):
     """Returns what a program of training gives; the statistics are updated."""
     if len(x) < 2:
       raise config_utils.UserError(
         'the batch norm of a converted network needs two images or more on '
         'each device: take a larger batch_size, or a smaller accumulation'
       )
-    result, statistics = step(_share(arrays, step), x)
+    result, statistics = step(_select(arrays, step), x)
     kind = 'unbiased' if self.unbiased_variance else 'biased'
     for name, value in (statistics['mean'] | statistics[kind]).items():
       self.put_variable('batch_stats', name, value)
@@ -190,6 +196,6 @@ class Converted(backbone.Backbone):
     ).value
 
 
-def _share(arrays, program) -> dict[str, jax.Array]:
+def _select(arrays, program) -> dict[str, jax.Array]:
   """Returns those of the arrays that a program takes."""
   return {name: arrays[name] for name in program.arrays}

@@ -24,7 +24,7 @@ from ijckd_jax.models import losses
 from ijckd_jax.runtime import config_utils
 
 POOL = 'pool'  # The name of a pool's program.
-# That of a connected network's own backbone, whose `POOL` is its teacher's.
+# In a student with a connector, its backbone's own: POOL is the teacher's.
 OWN_POOL = 'own_pool'
 POOL_TRAINING = 'pool_training'
 PROGRAM = 'program'  # The name of a pool that is one.
@@ -79,6 +79,8 @@ class Made:
 @dataclasses.dataclass(frozen=True)
 class Program:
   """`(arrays by name, x (B, ...)) -> a tree of (B, ...)`, for any B.
+
+  Running statistics, which a program of training gives, have no B.
 
   It runs under jit, pmap and shard_map. JAX has no batching rule for it: vmap
   refuses it.

@@ -1,4 +1,4 @@
-"""PyTorch in and out: weights both ways, and any network as a teacher.
+"""PyTorch in and out: weights both ways, and any network as teacher or start.
 
 `importer` reads published weights into bundles, `named_models` builds PyTorch's
 networks by name, `converter` makes a bundle of any PyTorch classifier,

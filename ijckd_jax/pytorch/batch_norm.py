@@ -1,4 +1,9 @@
-"""PyTorch's batch norm in training, as a trace of one image can have it."""
+"""PyTorch's batch norm in training, as a trace of one image can have it.
+
+A network is traced on a batch of one image, and jax.vmap makes of it a function
+of any batch. What batch norm needs of the whole batch are means over images:
+they are the identity on one image, with a rule for vmap that averages over all.
+"""
 
 from collections.abc import Iterator
 import contextlib
@@ -15,6 +20,7 @@ BUFFERS = ('running_mean', 'running_var')
 
 @jax.custom_batching.custom_vmap
 def _mean_of_images(x):
+  """Returns the mean of `x` over images; it is called with that of one."""
   return x
 
 
@@ -106,7 +112,7 @@ class Statistics:
     """
     import torch
 
-    running, hooks = [], []
+    active, hooks = [], []
     original = torch.nn.functional.batch_norm
 
     def batch_norm(
@@ -119,7 +125,8 @@ class Statistics:
       momentum=0.1,
       eps=1e-5,
     ):
-      if not (training and running):
+      # Others call it too: weights are standardised by it, for example.
+      if not (training and active):
         return original(
           input,
           running_mean,
@@ -130,13 +137,14 @@ class Statistics:
           momentum,
           eps,
         )
-      return self._normalise(running[-1], input, weight, bias, eps)
+      return self._normalise(active[-1], input, weight, bias, eps)
 
     def enter(name):
-      return lambda module, given: running.append(name)
+      return lambda module, given: active.append(name)
 
     def leave(module, given, result):
-      name = running.pop()
+      name = active.pop()
+      # It is None where the module has raised an error.
       if result is not None and name not in self._found:
         raise config_utils.UserError(
           f'batch norm {name} (a {type(module).__name__}) does not run by '

@@ -77,7 +77,7 @@ def convert(
     config_utils.UserError: its head is not linear, or it cannot be traced.
   """
   backend.start()
-  notes = _frozen(model)
+  notes = _notes_on_frozen(model)
   model = model.eval().requires_grad_(False)
   image_shape = (*preprocessing.size, len(preprocessing.mean))
   logger.info('%s: running it in PyTorch, to find its map and its head', name)
@@ -212,7 +212,7 @@ def versions() -> dict[str, str]:
   return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def _frozen(model) -> list[str]:
+def _notes_on_frozen(model) -> list[str]:
   """Returns a note on parameters that are frozen, where not all of them are."""
   flags = [parameter.requires_grad for parameter in model.parameters()]
   if all(flags) or not any(flags):
@@ -241,9 +241,9 @@ def _backbone(model, parts, image_shape, notes):
     arrays, trainable = arrays | pool.arrays, trainable | pool.trainable
   if parts.kernel is not None and parts.head_name is None:
     notes.append('its head is made of several layers, which become one')
-  training = {'training': {}, 'pool_training': None}
+  training = {}
   try:
-    _check_shared(model, parts, arrays)
+    _check_tied(model, parts, arrays)
     features = _by_dtype(traced, image_shape, notes, vjp_order=1)
     training = _training(model, parts, traced, pool, features, notes)
   except config_utils.UserError as error:
@@ -251,13 +251,12 @@ def _backbone(model, parts, image_shape, notes):
     features = _by_dtype(traced, image_shape, notes)
   backbone = converted.Converted(
     features=core.FrozenDict(features),
-    training=core.FrozenDict(training['training']),
     own_pool=own_pool,
-    pool_training=training['pool_training'],
     buffers=tuple(sorted(arrays.keys() - trainable)),
     map_is_signed=parts.signed,
     pooled_is_signed=parts.pooled_signed,
     map_is_pooled=parts.pools_map,
+    **training,
   )
   kinds = {'params': trainable, 'batch_stats': arrays.keys() - trainable}
   variables = {
@@ -278,7 +277,7 @@ def _function(parts):
   return run
 
 
-def _check_shared(model, parts, arrays) -> None:
+def _check_tied(model, parts, arrays) -> None:
   """Raises UserError where one parameter has two names, of which one learns."""
   names = {}
   for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -291,7 +290,7 @@ def _check_shared(model, parts, arrays) -> None:
 
 
 def _training(model, parts, traced, pool, features, notes):
-  """Returns the programs of training, as fields of a Converted.
+  """Returns the programs of training that differ, as fields of a Converted.
 
   Args:
     model: torch.nn.Module.
@@ -304,7 +303,7 @@ def _training(model, parts, traced, pool, features, notes):
   Raises:
     config_utils.UserError: it cannot be trained.
   """
-  made = {'training': {}, 'pool_training': None}
+  made = {}
   norms = batch_norm.modules(model)
 
   def has_norm(arrays):
@@ -315,7 +314,9 @@ def _training(model, parts, traced, pool, features, notes):
     step = tracing.trace(
       model, _function(parts), shape, norms=norms, known=traced.arrays
     )
-    made['training'] = _by_dtype(step, shape, notes, vjp_order=1)
+    made['training'] = core.FrozenDict(
+      _by_dtype(step, shape, notes, vjp_order=1)
+    )
   if pool is not None and has_norm(pool.arrays):
     # Of the map: its average has another variance.
     shape = features['float32'].gives
@@ -390,23 +391,36 @@ def _compare(bundle, model, parts) -> dict[str, float]:
 
 
 def _in_training(bundle, model, parts) -> list[str]:
-  """Returns a note where PyTorch does more in training than is done here."""
+  """Returns a note where PyTorch does more in training than is done here.
+
+  The features of a few images are compared, in float32.
+  """
   import torch
 
   images = _probes(bundle.image_shape)
   buffers = {name: x.clone() for name, x in model.named_buffers()}
-  with torch.no_grad(), classifier_parts.unchanged(model):
-    model.train()
-    wanted = parts.features(_as_torch(images))
-  for name, x in model.named_buffers():
-    x.copy_(buffers[name])
+  try:
+    with torch.no_grad(), classifier_parts.unchanged(model):
+      model.train()
+      wanted = [x.numpy() for x in parts.features(_as_torch(images))]
+  except Exception as error:  # Of a model in a mode that it was not cut in.
+    config_utils.raise_outside(error)
+    wanted = []
+  finally:
+    for name, x in model.named_buffers():
+      x.copy_(buffers[name])
   part = network_lib.part(bundle.variables, 'backbone')
   backbone = bundle.network.backbone
-  given = jax.jit(
+  features = jax.jit(
     lambda part, x: network_lib.run(backbone, part, x, train=True)[0]
   )(part, images)
-  pairs = zip((given.final, given.pooled), wanted, strict=True)
-  error = max(_error(mine, theirs.numpy()) for mine, theirs in pairs)
+  given = features.final, features.pooled
+  if [x.shape for x in given] != [x.shape for x in wanted]:
+    return [
+      'in training PyTorch runs other modules of it than in inference; here, '
+      'those of inference are trained'
+    ]
+  error = np.max([_error(*pair) for pair in zip(given, wanted, strict=True)])
   if error <= MAX_ERROR:
     return []
   return [

@@ -1,4 +1,10 @@
-"""PyTorch functions as programs: traced by torchax, exported by JAX."""
+"""PyTorch functions as programs: traced by torchax, exported by JAX.
+
+torchax traces one image, as a batch of one, because a network's Python may ask
+how large its batch is. jax.vmap makes of the trace a function of any batch, and
+jax.export writes that with a free batch size. The network's real arrays are
+arguments of the program, so that they can be trained.
+"""
 
 from collections.abc import Callable
 from collections.abc import Collection
@@ -150,7 +156,8 @@ def trace(
   used = {
     path[0].key for (path, _), read in zip(flat, is_read, strict=False) if read
   }
-  # Whole numbers, such as the positions in a table, are part of the program.
+  # Whole numbers, such as the positions in a table, are part of the program;
+  # and what the result does not depend on is run with it.
   whole = {
     name
     for name, array in arrays.items()
@@ -171,7 +178,7 @@ def trace(
   prefix = len('model.')
 
   def of_mine(mine, x):
-    # What is not read is run all the same, in the dtype of the others.
+    # In the dtype of the others, which it is computed with.
     made = {
       name: array if name in whole else array.astype(x.dtype)
       for name, array in fixed.items()

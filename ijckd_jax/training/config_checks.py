@@ -210,7 +210,7 @@ def check_drops(section, backbone, method) -> None:
   if section.drop_path and not backbone.has_branches:
     raise config_utils.UserError(
       f'student.drop_path={section.drop_path}: a {section.backbone} has no '
-      'stochastic depth: set it to 0'
+      'stochastic depth here: set it to 0'
     )
   if section.dropout and method.predicts_with != 'own':
     raise config_utils.UserError(
