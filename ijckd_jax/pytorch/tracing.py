@@ -26,6 +26,7 @@ from ijckd_jax.pytorch import classifier_parts
 from ijckd_jax.runtime import config_utils
 
 INSTALL = "pip install 'ijckd_jax[convert]'"
+PREFIX = 'model.'  # Of the names of arrays, where the model is part of another.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,61 +140,62 @@ def trace(
       result = jax.tree.map(lambda y: y[0], call(arrays, (x[None],)))
     if not norms:
       return result
-    mine = {
-      name.removeprefix('model.'): array for name, array in arrays.items()
-    }
-    return result, found.updated(mine, momentum)
+    own = {name.removeprefix(PREFIX): array for name, array in arrays.items()}
+    return result, found.updated(own, momentum)
 
   example = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
   with _refusing(model):
-    jaxpr = jax.make_jaxpr(of_one)(arrays, example)
-  flat, _ = jax.tree.flatten_with_path(arrays)
-  # What a network goes on to compute behind `fn`, such as its logits, reads
-  # arrays in vain.
-  _, is_read = partial_eval.dce_jaxpr(
-    jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars)
-  )
-  used = {
-    path[0].key for (path, _), read in zip(flat, is_read, strict=False) if read
-  }
-  # Whole numbers, such as the positions in a table, are part of the program;
-  # and what the result does not depend on is run with it.
+    read = _names_read(of_one, arrays, example)
+  # Whole numbers, such as the positions in a table, are part of the program.
   whole = {
     name
     for name, array in arrays.items()
     if not jnp.issubdtype(array.dtype, jnp.floating)
   }
-  fixed = {
-    name: array if name in used else jnp.zeros(array.shape, array.dtype)
-    for name, array in arrays.items()
-    if name in whole or name not in used
-  }
-  used -= whole
-  if norms and (foreign := sorted(used - {f'model.{name}' for name in known})):
+  own = read - whole
+  if norms and (foreign := sorted(own - {f'{PREFIX}{name}' for name in known})):
     raise config_utils.UserError(
       f'in training it reads {config_utils.short(foreign[0])}, which it does '
       'not in inference'
     )
-  parameters = {f'model.{name}' for name, _ in model.named_parameters()}
-  prefix = len('model.')
 
-  def of_mine(mine, x):
-    # In the dtype of the others, which it is computed with.
-    made = {
-      name: array if name in whole else array.astype(x.dtype)
-      for name, array in fixed.items()
-    }
-    return of_one({**made, **{f'model.{k}': y for k, y in mine.items()}}, x)
+  def of_own(own_arrays, x):
+    # What the result does not depend on is run with it, in the same dtype.
+    made = {name: arrays[name] for name in whole}
+    for name in arrays.keys() - own - whole:
+      made[name] = jnp.zeros(arrays[name].shape, x.dtype)
+    for name, array in own_arrays.items():
+      made[f'{PREFIX}{name}'] = array
+    return of_one(made, x)
 
+  def short(names):
+    return {name.removeprefix(PREFIX): name for name in sorted(names)}
+
+  parameters = {f'{PREFIX}{name}' for name, _ in model.named_parameters()}
   return Traced(
-    arrays={name[prefix:]: np.asarray(arrays[name]) for name in sorted(used)},
-    trainable=frozenset(name[prefix:] for name in used & parameters),
-    fn=of_mine,
+    arrays={name: np.asarray(arrays[k]) for name, k in short(own).items()},
+    trainable=frozenset(short(own & parameters)),
+    fn=of_own,
     model=model,
     running=frozenset(
       f'{name}.{kind}' for name in momentum for kind in batch_norm.BUFFERS
     ),
   )
+
+
+def _names_read(fn, arrays, example) -> set[str]:
+  """Returns the names of the arrays that the result of a function depends on.
+
+  What a network goes on to compute behind it, such as its logits, reads others
+  in vain.
+  """
+  jaxpr = jax.make_jaxpr(fn)(arrays, example).jaxpr
+  _, is_read = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  flat, _ = jax.tree.flatten_with_path(arrays)
+  *of_arrays, _ = is_read  # The last one is the example.
+  return {
+    path[0].key for (path, _), read in zip(flat, of_arrays, strict=True) if read
+  }
 
 
 def _libraries():
