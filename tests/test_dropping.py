@@ -167,7 +167,7 @@ def test_the_teacher_of_a_run_drops_nothing():
     ({'student.dropout': -0.1}, r'dropout=-0.1: it must be in \[0, 1\)'),
     (
       {'student.drop_path': 0.1, 'student.backbone': 'resnet8'},
-      'a resnet8 has no stochastic depth: set it to 0',
+      'a resnet8 has no stochastic depth here: set it to 0',
     ),
   ],
 )

@@ -500,7 +500,9 @@ def test_images_are_taken_from_all_of_a_split():
 
 def test_what_onnx_has_no_word_for_is_named():
   bundle = random_bundle(PROGRAM, side=8)
-  with pytest.raises(config_utils.UserError, match='call_exported') as caught:
+  with pytest.raises(
+    config_utils.UserError, match='it holds a program'
+  ) as caught:
     onnx_files.encode(deployed_lib.deploy(bundle))
   assert '--format stablehlo' in str(caught.value)
 

@@ -28,7 +28,9 @@ def forward_row(name):
   if name in torch_networks.OURS:
     oracle = 'tests/torch_networks.py'
   else:
-    oracle = 'timm' if name.startswith('deit') else 'torchvision'
+    is_timms = name in torch_networks.TIMM_STAGES
+    is_timms |= name.startswith(torch_networks.TRANSFORMERS)
+    oracle = 'timm' if is_timms else 'torchvision'
   shown = [f'{x:.1e}' for x in (*errors.values(), max(exact.values()))]
   return [name, oracle, f'{size}x{size}', *shown]
 
