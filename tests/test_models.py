@@ -389,7 +389,7 @@ def test_sizes_of_maps(name, size):
 
 @pytest.mark.parametrize('name', by_default(ONE_OF_EACH))
 def test_frozen_statistics_are_those_of_inference(name):
-  """In a training step too; and the weights still learn."""
+  """In a training step too, and they stay."""
   backbone = models.build(name, freeze_statistics=True)
   x = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
   variables = backbone.init(jax.random.key(0), x, train=False)

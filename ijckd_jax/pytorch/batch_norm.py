@@ -5,7 +5,9 @@ of any batch. What batch norm needs of the whole batch are means over images:
 they are the identity on one image, with a rule for vmap that averages over all.
 """
 
+from collections.abc import Collection
 from collections.abc import Iterator
+from collections.abc import Mapping
 import contextlib
 from typing import Any
 from unittest import mock
@@ -40,7 +42,7 @@ def _num_images(x):
 @_num_images.def_vmap
 def _(size, is_batched, x):
   del size, is_batched
-  # The number may be free, so that it has to be counted.
+  # An exported program has a symbolic batch size, which is no array.
   return jnp.sum(jnp.ones_like(x)), False
 
 
@@ -48,11 +50,12 @@ def modules(model) -> dict[str, Any]:
   """Returns a model's batch norms that follow the batch in training, by name.
 
   Args:
-    model: torch.nn.Module in inference mode, as it is left. Its own `train` may
-      keep some in inference.
+    model: torch.nn.Module, which is in inference mode before and after. A
+      model's own `train` may keep some of its batch norms in inference.
 
   Raises:
-    config_utils.UserError: one of them cannot be trained as it is in PyTorch.
+    config_utils.UserError: a batch norm averages over all steps, by
+      momentum=None, which is not done here.
   """
   import torch
 
@@ -70,6 +73,20 @@ def modules(model) -> dict[str, Any]:
         f'{name} averages its statistics over all steps: give it a momentum'
       )
   return found
+
+
+def among(norms: Mapping[str, Any], arrays: Collection[str]) -> dict[str, Any]:
+  """Returns the batch norms whose running statistics are among the arrays.
+
+  Args:
+    norms: see `modules`.
+    arrays: names.
+  """
+  return {
+    name: norm
+    for name, norm in norms.items()
+    if f'{name}.{BUFFERS[0]}' in arrays
+  }
 
 
 class Statistics:

@@ -278,7 +278,7 @@ def _function(parts):
 
 
 def _check_tied(model, parts, arrays) -> None:
-  """Raises UserError where one parameter has two names, of which one learns."""
+  """Raises UserError where a parameter has two names: one alone would learn."""
   names = {}
   for name, parameter in model.named_parameters(remove_duplicate=False):
     is_head = parts.head_name and name.startswith(f'{parts.head_name}.')
@@ -305,11 +305,7 @@ def _training(model, parts, traced, pool, features, notes):
   """
   made = {}
   norms = batch_norm.modules(model)
-
-  def has_norm(arrays):
-    return any(f'{name}.{batch_norm.BUFFERS[0]}' in arrays for name in norms)
-
-  if has_norm(traced.arrays):
+  if batch_norm.among(norms, traced.arrays):
     shape = features['float32'].takes[1:]
     step = tracing.trace(
       model, _function(parts), shape, norms=norms, known=traced.arrays
@@ -317,7 +313,7 @@ def _training(model, parts, traced, pool, features, notes):
     made['training'] = core.FrozenDict(
       _by_dtype(step, shape, notes, vjp_order=1)
     )
-  if pool is not None and has_norm(pool.arrays):
+  if pool is not None and batch_norm.among(norms, pool.arrays):
     # Of the map: its average has another variance.
     shape = features['float32'].gives
     step = tracing.trace(
@@ -328,7 +324,7 @@ def _training(model, parts, traced, pool, features, notes):
 
 
 def _by_dtype(traced, image_shape, notes, **settings):
-  """Returns the programs of what was traced, by the dtypes that it can have."""
+  """Returns programs in float32, and in bfloat16 if all operators know it."""
   made = {'float32': traced.export(image_shape, **settings)}
   try:
     dtype = jnp.bfloat16

@@ -125,8 +125,7 @@ def trace(
 
   momentum = {
     name: norm.momentum
-    for name, norm in (norms or {}).items()
-    if f'{name}.{batch_norm.BUFFERS[0]}' in known
+    for name, norm in batch_norm.among(norms or {}, known).items()
   }
 
   def of_one(arrays, x):

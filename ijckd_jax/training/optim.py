@@ -169,9 +169,9 @@ def _layer_decay(decay, stages):
 
 
 def _only_kernels(params):
-  """Returns a mask of what is neither a bias nor of a norm.
+  """Returns a mask of the weights that decay: no bias, and nothing of a norm.
 
-  In a converted network that is what PyTorch calls a weight, and is no vector.
+  In a converted network these are PyTorch's weights that are no vectors.
   """
 
   def is_kernel(path, leaf):
