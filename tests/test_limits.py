@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ijckd_jax.bounds import divergence
 from ijckd_jax.bounds import limits
+from ijckd_jax.bounds import shift
 
 DRAWS = 4000
 
@@ -36,20 +36,54 @@ def test_clopper_pearson_by_hand():
   assert limits.clopper_pearson_lower(10, 10, 0.05) == pytest.approx(0.05**0.1)
 
 
+def test_betting_by_hand():
+  """Of x = 0: 1 + bet m >= 1 / delta = 2, with a bet of 0.75 / (1 - m).
+
+  The bet is below sqrt(2 ln 2 / 0.25) = 2.35, so that m = 4 / 7. Twice, for
+  1 / delta = 4, both bets are below sqrt(2 ln 4 / 0.5) = 2.35 and below
+  sqrt(2 ln 4 / (2 * 0.15625)) = 2.98: the same m.
+  """
+  assert limits.betting_upper(np.zeros(1), 0.5) == pytest.approx(4 / 7)
+  assert limits.betting_upper(np.zeros(2), 0.25) == pytest.approx(4 / 7)
+  # The value 0 by chance: of 1, nothing is below.
+  assert limits.betting_upper(np.ones(3), 0.5) == 1
+
+
+@pytest.mark.parametrize('num', [1, 7, 60])
+def test_betting_against_its_definition(num):
+  """The smallest mean under which the capital reaches 1 / delta.
+
+  It is never below the sample's own.
+  """
+  values = np.random.RandomState(num).beta(0.5, 2, num)
+  order = np.random.RandomState(0).permutation(values)
+  for delta in (0.3, 0.05):
+    for m in np.linspace(0.001, 0.999, 200):
+      capital, largest, seen = 1.0, 0.0, []
+      squares = []
+      for x in order:
+        variance = (0.25 + sum(squares)) / (len(seen) + 1)
+        bet = math.sqrt(2 * math.log(1 / delta) / (num * variance))
+        capital *= 1 + min(bet, 0.75 / (1 - m)) * (m - x)
+        largest = max(largest, capital)
+        seen.append(x)
+        squares.append((x - (0.5 + sum(seen)) / (len(seen) + 1)) ** 2)
+      upper = limits.betting_upper(values, delta)
+      reached = largest >= 1 / delta and m >= values.mean()
+      assert reached == (m >= upper), (m, upper)
+
+
 def test_formulas_by_hand():
-  # ln(1 / delta) = 2, n = 25: sqrt(2 / 50) = 0.2.
-  delta = math.exp(-2)
-  assert limits.hoeffding(25, delta, width=4) == pytest.approx(0.8)
-  # ln(2 / delta) = 2: sqrt(2 * 0.25 * 2 / 25) + 7 * 3 * 2 / (3 * 24).
-  delta = 2 * math.exp(-2)
-  off = limits.empirical_bernstein(0.25, 25, delta, width=3)
-  assert off == pytest.approx(0.2 + 42 / 72)
-  assert limits.empirical_bernstein(0.0, 1, 0.1, width=3) == 3
   assert limits.shared(0.05, 10) == pytest.approx(0.005)
-  values = np.array([0, 1, 2, 1, 0.5])
-  lower, upper = limits.of_mean(values, 0.9, low=0, high=2)
-  off = limits.empirical_bernstein(values.var(ddof=1), 5, 0.9, width=2)
-  assert (lower, upper) == pytest.approx((max(0, 0.9 - off), min(2, 0.9 + off)))
+  # Within [-1, 3]: (v + 1) / 4 from below, and its mirror image from above.
+  values = np.array([0, 1, 2, 1, 0.5, -1, 3])
+  scaled = (values + 1) / 4
+  assert limits.of_mean(values, 0.2, low=-1, high=3) == pytest.approx(
+    (
+      3 - 4 * limits.betting_upper(1 - scaled, 0.2),
+      4 * limits.betting_upper(scaled, 0.2) - 1,
+    )
+  )
   # Zeros and ones are counted.
   assert limits.of_mean(np.array([0, 1, 1]), 0.1, low=0, high=1) == (
     limits.clopper_pearson_lower(2, 3, 0.1),
@@ -62,7 +96,7 @@ def test_formulas_by_hand():
   )
   assert limits.label_free(99, 100, 199, 200, 0.1) == 1
   # n_S = 50, n_T = 100: sqrt(450 * 2 / 10,000) = 0.3.
-  found = divergence.dis2(
+  found = shift.dis2(
     np.repeat([0, 1], [40, 10]),
     np.repeat([0, 1], [45, 5]),
     np.repeat([0, 1], [80, 20]),
@@ -77,7 +111,7 @@ def test_formulas_by_hand():
     }
   )
   # A critic that does worse than to agree is not taken.
-  none = divergence.dis2(*np.array([[1, 0], [1, 1], [0, 0]]), 0.5)
+  none = shift.dis2(*np.array([[1, 0], [1, 1], [0, 0]]), 0.5)
   assert (none['discrepancy'], none['value']) == (0, 0.5)
 
 
@@ -87,9 +121,7 @@ def test_formulas_by_hand():
     lambda: limits.clopper_pearson_upper(3, 2, 0.1),
     lambda: limits.clopper_pearson_lower(0, 0, 0.1),
     lambda: limits.clopper_pearson_upper(1, 2, 0.0),
-    lambda: limits.hoeffding(0, 0.1, width=1),
-    lambda: limits.hoeffding(3, 1.0, width=1),
-    lambda: limits.empirical_bernstein(1.0, 0, 0.1, width=1),
+    lambda: limits.betting_upper(np.zeros(3), 1.0),
     lambda: limits.of_mean(np.array([0, 2]), 0.1, low=0, high=1),
     lambda: limits.of_mean(np.zeros(0), 0.1, low=0, high=1),
   ],
@@ -124,10 +156,10 @@ def test_coverage_of_limits_of_a_mean(world, num):
   samples = rng.choice(5, p=world, size=(DRAWS, num))
   for delta in (0.05, 0.3):
     found = np.array([limits.of_mean(x, delta, low=0, high=4) for x in samples])
+    assert (found[:, 0] <= samples.mean(-1) + 1e-12).all()
+    assert (found[:, 1] >= samples.mean(-1) - 1e-12).all()
     at_least(found[:, 0] <= mean + 1e-12, delta)
     at_least(found[:, 1] >= mean - 1e-12, delta)
-    off = limits.hoeffding(num, delta, width=4)
-    at_least(samples.mean(-1) + off >= mean, delta)
 
 
 def test_coverage_of_several_limits_together():
@@ -170,29 +202,5 @@ def test_coverage_of_dis2():
     # source h errs in 10%, and the critic is it as well.
     source = rng.random(50) < 0.1
     target = rng.random(80) < 0.3
-    held.append(divergence.dis2(source, source, target, delta)['upper'] >= 0.3)
+    held.append(shift.dis2(source, source, target, delta)['upper'] >= 0.3)
   at_least(held, delta)
-
-
-def test_asymptotic_limits():
-  """Near their rate for large samples, and nothing for one."""
-  rng = np.random.default_rng(4)
-  samples = rng.exponential(size=(1000, 400))
-  found = np.array([limits.asymptotic(x, 0.2) for x in samples])
-  for held in (found[:, 0] <= 1, found[:, 1] >= 1):
-    assert abs(held.mean() - 0.8) < 0.06
-  assert limits.asymptotic(np.ones(1), 0.2) == (-math.inf, math.inf)
-  lower, upper = limits.asymptotic(np.array([1.0, 3.0]), 0.025)
-  assert (lower, upper) == pytest.approx((2 - 1.959964, 2 + 1.959964))
-
-
-def test_the_bootstrap_of_a_product():
-  rng = np.random.default_rng(5)
-  held = []
-  for _ in range(150):
-    columns = rng.random((2, 100))
-    upper = limits.bootstrap_upper(
-      columns, lambda a, b: np.sqrt(a * b), 0.1, num=200
-    )
-    held.append(upper >= 0.5)
-  assert 0.8 < np.mean(held) < 0.98

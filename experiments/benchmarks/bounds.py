@@ -40,9 +40,7 @@ def main() -> None:
   start = time.perf_counter()
   rows = pointwise.compute(z_t, z_s, labels, **heads[0], joint=heads[1])
   computed = time.perf_counter()
-  sample = certify.Sample(rows, None, pointwise.describe(heads[0]))
-  report = certify.report(sample, 0.05)
-  certify.by_class(rows)
+  report = certify.report(rows, 0.05)
   end = time.perf_counter()
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   print(

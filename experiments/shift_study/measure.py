@@ -17,7 +17,6 @@ from scipy import special
 
 from experiments.shift_study import corruptions
 from experiments.shift_study import train
-from ijckd_jax.bounds import divergence
 from ijckd_jax.bounds import limits
 from ijckd_jax.bounds import shift
 from ijckd_jax.bundles import bundles
@@ -70,74 +69,44 @@ class Networks:
     seen = {}
     for name, bundle in self.bundles.items():
       net = bundle.network
-      seen[name] = net(variables[name], net.preprocessing(images)).pooled
+      seen[name] = net(variables[name], net.preprocessing(images)).logits
     return seen
 
-  def __call__(self, arrays: datasets.Arrays) -> dict[str, divergence.Read]:
-    """Returns the pooled features of each, and its predictions."""
+  def __call__(self, arrays: datasets.Arrays) -> dict[str, np.ndarray]:
+    """Returns the logits of each, (N, K)."""
     found = feature_extraction.of_split(
       self._step, self._variables, arrays, mapper=self._mapper, batch_size=250
     )
-    return {
-      name: divergence.read(pooled, self.head(name))
-      for name, pooled in found['rows'].items()
-    }
-
-  def head(self, name: str) -> dict[str, np.ndarray]:
-    """Returns the head by which one of them predicts."""
-    return self.bundles[name].variables['params']['head']
+    return found['rows']
 
 
-def measure(networks, source, labels, target, truth) -> dict:
-  """Returns what is said of each student, and what is true."""
-  teacher, by_logits = (
-    shift.by_critic(
-      source['teacher'],
-      target['teacher'],
-      networks.head('teacher'),
-      labels,
-      delta=DELTA / 2,
-      seed=0,
-      on_logits=on_logits,
-    )
-    for on_logits in (False, True)
-  )
-  found = {
-    'teacher': {
-      **teacher,
-      'true_error': float((target['teacher'].predicted != truth).mean()),
-    }
-  }
+def measure(source, labels, target, truth) -> dict:
+  """Returns the limits and estimates of each student, and the truth.
+
+  Args:
+    source: logits (n_S, K) on the labelled images, by network.
+    labels: of these, (n_S,).
+    target: the same on the other images.
+    truth: their labels, which only judge.
+  """
+  predicted = {name: x.argmax(axis=-1) for name, x in target.items()}
+  wrong = source['teacher'].argmax(axis=-1) != labels
+  found = {}
   for name in train.METHODS:
-    head = networks.head(name)
     near, far = source[name], target[name]
-    differs = far.predicted != target['teacher'].predicted
-    pi = limits.clopper_pearson_upper(
-      int(differs.sum()), len(differs), DELTA / 2
-    )
-    wrong = source['teacher'].predicted != labels
-    own, own_logits = (
-      shift.by_critic(
-        near, far, head, labels, delta=DELTA, seed=0, on_logits=on_logits
-      )
-      for on_logits in (False, True)
-    )
-    scores = [divergence.logits(x.pooled, head) for x in (near, far)]
+    differs = predicted[name] != predicted['teacher']
+    by_critic = shift.by_critic(near, far, labels, delta=DELTA, seed=0)
     found[name] = {
-      'true_error': float((far.predicted != truth).mean()),
+      'true_error': float((predicted[name] != truth).mean()),
       'disagreement': float(differs.mean()),
       'same_distribution': limits.label_free(
         int(wrong.sum()), len(wrong), int(differs.sum()), len(differs), DELTA
       ),
-      'by_teacher': min(1.0, teacher['upper'] + pi),
-      'by_student': own['upper'],
-      'by_teacher_logits': min(1.0, by_logits['upper'] + pi),
-      'by_student_logits': own_logits['upper'],
-      'by_student_value': own['value'],
-      'by_teacher_value': teacher['value'] + float(differs.mean()),
-      'average_confidence': average_confidence(scores[1]),
+      'by_student_logits': by_critic['upper'],
+      'discrepancy': by_critic['discrepancy'],
+      'average_confidence': average_confidence(far),
       'thresholded_confidence': thresholded_confidence(
-        scores[0], near.predicted != labels, scores[1]
+        near, near.argmax(axis=-1) != labels, far
       ),
     }
   return found
@@ -173,7 +142,7 @@ def main() -> None:
     if name != CLEAN:
       images = corruptions.corrupt(images, name, severity)
     target = networks(datasets.Arrays(images, others.labels))
-    found = measure(networks, source, labelled.labels, target, others.labels)
+    found = measure(source, labelled.labels, target, others.labels)
     row = {'corruption': name, 'severity': severity, 'found': found}
     with RESULTS.open('a') as stream:
       stream.write(json.dumps(row) + '\n')

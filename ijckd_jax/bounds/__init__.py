@@ -1,10 +1,10 @@
-"""The bound on a student's error, measured: statements, limits, estimates.
+"""The bound on a student's error: statements, limits, measurement.
 
-`measure` goes from a pair of networks and images to a report; the rest is
-arrays in, numbers out. `statements` say what follows for the student's error
-from what `evaluation.pointwise` says of each example, `limits` how surely
-means are known, `certify` puts these together; `divergence` estimates how
-differently two representations can be told and read. See docs/theory.md.
+`measure` goes from a pair of networks (`pairs`) and images to a report.
+`statements` lists the bounds, each a number for every example, from the rows of
+`evaluation.pointwise`; `limits` has confidence limits of means, `certify` joins
+the two, and `shift` limits the error on images without labels. See
+docs/theory.md.
 
   ijckd bounds --bundle STUDENT --teacher TEACHER --dataset NAME
 """

@@ -1,90 +1,43 @@
-"""What can be claimed of a pair from held-out examples, and how surely.
+"""Terms and bounds of a pair on held-out examples, with confidence limits.
 
-Everything that is certified here holds together with probability 1 - delta:
-each of m limits is taken at delta / m.
+All limits of a report hold together with probability 1 - delta: each of m
+limits is taken at delta / m.
 """
 
-from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
 import numpy as np
 
 from ijckd_jax.bounds import limits
-from ijckd_jax.bounds import risks
 from ijckd_jax.bounds import statements
 from ijckd_jax.evaluation import pointwise
-
-# How surely a number is known.
-CERTIFICATE = 'certificate'  # By a limit that holds for any distribution.
-DIAGNOSTIC = 'diagnostic'  # A lower estimate of something larger.
-
-DIAGNOSTIC_TITLES = {
-  'pad_features': 'proxy A-distance of the features',
-  'pad_logits': 'proxy A-distance of the logits',
-  'disparity': "disparity of the teacher's head",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-  """Held-out examples of a pair, and what was fixed before they were seen.
-
-  Attributes:
-    rows: of teacher and student. Where the student predicts by a head of its
-      own and has a connector too, `rows` is the student through the teacher's
-      head, with `own` filled in.
-    own_rows: in that case, of the teacher and the student's own logits.
-    head: the teacher's, where the student is seen in its space; else None.
-    map_square: mean over positions of ||F_s - F_t||^2, (N,), where z is the
-      average of a map; else None.
-    diagnostics: of each, a number per example whose mean is a lower estimate,
-      and the range of these: {name: (values, low, high)}.
-    left_out: why what is missing does not apply, by name.
-  """
-
-  rows: pointwise.Rows
-  own_rows: pointwise.Rows | None = None
-  head: pointwise.Head | None = None
-  map_square: np.ndarray | None = None
-  diagnostics: Mapping[str, tuple[np.ndarray, float, float]] = (
-    dataclasses.field(default_factory=dict)
-  )
-  left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-  """A mean over examples, to be claimed.
+  """A mean over examples that is reported with a lower and an upper limit.
 
   Attributes:
-    title: what it is, for readers.
-    statement: where docs/theory.md speaks of it.
-    values: (N,) of each example.
-    low, high: their range.
-    sides: 'both', 'lower' or 'upper' limits.
+    title: name for readers.
+    statement: name of the statement in docs/theory.md that it belongs to.
+    values: (N,), one for each example.
+    low: smallest possible value.
+    high: largest possible value.
     with_labels: whether labels are needed.
-    role: CERTIFICATE or DIAGNOSTIC.
   """
 
   title: str
   statement: str
   values: np.ndarray
-  low: float
-  high: float
-  sides: str = 'both'
+  low: int
+  high: int
   with_labels: bool = True
-  role: str = CERTIFICATE
-
-  @property
-  def num_claims(self) -> int:
-    """How many limits it takes."""
-    return 2 if self.sides == 'both' else 1
 
 
-def terms(sample: Sample) -> dict[str, Term]:
-  """Returns the means that the bounds are made of, by name."""
-  rows, labelled = sample.rows, sample.rows.labelled
+def terms(rows: pointwise.Rows) -> dict[str, Term]:
+  """Returns the terms of the bounds by name."""
+  labelled = rows.labelled
   deployed = statements.own_wrong(labelled)
   teacher = statements.teacher_wrong(labelled)
   own = rows.own if rows.own is not None else rows.student
@@ -144,10 +97,8 @@ def terms(sample: Sample) -> dict[str, Term]:
         with_labels=False,
       ),
     }
-  if rows.feature_distance is not None:
-    far, farther = (
-      pointwise.reach(x.feature_distance) for x in (labelled, rows)
-    )
+  if rows.head_distance is not None:
+    far, farther = (pointwise.reach(x.head_distance) for x in (labelled, rows))
     found |= {
       'certified': Term(
         'right by margin: certified',
@@ -165,51 +116,45 @@ def terms(sample: Sample) -> dict[str, Term]:
         with_labels=False,
       ),
     }
-  for name, (values, low, high) in sample.diagnostics.items():
-    found[name] = Term(
-      DIAGNOSTIC_TITLES[name],
-      'D13',
-      values,
-      low,
-      high,
-      sides='lower',
-      with_labels=False,
-      role=DIAGNOSTIC,
-    )
   return found
 
 
-def report(sample: Sample, delta: float) -> dict[str, Any]:
-  """Returns all that can be said of a pair, JSON.
+def report(
+  rows: pointwise.Rows,
+  delta: float,
+  own_rows: pointwise.Rows | None = None,
+) -> dict[str, Any]:
+  """Returns everything that held-out examples say of a pair, as JSON.
 
   Args:
-    sample: held-out examples; at least one has a label.
-    delta: probability that any of the certified limits fails.
+    rows: held-out examples, at least one of which has a label. Of a student
+      that has a connector and predicts by a head of its own, they are the
+      student through the teacher's head, with the field `own`.
+    delta: probability that any of the limits fails.
+    own_rows: in that case, the teacher and the student's own logits.
 
   Returns:
-    'delta', 'claims' (how many limits share it), 'examples', 'labelled';
-    'terms' by name: 'title', 'statement', 'value', 'lower', 'upper', 'role',
-    'labels' (whether it needs them); 'bounds' by name: the same, with 'of',
-    'measured' (what it bounds), 'parts' and for families the 'scale'; 'risks':
-    the same of losses that have no bounded range; 'head', its constants; and
-    'left_out', why what is missing does not apply.
+    'delta'; 'claims', the number of limits that share delta; 'examples' and
+    'labelled', their numbers; 'terms' by name: 'title', 'statement', 'value',
+    'lower', 'upper', 'labels' (whether they are needed); 'bounds' by name:
+    'title', 'statement', 'of', 'measured' (the bounded quantity), 'value',
+    'upper', 'parts' and 'labels'.
 
   Raises:
     ValueError: no example has a label.
   """
-  rows = sample.rows
   labelled = rows.labelled
   if not len(labelled):
     raise ValueError('no example has a label')
-  found = terms(sample)
+  found = terms(rows)
   chosen = [(b.key, b, rows) for b in statements.BOUNDS if b.applies(rows)]
-  if sample.own_rows is not None:
+  if own_rows is not None:
     chosen += [
-      (f'own_{b.key}', dataclasses.replace(b, of='own'), sample.own_rows)
+      (f'own_{b.key}', dataclasses.replace(b, of='own'), own_rows)
       for b in statements.BOUNDS
-      if b.of == 'student' and b.applies(sample.own_rows)
+      if b.of == 'student' and b.applies(own_rows)
     ]
-  num_claims = sum(term.num_claims for term in found.values()) + len(chosen) + 1
+  num_claims = 2 * len(found) + len(chosen)
   share = limits.shared(delta, num_claims)
   result = {
     'delta': delta,
@@ -221,17 +166,13 @@ def report(sample: Sample, delta: float) -> dict[str, Any]:
       key: _bound(bound, of.labelled if bound.with_labels else of, share)
       for key, bound, of in chosen
     },
-    'risks': risks.bound(
-      labelled, sample.rows, sample.head, sample.map_square, share
-    ),
-    'left_out': dict(sample.left_out),
   }
-  result['bounds']['label_free'] = _label_free(found, share)
-  if sample.head is not None:
-    result['head'] = {
-      'spectral_norm': float(sample.head.spectral_norm),
-      'largest_distance': float(sample.head.largest_distance),
-    }
+  # D1 adds two terms, whose limits hold together with its own.
+  added = sum(
+    result['terms'][name]['upper'] for name in ('teacher_error', 'disagreement')
+  )
+  deployed = result['bounds']['paired' if own_rows is None else 'own_paired']
+  deployed['upper'] = min(deployed['upper'], added)
   return result
 
 
@@ -243,103 +184,29 @@ def _term(term: Term, delta: float) -> dict[str, Any]:
     'title': term.title,
     'statement': term.statement,
     'value': float(np.mean(term.values, dtype=np.float64)),
-    'lower': lower if term.sides != 'upper' else None,
-    'upper': upper if term.sides != 'lower' else None,
-    'role': term.role,
+    'lower': lower,
+    'upper': upper,
     'labels': term.with_labels,
   }
 
 
 def _bound(bound, rows, delta: float) -> dict[str, Any]:
-  """Returns a bound, of a family the one with the lowest limit."""
-  scales = [(scale,) for scale in bound.scales] or [()]
-  tried = []
-  for scale in scales:
-    values = bound.values(rows, *scale)
-    _, upper = limits.of_mean(
-      values, delta / len(scales), low=0, high=bound.high
-    )
-    tried.append((upper, float(values.mean(dtype=np.float64)), scale))
-  upper, value, scale = min(tried)
-  measured = statements.bounded(bound, rows)
+  values = bound.values(rows)
+  _, upper = limits.of_mean(values, delta, low=0, high=bound.high)
   return {
     'title': bound.title,
     'statement': bound.statement,
     'of': bound.of,
-    'measured': float(measured.mean()),
-    'value': value,
+    'measured': float(statements.bounded(bound, rows).mean()),
+    'value': float(values.mean(dtype=np.float64)),
     'upper': upper,
     'parts': [
-      _part(part.name, part.kind, part.values)
-      for part in bound.parts(rows, *scale)
+      {
+        'name': part.name,
+        'kind': part.kind,
+        'value': float(part.values.mean(dtype=np.float64)),
+      }
+      for part in bound.parts(rows)
     ],
-    'scale': scale[0] if scale else None,
-    'role': CERTIFICATE,
     'labels': bound.with_labels,
   }
-
-
-def _part(name: str, kind: str, values: np.ndarray) -> dict[str, Any]:
-  value = float(values.mean(dtype=np.float64))
-  return {'name': name, 'kind': kind, 'value': value}
-
-
-def _label_free(found: Mapping[str, Term], delta: float) -> dict[str, Any]:
-  """Returns what would bound the student's error without its labels."""
-  teacher, differ = found['teacher_error'].values, found['disagreement'].values
-  parts = [
-    _part('teacher wrong', 'teacher', teacher),
-    _part('student disagrees', 'alignment', differ),
-  ]
-  return {
-    'title': "teacher's error, and disagreement without labels",
-    'statement': 'D1',
-    'of': 'deployed',
-    'measured': float(found['student_error'].values.mean()),
-    'value': sum(part['value'] for part in parts),
-    'upper': limits.label_free(
-      int(teacher.sum()), len(teacher), int(differ.sum()), len(differ), delta
-    ),
-    'parts': parts,
-    'scale': None,
-    'role': CERTIFICATE,
-    'labels': False,
-  }
-
-
-def by_class(rows: pointwise.Rows) -> dict[str, np.ndarray]:
-  """Returns terms of each class that has a labelled example.
-
-  Args:
-    rows: held-out examples.
-
-  Returns:
-    'class' and 'examples' (k,) int; 'teacher_error', 'student_error', 'harm',
-    'disagreement', and where there is a joint head 'ijc_gap' and its standard
-    error 'ijc_gap_error', (k,) float.
-  """
-  rows = rows.labelled
-  classes, which = np.unique(rows.label, return_inverse=True)
-  counts = np.bincount(which)
-
-  def means(values):
-    return np.bincount(which, weights=values) / counts
-
-  student = statements.own_wrong(rows)
-  teacher = statements.teacher_wrong(rows)
-  deployed = rows.student if rows.own is None else rows.own
-  result = {
-    'class': classes,
-    'examples': counts,
-    'teacher_error': means(teacher),
-    'student_error': means(student),
-    'harm': means(student * (1 - teacher)),
-    'disagreement': means(np.asarray(deployed) != rows.teacher),
-  }
-  if rows.joint_teacher is not None:
-    gap = statements.joint_gap(rows).astype(np.float64)
-    mean = means(gap)
-    variance = np.maximum(means(np.square(gap)) - np.square(mean), 0)
-    result['ijc_gap'] = mean
-    result['ijc_gap_error'] = np.sqrt(variance / counts)
-  return result

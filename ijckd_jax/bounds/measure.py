@@ -1,7 +1,7 @@
-"""From a pair of networks and held-out images to what can be claimed of them.
+"""From a pair of networks and held-out images to a report of bounds.
 
-Features are gathered, a joint head and the domain
-classifiers are fitted on training images, and the rest is bounds.
+Features are gathered, a joint head is fitted on training images, and the bounds
+follow from the rows of `pointwise`.
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from ijckd_jax.bounds import certify
-from ijckd_jax.bounds import divergence
 from ijckd_jax.bounds import pairs
 from ijckd_jax.evaluation import feature_extraction
 from ijckd_jax.evaluation import logistic
@@ -19,31 +18,28 @@ from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import hosts
 from ijckd_jax.runtime import parallel
 
-# Draws the images that the joint head is fitted on; no stream of `steps` or
-# `logistic` has this number.
+# Random stream that picks the images for fitting the joint head. Must differ
+# from those of `steps` and `logistic`.
 FIT_STREAM = 4
-DOMAIN_EXAMPLES = 2000  # Of each kind: two classes are soon told apart.
-AVERAGE_TOLERANCE = 1e-4  # Of features, below which a pool is the average.
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """What was found of a pair.
+  """Report and rows of a pair.
 
   Attributes:
-    report: of certify.report, JSON; with 'joint_head', what the joint head is
-      worth where one was fitted.
-    rows: of the test images, as Sample has them.
-    classes: of certify.by_class.
+    report: of certify.report, JSON; with 'left_out', the reason why a part does
+      not apply, by its name, and 'joint_head', the accuracy of the joint head
+      where one was fitted.
+    rows: of the test images, as certify.report takes them.
   """
 
   report: dict[str, Any]
   rows: pointwise.Rows
-  classes: dict[str, np.ndarray]
 
 
 class Viewer:
-  """Gathers what a pair makes of images."""
+  """Gathers the outputs of a pair on images."""
 
   def __init__(
     self,
@@ -54,7 +50,7 @@ class Viewer:
     batch_size: int,
     num_workers: int = 0,
   ):
-    """Takes a pair; all processes make it, and call it, alike.
+    """Takes a pair; all processes make and call the viewer alike.
 
     Args:
       pair: teacher and student.
@@ -80,7 +76,7 @@ class Viewer:
     )
 
   def sample(self, arrays, most: int, seed: int) -> dict[str, Any]:
-    """Returns the same of at most so many of them, drawn by a seed."""
+    """Returns the rows of at most `most` of them, drawn by a seed."""
     order = np.random.default_rng((seed, FIT_STREAM)).permutation(len(arrays))
     return self(arrays.subset(np.sort(order[:most])))
 
@@ -90,13 +86,6 @@ class Viewer:
     if self._pair.connected is None:
       return _on_host(self._variables['teacher']['head'])
     return _on_host(self._variables['connected']['params']['head'])
-
-  @property
-  def own_head(self) -> dict[str, np.ndarray] | None:
-    """The student's own; None where it reuses the teacher's."""
-    if self._pair.reuses_head:
-      return None
-    return _on_host(self._variables['student']['params']['head'])
 
 
 def _on_host(head) -> dict[str, np.ndarray]:
@@ -113,17 +102,17 @@ def measure(
   seed: int,
   **how,
 ) -> Measured:
-  """Returns what held-out images say of a pair; all processes call it alike.
+  """Returns the report of a pair on held-out images; all processes call it.
 
   Args:
     pair: teacher and student.
     variables: as pairs.Pair.view takes them.
-    splits: 'test', which neither was trained or chosen on, and 'train', from
-      which images are drawn to fit on.
-    delta: probability that any certified limit fails.
-    fit_examples: at most so many training images are fitted on; 0: nothing that
-      takes fitting is measured.
-    seed: of which these are.
+    splits: 'test', on which neither was trained or chosen, and 'train', from
+      which the images for the joint head are drawn.
+    delta: probability that any limit fails.
+    fit_examples: largest number of training images on which the joint head is
+      fitted; 0: there is no joint head.
+    seed: of the draw.
     **how: see Viewer.
   """
   viewer = Viewer(pair, variables, **how)
@@ -145,15 +134,15 @@ def from_views(
   delta: float,
   seed: int,
 ) -> Measured:
-  """Returns what gathered rows say of a pair.
+  """Returns the report of a pair by its gathered rows.
 
   Args:
-    pair: whose they are.
+    pair: teacher and student.
     test: of feature_extraction.of_split, by pairs.Pair.view.
-    train: the same of training images; None: nothing is fitted.
-    head: 'kernel' and 'bias' that the representations are read by.
-    delta: probability that any certified limit fails.
-    seed: of what is held out in the fits.
+    train: the same of training images; None: there is no joint head.
+    head: 'kernel' and 'bias' that read the representations.
+    delta: probability that any limit fails.
+    seed: of the images on which the joint head's penalty is chosen.
 
   Raises:
     config_utils.UserError: no test image has a label, or a feature or logit is
@@ -162,7 +151,7 @@ def from_views(
   labels, views = test['label'], test['rows']
   for part in (test, train or test):
     for name, values in part['rows'].items():
-      if name != 'off_average' and not np.isfinite(values).all():
+      if not np.isfinite(values).all():
         raise config_utils.UserError(
           f'{name} is not finite, so that nothing can be said of it'
         )
@@ -171,19 +160,19 @@ def from_views(
       'no image has a label: errors cannot be measured. Give labelled images '
       'as --dataset, and these as --unlabelled'
     )
-  own_rows, report = None, {}
+  own_rows, joint_report, left_out = None, {}, {}
   if pair.connected is None:
-    l_t = divergence.logits(views['z_t'], head)
-    rows = pointwise.compute_from_logits(l_t, views['l_own'], labels)
-    sample = certify.Sample(rows, left_out={'features': NO_CONNECTOR})
+    left_out['features'] = NO_CONNECTOR
+    rows = pointwise.compute_from_logits(
+      pointwise.read(views['z_t'], head), views['l_own'], labels
+    )
   else:
-    joint, diagnostics, left_out = None, {}, {}
+    joint = None
     if train is None or not (train['label'] >= 0).any():
       left_out['joint'] = NO_FIT
     else:
       fitted = fit_joint(train, len(head['bias']), seed=seed)
-      joint, report['joint_head'] = fitted.head, fitted.report
-      diagnostics = diagnose(train, test, head, seed=seed)
+      joint, joint_report = fitted.head, {'joint_head': fitted.report}
     rows = pointwise.compute(
       views['z_t'], views['z_s'], labels, **head, joint=joint
     )
@@ -191,27 +180,16 @@ def from_views(
       own = views['l_own'].argmax(axis=-1).astype(np.int32)
       rows = rows.replace(own=own)
       own_rows = pointwise.compute_from_logits(
-        divergence.logits(views['z_t'], head), views['l_own'], labels
+        pointwise.read(views['z_t'], head), views['l_own'], labels
       )
     else:
       left_out['own_head'] = SAME_HEAD
-    map_square = views.get('map_square')
-    if map_square is None:
-      left_out['feature_map'] = NO_MAPS
-    else:
-      size = max(1.0, np.abs(views['z_t']).max(), np.abs(views['z_s']).max())
-      if views['off_average'].max() > AVERAGE_TOLERANCE * size:
-        map_square, left_out['feature_map'] = None, NO_AVERAGE
-    sample = certify.Sample(
-      rows,
-      own_rows,
-      pointwise.describe(head),
-      map_square,
-      diagnostics,
-      left_out,
-    )
-  report = {**certify.report(sample, delta), **report}
-  return Measured(report, rows, certify.by_class(rows))
+  report = {
+    **certify.report(rows, delta, own_rows),
+    'left_out': left_out,
+    **joint_report,
+  }
+  return Measured(report, rows)
 
 
 NO_CONNECTOR = (
@@ -220,8 +198,6 @@ NO_CONNECTOR = (
 )
 NO_FIT = 'no labelled training image was given to fit it on'
 SAME_HEAD = "the student predicts through the teacher's head alone"
-NO_MAPS = "the pair's maps cannot be compared position by position"
-NO_AVERAGE = 'the representation is not the average of a map'
 
 
 def fit_joint(
@@ -232,7 +208,7 @@ def fit_joint(
   Args:
     train: of feature_extraction.of_split, by pairs.Pair.view.
     num_classes: K.
-    seed: of the tenth of images by which the penalty is chosen.
+    seed: of the tenth of the images on which the penalty is chosen.
   """
   rows = logistic.join(
     [
@@ -242,42 +218,3 @@ def fit_joint(
   )
   nothing = rows.where(np.zeros(len(rows), bool))
   return logistic.fit(rows, nothing, num_classes, seed=seed)
-
-
-def diagnose(
-  train: dict[str, Any],
-  test: dict[str, Any],
-  head: dict[str, np.ndarray],
-  *,
-  seed: int,
-) -> dict[str, tuple[np.ndarray, float, float]]:
-  """Returns lower estimates of how far the representations lie apart.
-
-  Each is fitted on training images and measured on test images.
-
-  Args:
-    train: of feature_extraction.of_split, by pairs.Pair.view.
-    test: the same.
-    head: that both are read by.
-    seed: of what is held out in the fits.
-  """
-  found = {}
-  for name, change in (
-    ('pad_features', lambda z: z),
-    ('pad_logits', lambda z: divergence.logits(z, head)),
-  ):
-    fit_on, measured = (
-      [change(part['rows'][which]) for which in ('z_t', 'z_s')]
-      for part in (train, test)
-    )
-    fit_on = [z[:DOMAIN_EXAMPLES] for z in fit_on]
-    domain = divergence.domain_head(*fit_on, seed=seed)
-    values = divergence.proxy_a_distance(*measured, domain)
-    found[name] = (values, -2.0, 2.0)
-  fit_on, measured = (
-    [divergence.read(part['rows'][which], head) for which in ('z_t', 'z_s')]
-    for part in (train, test)
-  )
-  values = divergence.disparity(fit_on, measured, head)
-  found['disparity'] = (values, -1.0, 1.0)
-  return found

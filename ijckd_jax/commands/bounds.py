@@ -165,12 +165,14 @@ def main(argv: list[str], prog: str = PROG) -> None:
     views['train'] = viewer.sample(
       splits['train'], flags.fit_examples, flags.seed
     )
+  # All limits that are printed hold together.
+  delta = flags.delta if other is None else flags.delta / 2
   measured = measure.from_views(
     pair,
     views['test'],
     views['train'],
     viewer.head,
-    delta=flags.delta,
+    delta=delta,
     seed=flags.seed,
   )
   found = {'bundle': flags.bundle, 'teacher': flags.teacher, **measured.report}
@@ -185,19 +187,21 @@ def main(argv: list[str], prog: str = PROG) -> None:
       views['test'],
       target,
       viewer.head,
-      viewer.own_head,
-      delta=flags.delta,
+      delta=delta,
       seed=flags.seed,
     )
   if output is not None:
     try:
-      report.write_bounds(output, found, measured, student.class_names)
+      report.write_bounds(output, found)
     except OSError as error:
       raise _unwritable(flags, error) from error
   if flags.json:
     print(json.dumps(found))
   else:
-    print(bound_wording.tell(found))
+    parts = [bound_wording.brief(found), bound_wording.full(found)]
+    if other is not None:
+      parts.append(bound_wording.unlabelled(found['unlabelled']))
+    print('\n\n'.join(parts))
 
 
 def _unwritable(flags: argparse.Namespace, error: OSError):

@@ -1,4 +1,4 @@
-"""What a teacher and a student do on each example: all that bounds are made of.
+"""What a teacher and a student do on each example: the numbers behind bounds.
 
 Notation: z_t and z_s are the representations (D), h the head that both are read
 by, l_t and l_s its logits (K), p_t and p_s their softmax, y the label.
@@ -25,17 +25,16 @@ class Head:
     kernel: (D, K).
     bias: (K,).
     distances: (K, K), ||w_i - w_j||_2.
-    spectral_norm: ||W||, the largest singular value of the kernel.
-    largest_distance: L_D = max ||w_i - w_j||_2, at most sqrt(2) ||W||.
     largest_weight: max ||w_k||_2.
+    span: (D, min(D, K - 1)), an orthonormal basis of a space that holds every
+      w_i - w_j.
   """
 
   kernel: jax.Array
   bias: jax.Array
   distances: jax.Array
-  spectral_norm: jax.Array
-  largest_distance: jax.Array
   largest_weight: jax.Array
+  span: jax.Array
 
 
 def describe(head: dict[str, Any]) -> Head:
@@ -53,18 +52,19 @@ def describe(head: dict[str, Any]) -> Head:
   # What cancels to less than the products' rounding is nothing.
   distances[distances < 1e-7 * np.sqrt(squares.max())] = 0
   np.fill_diagonal(distances, 0)
-  # Of the smaller of W^T W and W W^T, which share their eigenvalues.
-  if kernel.shape[0] < kernel.shape[1]:
-    products = kernel @ kernel.T
-  norm = np.sqrt(max(np.linalg.eigvalsh(products)[-1], 0))
+  span, _ = np.linalg.qr(kernel[:, 1:] - kernel[:, :1])
   return Head(
     kernel=np.asarray(head['kernel'], np.float32),
     bias=np.asarray(head['bias'], np.float32),
     distances=distances.astype(np.float32),
-    spectral_norm=np.float32(norm),
-    largest_distance=np.float32(distances.max()),
     largest_weight=np.float32(np.sqrt(squares.max())),
+    span=span.astype(np.float32),
   )
+
+
+def read(pooled: np.ndarray, head: dict[str, np.ndarray]) -> np.ndarray:
+  """Returns the logits (N, K) of a linear head on features (N, D)."""
+  return pooled @ head['kernel'] + head['bias']
 
 
 @struct.dataclass
@@ -79,19 +79,14 @@ class Rows:
     teacher: predicted by the teacher, argmax l_t; ties to the lowest index.
     student: predicted by the student, argmax l_s.
     logit_distance: ||l_s - l_t||_2.
-    logit_deviation: ||l_s - l_t||_inf.
     logit_range: max_k (l_s - l_t)_k - min_k (l_s - l_t)_k.
     logit_margin: m_y = l_t,y - max_{j != y} l_t,j, less what rounding can be.
-    teacher_nll: CE_t = -log p_t,y.
-    student_nll: CE_s = -log p_s,y.
     kl: KL(p_t || p_s), nats.
     total_variation: TV(p_t, p_s).
-    brier: ||p_t - e_y||_2^2.
     teacher_soft: 1 - p_t,y.
-    student_soft: 1 - p_s,y.
-    tilt: (p_t - e_y) . (l_s - l_t).
-    feature_distance: dz = ||z_s - z_t||_2; None where the student is not seen
-      in the teacher's space, like all that follow.
+    feature_distance: ||z_s - z_t||_2; None where the student is not seen in the
+      teacher's space, like all that follow.
+    head_distance: dz, the length of z_s - z_t in the span of the w_i - w_j.
     flip_margin: rho(z_t), the distance from z_t to where h predicts another
       class, less what rounding can be.
     label_margin: rho_y(z_t), the same to where h does not predict y; negative
@@ -107,18 +102,13 @@ class Rows:
   teacher: Any
   student: Any
   logit_distance: Any
-  logit_deviation: Any
   logit_range: Any
   logit_margin: Any
-  teacher_nll: Any
-  student_nll: Any
   kl: Any
   total_variation: Any
-  brier: Any
   teacher_soft: Any
-  student_soft: Any
-  tilt: Any
   feature_distance: Any = None
+  head_distance: Any = None
   flip_margin: Any = None
   label_margin: Any = None
   joint_teacher: Any = None
@@ -162,7 +152,6 @@ def from_logits(
     largest = jnp.maximum(jnp.abs(teacher), jnp.abs(student)).max(axis=-1)
     rounding = ROUNDING * largest
   others = jnp.where(is_label, -jnp.inf, teacher).max(axis=-1)
-  residual = p_teacher - is_label
 
   def at_label(x):
     return jnp.take_along_axis(x, index, axis=-1)[:, 0]
@@ -175,20 +164,14 @@ def from_logits(
     teacher=jnp.argmax(teacher, axis=-1).astype(jnp.int32),
     student=jnp.argmax(student, axis=-1).astype(jnp.int32),
     logit_distance=jnp.linalg.norm(difference, axis=-1),
-    logit_deviation=jnp.abs(difference).max(axis=-1),
     logit_range=difference.max(axis=-1) - difference.min(axis=-1),
     logit_margin=if_labelled(at_label(teacher) - others - rounding),
-    teacher_nll=if_labelled(-at_label(log_teacher)),
-    student_nll=if_labelled(-at_label(log_student)),
     kl=jnp.sum(p_teacher * (log_teacher - log_student), axis=-1),
     total_variation=jnp.minimum(
       jnp.abs(p_teacher - p_student).sum(axis=-1) / 2, 1.0
     ),
-    brier=if_labelled(jnp.square(residual).sum(axis=-1)),
     # Not by subtracting: of a probability near one, that leaves little.
     teacher_soft=if_labelled(-jnp.expm1(at_label(log_teacher))),
-    student_soft=if_labelled(-jnp.expm1(at_label(log_student))),
-    tilt=if_labelled(jnp.sum(residual * difference, axis=-1)),
   )
 
 
@@ -223,6 +206,9 @@ def from_features(
   label_margin = margin(teacher, jnp.maximum(labels, 0), head, rounding)
   rows = rows.replace(
     feature_distance=jnp.linalg.norm(z_s - z_t, axis=-1),
+    head_distance=jnp.linalg.norm(
+      jnp.dot(z_s - z_t, head.span, precision='highest'), axis=-1
+    ),
     flip_margin=margin(teacher, rows.teacher, head, rounding),
     label_margin=jnp.where(labels >= 0, label_margin, jnp.nan),
   )
@@ -336,8 +322,9 @@ def sums(rows: Rows, mask: jax.Array) -> dict[str, jax.Array]:
     Scalars: 'examples', 'labelled', 'disagreement' of teacher and what is
     deployed; of the labelled 'teacher_wrong', 'student_wrong', 'harm' (only the
     teacher right), 'help' (only the student right); sums of 'logit_square',
-    ||l_s - l_t||^2, and in the teacher's space 'feature_square', dz^2,
-    'certified_agreement' (rho > dz) and 'certified' (rho_y > dz).
+    ||l_s - l_t||^2, and in the teacher's space 'feature_square',
+    ||z_s - z_t||^2, 'certified_agreement' (rho > dz) and 'certified' (rho_y >
+    dz).
   """
   labelled = mask & (rows.label >= 0)
   deployed = rows.student if rows.own is None else rows.own
@@ -363,7 +350,7 @@ def sums(rows: Rows, mask: jax.Array) -> dict[str, jax.Array]:
   }
   if rows.feature_distance is not None:
     result['feature_square'] = total(jnp.square(rows.feature_distance))
-    far = reach(rows.feature_distance)
+    far = reach(rows.head_distance)
     result['certified_agreement'] = count(mask & (rows.flip_margin > far))
     result['certified'] = count(labelled & (rows.label_margin > far))
   return result

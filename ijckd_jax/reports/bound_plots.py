@@ -1,14 +1,10 @@
-"""The bounds of a pair, drawn and told."""
+"""The bounds of a pair as a figure."""
 
 from collections.abc import Mapping
-from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
-
-from ijckd_jax.evaluation import pointwise
 from ijckd_jax.reports import bound_wording
 from ijckd_jax.reports import plots
-from ijckd_jax.runtime import markdown
 
 FORMATS = ('png', 'svg')
 COLORS = {
@@ -25,40 +21,30 @@ LABELS = {
   'joint head': "the joint head's own errors",
   'own head': "between the student's two heads",
 }
-MAX_POINTS = 2000
-MAX_CLASSES = 12
+MAX_BOUNDS = 5  # Beside the measured error.
 
 
-def draw(
-  measured,
-  class_names: Sequence[str],
-  history: Sequence[Mapping[str, float]] = (),
-  split: str = 'test',
-) -> list[plots.Section]:
-  """Returns the sections of a report that are about the bound.
+def draw(report: Mapping[str, Any]) -> list[plots.Section]:
+  """Returns the section of a page that is about the bound.
 
   Args:
-    measured: measure.Measured.
-    class_names: K names.
-    history: rows of `metrics.jsonl`; none where it is not known.
-    split: whose metrics the history holds.
+    report: of certify.report.
   """
   from matplotlib import style
 
   with style.context(['default', plots.STYLE]):
-    sections = [
-      _bounds(measured),
-      *_history(history, split),
-      *_scatter(measured),
-      *_classes(measured, class_names),
-    ]
-    return plots.finish(sections, *FORMATS)
+    section = (
+      'The bound',
+      'bounds',
+      _figure(report),
+      bound_wording.brief(report),
+    )
+    return plots.finish([section], *FORMATS)
 
 
-def _bounds(measured) -> tuple:
-  """Draws what the student's error is at most, and tells all of it."""
-  report = measured.report
-  shown = bound_wording.of_deployed(report)
+def _figure(report):
+  """Draws the student's error, and the parts of each bound on it."""
+  shown = bound_wording.of_deployed(report)[:MAX_BOUNDS]
   error = report['terms']['student_error']
   figure = plots.new_figure(plots.WIDTH, 1.4 + 0.42 * len(shown))
   ax = figure.subplots()
@@ -110,7 +96,7 @@ def _bounds(measured) -> tuple:
     ncols=2,
     frameon=False,
   )
-  return ('The bound', 'bounds', figure, bound_wording.tell(report))
+  return figure
 
 
 def _order(part) -> tuple:
@@ -125,167 +111,3 @@ def _whisker(ax, row, lower, upper):
   ax.plot(
     min(upper, 1.19), row, marker, color=plots.INK, markersize=7, clip_on=False
   )
-
-
-def _history(history, split) -> list[tuple]:
-  """Draws the terms over training."""
-  lines = {
-    'student_error': ("student's error", plots.STUDENT),
-    'teacher_error': ("teacher's error", plots.TEACHER),
-    'disagreement': ('disagreement', '#B0508A'),
-    'harm': ('only the teacher right', plots.GREY),
-    'help': ('only the student right', '#009E73'),
-    'uncertified': ('not certified', plots.INK),
-  }
-  history = [
-    {
-      **row,
-      f'{split}/disagreement': 1 - row[f'{split}/agreement'],
-      **(
-        {f'{split}/uncertified': 1 - row[f'{split}/certified']}
-        if f'{split}/certified' in row
-        else {}
-      ),
-    }
-    for row in history
-    if f'{split}/student_error' in row
-  ]
-  if not history:
-    return []
-  figure = plots.new_figure(plots.WIDTH, 3.6)
-  ax = figure.subplots()
-  ends = []
-  for name, (label, color) in lines.items():
-    epochs, values = plots.points_of(history, f'{split}/{name}', factor=100)
-    if epochs:
-      plots.draw_line(ax, epochs, values, color)
-      ends.append((values[-1], f'{label} {values[-1]:.1f}', color))
-  ax.set_ylabel(f'share of the {split} images, %')
-  # The square root: a good student's errors would be lost on the axis.
-  ax.set_yscale('function', functions=(np.sqrt, np.square))
-  ax.set_ylim(0, 103)
-  ax.set_yticks((0, 1, 5, 10, 20, 40, 60, 80, 100))
-  plots.scale_epochs(ax, history)
-  plots.label_ends(ax, ends)
-  distances = ', '.join(
-    f'{label} from {first:.4g} to {last:.4g}'
-    for name, label in (
-      ('feature_mse', "the features' mean squared error"),
-      ('logit_mse', "the logits'"),
-    )
-    if (values := plots.points_of(history, f'{split}/{name}')[1])
-    for first, last in [(values[0], values[-1])]
-  )
-  text = markdown.join(
-    "The student's error is the teacher's, plus what only the teacher gets "
-    "right, less what only the student gets right; and at most the teacher's "
-    'plus the disagreement.',
-    'The scale is that of square roots.',
-    f'Over these evaluations went {distances}.',
-  )
-  return [('The terms over training', 'terms', figure, text)]
-
-
-def _scatter(measured) -> list[tuple]:
-  """Draws the margin of each image against the student's distance."""
-  rows = measured.rows
-  if rows.feature_distance is None:
-    return []
-  rows = rows.labelled
-  rows = rows.where(np.isfinite(rows.label_margin))
-  if len(rows) < 2:
-    return []
-  far = np.asarray(pointwise.reach(rows.feature_distance))
-  certified = rows.label_margin > far
-  wrong = rows.student != rows.label
-  spread = np.unique(
-    np.linspace(0, len(rows) - 1, min(len(rows), MAX_POINTS)).astype(int)
-  )
-  figure = plots.new_figure(0.75 * plots.WIDTH, 4.4)
-  ax = figure.subplots()
-  right = 1.1 * float(np.quantile(far, 0.995))
-  low, high = np.quantile(rows.label_margin, (0.005, 0.995))
-  low, high = min(1.1 * float(low), 0.0), max(1.1 * float(high), 0.3 * right)
-  ends = np.array([0.0, right])
-  ax.fill_between(ends, ends, max(high, right), color='#009E73', alpha=0.12)
-  ax.axhline(0, color=plots.GREY, linewidth=0.8)
-  for chosen, color, label in (
-    (~wrong, plots.STUDENT, 'student right'),
-    (wrong, plots.TEACHER, 'student wrong'),
-  ):
-    points = spread[chosen[spread]]
-    ax.scatter(
-      far[points],
-      rows.label_margin[points],
-      s=5,
-      color=color,
-      alpha=0.5,
-      linewidths=0,
-      label=label,
-    )
-  ax.text(
-    0.02,
-    0.97,
-    f'certified: {certified.mean():.1%}',
-    color='#00664d',
-    va='top',
-    transform=ax.transAxes,
-  )
-  ax.set(xlim=(0, right), ylim=(low, high))
-  ax.set_xlabel("distance of the student's features from the teacher's")
-  ax.set_ylabel("distance of the teacher's features from the boundary")
-  ax.legend(loc='lower right', markerscale=2)
-  text = (
-    f'Above the diagonal (green) the student cannot be wrong, whatever the '
-    'direction in which it is off: the boundary is farther away. That is '
-    f'{certified.mean():.2%} of the images; the student is right on '
-    f'{1 - wrong.mean():.2%}. Below the line at 0 the teacher is wrong. '
-    + (
-      f'{len(spread):,} images are drawn, evenly spread over the split.'
-      if len(spread) < len(rows)
-      else ''
-    )
-  )
-  return [('Margin against distance', 'margins', figure, text.rstrip())]
-
-
-def _classes(measured, class_names) -> list[tuple]:
-  """Draws the classes in which the joint head gains most on the teacher's."""
-  classes = measured.classes
-  if 'ijc_gap' not in classes:
-    return []
-  gap, error = classes['ijc_gap'], classes['ijc_gap_error']
-  title = 'Where the assumption fails first'
-  order = np.argsort(-gap, kind='stable')[:MAX_CLASSES]
-  order = order[gap[order] > 0]
-  if not len(order):
-    text = (
-      'In no class the trained joint head makes fewer errors than the '
-      "teacher's: nothing to show."
-    )
-    return [(title, 'classes', None, text)]
-  figure = plots.new_figure(plots.WIDTH, 0.9 + 0.26 * len(order))
-  ax = figure.subplots()
-  names = [class_names[classes['class'][i]] for i in order]
-  ax.barh(
-    range(len(order)),
-    100 * gap[order],
-    xerr=100 * error[order],
-    color=COLORS['joint head'],
-    ecolor=plots.GREY,
-    height=0.6,
-  )
-  ax.axvline(0, color=plots.INK, linewidth=0.8)
-  ax.set_yticks(range(len(order)), [plots.shorten(name, 28) for name in names])
-  ax.invert_yaxis()
-  ax.grid(axis='y', visible=False)
-  ax.set_xlabel("teacher's head's errors less the joint head's, both, %")
-  clear = int(np.sum(gap > 2 * error))
-  text = (
-    f'Classes in which the assumption fails first ({len(order)} shown): there '
-    "the trained joint head makes fewer errors than the teacher's, on both "
-    'representations together. The lines are one standard error from the '
-    f'choice of images; {clear} of {len(gap)} classes are more than two above '
-    'zero (about one in forty would be by chance).'
-  )
-  return [(title, 'classes', figure, text)]

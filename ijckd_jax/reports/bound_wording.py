@@ -8,80 +8,96 @@ from ijckd_jax.runtime import markdown
 OF = {
   'student': "student, through the teacher's head",
   'own': 'student, by its own head',
-  'deployed': 'student, without its labels',
   'disagreement': 'disagreement',
 }
+# Terms of the short table, in its order.
+SHORT = (
+  'student_error',
+  'teacher_error',
+  'disagreement',
+  'harm',
+  'help',
+  'ijc_gap',
+)
 
 
-def tell(report: Mapping[str, Any]) -> str:
-  """Returns all of a report (certify.report) as Markdown."""
-  parts = [
-    _gist(report),
-    _terms(report),
-    _assumption(report),
+def brief(report: Mapping[str, Any]) -> str:
+  """Returns the result of a report (certify.report) for practitioners.
+
+  At most three sentences and six rows, in Markdown.
+  """
+  terms = report['terms']
+  shown = {name: terms[name] for name in SHORT if name in terms}
+  return '\n\n'.join([_gist(report), _terms(shown)])
+
+
+def full(report: Mapping[str, Any]) -> str:
+  """Returns all terms and bounds of a report, and what does not apply."""
+  said = [
+    f'All {report["claims"]} limits hold together with '
+    f'{_confidence(report["delta"])} confidence, for images of the same '
+    'distribution on which the student was neither trained nor chosen.',
+    _terms(report['terms']),
     _bounds(report),
-    _risks(report),
-    _left_out(report),
-    _unlabelled(report),
+    *(
+      f'{name} does not apply: {reason}.'
+      for name, reason in report['left_out'].items()
+    ),
   ]
-  return '\n\n'.join(filter(None, parts))
+  return '\n\n'.join(said)
+
+
+def unlabelled(found: Mapping[str, Any]) -> str:
+  """Returns what shift.bound found, in Markdown."""
+  cells = [['on the unlabelled images', 'value %', 'at most %']]
+  for name, title in (
+    ('disagreement', 'student and teacher differ'),
+    ('same_distribution', "student's error, if they are like the labelled"),
+    ('shifted', "student's error, by Dis²"),
+  ):
+    limit = found[name]
+    cells.append([title, *(_percent(limit[x]) for x in ('value', 'upper'))])
+  if 'true_error' in found:
+    title = "student's error, by the labels that there are"
+    cells.append([title, _percent(found['true_error']), ''])
+  return (
+    f'On {found["examples"]:,} images without labels, these limits hold '
+    f'together with {_confidence(found["delta"])} confidence, if the student '
+    'was not trained on them. The limit by Dis² also assumes that the true '
+    'labels are no more adversarial than the critic that was found, which '
+    'cannot be checked.\n\n' + markdown.grid(cells)
+  )
 
 
 def of_deployed(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-  """Returns the bounds of what the student predicts, the lowest limit first."""
-  has_own = 'connected_error' in report['terms']
-  chosen = ('own' if has_own else 'student', 'deployed')
-  bounds = [b for b in report['bounds'].values() if b['of'] in chosen]
+  """Returns the bounds of the student's prediction, the lowest limit first."""
+  chosen = 'own' if 'connected_error' in report['terms'] else 'student'
+  bounds = [b for b in report['bounds'].values() if b['of'] == chosen]
   return sorted(bounds, key=lambda bound: bound['upper'])
 
 
 def _gist(report) -> str:
-  bounds, error = of_deployed(report), report['terms']['student_error']
-  vacuous = sum(bound['upper'] >= 1 for bound in bounds)
-  best = bounds[0]
-  if best['upper'] < 1:
-    gist = (
-      f"The lowest bound on the student's error is {best['upper']:.2%} "
-      f'({best["statement"]}: {best["title"]}); {error["value"]:.2%} were '
-      f'measured on {report["labelled"]:,} images.'
-    )
-  else:
-    gist = 'No bound says anything: all of them are above 100%.'
+  terms = report['terms']
+  student, teacher = terms['student_error'], terms['teacher_error']
+  without = min(1.0, teacher['upper'] + terms['disagreement']['upper'])
   return markdown.join(
-    gist,
-    vacuous
-    and best['upper'] < 1
-    and f'Of {len(bounds)} bounds {vacuous} say nothing: they are above 100%.',
-    'With labels, the measured error is the better certificate: the bounds say '
-    'where it comes from, and what can be said where there are none.',
-    'Everything that is certified holds together with '
-    f'{1 - report["delta"]:.0%} confidence ({report["claims"]} limits share '
-    'the rest).',
+    f'Of {report["labelled"]:,} held-out images the student gets '
+    f'{student["value"]:.2%} wrong, and its teacher {teacher["value"]:.2%}.',
+    f'With {_confidence(report["delta"])} confidence in all limits together, '
+    f"the student's error on images like these is at most "
+    f'{student["upper"]:.2%}'
+    + (
+      f'; from the errors of its teacher and their disagreement alone, without '
+      f'labels for the student, at most {without:.2%}.'
+      if without < 1
+      else '.'
+    ),
+    _assumption(report),
   )
 
 
-def _terms(report) -> str:
-  cells = [['term', 'value', 'at least', 'at most', 'as a', 'labels']]
-  for name, term in report['terms'].items():
-    is_share = not name.startswith('pad_')
-    show = _percent if is_share else _plain
-    cells.append(
-      [
-        f'{term["title"]}{", %" if is_share else ""}',
-        *(show(term[name]) for name in ('value', 'lower', 'upper')),
-        term['role'],
-        'yes' if term['labels'] else 'no',
-      ]
-    )
-  return markdown.grid(cells)
-
-
-def _percent(value: float | None) -> str:
-  return '' if value is None else f'{100 * value:.2f}'
-
-
-def _plain(value: float | None) -> str:
-  return '' if value is None else f'{value:.4f}'
+def _confidence(delta: float) -> str:
+  return f'{100 * (1 - delta):.4g}%'
 
 
 def _assumption(report) -> str:
@@ -89,24 +105,29 @@ def _assumption(report) -> str:
   gap = report['terms'].get('ijc_gap')
   if gap is None:
     return ''
-  fitted = report['joint_head']
-  more = 'more' if gap['value'] > 0 else 'fewer'
-  num = fitted['examples'] // 2
-  found = (
-    f'A joint head was fitted on both representations of {num:,} '
-    f"training images. The teacher's head makes {abs(gap['value']):.2%} {more} "
-    'errors than that, counted on both'
-  )
   if gap['lower'] > 0:
     return (
-      f'{found}, surely {gap["lower"]:.2%}: **there is a better joint '
-      "classifier than the teacher's head, which speaks against taking it for "
-      'the ideal one**.'
+      '**A head that was fitted on both representations makes at least '
+      f"{gap['lower']:.2%} fewer errors on them than the teacher's head, which "
+      'speaks against taking that for the ideal joint classifier.**'
     )
   return (
-    f'{found}{" (which may be chance)" if gap["value"] > 0 else ""}: nothing '
-    'here speaks against taking it for the ideal joint classifier.'
+    'A head that was fitted on both representations is not surely better than '
+    "the teacher's head: nothing here speaks against taking that for the ideal "
+    'joint classifier.'
   )
+
+
+def _terms(terms) -> str:
+  cells = [['%', 'value', 'at least', 'at most']]
+  for term in terms.values():
+    numbers = (_percent(term[name]) for name in ('value', 'lower', 'upper'))
+    cells.append([term['title'], *numbers])
+  return markdown.grid(cells)
+
+
+def _percent(value: float) -> str:
+  return f'{100 * value:.2f}'
 
 
 def _bounds(report) -> str:
@@ -122,52 +143,3 @@ def _bounds(report) -> str:
       ]
     )
   return markdown.grid(cells)
-
-
-def _risks(report) -> str:
-  cells = [['bound of a loss', 'of', 'measured', 'bound', 'about at most']]
-  for risk in report['risks'].values():
-    cells.append(
-      [
-        f'{risk["statement"]}: {risk["title"]}',
-        risk['of'],
-        *(_plain(risk[name]) for name in ('measured', 'value', 'upper')),
-      ]
-    )
-  return (
-    'Losses have no bounded range, so these limits are right for large samples '
-    'only (asymptotic), and certify nothing:\n\n' + markdown.grid(cells)
-  )
-
-
-def _left_out(report) -> str:
-  return '\n'.join(
-    f'- {name} does not apply: {reason}.'
-    for name, reason in report['left_out'].items()
-  )
-
-
-def _unlabelled(report) -> str:
-  found = report.get('unlabelled')
-  if found is None:
-    return ''
-  cells = [['on the unlabelled images', 'value %', 'at most %']]
-  for name, title in (
-    ('disagreement', 'student and teacher differ'),
-    ('same_distribution', "student's error, if they are like the labelled"),
-    ('shifted', "student's error, by Dis² on the teacher"),
-    ('student', "student's error, by Dis² on itself"),
-    ('shifted_logits', 'the same on the teacher, critics on logits'),
-    ('student_logits', 'the same on itself, critics on logits'),
-  ):
-    limit = found[name]
-    cells.append([title, *(_percent(limit[x]) for x in ('value', 'upper'))])
-  if 'true_error' in found:
-    title = "student's error, by the labels that there are"
-    cells.append([title, _percent(found['true_error']), ''])
-  return (
-    f'{found["examples"]:,} images without labels; each limit by itself holds '
-    f'with {1 - found["delta"]:.0%} confidence, those by Dis² if the true '
-    'labels are no more adversarial than the critic that was found, which '
-    'nothing here can check:\n\n' + markdown.grid(cells)
-  )

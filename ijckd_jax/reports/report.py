@@ -3,7 +3,6 @@
 import collections
 from collections.abc import Mapping
 from collections.abc import Sequence
-import dataclasses
 import json
 import math
 import re
@@ -14,12 +13,15 @@ import numpy as np
 
 from ijckd_jax.distillation import methods
 from ijckd_jax.reports import bound_plots
+from ijckd_jax.reports import bound_wording
 from ijckd_jax.reports import plots
 from ijckd_jax.reports import web_page
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import disk
 from ijckd_jax.runtime import markdown
 from ijckd_jax.runtime import workdirs
+
+IN_FULL = 'The bound in full'  # Title of the folded tables.
 
 
 def table(summary: Mapping[str, Any]) -> str:
@@ -98,10 +100,10 @@ def write(
   """
   workdir = epath.Path(workdir)
   sections = plots.draw(summary, history, evaluation, arrays, class_names)
+  details = {}
   if measured is not None:
-    sections += bound_plots.draw(
-      measured, class_names, history, summary['best_by']
-    )
+    sections += bound_plots.draw(measured.report)
+    details[IN_FULL] = bound_wording.full(measured.report)
   parts = [_headline(summary, evaluation), table(summary)]
   if summary['best_by'] == 'test' and evaluation is not None:
     parts.append(
@@ -112,28 +114,26 @@ def write(
   parts += _tell(sections)
   parts.append(_circumstances(workdir, summary))
   fields = config_utils.flatten(summary['config']).items()
-  config = '\n'.join(f'{name} = {value!r}' for name, value in fields)
-  _write_pages(workdir, parts, sections, {'The whole config': config})
+  details['The whole config'] = '\n'.join(
+    f'{name} = {value!r}' for name, value in fields
+  )
+  _write_pages(workdir, parts, sections, details)
 
 
-def write_bounds(
-  folder: epath.Path,
-  found: Mapping[str, Any],
-  measured,
-  class_names: Sequence[str],
-) -> None:
-  """Writes `bounds.json`, and `report.md` of it with plots, and as HTML.
+def write_bounds(folder: epath.Path, found: Mapping[str, Any]) -> None:
+  """Writes `bounds.json`, and `report.md` and `report.html` with its figure.
 
   Args:
     folder: is there.
-    found: measured.report, and more that was found.
-    measured: measure.Measured.
-    class_names: K names.
+    found: measured.report, and 'unlabelled', where there are such images.
   """
-  measured = dataclasses.replace(measured, report=found)
-  sections = bound_plots.draw(measured, class_names)
+  sections = bound_plots.draw(found)
   disk.write_text(folder / 'bounds.json', json.dumps(found, indent=2))
-  _write_pages(folder, _tell(sections), sections, {})
+  parts = _tell(sections)
+  if 'unlabelled' in found:
+    parts.append(bound_wording.unlabelled(found['unlabelled']))
+  details = {IN_FULL: bound_wording.full(found)}
+  _write_pages(folder, parts, sections, details)
 
 
 def is_complete(workdir: epath.Path) -> bool:
