@@ -129,8 +129,11 @@ MUTATIONS = [
     'disagreements, num_unlabelled, delta / 2',
     'disagreements, num_unlabelled, delta',
   ),
-  ('bounds/certify.py', "deployed['upper'] = min", "deployed['upper'] = max"),
-  ('bounds/certify.py', '2 * len(found) + len(chosen)', 'len(found)'),
+  ('bounds/certify.py', "paired['upper'] = min", "paired['upper'] = max"),
+  ('bounds/certify.py', '= 2 * len(found)', '= len(found)'),
+  ('bounds/certify.py', 'num_claims * choices', 'num_claims'),
+  ('bounds/selective.py', 'delta, len(SHARES)', 'delta, 1'),
+  ('bounds/selective.py', 'confidence > threshold', 'confidence >= threshold'),
   (
     'bounds/shift.py',
     '(num_source + 4 * num_target)',

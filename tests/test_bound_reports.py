@@ -13,6 +13,7 @@ from ijckd_jax.bounds import certify
 from ijckd_jax.bounds import limits
 from ijckd_jax.bounds import measure
 from ijckd_jax.bounds import pairs
+from ijckd_jax.bounds import selective
 from ijckd_jax.bounds import shift
 from ijckd_jax.bundles import bundles
 from ijckd_jax.commands import bounds as command_lib
@@ -161,24 +162,67 @@ def test_the_command_says_what_the_run_said(
   assert page.startswith('## The bound') and 'plots/bounds.png' in page
 
 
+@dataclasses.dataclass(frozen=True)
+class Shifted(digits.Dataset):
+  """Digits that no network was trained on: a pixel further to the right."""
+
+  def load(self, split):
+    arrays = super().load(split)
+    return ijckd_jax.Arrays(np.roll(arrays.images, 1, axis=2), arrays.labels)
+
+
 def test_without_labels_by_command(runs, teacher, command, data_dir):
-  """The same distribution, and another one, whose labels are not looked at."""
+  """Other images, whose labels only judge; never those trained on."""
   common = ('--teacher', teacher, '--data_dir', data_dir, '--fit_examples', 0)
   code, out, _ = command(
-    *('--bundle', runs['srrl'], *common, '--unlabelled', 'digits'),
-    *('--unlabelled_split', 'train'),
+    *('--bundle', runs['srrl'], *common),
+    *('--unlabelled', 'tests.test_bound_reports:Shifted'),
   )
   assert code == 0
   assert 'joint does not apply: no labelled training image' in out
-  assert '1,437 images without labels' in out
+  assert 'All 47 limits hold together with 97.5% confidence' in out
+  assert 'On 360 images without labels' in out
+  assert 'together with 97.5% confidence, if the student was not trained' in out
   assert "student's error, by Dis² " in out
+  for more, said in (
+    ((), '--unlabelled: these are the labelled images; give others\n'),
+    (
+      ('--unlabelled_split', 'train'),
+      'the unlabelled images: 1,437 of the 1,437 images are images that',
+    ),
+  ):
+    code, out, err = command(
+      *('--bundle', runs['ijckd'], *common, '--unlabelled', 'digits', *more)
+    )
+    assert (code, out) == (2, '')
+    assert said in err and err.count('\n') == 1
+
+
+def test_images_that_were_trained_on_certify_nothing(
+  runs, teacher, command, data_dir, tmp_path
+):
   code, out, err = command(
-    *('--bundle', runs['ijckd'], *common, '--unlabelled', 'digits')
+    *('--bundle', runs['ijckd'], '--teacher', teacher, '--data_dir', data_dir),
+    *('--dataset', 'digits', '--split', 'validation'),
+    *('--dataset_fields', 'validation_fraction=0.5'),
   )
   assert (code, out) == (2, '')
-  assert err == (
-    'error: --unlabelled: these are the labelled images; give others\n'
+  assert 'the labelled images: 718 of the 718 images are images that' in err
+
+
+def test_unknown_training_images_are_named(
+  runs, teacher, command, data_dir, tmp_path
+):
+  bundle = bundles.load(teacher)
+  info = {key: x for key, x in bundle.info.items() if key != 'dataset'}
+  dataclasses.replace(bundle, info=info).save(tmp_path / 'teacher')
+  code, out, err = command(
+    *('--bundle', runs['kd'], '--teacher', tmp_path / 'teacher'),
+    *('--data_dir', data_dir, '--json'),
   )
+  assert code == 0
+  assert 'training images of the teacher are not known (it names no data' in err
+  assert json.loads(out)['copies']['trained'] == 0
 
 
 @pytest.mark.parametrize(
@@ -267,7 +311,9 @@ def test_nothing_is_fitted_where_nothing_is_to_be(finished_run, data_dir):
   splits = {name: data.load(name) for name in ('train', 'test')}
   blank = np.full(len(splits['train'].labels), -1, np.int32)
   unlabelled = ijckd_jax.Arrays(splits['train'].images, blank)
-  how = dict(mapper=parallel.Mapper(), batch_size=120, delta=0.1, seed=0)
+  how = dict(
+    mapper=parallel.Mapper(), batch_size=120, delta=0.1, seed=0, trained=()
+  )
   pair = pairs.Pair(judge, student.network, student.network)
   variables = {'teacher': judge.arrays, 'connected': student.variables}
   variables['student'] = student.variables
@@ -437,20 +483,25 @@ def test_reports_of_few_rows_by_hand():
   assert bounds['joint']['value'] == pytest.approx(1 / 3 + 1 + 0)
   assert bounds['label_margin']['value'] == pytest.approx(2 / 3)
   assert bounds['flip_margin']['value'] == pytest.approx(1 / 4)
-  # Two limits of each term, one of each bound.
-  assert report['claims'] == 2 * 11 + 6 == 2 * len(values) + len(bounds)
+  # Two limits of each term, one of each bound and of each share of answers.
+  assert (len(values), len(bounds)) == (11, 6)
+  assert report['claims'] == 2 * 11 + 6 + 20
   share = 0.1 / report['claims']
   term = report['terms']['student_error']
   assert (term['lower'], term['upper']) == (
     limits.clopper_pearson_lower(2, 3, share),
     limits.clopper_pearson_upper(2, 3, share),
   )
+  known = rows.labelled
   # The limits of its two parts hold together with D1's own.
   own = limits.of_mean(np.array([0, 1, 1]), share, low=0, high=2)[1]
   assert bounds['paired']['upper'] == min(
     own,
     limits.clopper_pearson_upper(1, 3, share)
     + limits.clopper_pearson_upper(1, 4, share),
+  )
+  assert report['selective'] == selective.answer(
+    np.array([0, 1, 1]), known.confidence, 20 * share
   )
   with pytest.raises(ValueError, match='no example has a label'):
     certify.report(rows.where([3]), 0.1)

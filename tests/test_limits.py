@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from ijckd_jax.bounds import limits
+from ijckd_jax.bounds import selective
 from ijckd_jax.bounds import shift
 
 DRAWS = 4000
@@ -204,3 +205,65 @@ def test_coverage_of_dis2():
     target = rng.random(80) < 0.3
     held.append(shift.dis2(source, source, target, delta)['upper'] >= 0.3)
   at_least(held, delta)
+
+
+def test_answers_by_hand():
+  """The 40 most confident of 100 are right, the rest is wrong half the time."""
+  confidence = np.linspace(1, 0.01, 100)
+  wrong = np.where(np.arange(100) < 40, 0, np.arange(100) % 2)
+  delta = 0.05
+  share = delta / len(selective.SHARES)
+  five, ten = selective.answer(wrong, confidence, delta)
+  # Of 40 without an error, at most 1 - share^(1/40) are wrong: 13.9%.
+  assert limits.clopper_pearson_upper(0, 40, share) > 0.13
+  assert five == {
+    'target': 0.05,
+    'answered': 0.0,
+    'threshold': None,
+    'error': None,
+    'upper': None,
+  }
+  assert ten['answered'] == 0
+  # Ten times as many: 400 right ones are enough, and with 50 others too many.
+  five, ten = selective.answer(
+    np.repeat(wrong, 10), np.repeat(confidence, 10), delta
+  )
+  assert (five['answered'], five['error']) == (0.4, 0)
+  assert five['threshold'] == pytest.approx(confidence[40])
+  assert five['upper'] == limits.clopper_pearson_upper(0, 400, share)
+  assert (ten['answered'], ten['error']) == (0.45, 20 / 450)
+
+
+def test_answers_of_few_examples():
+  """A target is not met, nor is one of ties, which have no threshold."""
+  for confidence in ([0.9], [0.5, 0.5, 0.5]):
+    confidence = np.array(confidence)
+    found = selective.answer(np.zeros(len(confidence)), confidence, 0.1)
+    assert [one['answered'] for one in found] == [0, 0]
+  many = selective.answer(np.zeros(1000), np.full(1000, 0.5), 0.1)
+  assert [one['answered'] for one in many] == [1, 1]
+
+
+def test_coverage_of_answers():
+  """The threshold is chosen on the examples, and the limit holds all the same.
+
+  Of confidence c, uniform, 0.5 (1 - c) are wrong: above t, 0.25 (1 - t).
+  """
+  rng = np.random.default_rng(6)
+  delta, num = 0.2, 800
+  held, answered = [], []
+  for _ in range(1000):
+    confidence = rng.random(num)
+    wrong = rng.random(num) < 0.5 * (1 - confidence)
+    found = selective.answer(wrong, confidence, delta)
+    held.append(
+      all(
+        one['threshold'] is None
+        or 0.25 * (1 - one['threshold']) <= one['target']
+        for one in found
+      )
+    )
+    answered.append(found[1]['answered'])
+  at_least(held, delta)
+  # 0.25 (1 - t) <= 0.1 allows 40% at most.
+  assert 0.1 < np.mean(answered) < 0.4

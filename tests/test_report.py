@@ -223,12 +223,13 @@ def test_every_number_of_classes(tmp_path, num_classes, shape):
 
 def test_headline_and_circumstances(tmp_path):
   text = write(tmp_path, **make_case())
-  # One image is won and three are lost: sqrt(0.4 - 0.2^2) / sqrt(10) = 0.1897.
+  # One image is won and three are lost: sqrt(0.4 - 0.2^2) / sqrt(10) = 0.1897,
+  # times 1.96.
   assert (
     '**resnet8** was distilled from **resnet20** by **ijckd** on **digits**, '
     "and predicts through the teacher's own head. The last step, which is "
     'bundled and shown below, gets **70.00%** of the 10 test images right, the '
-    'teacher **90.00%**: -20.00 points ± 18.97 '
+    'teacher **90.00%**: -20.00 points ± 37.19 '
   ) in text
   assert 'The student alone is right on 1, the teacher alone on 3.' in text
   assert 'gets 3 of 10 test images wrong, and the teacher is right on 3' in text

@@ -44,6 +44,7 @@ def measure_run(work, pair: str, name: str, seed: int, splits) -> dict:
       'connected': connected and connected.variables,
     },
     splits,
+    trained=[splits['train']],
     mapper=parallel.Mapper(),
     batch_size=250,
     delta=DELTA,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ijckd_jax.bounds import limits
+from ijckd_jax.bounds import selective
 from ijckd_jax.bounds import statements
 from ijckd_jax.evaluation import pointwise
 
@@ -123,6 +124,7 @@ def report(
   rows: pointwise.Rows,
   delta: float,
   own_rows: pointwise.Rows | None = None,
+  choices: int = 1,
 ) -> dict[str, Any]:
   """Returns everything that held-out examples say of a pair, as JSON.
 
@@ -132,13 +134,17 @@ def report(
       student through the teacher's head, with the field `own`.
     delta: probability that any of the limits fails.
     own_rows: in that case, the teacher and the student's own logits.
+    choices: number of pairs of checkpoints among which this one was chosen on
+      these examples. Limits hold for the best pair if each pair takes its share
+      of delta.
 
   Returns:
-    'delta'; 'claims', the number of limits that share delta; 'examples' and
-    'labelled', their numbers; 'terms' by name: 'title', 'statement', 'value',
-    'lower', 'upper', 'labels' (whether they are needed); 'bounds' by name:
+    'delta'; 'choices'; 'claims', the number of limits of each choice;
+    'examples' and 'labelled', their numbers; 'terms' by name: 'title',
+    'statement', 'value', 'lower', 'upper', 'labels' (whether they are needed);
+    'bounds' by name:
     'title', 'statement', 'of', 'measured' (the bounded quantity), 'value',
-    'upper', 'parts' and 'labels'.
+    'upper', 'parts' and 'labels'; and 'selective', see selective.answer.
 
   Raises:
     ValueError: no example has a label.
@@ -154,10 +160,12 @@ def report(
       for b in statements.BOUNDS
       if b.of == 'student' and b.applies(own_rows)
     ]
-  num_claims = 2 * len(found) + len(chosen)
-  share = limits.shared(delta, num_claims)
+  num_claims = 2 * len(found) + len(chosen) + len(selective.SHARES)
+  share = limits.shared(delta, num_claims * choices)
+  deployed = (rows if own_rows is None else own_rows).labelled
   result = {
     'delta': delta,
+    'choices': choices,
     'claims': num_claims,
     'examples': len(rows),
     'labelled': len(labelled),
@@ -166,13 +174,18 @@ def report(
       key: _bound(bound, of.labelled if bound.with_labels else of, share)
       for key, bound, of in chosen
     },
+    'selective': selective.answer(
+      statements.student_wrong(deployed),
+      np.asarray(deployed.confidence),
+      share * len(selective.SHARES),
+    ),
   }
   # D1 adds two terms, whose limits hold together with its own.
   added = sum(
     result['terms'][name]['upper'] for name in ('teacher_error', 'disagreement')
   )
-  deployed = result['bounds']['paired' if own_rows is None else 'own_paired']
-  deployed['upper'] = min(deployed['upper'], added)
+  paired = result['bounds']['paired' if own_rows is None else 'own_paired']
+  paired['upper'] = min(paired['upper'], added)
   return result
 
 

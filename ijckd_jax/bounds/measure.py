@@ -4,13 +4,19 @@ Features are gathered, a joint head is fitted on training images, and the bounds
 follow from the rows of `pointwise`.
 """
 
+from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 
 from ijckd_jax.bounds import certify
+from ijckd_jax.bounds import held_out
 from ijckd_jax.bounds import pairs
+from ijckd_jax.bounds import shift
+from ijckd_jax.data import duplicates
 from ijckd_jax.evaluation import feature_extraction
 from ijckd_jax.evaluation import logistic
 from ijckd_jax.evaluation import pointwise
@@ -97,9 +103,12 @@ def measure(
   variables: Any,
   splits: dict[str, Any],
   *,
+  trained: Sequence,
   delta: float,
   fit_examples: int,
   seed: int,
+  choices: int = 1,
+  relabel: Callable[[np.ndarray], np.ndarray] = lambda labels: labels,
   **how,
 ) -> Measured:
   """Returns the report of a pair on held-out images; all processes call it.
@@ -107,22 +116,59 @@ def measure(
   Args:
     pair: teacher and student.
     variables: as pairs.Pair.view takes them.
-    splits: 'test', on which neither was trained or chosen, and 'train', from
-      which the images for the joint head are drawn.
+    splits: 'test', the held-out images; 'train', from which images for the
+      joint head are drawn; and optionally 'unlabelled', other held-out images.
+    trained: splits on which teacher or student were trained, as far as they are
+      known. Copies of their images are left out.
     delta: probability that any limit fails.
     fit_examples: largest number of training images on which the joint head is
       fitted; 0: there is no joint head.
     seed: of the draw.
+    choices: see certify.report.
+    relabel: from labels of 'unlabelled' to those of 'test'.
     **how: see Viewer.
+
+  Raises:
+    config_utils.UserError: the images are not held out; or see `from_views` and
+      shift.bound.
   """
+  held = [name for name in ('test', 'unlabelled') if name in splits]
+
+  def find_copies():
+    found = {name: duplicates.find(splits[name], trained) for name in held}
+    for name in held:
+      what = 'labelled' if name == 'test' else name
+      held_out.check(found[name], f'the {what} images')
+    return found
+
+  copies = hosts.share(find_copies)
   viewer = Viewer(pair, variables, **how)
-  test, train = viewer(splits['test']), None
+  views, train = {name: viewer(splits[name]) for name in held}, None
   if pair.connected is not None and fit_examples:
     train = viewer.sample(splits['train'], fit_examples, seed)
+  views = {
+    name: jax.tree.map(lambda x, name=name: x[copies[name].distinct], rows)
+    for name, rows in views.items()
+  }
   head = viewer.head
-  return hosts.share(
-    lambda: from_views(pair, test, train, head, delta=delta, seed=seed)
-  )
+
+  def report():
+    # All limits of the report hold together.
+    share = delta / len(held)
+    found = from_views(
+      pair, views['test'], train, head, delta=share, seed=seed, choices=choices
+    )
+    found.report['copies'] = copies['test'].report()
+    if 'unlabelled' in held:
+      target = views['unlabelled']
+      target['label'] = relabel(target['label'])
+      found.report['unlabelled'] = {
+        **shift.bound(views['test'], target, head, delta=share, seed=seed),
+        'copies': copies['unlabelled'].report(),
+      }
+    return found
+
+  return hosts.share(report)
 
 
 def from_views(
@@ -133,6 +179,7 @@ def from_views(
   *,
   delta: float,
   seed: int,
+  choices: int = 1,
 ) -> Measured:
   """Returns the report of a pair by its gathered rows.
 
@@ -143,6 +190,7 @@ def from_views(
     head: 'kernel' and 'bias' that read the representations.
     delta: probability that any limit fails.
     seed: of the images on which the joint head's penalty is chosen.
+    choices: see certify.report.
 
   Raises:
     config_utils.UserError: no test image has a label, or a feature or logit is
@@ -185,7 +233,7 @@ def from_views(
     else:
       left_out['own_head'] = SAME_HEAD
   report = {
-    **certify.report(rows, delta, own_rows),
+    **certify.report(rows, delta, own_rows, choices),
     'left_out': left_out,
     **joint_report,
   }

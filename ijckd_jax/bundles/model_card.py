@@ -118,7 +118,11 @@ def _accuracy(bundle) -> str:
   top1 = _get(run, 'test', which, 'top1')
   if count and top1 is not None:
     error = 100 * math.sqrt(top1 * (1 - top1) / count)
-    said[1] += f' The choice of test images alone makes top-1 ± {error:.2f}.'
+    error *= markdown.HALF_WIDTH
+    said[1] += (
+      f' The choice of test images alone makes top-1 ± {error:.2f} (95% '
+      'interval).'
+    )
   if run.get('best_by') == 'test':
     said[1] += " 'Best' was chosen on the test images, so it flatters."
   return '\n\n'.join(said)

@@ -6,6 +6,7 @@ ijckd bounds --bundle STUDENT --teacher TEACHER --dataset NAME
 import argparse
 import copy
 import json
+import math
 import sys
 
 import numpy as np
@@ -83,14 +84,10 @@ def main(argv: list[str], prog: str = PROG) -> None:
   """Runs the command."""
   flags = _flags(argv, prog)
 
-  from etils import epath
-
+  from ijckd_jax.bounds import held_out
   from ijckd_jax.bounds import measure
   from ijckd_jax.bounds import pairs
-  from ijckd_jax.bounds import shift
   from ijckd_jax.bundles import bundles
-  from ijckd_jax.reports import bound_wording
-  from ijckd_jax.reports import report
   from ijckd_jax.runtime import compilation_cache
   from ijckd_jax.runtime import parallel
 
@@ -100,7 +97,15 @@ def main(argv: list[str], prog: str = PROG) -> None:
   teacher_bundle = bundles.load(flags.teacher, trust_code=flags.trust_code)
   dataset = bundle_flags.dataset_of(student, flags)
   batch_size = bundle_flags.batch_size_of(student, flags)
-  _check_fits(student, teacher_bundle, connected, dataset)
+  networks = student, teacher_bundle, connected
+  _check_fits(*networks, dataset)
+  other = _unlabelled(networks, dataset, flags)
+  name = bundle_flags.dataset_fields(student, flags).name
+  choices = math.prod(
+    held_out.choices(bundle.info, flags.split, name)
+    for bundle in (student, teacher_bundle)
+  )
+  trained = _trained_on({'student': student, 'teacher': teacher_bundle}, flags)
   order = bundle_flags.class_order('the bundle', student, dataset, flags)
   if order is not None:
     student = student.in_order(order, dataset.class_names)
@@ -113,25 +118,75 @@ def main(argv: list[str], prog: str = PROG) -> None:
   if connected is not None:
     # The teacher's bundle has another head if one was fitted for this student.
     teacher = teacher.with_head(connected.variables['params']['head'])
-  other = None
-  if flags.unlabelled:
-    about = copy.copy(flags)
-    about.dataset = flags.unlabelled
-    about.dataset_fields = flags.unlabelled_fields
-    other = bundle_flags.dataset_of(student, about)
-    _check_fits(student, teacher_bundle, connected, other, has_classes=False)
-    if tuple(other.image_shape) != tuple(dataset.image_shape):
-      raise config_utils.UserError(
-        f'--unlabelled: images are {tuple(other.image_shape)}, those of '
-        f'--dataset {tuple(dataset.image_shape)}'
-      )
-  output = None
-  if flags.output:
-    output = epath.Path(flags.output)
+  output = _folder(flags)
+  measured = measure.measure(
+    pairs.Pair(teacher, student.network, connected and connected.network),
+    {
+      'teacher': teacher.arrays,
+      'student': student.variables,
+      'connected': connected and connected.variables,
+    },
+    _splits(dataset, other, connected, flags),
+    trained=trained,
+    delta=flags.delta,
+    fit_examples=flags.fit_examples,
+    seed=flags.seed,
+    choices=choices,
+    relabel=lambda labels: _labels_in_order(labels, dataset, other, flags),
+    mapper=parallel.Mapper(),
+    batch_size=batch_size,
+    num_workers=flags.num_workers,
+  )
+  found = {'bundle': flags.bundle, 'teacher': flags.teacher, **measured.report}
+  if connected is not None and not _same_head(
+    connected.variables['params']['head'],
+    _head_in_order(teacher_bundle, dataset, flags),
+  ):
+    found['left_out']["the teacher's own head"] = OTHER_HEAD
+  _say(found, output, flags)
+
+
+def _say(found, output, flags: argparse.Namespace) -> None:
+  """Writes and prints the report."""
+  from ijckd_jax.reports import bound_wording
+  from ijckd_jax.reports import report
+
+  if output is not None:
     try:
-      output.mkdir(parents=True, exist_ok=True)
+      report.write_bounds(output, found)
     except OSError as error:
       raise _unwritable(flags, error) from error
+  if flags.json:
+    print(json.dumps(found))
+    return
+  parts = [bound_wording.brief(found), bound_wording.full(found)]
+  if 'unlabelled' in found:
+    parts.append(bound_wording.unlabelled(found['unlabelled']))
+  print('\n\n'.join(parts))
+
+
+def _folder(flags: argparse.Namespace):
+  """Returns the folder of --output, which is made; None without one."""
+  from etils import epath
+
+  if not flags.output:
+    return None
+  output = epath.Path(flags.output)
+  try:
+    output.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise _unwritable(flags, error) from error
+  return output
+
+
+def _unwritable(flags: argparse.Namespace, error: OSError):
+  return config_utils.UserError(
+    f'--output {flags.output} cannot be written: {config_utils.reason(error)}'
+  )
+
+
+def _splits(dataset, other, connected, flags: argparse.Namespace):
+  """Returns the images by 'test', and where they are needed the other kinds."""
   splits = {'test': dataset.load(flags.split)}
   if not len(splits['test']):
     raise config_utils.UserError(f'the split {flags.split!r} is empty')
@@ -148,66 +203,57 @@ def main(argv: list[str], prog: str = PROG) -> None:
       raise config_utils.UserError(
         '--unlabelled: these are the labelled images; give others'
       )
-  pair = pairs.Pair(teacher, student.network, connected and connected.network)
-  viewer = measure.Viewer(
-    pair,
-    {
-      'teacher': teacher.arrays,
-      'student': student.variables,
-      'connected': connected and connected.variables,
-    },
-    mapper=parallel.Mapper(),
-    batch_size=batch_size,
-    num_workers=flags.num_workers,
-  )
-  views = {'test': viewer(splits['test']), 'train': None}
-  if 'train' in splits:
-    views['train'] = viewer.sample(
-      splits['train'], flags.fit_examples, flags.seed
-    )
-  # All limits that are printed hold together.
-  delta = flags.delta if other is None else flags.delta / 2
-  measured = measure.from_views(
-    pair,
-    views['test'],
-    views['train'],
-    viewer.head,
-    delta=delta,
-    seed=flags.seed,
-  )
-  found = {'bundle': flags.bundle, 'teacher': flags.teacher, **measured.report}
-  if not _same_head(
-    viewer.head, _head_in_order(teacher_bundle, dataset, flags)
-  ):
-    found['left_out']["the teacher's own head"] = OTHER_HEAD
-  if other is not None:
-    target = viewer(splits['unlabelled'])
-    target['label'] = _labels_in_order(target['label'], dataset, other, flags)
-    found['unlabelled'] = shift.bound(
-      views['test'],
-      target,
-      viewer.head,
-      delta=delta,
-      seed=flags.seed,
-    )
-  if output is not None:
-    try:
-      report.write_bounds(output, found)
-    except OSError as error:
-      raise _unwritable(flags, error) from error
-  if flags.json:
-    print(json.dumps(found))
-  else:
-    parts = [bound_wording.brief(found), bound_wording.full(found)]
-    if other is not None:
-      parts.append(bound_wording.unlabelled(found['unlabelled']))
-    print('\n\n'.join(parts))
+  return splits
 
 
-def _unwritable(flags: argparse.Namespace, error: OSError):
-  return config_utils.UserError(
-    f'--output {flags.output} cannot be written: {config_utils.reason(error)}'
-  )
+def _unlabelled(networks, dataset, flags: argparse.Namespace):
+  """Returns the data set of --unlabelled; None without one.
+
+  Args:
+    networks: arguments of `_check_fits` but for the data set.
+    dataset: of the labelled images.
+    flags: of the command.
+  """
+  if not flags.unlabelled:
+    return None
+  about = copy.copy(flags)
+  about.dataset = flags.unlabelled
+  about.dataset_fields = flags.unlabelled_fields
+  other = bundle_flags.dataset_of(networks[0], about)
+  _check_fits(*networks, other, has_classes=False)
+  if tuple(other.image_shape) != tuple(dataset.image_shape):
+    raise config_utils.UserError(
+      f'--unlabelled: images are {tuple(other.image_shape)}, those of '
+      f'--dataset {tuple(dataset.image_shape)}'
+    )
+  return other
+
+
+def _trained_on(named, flags: argparse.Namespace) -> list:
+  """Returns the training images of the networks, as far as they are known.
+
+  A note names the networks of which they are not.
+
+  Args:
+    named: bundles by their names in messages.
+    flags: of the command.
+  """
+  from ijckd_jax.bounds import held_out
+
+  splits = {}
+  for what, bundle in named.items():
+    split, reason = held_out.trained_on(
+      bundle.info, flags.data_dir, flags.trust_code
+    )
+    if split is None:
+      print(
+        f'note: the training images of the {what} are not known ({reason}): '
+        'make sure that none is among those that are measured',
+        file=sys.stderr,
+      )
+    else:
+      splits[split.digest()] = split
+  return list(splits.values())
 
 
 def _labels_in_order(labels, dataset, other, flags: argparse.Namespace):

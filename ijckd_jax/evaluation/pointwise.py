@@ -78,6 +78,7 @@ class Rows:
     label: y, int32.
     teacher: predicted by the teacher, argmax l_t; ties to the lowest index.
     student: predicted by the student, argmax l_s.
+    confidence: of the student's prediction, max p_s.
     logit_distance: ||l_s - l_t||_2.
     logit_range: max_k (l_s - l_t)_k - min_k (l_s - l_t)_k.
     logit_margin: m_y = l_t,y - max_{j != y} l_t,j, less what rounding can be.
@@ -101,6 +102,7 @@ class Rows:
   label: Any
   teacher: Any
   student: Any
+  confidence: Any
   logit_distance: Any
   logit_range: Any
   logit_margin: Any
@@ -163,6 +165,7 @@ def from_logits(
     label=labels,
     teacher=jnp.argmax(teacher, axis=-1).astype(jnp.int32),
     student=jnp.argmax(student, axis=-1).astype(jnp.int32),
+    confidence=p_student.max(axis=-1),
     logit_distance=jnp.linalg.norm(difference, axis=-1),
     logit_range=difference.max(axis=-1) - difference.min(axis=-1),
     logit_margin=if_labelled(at_label(teacher) - others - rounding),

@@ -22,6 +22,7 @@ LABELS = {
   'own head': "between the student's two heads",
 }
 MAX_BOUNDS = 5  # Beside the measured error.
+MOST_SHOWN = 1.2  # Right end of the axis; above 1 a bound says nothing.
 
 
 def draw(report: Mapping[str, Any]) -> list[plots.Section]:
@@ -46,40 +47,42 @@ def _figure(report):
   """Draws the student's error, and the parts of each bound on it."""
   shown = bound_wording.of_deployed(report)[:MAX_BOUNDS]
   error = report['terms']['student_error']
+  right = min(MOST_SHOWN, 1.1 * max(x['upper'] for x in (error, *shown)))
   figure = plots.new_figure(plots.WIDTH, 1.4 + 0.42 * len(shown))
   ax = figure.subplots()
   ax.barh(0, error['value'], color=COLORS['measured'], height=0.6)
-  _whisker(ax, 0, error['lower'], error['upper'])
+  _whisker(ax, 0, error['lower'], error['upper'], right)
   ticks = ["the student's error"]
   kinds = ['measured']
   for row, bound in enumerate(shown, 1):
     ticks.append(f'{bound["title"]} ({bound["statement"]})')
-    right = 0.0
+    left = 0.0
     for part in sorted(bound['parts'], key=_order):
       kinds.append(part['kind'])
       hatch = {} if part['value'] >= 0 else {'hatch': '////', 'fill': False}
       ax.barh(
         row,
         part['value'],
-        left=right,
+        left=left,
         height=0.6,
         edgecolor='white' if not hatch else COLORS[part['kind']],
         color=COLORS[part['kind']],
         linewidth=0.8,
         **hatch,
       )
-      right += part['value']
-    _whisker(ax, row, bound['value'], bound['upper'])
+      left += part['value']
+    _whisker(ax, row, bound['value'], bound['upper'], right)
   for row, bound in enumerate([error, *shown]):
     said = f'{bound["value"]:.1%}, at most {bound["upper"]:.1%}'
     ax.text(1.01, row, said, va='center', transform=ax.get_yaxis_transform())
   ax.axvline(error['value'], color=COLORS['measured'], linestyle=(0, (2, 2)))
-  ax.axvline(1, color=plots.GREY)
-  ax.axvspan(1, 2, color=plots.PALE, zorder=0)
-  ax.text(
-    1.1, -0.75, 'says\nnothing', color=plots.GREY, fontsize=7, ha='center'
-  )
-  ax.set(xlim=(0, 1.2), ylim=(len(shown) + 0.6, -1.1))
+  if right > 1:
+    ax.axvline(1, color=plots.GREY)
+    ax.axvspan(1, 2, color=plots.PALE, zorder=0)
+    ax.text(
+      1.1, -0.75, 'says\nnothing', color=plots.GREY, fontsize=7, ha='center'
+    )
+  ax.set(xlim=(0, right), ylim=(len(shown) + 0.6, -1.1))
   ax.set_yticks(range(len(ticks)), ticks)
   ax.set_xlabel('share of test images')
   ax.grid(axis='y', visible=False)
@@ -104,10 +107,9 @@ def _order(part) -> tuple:
   return part['value'] < 0, list(COLORS).index(part['kind'])
 
 
-def _whisker(ax, row, lower, upper):
-  """Draws a limit, cut off where the picture ends."""
-  ax.plot([lower, min(upper, 1.19)], [row, row], color=plots.INK, linewidth=1.2)
-  marker = '>' if upper > 1.19 else '|'
-  ax.plot(
-    min(upper, 1.19), row, marker, color=plots.INK, markersize=7, clip_on=False
-  )
+def _whisker(ax, row, lower, upper, right):
+  """Draws a limit, cut off at the right end of the picture."""
+  end = min(upper, 0.995 * right)
+  ax.plot([lower, end], [row, row], color=plots.INK, linewidth=1.2)
+  marker = '>' if upper > end else '|'
+  ax.plot(end, row, marker, color=plots.INK, markersize=7, clip_on=False)

@@ -36,9 +36,13 @@ def full(report: Mapping[str, Any]) -> str:
   said = [
     f'All {report["claims"]} limits hold together with '
     f'{_confidence(report["delta"])} confidence, for images of the same '
-    'distribution on which the student was neither trained nor chosen.',
+    'distribution on which nothing was trained or chosen.',
+    *_held_out(report),
     _terms(report['terms']),
     _bounds(report),
+    'The most images that the student can answer so that the error of its '
+    'answers is at most a target:',
+    _selective(report),
     *(
       f'{name} does not apply: {reason}.'
       for name, reason in report['left_out'].items()
@@ -77,27 +81,78 @@ def of_deployed(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _gist(report) -> str:
-  terms = report['terms']
-  student, teacher = terms['student_error'], terms['teacher_error']
-  without = min(1.0, teacher['upper'] + terms['disagreement']['upper'])
+  student, teacher = (
+    report['terms'][f'{who}_error'] for who in ('student', 'teacher')
+  )
   return markdown.join(
     f'Of {report["labelled"]:,} held-out images the student gets '
-    f'{student["value"]:.2%} wrong, and its teacher {teacher["value"]:.2%}.',
-    f'With {_confidence(report["delta"])} confidence in all limits together, '
-    f"the student's error on images like these is at most "
-    f'{student["upper"]:.2%}'
-    + (
-      f'; from the errors of its teacher and their disagreement alone, without '
-      f'labels for the student, at most {without:.2%}.'
-      if without < 1
-      else '.'
-    ),
+    f'{student["value"]:.2%} wrong, and its teacher {teacher["value"]:.2%}; of '
+    f'all images like these, the student gets at most {student["upper"]:.2%} '
+    f'wrong, with {_confidence(report["delta"])} confidence in all limits '
+    'together.',
+    _answers(report),
     _assumption(report),
   )
 
 
+def _answers(report) -> str:
+  """Says how many images can be answered with few errors."""
+  found = [one for one in report['selective'] if one['answered']]
+  if not found:
+    return ''
+  best = found[0]
+  if best['answered'] == 1:
+    return ''  # The limit of its error says as much.
+  return (
+    'If it answers only where its confidence is above '
+    f'{best["threshold"]:.3f}, which is on {best["answered"]:.0%} of the '
+    f'images, at most {best["target"]:.0%} of the answers are wrong.'
+  )
+
+
+def _selective(report) -> str:
+  cells = [
+    ['target error %', 'answered %', 'confidence above', 'wrong %', 'at most %']
+  ]
+  for one in report['selective']:
+    numbers = ['0', '', '', '']
+    if one['answered']:
+      numbers = [
+        f'{100 * one["answered"]:.0f}',
+        f'{one["threshold"]:.3f}',
+        _percent(one['error']),
+        _percent(one['upper']),
+      ]
+    cells.append([f'{100 * one["target"]:.0f}', *numbers])
+  return markdown.grid(cells)
+
+
 def _confidence(delta: float) -> str:
   return f'{100 * (1 - delta):.4g}%'
+
+
+def _held_out(report) -> list[str]:
+  """Returns sentences about copies of images, and about choices on them."""
+  said = []
+  copies = report.get('copies')
+  if copies is not None:
+    said.append(
+      f'Of {copies["images"]:,} images, {copies["repeated"]:,} repeat an '
+      f'earlier one{_trained(copies)}; the numbers are of the '
+      f'{copies["distinct"]:,} others.'
+    )
+  if report['choices'] > 1:
+    said.append(
+      f'Student and teacher are the best of {report["choices"]:,} pairs of '
+      'checkpoints on these images, and each limit allows for that choice.'
+    )
+  return said
+
+
+def _trained(copies) -> str:
+  if copies['trained'] is None:
+    return ' (copies of training images were not looked for)'
+  return f' and {copies["trained"]:,} are training images'
 
 
 def _assumption(report) -> str:

@@ -251,8 +251,9 @@ def _headline(summary, evaluation):
     right = [e.predictions == labels for e in (evaluation, teacher_evaluation)]
     won, lost = right[0] & ~right[1], right[1] & ~right[0]
     error = np.std(won.astype(int) - lost) / math.sqrt(len(labels))
+    error *= markdown.HALF_WIDTH
     worth += (
-      f' ± {100 * error:.2f} (standard error of the paired difference, from '
+      f' ± {100 * error:.2f} (95% interval of the paired difference, from '
       f'the choice of test images alone). The student alone is right on '
       f'{np.sum(won):,}, the teacher alone on {np.sum(lost):,}'
     )

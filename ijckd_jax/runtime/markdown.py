@@ -18,6 +18,10 @@ METRICS = {
 }
 
 
+# Half-width of a 95% interval in standard errors: every ± is a half-width.
+HALF_WIDTH = 1.96
+
+
 # What Markdown takes for more than text. A `_` inside a word is none of it.
 MARKUP = re.compile(r'[\\`*\[<>|~$#]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])')
 

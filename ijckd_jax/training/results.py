@@ -1,5 +1,6 @@
 """What a run leaves: evaluated, written, and found again."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ijckd_jax.bounds import held_out
 from ijckd_jax.bounds import measure
 from ijckd_jax.bounds import pairs
 from ijckd_jax.bundles import bundles
@@ -176,6 +178,7 @@ def finish(training, workdir, state, progress, history):
     'best_by': training.ranking_split if student else None,
     'steps': int(state.step),
     'test_examples': len(training.splits['test']) if student else 0,
+    'choices': _choices(training, history),
   }
   # First: whatever is said of it, the student is kept.
   bundle = _write_bundles(
@@ -196,7 +199,10 @@ def finish(training, workdir, state, progress, history):
   )
   measured = failure = None
   try:
-    measured = _measure(training, workdir, *kept[chosen])
+    choices = _teachers_choices(config, workdir)
+    if training.ranking_split == 'test':
+      choices *= facts['choices']
+    measured = _measure(training, workdir, *kept[chosen], choices)
   except Exception as error:  # Whatever it is, it must not cost the run.
     failure = error
   summary = {
@@ -323,10 +329,31 @@ def _try_report(write, failure, workdir) -> None:
     )
 
 
-def _measure(training, workdir, variables, frozen) -> measure.Measured | None:
-  """Returns what test images say of student and teacher, if there are both.
+def _choices(training, history) -> int:
+  """Returns among how many checkpoints the bundled one was chosen."""
+  if training.experiment.config.bundle != 'best':
+    return 1
+  ranked_by = f'{training.ranking_split}/top1'
+  return max(1, sum(ranked_by in row for row in history))
 
-  Nor where they are not finite, of which nothing can be said: it is logged.
+
+def _teachers_choices(config, workdir) -> int:
+  """Returns among how many the teachers were chosen by the test images."""
+  number = 1
+  trained = str(workdir / 'teacher')
+  for path in (config.teacher.checkpoint or trained, *config.teacher.others):
+    with contextlib.suppress(OSError, config_utils.UserError):
+      spec = disk.read_json(bundles.find(path) / bundles.SPEC_FILE)
+      number *= held_out.choices(spec['info'], 'test', config.dataset.name)
+  return number
+
+
+def _measure(
+  training, workdir, variables, frozen, choices
+) -> measure.Measured | None:
+  """Returns the bound on the test images; None without a teacher.
+
+  Where it cannot be measured, the reason is logged.
   """
   exp, config = training.experiment, training.experiment.config
   if exp.teacher is None or not datasets.has_classes(exp.dataset):
@@ -346,13 +373,15 @@ def _measure(training, workdir, variables, frozen) -> measure.Measured | None:
         if connected_variables is None
         else connected_variables,
       },
-      training.splits,
+      {name: training.splits[name] for name in ('test', 'train')},
+      trained=[training.splits['train']],
       mapper=exp.mapper,
       batch_size=config.eval_batch_size,
       num_workers=config.num_workers,
       delta=config.bounds.delta,
       fit_examples=config.bounds.fit_examples,
       seed=config.seed,
+      choices=choices,
     )
   except config_utils.UserError as error:
     logger.warning('%s: the bound is not measured: %s', workdir, error)
