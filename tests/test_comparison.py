@@ -99,32 +99,37 @@ def test_differences_are_of_the_same_machine():
   # What was repeated counts once, as it was made first.
   np.testing.assert_allclose(analyse.scores(rows, 'same', 'ijckd'), [80])
   assert not analyse.differences(rows, 'same', 'ijckd', 'crd')
-  np.testing.assert_allclose(analyse.repeats(rows)['gpu'], [-10])
+  assert list(analyse.repeats(rows)) == ['gpu']
+  ((_, values),) = analyse.repeats(rows)['gpu'].items()
+  np.testing.assert_allclose(values, [-10])
   said = analyse.tables(rows)
   assert '2 runs on cpu, 0.0 hours' in said
   assert '1 of the runs on gpu repeat others, and end -10.00 points' in said
 
 
-def test_holms_procedure_by_hand(monkeypatch):
-  p = {'srrl': 0.01, 'simkd': 0.04, 'control': 0.03}
-
-  class Result:
-    def __init__(self, pvalue):
-      self.pvalue = pvalue
-
-  pending = iter(p[other] for _, other in analyse.PRIMARY)
-  monkeypatch.setattr(
-    analyse.stats, 'ttest_1samp', lambda *_: Result(next(pending))
+def test_holms_procedure_by_hand():
+  np.testing.assert_allclose(
+    analyse.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06]
   )
-  rows = [
-    row(name, seed, 0.7 + seed / 100)
-    for name in ('ijckd', *p)
-    for seed in range(3)
-  ]
-  found = {r['contrast']: r['p_holm'] for r in analyse.primary(rows)}
-  np.testing.assert_allclose(found['ijckd - srrl'], 0.03)
-  np.testing.assert_allclose(found['ijckd - control'], 0.06)
-  np.testing.assert_allclose(found['ijckd - simkd'], 0.06)
+  np.testing.assert_allclose(analyse.holm([0.6, 0.7]), [1, 1])
+
+
+def test_the_variance_is_pooled_over_cells():
+  """Differences of 1, 2, 3 and of 0, 0, 3 points: variances of 1 and 3."""
+  rows = [row('ijckd', seed, 0.7) for seed in range(3)]
+  rows += [row('dkd', seed, 0.71 + seed / 100) for seed in range(3)]
+  rows += [row('crd', seed, 0.7 + 0.03 * (seed == 2)) for seed in range(3)]
+  std, freedom = analyse.pooled(rows)
+  assert (std, freedom) == (pytest.approx(2**0.5), 4)
+  dkd, crd = sorted(analyse.others(rows), key=lambda found: -found['mean'])
+  assert (dkd['name'], crd['name']) == ('dkd', 'crd')
+  assert dkd['mean'] == pytest.approx(2)
+  error = (2 / 3) ** 0.5
+  t = stats.t(4)
+  assert dkd['half_width'] == pytest.approx(t.ppf(0.975) * error)
+  assert dkd['p'] == pytest.approx(2 * t.sf(2 / error))
+  assert dkd['p_holm'] == pytest.approx(2 * dkd['p'])
+  assert crd['p_own'] == pytest.approx(stats.ttest_1samp([0, 0, 3], 0.0).pvalue)
 
 
 def test_what_was_not_run_stays_empty():

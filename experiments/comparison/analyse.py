@@ -78,16 +78,73 @@ def differences(rows, pair: str, name: str, other: str) -> list[float]:
   ]
 
 
-def repeats(rows) -> dict[str, list[float]]:
-  """Returns, by machine, repeated runs less those that count, in points."""
+def repeats(rows) -> dict[str, dict[int, list[float]]]:
+  """Returns repeated runs less those that count, by machine and by seed."""
   first, found = {}, {}
   for row in rows:
     key = (row['pair'], row['name'], row['seed'])
     if (counts := first.setdefault(key, row)) is not row:
-      found.setdefault(machine(row), []).append(
+      by_seed = found.setdefault(machine(row), {})
+      by_seed.setdefault(row['seed'], []).append(
         100 * (row['last']['top1'] - counts['last']['top1'])
       )
   return found
+
+
+def pooled(rows) -> tuple[float, int]:
+  """Returns the deviation of a difference to IJCKD, and its degrees of freedom.
+
+  Pooled over all cells of three seeds on the first pair, without augmentation:
+  two degrees of freedom each.
+  """
+  found = [
+    differences(rows, 'same', cell.name, 'ijckd')
+    for cell in grid.CELLS
+    if cell.pair == 'same'
+    and cell.name != 'ijckd'
+    and 'augmentation' not in cell.parts
+  ]
+  variances = [np.var(values, ddof=1) for values in found if len(values) == 3]
+  if not variances:
+    return math.nan, 0
+  return math.sqrt(np.mean(variances)), 2 * len(variances)
+
+
+def others(rows) -> list[dict]:
+  """Returns the other methods less IJCKD, and Holm's p by two variances."""
+  std, freedom = pooled(rows)
+  found = []
+  for cell in grid.CELLS:
+    if 'others' not in cell.parts:
+      continue
+    values = differences(rows, 'same', cell.name, 'ijckd')
+    if len(values) < 2:
+      continue
+    error = std / math.sqrt(len(values))
+    found.append(
+      {
+        'name': cell.name,
+        'n': len(values),
+        'mean': float(np.mean(values)),
+        'half_width': float(stats.t.ppf(0.975, freedom) * error),
+        'p': float(2 * stats.t.sf(abs(np.mean(values)) / error, freedom)),
+        'p_own': float(stats.ttest_1samp(values, 0.0).pvalue),
+      }
+    )
+  for name in ('p', 'p_own'):
+    adjusted = holm([row[name] for row in found])
+    for row, p in zip(found, adjusted, strict=True):
+      row[f'{name}_holm'] = p
+  return found
+
+
+def holm(ps) -> list[float]:
+  """Returns p-values that are adjusted for each other by Holm's procedure."""
+  adjusted, largest = [0.0] * len(ps), 0.0
+  for rank, i in enumerate(np.argsort(ps)):
+    largest = max(largest, min(1.0, ps[i] * (len(ps) - rank)))
+    adjusted[i] = largest
+  return adjusted
 
 
 def machine(row) -> str:
@@ -119,10 +176,8 @@ def primary(rows) -> list[dict]:
         'p': p,
       }
     )
-  largest = 0.0
-  for rank, row in enumerate(sorted(found, key=lambda row: row['p'])):
-    largest = max(largest, min(1.0, row['p'] * (len(found) - rank)))
-    row['p_holm'] = largest
+  for row, p in zip(found, holm([row['p'] for row in found]), strict=True):
+    row['p_holm'] = p
   return found
 
 
@@ -150,6 +205,7 @@ def tables(rows) -> str:
   planned = grid.find('same', 'ijckd').num_seeds
   if any(row['n'] < planned for row in contrasts):
     parts += ['', f'Interim: planned are {planned} seeds, before any claim.']
+  parts += _others(rows)
   for part in grid.PARTS:
     cells = [cell for cell in grid.CELLS if part in cell.parts]
     for pair in dict.fromkeys(cell.pair for cell in cells):
@@ -160,6 +216,31 @@ def tables(rows) -> str:
       ]  # What the others are read against.
       parts += ['', _table(rows, pair, names, anchors)]
   return '\n'.join(parts) + '\n'
+
+
+def _others(rows) -> list[str]:
+  """Returns the lines about the other methods, if they were made."""
+  std, freedom = pooled(rows)
+  found = others(rows) if freedom else []
+  if not found:
+    return []
+  lines = [
+    *('', '## Other methods less IJCKD', ''),
+    '± and p are by the standard deviation of a difference of paired runs, '
+    f'{std:.2f}, which is pooled over all cells of three seeds on the first '
+    f'pair ({freedom} degrees of freedom); the last column is by the variance '
+    'of the method alone. Both are adjusted for each other by Holm.',
+    '',
+    '| method | n | difference, points | p, Holm | own variance |',
+    '| :-- | --: | --: | --: | --: |',
+  ]
+  for row in found:
+    lines.append(
+      f'| {row["name"]} | {row["n"]} | {row["mean"]:+.2f} ± '
+      f'{row["half_width"]:.2f} | {row["p_holm"]:.2g} | '
+      f'{row["p_own_holm"]:.2g} |'
+    )
+  return lines
 
 
 def _circumstances(rows) -> str:
@@ -181,12 +262,13 @@ def _circumstances(rows) -> str:
     'with 95% intervals; parameters as deployed; images/s as measured beside '
     'whatever else ran.'
   ]
-  for name, values in repeats(rows).items():
-    mean, half = interval(values)
+  for name, by_seed in repeats(rows).items():
+    mean, half = interval([np.mean(values) for values in by_seed.values()])
     lines.append(
-      f'{len(values)} of the runs on {name} repeat others, and end '
-      f'{mean:+.2f} ± {half:.2f} points from them. They are not among the n: '
-      'the other runs of that machine are compared with them.'
+      f'{sum(map(len, by_seed.values()))} of the runs on {name} repeat '
+      f'others, and end {mean:+.2f} ± {half:.2f} points from them (clustered '
+      f'by their {len(by_seed)} seeds). They are not among the n: the other '
+      'runs of that machine are compared with them.'
     )
   return '\n\n'.join(lines).replace(' ± nan', '')
 
