@@ -9,6 +9,7 @@ from PIL import Image
 import pytest
 
 import ijckd_jax
+from ijckd_jax.bounds import calibration
 from ijckd_jax.bounds import certify
 from ijckd_jax.bounds import limits
 from ijckd_jax.bounds import measure
@@ -113,7 +114,8 @@ def test_every_run_ends_with_the_bound(runs, method):
   assert short.count('\n| ') <= 2 + 6
   assert ('joint' in report['bounds']) == ('ijc_gap' in report['terms'])
   if method == 'kd':
-    assert 'has no connector to the teacher' in report['left_out']['features']
+    reason = report['left_out']['features and joint head']
+    assert 'has no connector to the teacher' in reason
   else:
     assert report['joint_head']['examples'] == 2 * FIT_EXAMPLES
   assert '(plots/bounds.png)' in told
@@ -164,11 +166,14 @@ def test_the_command_says_what_the_run_said(
 
 @dataclasses.dataclass(frozen=True)
 class Shifted(digits.Dataset):
-  """Digits that no network was trained on: a pixel further to the right."""
+  """Digits that no network was trained on: pixels further to the right."""
+
+  pixels: int = 1
 
   def load(self, split):
     arrays = super().load(split)
-    return ijckd_jax.Arrays(np.roll(arrays.images, 1, axis=2), arrays.labels)
+    images = np.roll(arrays.images, self.pixels, axis=2)
+    return ijckd_jax.Arrays(images, arrays.labels)
 
 
 def test_without_labels_by_command(runs, teacher, command, data_dir):
@@ -179,7 +184,7 @@ def test_without_labels_by_command(runs, teacher, command, data_dir):
     *('--unlabelled', 'tests.test_bound_reports:Shifted'),
   )
   assert code == 0
-  assert 'joint does not apply: no labelled training image' in out
+  assert 'Not measured, joint head: no labelled training image' in out
   assert 'All 47 limits hold together with 97.5% confidence' in out
   assert 'On 360 images without labels' in out
   assert 'together with 97.5% confidence, if the student was not trained' in out
@@ -198,8 +203,42 @@ def test_without_labels_by_command(runs, teacher, command, data_dir):
     assert said in err and err.count('\n') == 1
 
 
+def test_known_shifts_calibrate(runs, teacher, command, data_dir, tmp_path):
+  common = (
+    *('--bundle', runs['kd'], '--teacher', teacher, '--data_dir', data_dir),
+    *('--unlabelled', 'tests.test_bound_reports:Shifted'),
+  )
+  known = []
+  for pixels in (2, 3, 4):
+    folder = tmp_path / str(pixels)
+    code, _, err = command(
+      *(*common, '--unlabelled_fields', f'pixels={pixels}'),
+      *('--output', folder),
+    )
+    assert code == 0, err
+    known += ['--known', f'kind {pixels}={folder}']
+  code, out, err = command(*common, *known, '--output', tmp_path / 'new')
+  assert code == 0, err
+  assert 'could have been one more of the 3 known shifts, of 3 kinds' in out
+  found = disk.read_json(tmp_path / 'new/bounds.json')['unlabelled']
+  expected = calibration.estimate(
+    found['shifted']['value'],
+    [
+      (str(pixels), shift['shifted']['value'], shift['true_error'])
+      for pixels in (2, 3, 4)
+      for shift in [
+        disk.read_json(tmp_path / str(pixels) / 'bounds.json')['unlabelled']
+      ]
+    ],
+    0.05,
+  )
+  assert found['calibrated'] == expected
+  page = (tmp_path / 'new/report.md').read_text()
+  assert bound_wording.unlabelled(found) in page
+
+
 def test_images_that_were_trained_on_certify_nothing(
-  runs, teacher, command, data_dir, tmp_path
+  runs, teacher, command, data_dir
 ):
   code, out, err = command(
     *('--bundle', runs['ijckd'], '--teacher', teacher, '--data_dir', data_dir),
@@ -325,7 +364,7 @@ def test_nothing_is_fitted_where_nothing_is_to_be(finished_run, data_dir):
       fit_examples=number,
       **how,
     )
-    assert measured.report['left_out']['joint'] == measure.NO_FIT
+    assert measured.report['left_out']['joint head'] == measure.NO_FIT
     assert measured.rows.joint_teacher is None
   # Rows are those of the networks, one by one.
   test = splits['test']

@@ -70,7 +70,7 @@ def terms(rows: pointwise.Rows) -> dict[str, Term]:
       'only the student is right', 'D1', teacher * (1 - deployed), 0, 1
     ),
     'gap': Term(
-      "student's error less the teacher's", 'D1', deployed - teacher, -1, 1
+      "student's error minus the teacher's", 'D1', deployed - teacher, -1, 1
     ),
   }
   if rows.joint_teacher is not None:
@@ -80,10 +80,14 @@ def terms(rows: pointwise.Rows) -> dict[str, Term]:
     ]
     found |= {
       'joint_error': Term(
-        "joint head's errors on both, lambda", 'D3', wrong[0] + wrong[1], 0, 2
+        "joint head's errors on both features, lambda",
+        'D3',
+        wrong[0] + wrong[1],
+        0,
+        2,
       ),
       'ijc_gap': Term(
-        "teacher's head's errors on both, less the joint head's",
+        "errors on both features, teacher's head minus joint head",
         'D6',
         statements.joint_gap(labelled),
         -2,
@@ -102,14 +106,14 @@ def terms(rows: pointwise.Rows) -> dict[str, Term]:
     far, farther = (pointwise.reach(x.head_distance) for x in (labelled, rows))
     found |= {
       'certified': Term(
-        'right by margin: certified',
+        'certified right: the margin exceeds the distance',
         'D7b',
         (labelled.label_margin > far).astype(np.int32),
         0,
         1,
       ),
       'certified_agreement': Term(
-        'agrees by margin: certified',
+        'certified to agree: the margin exceeds the distance',
         'D7a',
         (rows.flip_margin > farther).astype(np.int32),
         0,

@@ -210,14 +210,14 @@ def from_views(
     )
   own_rows, joint_report, left_out = None, {}, {}
   if pair.connected is None:
-    left_out['features'] = NO_CONNECTOR
+    left_out['features and joint head'] = NO_CONNECTOR
     rows = pointwise.compute_from_logits(
       pointwise.read(views['z_t'], head), views['l_own'], labels
     )
   else:
     joint = None
     if train is None or not (train['label'] >= 0).any():
-      left_out['joint'] = NO_FIT
+      left_out['joint head'] = NO_FIT
     else:
       fitted = fit_joint(train, len(head['bias']), seed=seed)
       joint, joint_report = fitted.head, {'joint_head': fitted.report}
@@ -231,7 +231,7 @@ def from_views(
         pointwise.read(views['z_t'], head), views['l_own'], labels
       )
     else:
-      left_out['own_head'] = SAME_HEAD
+      left_out['own head'] = SAME_HEAD
   report = {
     **certify.report(rows, delta, own_rows, choices),
     'left_out': left_out,
@@ -242,7 +242,7 @@ def from_views(
 
 NO_CONNECTOR = (
   'the student has no connector to the teacher, so its features are not in the '
-  "teacher's space: what compares features, and a joint head, do not apply"
+  "teacher's space"
 )
 NO_FIT = 'no labelled training image was given to fit it on'
 SAME_HEAD = "the student predicts through the teacher's head alone"

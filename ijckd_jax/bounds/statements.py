@@ -255,7 +255,7 @@ BOUNDS = (
   Bound(
     'label_margin',
     'D7b',
-    'features as far off as the boundary',
+    'teacher wrong, or features moved as far as the boundary',
     'student',
     label_margin_parts,
     1,
@@ -264,7 +264,7 @@ BOUNDS = (
   Bound(
     'logit_margin',
     'D7c',
-    'logits as far off as the margin',
+    'teacher wrong, or logits moved as far as the margin',
     'student',
     logit_margin_parts,
     1,
@@ -272,7 +272,7 @@ BOUNDS = (
   Bound(
     'soft',
     'D11',
-    "twice the teacher's doubt and the distance of probabilities",
+    "twice the teacher's doubt, and the distance of probabilities",
     'student',
     soft_parts,
     4,
@@ -280,7 +280,7 @@ BOUNDS = (
   Bound(
     'flip_margin',
     'D7a',
-    'features as far off as the boundary',
+    'features moved as far as the boundary',
     'disagreement',
     flip_margin_parts,
     1,

@@ -7,6 +7,7 @@ import argparse
 import copy
 import json
 import math
+import pathlib
 import sys
 
 import numpy as np
@@ -54,6 +55,15 @@ def _flags(argv: list[str], prog: str) -> argparse.Namespace:
     choices=('train', 'validation', 'test'),
   )
   parser.add_argument(
+    '--known',
+    action='append',
+    default=[],
+    metavar='FAMILY=DIR[,DIR]',
+    help='outputs of this command on other shifts of one kind, whose labels '
+    'are known: they calibrate the estimate for --unlabelled; give it once for '
+    'each kind',
+  )
+  parser.add_argument(
     '--delta',
     type=float,
     default=0.05,
@@ -77,6 +87,8 @@ def _flags(argv: list[str], prog: str) -> argparse.Namespace:
     parser.error(f'--delta {flags.delta}: give a probability between 0 and 1')
   if flags.fit_examples < 0 or flags.seed < 0:
     parser.error('--fit_examples and --seed cannot be negative')
+  if flags.known and not flags.unlabelled:
+    parser.error('--known calibrates --unlabelled: give that too')
   return flags
 
 
@@ -84,6 +96,7 @@ def main(argv: list[str], prog: str = PROG) -> None:
   """Runs the command."""
   flags = _flags(argv, prog)
 
+  from ijckd_jax.bounds import calibration
   from ijckd_jax.bounds import held_out
   from ijckd_jax.bounds import measure
   from ijckd_jax.bounds import pairs
@@ -91,6 +104,7 @@ def main(argv: list[str], prog: str = PROG) -> None:
   from ijckd_jax.runtime import compilation_cache
   from ijckd_jax.runtime import parallel
 
+  known = _known(flags)
   compilation_cache.enable(compilation_cache.DEFAULT)
   student = bundles.load(flags.bundle, trust_code=flags.trust_code)
   connected = _connected(student, flags)
@@ -143,6 +157,11 @@ def main(argv: list[str], prog: str = PROG) -> None:
     _head_in_order(teacher_bundle, dataset, flags),
   ):
     found['left_out']["the teacher's own head"] = OTHER_HEAD
+  if known:
+    shifted = found['unlabelled']['shifted']['value']
+    found['unlabelled']['calibrated'] = calibration.estimate(
+      shifted, known, flags.delta
+    )
   _say(found, output, flags)
 
 
@@ -163,6 +182,37 @@ def _say(found, output, flags: argparse.Namespace) -> None:
   if 'unlabelled' in found:
     parts.append(bound_wording.unlabelled(found['unlabelled']))
   print('\n\n'.join(parts))
+
+
+def _known(flags: argparse.Namespace) -> list[tuple[str, float, float]]:
+  """Returns the known shifts as calibration.estimate takes them."""
+  from ijckd_jax.bounds import calibration
+
+  found = []
+  for text in flags.known:
+    family, equals, folders = text.partition('=')
+    if not (family and equals and folders):
+      raise config_utils.UserError(f'--known {text}: give FAMILY=DIR[,DIR]')
+    for folder in folders.split(','):
+      path = pathlib.Path(config_utils.expand(folder)) / 'bounds.json'
+      try:
+        report = json.loads(path.read_text())
+        shift = report['unlabelled']
+        row = float(shift['shifted']['value']), float(shift['true_error'])
+      except (OSError, KeyError, TypeError, ValueError) as error:
+        raise config_utils.UserError(
+          f'--known: {path} is no output of this command for --unlabelled '
+          f'images with labels ({config_utils.short(error)})'
+        ) from error
+      if report['bundle'] != flags.bundle:
+        raise config_utils.UserError(
+          f'--known: {path} is of the student {report["bundle"]}, and not of '
+          f'{flags.bundle}'
+        )
+      found.append((family, *row))
+  if found:
+    calibration.check(found)
+  return found
 
 
 def _folder(flags: argparse.Namespace):

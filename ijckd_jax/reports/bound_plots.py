@@ -16,8 +16,8 @@ COLORS = {
 }
 LABELS = {
   'measured': "the student's error, as measured",
-  'teacher': "the teacher's part",
-  'alignment': 'how far the student is from it',
+  'teacher': "the teacher's errors or doubt",
+  'alignment': "the student's distance from the teacher",
   'joint head': "the joint head's own errors",
   'own head': "between the student's two heads",
 }
@@ -45,6 +45,9 @@ def draw(report: Mapping[str, Any]) -> list[plots.Section]:
 
 def _figure(report):
   """Draws the student's error, and the parts of each bound on it."""
+  from matplotlib import patches
+  from matplotlib import ticker
+
   shown = bound_wording.of_deployed(report)[:MAX_BOUNDS]
   error = report['terms']['student_error']
   right = min(MOST_SHOWN, 1.1 * max(x['upper'] for x in (error, *shown)))
@@ -52,7 +55,7 @@ def _figure(report):
   ax = figure.subplots()
   ax.barh(0, error['value'], color=COLORS['measured'], height=0.6)
   _whisker(ax, 0, error['lower'], error['upper'], right)
-  ticks = ["the student's error"]
+  ticks = ["the student's error (dashed)"]
   kinds = ['measured']
   for row, bound in enumerate(shown, 1):
     ticks.append(f'{bound["title"]} ({bound["statement"]})')
@@ -75,7 +78,10 @@ def _figure(report):
   for row, bound in enumerate([error, *shown]):
     said = f'{bound["value"]:.1%}, at most {bound["upper"]:.1%}'
     ax.text(1.01, row, said, va='center', transform=ax.get_yaxis_transform())
-  ax.axvline(error['value'], color=COLORS['measured'], linestyle=(0, (2, 2)))
+  ax.axvline(
+    error['value'], color=COLORS['measured'], linestyle=(0, (2, 2)), zorder=0
+  )
+  ax.xaxis.set_major_formatter(ticker.PercentFormatter(1, symbol=''))
   if right > 1:
     ax.axvline(1, color=plots.GREY)
     ax.axvspan(1, 2, color=plots.PALE, zorder=0)
@@ -84,10 +90,9 @@ def _figure(report):
     )
   ax.set(xlim=(0, right), ylim=(len(shown) + 0.6, -1.1))
   ax.set_yticks(range(len(ticks)), ticks)
-  ax.set_xlabel('share of test images')
+  ax.set_xlabel('% of the images; lines end at the limits')
+  ax.set_title("Ways to bound the student's error", fontsize=10)
   ax.grid(axis='y', visible=False)
-  from matplotlib import patches
-
   ax.legend(
     handles=[
       patches.Patch(color=COLORS[kind], label=LABELS[kind])

@@ -14,7 +14,7 @@ OF = {
 SHORT = (
   'student_error',
   'teacher_error',
-  'disagreement',
+  'gap',
   'harm',
   'help',
   'ijc_gap',
@@ -39,12 +39,15 @@ def full(report: Mapping[str, Any]) -> str:
     'distribution on which nothing was trained or chosen.',
     *_held_out(report),
     _terms(report['terms']),
+    "Bounds on the student's error say where it comes from. Its own limit, "
+    'above, is lower.',
     _bounds(report),
-    'The most images that the student can answer so that the error of its '
-    'answers is at most a target:',
+    'How many images the student can answer, if it only answers where its '
+    'own confidence is high, so that the error of its answers is surely within '
+    'a target:',
     _selective(report),
     *(
-      f'{name} does not apply: {reason}.'
+      f'Not measured, {name}: {reason}.'
       for name, reason in report['left_out'].items()
     ),
   ]
@@ -61,6 +64,17 @@ def unlabelled(found: Mapping[str, Any]) -> str:
   ):
     limit = found[name]
     cells.append([title, *(_percent(limit[x]) for x in ('value', 'upper'))])
+  calibrated, said = found.get('calibrated'), ''
+  if calibrated is not None:
+    title = "student's error, calibrated"
+    cells.append(
+      [title, *(_percent(calibrated[x]) for x in ('value', 'upper'))]
+    )
+    said = (
+      ' The calibrated estimate is valid only if these images could have been '
+      f'one more of the {calibrated["known"]} known shifts, of '
+      f'{calibrated["families"]} kinds; it is no bound.'
+    )
   if 'true_error' in found:
     title = "student's error, by the labels that there are"
     cells.append([title, _percent(found['true_error']), ''])
@@ -69,7 +83,7 @@ def unlabelled(found: Mapping[str, Any]) -> str:
     f'together with {_confidence(found["delta"])} confidence, if the student '
     'was not trained on them. The limit by Dis² also assumes that the true '
     'labels are no more adversarial than the critic that was found, which '
-    'cannot be checked.\n\n' + markdown.grid(cells)
+    f'cannot be checked.{said}\n\n' + markdown.grid(cells)
   )
 
 
@@ -85,11 +99,11 @@ def _gist(report) -> str:
     report['terms'][f'{who}_error'] for who in ('student', 'teacher')
   )
   return markdown.join(
-    f'Of {report["labelled"]:,} held-out images the student gets '
-    f'{student["value"]:.2%} wrong, and its teacher {teacher["value"]:.2%}; of '
-    f'all images like these, the student gets at most {student["upper"]:.2%} '
-    f'wrong, with {_confidence(report["delta"])} confidence in all limits '
-    'together.',
+    f'The student gets {student["value"]:.2%} of {report["labelled"]:,} '
+    f'held-out images wrong, and its teacher {teacher["value"]:.2%}; on new '
+    'images from the same source the student gets at most '
+    f'{student["upper"]:.2%} wrong, with {_confidence(report["delta"])} '
+    'confidence that all limits of this report hold at once.',
     _answers(report),
     _assumption(report),
   )
@@ -136,11 +150,7 @@ def _held_out(report) -> list[str]:
   said = []
   copies = report.get('copies')
   if copies is not None:
-    said.append(
-      f'Of {copies["images"]:,} images, {copies["repeated"]:,} repeat an '
-      f'earlier one{_trained(copies)}; the numbers are of the '
-      f'{copies["distinct"]:,} others.'
-    )
+    said.append(_copies(copies))
   if report['choices'] > 1:
     said.append(
       f'Student and teacher are the best of {report["choices"]:,} pairs of '
@@ -149,10 +159,21 @@ def _held_out(report) -> list[str]:
   return said
 
 
-def _trained(copies) -> str:
-  if copies['trained'] is None:
-    return ' (copies of training images were not looked for)'
-  return f' and {copies["trained"]:,} are training images'
+def _copies(copies) -> str:
+  """Says how many images repeat others, or were trained on."""
+  if copies['distinct'] == copies['images']:
+    said = f'None of the {copies["images"]:,} images repeats another'
+    if copies['trained'] is None:
+      return f'{said}; whether some were trained on is not known.'
+    return f'{said}, and none is a training image.'
+  trained = 'an unknown number are'
+  if copies['trained'] is not None:
+    trained = f'{copies["trained"]:,} are'
+  return (
+    f'Of {copies["images"]:,} images, {copies["repeated"]:,} repeat another '
+    f'one, and {trained} training images. All numbers are of the other '
+    f'{copies["distinct"]:,}.'
+  )
 
 
 def _assumption(report) -> str:
@@ -160,21 +181,25 @@ def _assumption(report) -> str:
   gap = report['terms'].get('ijc_gap')
   if gap is None:
     return ''
+  head = 'A joint head, which is fitted on the features of both, makes '
   if gap['lower'] > 0:
     return (
-      '**A head that was fitted on both representations makes at least '
-      f"{gap['lower']:.2%} fewer errors on them than the teacher's head, which "
-      'speaks against taking that for the ideal joint classifier.**'
+      f"**{head}surely fewer errors on them than the teacher's head, which "
+      'therefore is not the ideal joint classifier.**'
+    )
+  if gap['upper'] < 0:
+    return (
+      f"{head}surely more errors on them than the teacher's head, so that "
+      'nothing speaks against taking that as the ideal joint classifier.'
     )
   return (
-    'A head that was fitted on both representations is not surely better than '
-    "the teacher's head: nothing here speaks against taking that for the ideal "
-    'joint classifier.'
+    f'{head}neither surely fewer nor surely more errors on them than the '
+    "teacher's head: these images cannot tell which one is better."
   )
 
 
 def _terms(terms) -> str:
-  cells = [['%', 'value', 'at least', 'at most']]
+  cells = [['%', 'measured', 'truly at least', 'truly at most']]
   for term in terms.values():
     numbers = (_percent(term[name]) for name in ('value', 'lower', 'upper'))
     cells.append([term['title'], *numbers])
