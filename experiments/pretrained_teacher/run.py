@@ -21,6 +21,7 @@ import jax
 from experiments.pretrained_teacher import config
 from experiments.pretrained_teacher import results
 from ijckd_jax.bundles import bundles
+from ijckd_jax.runtime import config_utils
 from ijckd_jax.training import experiment
 
 FOLDER = config.DATA.parent
@@ -36,6 +37,11 @@ DATASET = (
 
 def main(more: list[str]) -> None:
   """Runs everything that is not there yet."""
+  if not config.DATA.exists():
+    raise config_utils.UserError(
+      f'there is no {config.DATA}: run experiments.pretrained_teacher.prepare '
+      'in this folder first'
+    )
   _probe('teacher', 'lite2', '--output', FOLDER / 'probed')
   _ijckd(
     *('train', '--config', f'{FILE}:teacher'),
@@ -101,4 +107,4 @@ def _ijckd(*arguments) -> str:
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  config_utils.run_command(main)
