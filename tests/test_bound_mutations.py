@@ -124,11 +124,8 @@ MUTATIONS = [
   ('bounds/limits.py', 'return max(found, float(x.mean()))', 'return found'),
   ('bounds/limits.py', '1 - scaled, delta', 'scaled, delta'),
   ('bounds/limits.py', 'delta / num_claims', 'delta'),
-  (
-    'bounds/limits.py',
-    'disagreements, num_unlabelled, delta / 2',
-    'disagreements, num_unlabelled, delta',
-  ),
+  ('bounds/shift.py', 'shared(delta, 3)', 'shared(delta, 1)'),
+  ('bounds/shift.py', 'teachers + disagreement', 'disagreement'),
   ('bounds/certify.py', "paired['upper'] = min", "paired['upper'] = max"),
   ('bounds/certify.py', '= 2 * len(found)', '= len(found)'),
   ('bounds/certify.py', 'num_claims * choices', 'num_claims'),

@@ -89,11 +89,16 @@ def test_every_run_ends_with_the_bound(runs, method):
   assert terms['disagreement'] == pytest.approx(1 - last['agreement'])
   assert terms['gap'] == pytest.approx(terms['harm'] - terms['help'])
   # The same as the evaluation counted in the compiled step.
-  for name in ('harm', 'help', 'certified', 'certified_agreement'):
-    if name in terms:
-      assert last[name] == pytest.approx(terms[name], abs=1e-6)
-    else:
-      assert name not in last
+  for name in ('harm', 'help'):
+    assert last[name] == pytest.approx(terms[name], abs=1e-6)
+  for name, bound in (
+    ('certified', 'label_margin'),
+    ('certified_agreement', 'flip_margin'),
+  ):
+    assert (name in last) == (bound in report['bounds'])
+    if name in last:
+      value = 1 - report['bounds'][bound]['value']
+      assert last[name] == pytest.approx(value, abs=1e-6)
   assert last['logit_mse'] > 0
   assert ('feature_mse' in last) == (method in ('ijckd', 'srrl'))
   for bound in report['bounds'].values():
@@ -184,8 +189,8 @@ def test_without_labels_by_command(runs, teacher, command, data_dir):
     *('--unlabelled', 'tests.test_bound_reports:Shifted'),
   )
   assert code == 0
-  assert 'Not measured, joint head: no labelled training image' in out
-  assert 'All 47 limits hold together with 97.5% confidence' in out
+  assert 'joint head: fewer than 2 labelled training images' in out
+  assert 'All 43 limits hold together with 97.5% confidence' in out
   assert 'On 360 images without labels' in out
   assert 'together with 97.5% confidence, if the student was not trained' in out
   assert "student's error, by Dis² " in out
@@ -193,7 +198,7 @@ def test_without_labels_by_command(runs, teacher, command, data_dir):
     ((), '--unlabelled: these are the labelled images; give others\n'),
     (
       ('--unlabelled_split', 'train'),
-      'the unlabelled images: 1,437 of the 1,437 images are images that',
+      'was trained on 1,437 of the 1,437 images, where',
     ),
   ):
     code, out, err = command(
@@ -246,7 +251,7 @@ def test_images_that_were_trained_on_certify_nothing(
     *('--dataset_fields', 'validation_fraction=0.5'),
   )
   assert (code, out) == (2, '')
-  assert 'the labelled images: 718 of the 718 images are images that' in err
+  assert 'with another validation_fraction than in training' in err
 
 
 def test_unknown_training_images_are_named(
@@ -261,7 +266,8 @@ def test_unknown_training_images_are_named(
   )
   assert code == 0
   assert 'training images of the teacher are not known (it names no data' in err
-  assert json.loads(out)['copies']['trained'] == 0
+  copies = json.loads(out)['copies']
+  assert (copies['trained'], copies['unknown']) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +330,7 @@ def test_a_head_that_was_fitted_for_the_student(
     assert code == 0
     found[folder.name] = json.loads(out)
   note = found['other']['left_out'].pop("the teacher's own head")
-  assert 'was fitted for it' in note
+  assert 'it was fitted again, or this is not its teacher' in note
   assert found['other']['terms'] == found['teacher']['terms']
   assert "the teacher's own head" not in found['teacher']['left_out']
 
@@ -421,9 +427,19 @@ def test_bounds_under_shift():
     'value': differ,
     'upper': limits.clopper_pearson_upper(round(2000 * differ), 2000, 0.1 / 3),
   }
-  few = {**source, 'label': np.full(2000, -1, np.int32)}
-  with pytest.raises(config_utils.UserError, match='0 labelled'):
-    shift.bound(few, target, head, delta=0.1, seed=0)
+  few = np.zeros(2000, np.int32) - 1
+  few[:1] = source['label'][:1]
+  one = shift.bound({**source, 'label': few}, target, head, delta=0.1, seed=4)
+  assert (one['shifted'] is None) == (
+    np.random.default_rng((4, shift.SPLIT_STREAM)).permutation(2000)[0] % 2 == 0
+  )
+  alone = {
+    'label': target['label'][:1],
+    'rows': {name: x[:1] for name, x in target['rows'].items()},
+  }
+  found = shift.bound(source, alone, head, delta=0.1, seed=0)
+  assert found['shifted'] is None and found['same_distribution']['upper'] == 1
+  assert 'Dis² ' not in bound_wording.unlabelled(found).split('\n\n')[1]
 
 
 def test_a_student_with_its_own_head_is_judged_by_that():
@@ -512,8 +528,6 @@ def test_reports_of_few_rows_by_hand():
       'joint_error': (1 + 1 + 0 + 1 + 0 + 0) / 3,
       'ijc_gap': (1 + 2 - 3) / 3,
       'discrepancy': 0,
-      'certified': 1 / 3,
-      'certified_agreement': 3 / 4,
     }
   )
   assert report['labelled'] == 3 and report['examples'] == 4
@@ -523,8 +537,8 @@ def test_reports_of_few_rows_by_hand():
   assert bounds['label_margin']['value'] == pytest.approx(2 / 3)
   assert bounds['flip_margin']['value'] == pytest.approx(1 / 4)
   # Two limits of each term, one of each bound and of each share of answers.
-  assert (len(values), len(bounds)) == (11, 6)
-  assert report['claims'] == 2 * 11 + 6 + 20
+  assert (len(values), len(bounds)) == (9, 6)
+  assert report['claims'] == 2 * 9 + 6 + 20
   share = 0.1 / report['claims']
   term = report['terms']['student_error']
   assert (term['lower'], term['upper']) == (

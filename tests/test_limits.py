@@ -90,12 +90,6 @@ def test_formulas_by_hand():
     limits.clopper_pearson_lower(2, 3, 0.1),
     limits.clopper_pearson_upper(2, 3, 0.1),
   )
-  # The teacher's errors on 100, disagreement on 200: half of delta each.
-  assert limits.label_free(5, 100, 20, 200, 0.1) == (
-    limits.clopper_pearson_upper(5, 100, 0.05)
-    + limits.clopper_pearson_upper(20, 200, 0.05)
-  )
-  assert limits.label_free(99, 100, 199, 200, 0.1) == 1
   # n_S = 50, n_T = 100: sqrt(450 * 2 / 10,000) = 0.3.
   found = shift.dis2(
     np.repeat([0, 1], [40, 10]),
@@ -172,25 +166,6 @@ def test_coverage_of_several_limits_together():
     [limits.clopper_pearson_upper(k, 40, share) for k in range(41)]
   )
   at_least((upper[samples.sum(-1)] >= 0.1).all(-1), 0.3)
-
-
-def test_coverage_without_labels():
-  """The student's true error is below, whatever it shares with the teacher."""
-  rng = np.random.default_rng(2)
-  delta = 0.2
-  # Correct answers: both, teacher alone, student alone, none (and differ).
-  world = (0.7, 0.1, 0.05, 0.15)
-  true_error = 0.1 + 0.15
-  old = rng.choice(4, p=world, size=(DRAWS, 150))
-  new = rng.choice(4, p=world, size=(DRAWS, 300))
-  held = [
-    limits.label_free(
-      int(np.isin(a, (2, 3)).sum()), 150, int((b > 0).sum()), 300, delta
-    )
-    >= true_error
-    for a, b in zip(old, new, strict=True)
-  ]
-  at_least(held, delta)
 
 
 def test_coverage_of_dis2():

@@ -99,7 +99,8 @@ def test_the_probe_becomes_the_head_of_a_bundle(
   _, out, _ = run_command(evaluate.main, '--bundle', tmp_path / 'probe', *flags)
   assert top1 in out
   made = bundles.load(tmp_path / 'probe')
-  assert 'run' not in made.info and made.teacher().num_classes == 10
+  assert made.info['run'] == {'best_by': 'test', 'choices': 1}
+  assert made.teacher().num_classes == 10
   code, _, err = run_command(
     probe.main,
     *('--bundle', finished_run[0], *flags, '--output', tmp_path / 'probe'),

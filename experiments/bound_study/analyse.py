@@ -30,7 +30,7 @@ PREDICTORS = {
   'not certified to agree (D7a)': (
     False,
     True,
-    lambda r: 1 - term(r, 'certified_agreement'),
+    lambda r: bound(r, 'flip_margin'),
   ),
   'discrepancy (D3)': (False, True, lambda r: term(r, 'discrepancy')),
   'IJC gap (D6)': (True, True, lambda r: term(r, 'ijc_gap')),
@@ -272,7 +272,7 @@ def errors(rows) -> dict:
       'error': mean_of(rows, 'student_error'),
       'std': float(np.std([*map(error, rows)], ddof=1)) if len(rows) > 1 else 0,
       'disagreement': mean_of(rows, 'disagreement'),
-      'certified': mean_of(rows, 'certified')
+      'certified': 1 - float(np.mean([bound(r, 'label_margin') for r in rows]))
       if is_connected(rows[0])
       else None,
       'ijc_gap': mean_of(rows, 'ijc_gap') if is_connected(rows[0]) else None,

@@ -47,7 +47,11 @@ def label_free(num: int) -> float:
   return float(
     np.mean(
       [
-        limits.label_free(int(w), num, int(d), num, DELTA) >= 0.25
+        sum(
+          limits.clopper_pearson_upper(int(count), num, DELTA / 2)
+          for count in (w, d)
+        )
+        >= 0.25
         for w, d in zip(wrong, differ, strict=True)
       ]
     )

@@ -99,8 +99,9 @@ def measure(source, labels, target, truth) -> dict:
     found[name] = {
       'true_error': float((predicted[name] != truth).mean()),
       'disagreement': float(differs.mean()),
-      'same_distribution': limits.label_free(
-        int(wrong.sum()), len(wrong), int(differs.sum()), len(differs), DELTA
+      'same_distribution': sum(
+        limits.clopper_pearson_upper(int(found.sum()), len(found), DELTA / 2)
+        for found in (wrong, differs)
       ),
       'by_student_logits': by_critic['upper'],
       'discrepancy': by_critic['discrepancy'],

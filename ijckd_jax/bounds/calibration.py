@@ -6,7 +6,10 @@ have been one of them, and is no bound for another kind.
 """
 
 from collections.abc import Sequence
+import json
 import math
+import os
+import pathlib
 
 import numpy as np
 
@@ -28,17 +31,19 @@ def estimate(
   is a quantile of the left-out predictions of the new shift, each plus the
   residual of a shift that was left out with it. Source: Barber et al. 2021,
   "Predictive inference with the jackknife+", https://arxiv.org/abs/1905.02928.
+  For a new shift of a known family, the share is about delta. For a new family
+  nothing is promised: it may be worse than each of the K known ones, as one in
+  K + 1 is where families are alike.
 
   Args:
     value: Dis^2 of the new shift, without its sampling term.
     known: for each known shift its family, its Dis^2 and its error.
-    delta: share of new shifts whose error is above the limit, as the limit aims
-      at. For a family that is exchangeable with the known ones, the theory
-      promises at most twice that.
+    delta: share of new shifts that the limit aims to fail for.
 
   Returns:
-    'value', 'upper' (1 where the known shifts are too few for delta), 'known'
-    and 'families', their numbers.
+    'value'; 'upper', which is 1 where the known shifts are too few for delta,
+    or Dis^2 is above all of theirs; 'known' and 'families', their numbers; and
+    'delta'.
 
   Raises:
     config_utils.UserError: there are fewer than MIN_FAMILIES families.
@@ -55,14 +60,59 @@ def estimate(
     residuals = y[left_out] - predict(*rest, x[left_out])
     candidates += list(predict(*rest, np.array([value]))[0] + residuals)
   rank = math.ceil((1 - delta) * (len(known) + 1))
-  upper = sorted(candidates)[rank - 1] if rank <= len(known) else 1.0
+  upper = 1.0
+  if rank <= len(known) and value <= x.max():
+    upper = sorted(candidates)[rank - 1]
   found = float(predict(x, y, np.array([value]))[0])
   return {
     'value': found,
     'upper': float(min(1.0, max(found, upper))),
     'known': len(known),
     'families': len(families),
+    'delta': delta,
   }
+
+
+def read(texts: Sequence[str], bundle: str) -> list[tuple[str, float, float]]:
+  """Returns known shifts as `estimate` takes them.
+
+  Args:
+    texts: FAMILY=DIR[,DIR] each; a DIR holds `ijckd bounds --output` of images
+      with labels as --unlabelled.
+    bundle: path of the student, which they must be of.
+
+  Raises:
+    config_utils.UserError: they are no such texts or folders.
+  """
+  found = {}
+  for text in texts:
+    family, _, folders = text.partition('=')
+    if not (family and folders):
+      raise config_utils.UserError(f'--known {text}: give FAMILY=DIR[,DIR]')
+    for folder in folders.split(','):
+      path = pathlib.Path(config_utils.expand(folder)).resolve() / 'bounds.json'
+      try:
+        report = json.loads(path.read_text())
+        shift = report['unlabelled']
+        row = float(shift['shifted']['value']), float(shift['true_error'])
+        student = report['bundle']
+      except (OSError, KeyError, TypeError, ValueError) as error:
+        raise config_utils.UserError(
+          f'--known: {path} is no output of this command for --unlabelled '
+          f'images with labels ({config_utils.short(error)})'
+        ) from error
+      if path in found or not np.isfinite(row).all():
+        raise config_utils.UserError(
+          f'--known: {path} is given twice, or holds no finite number'
+        )
+      if os.path.realpath(student) != os.path.realpath(bundle):
+        raise config_utils.UserError(
+          f'--known: {path} is of the student {student}, and not of {bundle}'
+        )
+      found[path] = family, *row
+  if found:
+    check(list(found.values()))
+  return list(found.values())
 
 
 def check(known: Sequence[tuple[str, float, float]]) -> None:

@@ -102,25 +102,6 @@ def terms(rows: pointwise.Rows) -> dict[str, Term]:
         with_labels=False,
       ),
     }
-  if rows.head_distance is not None:
-    far, farther = (pointwise.reach(x.head_distance) for x in (labelled, rows))
-    found |= {
-      'certified': Term(
-        'certified right: the margin exceeds the distance',
-        'D7b',
-        (labelled.label_margin > far).astype(np.int32),
-        0,
-        1,
-      ),
-      'certified_agreement': Term(
-        'certified to agree: the margin exceeds the distance',
-        'D7a',
-        (rows.flip_margin > farther).astype(np.int32),
-        0,
-        1,
-        with_labels=False,
-      ),
-    }
   return found
 
 
@@ -139,8 +120,8 @@ def report(
     delta: probability that any of the limits fails.
     own_rows: in that case, the teacher and the student's own logits.
     choices: number of pairs of checkpoints among which this one was chosen on
-      these examples. Limits hold for the best pair if each pair takes its share
-      of delta.
+      these examples. Each limit is computed at delta / (claims * choices), so
+      that it holds for whichever pair was chosen.
 
   Returns:
     'delta'; 'choices'; 'claims', the number of limits of each choice;
@@ -151,8 +132,11 @@ def report(
     'upper', 'parts' and 'labels'; and 'selective', see selective.answer.
 
   Raises:
-    ValueError: no example has a label.
+    ValueError: no example has a label, or only one of `rows.own` and `own_rows`
+      is given.
   """
+  if (rows.own is None) != (own_rows is None):
+    raise ValueError('give own_rows for rows with own, and only for these')
   labelled = rows.labelled
   if not len(labelled):
     raise ValueError('no example has a label')

@@ -1,5 +1,7 @@
 """Whether images were held out from a network: copies, and choices on them."""
 
+from collections.abc import Iterator
+import json
 from typing import Any
 
 from ijckd_jax.data import datasets
@@ -19,56 +21,117 @@ def check(found: duplicates.Found, what: str) -> None:
     found: copies in the split.
     what: name of the split in the message.
   """
-  num = len(found.distinct)
-  if found.trained is not None and found.trained > MOST_TRAINED * num:
+  num = int(found.kept.sum()) + found.num_trained
+  if found.num_trained > MOST_TRAINED * num:
     raise config_utils.UserError(
-      f'{what}: {found.trained:,} of the {num:,} images are images that the '
-      'student or its teacher was trained on, where errors are no estimate of '
-      'those elsewhere: give images that neither was trained on'
+      f'{what}: the student or its teacher was trained on '
+      f'{found.num_trained:,} of the {num:,} images, where errors are no '
+      'estimate of those elsewhere: give images that neither was trained on'
     )
 
 
-def choices(info: dict[str, Any], split: str, dataset: str) -> int:
+def choices(info: dict[str, Any], split: str) -> int:
   """Returns among how many checkpoints a bundle was chosen by a split.
 
-  Limits hold for each of them by itself. If each takes its share of delta, they
-  hold for the best one.
+  Limits that are computed at delta divided by this number hold for whichever
+  checkpoint was chosen. The data set is not asked for, because it may go by
+  other names.
 
   Args:
     info: of the bundle.
     split: on which limits are measured.
-    dataset: name of its data set.
+
+  Raises:
+    config_utils.UserError: the bundle's numbers are damaged.
   """
-  run, made_on = (info.get(name) or {} for name in ('run', 'dataset'))
-  if run.get('best_by') != split or made_on.get('name') != dataset:
+  run = _section(info, 'run')
+  if run.get('best_by') != split:
     return 1
-  if 'choices' in run:
-    return max(1, int(run['choices']))
-  # An older bundle: there was at most one evaluation for each step.
-  return max(1, int(run['steps'])) if info.get('which') == 'best' else 1
+  number = run.get('choices')
+  if number is None:  # An older bundle: at most one evaluation in each step.
+    is_best = info.get('which') == 'best'
+    if not is_best and run.get('best_step') != run.get('steps'):
+      return 1
+    number = run.get('steps')
+  if type(number) is not int or number < 1:
+    raise config_utils.UserError(
+      f'the bundle says that it is the best of {number!r} checkpoints, which '
+      'is no whole number: it is damaged'
+    )
+  return number
 
 
-def trained_on(info: dict[str, Any], data_dir: str | None, trust_code: bool):
-  """Returns the training images that a bundle records.
+def check_fields(
+  info: dict[str, Any], fields: dict[str, Any], split: str
+) -> None:
+  """Raises UserError where a split would hold images that were trained on.
+
+  That is a part of the training images, by other fields than in training.
+
+  Args:
+    info: of a bundle.
+    fields: of the data set whose split is asked for, with its 'name'.
+    split: 'train', 'validation' or 'test'.
+  """
+  made_on = _section(info, 'dataset')
+  if split == 'test' or made_on.get('name') != fields['name']:
+    return
+  other = [
+    name
+    for name, value in made_on.items()
+    if name not in ('data_dir', 'unlabelled')
+    and json.dumps(fields.get(name)) != json.dumps(value)
+  ]
+  if other:
+    raise config_utils.UserError(
+      f'the split {split!r} of {fields["name"]} is taken from the training '
+      f'images, and with another {", ".join(other)} than in training it would '
+      'hold images that were trained on: leave the fields as they were'
+    )
+
+
+def trained_on(
+  info: dict[str, Any], data_dir: str | None, trust_code: bool
+) -> Iterator[tuple[Any, str]]:
+  """Yields the training images that a bundle records.
 
   Args:
     info: of the bundle.
-    data_dir: folder of the data sets; None: as recorded.
+    data_dir: folder of the data sets, where they are not as recorded.
     trust_code: whether a data set outside the package may be imported.
 
-  Returns:
-    The split, and ''; or None, and the reason why it is not known.
+  Yields:
+    A split and ''; or None, and the reason why it is not known.
   """
-  made_on = info.get('dataset') or {}
+  # Of a probe, the features were trained on other images than the head.
+  names = [name for name in ('dataset', 'features_dataset') if name in info]
+  if not names:
+    yield None, 'it names no data set'
+  for name in names:
+    yield _training_images(_section(info, name), data_dir, trust_code)
+
+
+def _training_images(made_on, data_dir, trust_code):
   name = made_on.get('name')
-  if name not in datasets.DATASETS and not (trust_code and name):
-    return None, f'its data set is {name!r}' if name else 'it names no data set'
-  try:
-    cls = datasets.get(name)
-    fields = config_utils.section(cls, name)
-    config_utils.override(fields, made_on)
-    if data_dir is not None:
-      fields.data_dir = data_dir
-    return config_utils.instantiate('dataset', cls, fields).load('train'), ''
-  except config_utils.UserError as error:
-    return None, config_utils.short(error)
+  if not isinstance(name, str):
+    return None, 'it names no data set'
+  if name not in datasets.DATASETS and not (trust_code and ':' in name):
+    return None, f'its data set is {name!r}'
+  reason = ''
+  for folder in dict.fromkeys((None, data_dir)):
+    try:
+      cls = datasets.get(name)
+      fields = config_utils.section(cls, name)
+      config_utils.override(fields, made_on)
+      if folder is not None:
+        fields.data_dir = folder
+      return config_utils.instantiate('dataset', cls, fields).load('train'), ''
+    except config_utils.UserError as error:
+      reason = config_utils.short(error)
+  return None, reason
+
+
+def _section(info, name: str) -> dict[str, Any]:
+  """Returns a part of a bundle's info, which may be anything."""
+  part = info.get(name)
+  return part if isinstance(part, dict) else {}

@@ -1,8 +1,9 @@
-"""Confidence limits of means, from a finite sample of independent examples.
+"""Confidence limits of means, from a finite sample.
 
-Each holds with probability at least 1 - delta for any distribution within the
-stated range; all are one-sided. Of several that are claimed together, each
-takes its share of delta (`shared`).
+The examples are independent and identically distributed. Each limit holds with
+probability at least 1 - delta for any distribution within the stated range, and
+is one-sided. Of several that are claimed together, each takes its share of
+delta (`shared`).
 """
 
 import math
@@ -77,13 +78,14 @@ def betting_upper(values: np.ndarray, delta: float) -> float:
   side, with their predictable plug-in bets.
 
   Args:
-    values: (N,) independent, within [0, 1].
+    values: (N,) independent and identically distributed, within [0, 1].
     delta: probability that the mean is above the limit.
   """
   from scipy import optimize
 
   check_delta(delta)
-  # Files often list images class by class, which earlier values would mislead.
+  # Files often list images class by class. Early images would then say little
+  # about later ones, and the bets would be poor.
   x = np.random.RandomState(0).permutation(np.asarray(values, np.float64))
   num, seen = len(x), np.arange(1, len(x) + 1)
   mean = (0.5 + np.cumsum(x)) / (seen + 1)
@@ -100,7 +102,8 @@ def betting_upper(values: np.ndarray, delta: float) -> float:
   if log_capital(high) < 0:
     return 1.0
   found = optimize.bisect(log_capital, 0, high, xtol=TOLERANCE) + TOLERANCE
-  # The capital may have been large only for a while. A larger limit holds too.
+  # By the running maximum, the limit can be below the sample's mean. The larger
+  # one holds as well.
   return max(found, float(x.mean()))
 
 
@@ -112,7 +115,7 @@ def of_mean(
   Clopper-Pearson for zeros and ones, betting for other values.
 
   Args:
-    values: (N,) independent, within [low, high].
+    values: (N,) independent and identically distributed, within [low, high].
     delta: of either limit.
     low: of the range.
     high: of the range.
@@ -137,33 +140,6 @@ def of_mean(
   return (
     high - width * betting_upper(1 - scaled, delta),
     low + width * betting_upper(scaled, delta),
-  )
-
-
-def label_free(
-  teacher_errors: int,
-  num_labelled: int,
-  disagreements: int,
-  num_unlabelled: int,
-  delta: float,
-) -> float:
-  """Returns an upper limit of a student's error that needs no new labels.
-
-  P[student wrong] <= P[teacher wrong] + P[they disagree], each by its exact
-  limit at delta / 2. Both samples must be independent examples of the one
-  distribution that the claim is about; after a shift it says nothing.
-
-  Args:
-    teacher_errors: of the teacher, on labelled examples.
-    num_labelled: how many those are.
-    disagreements: of teacher and student, on examples without labels.
-    num_unlabelled: how many those are.
-    delta: probability that the student's error is above.
-  """
-  return min(
-    1.0,
-    clopper_pearson_upper(teacher_errors, num_labelled, delta / 2)
-    + clopper_pearson_upper(disagreements, num_unlabelled, delta / 2),
   )
 
 

@@ -27,6 +27,7 @@ from ijckd_jax.runtime import parallel
 # Random stream that picks the images for fitting the joint head. Must differ
 # from those of `steps` and `logistic`.
 FIT_STREAM = 4
+MIN_FIT = 2  # Labelled images: logistic.fit holds one out.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +119,8 @@ def measure(
     variables: as pairs.Pair.view takes them.
     splits: 'test', the held-out images; 'train', from which images for the
       joint head are drawn; and optionally 'unlabelled', other held-out images.
-    trained: splits on which teacher or student were trained, as far as they are
-      known. Copies of their images are left out.
+    trained: splits on which teacher or student were trained; None for one that
+      is not known. Copies of their images are left out.
     delta: probability that any limit fails.
     fit_examples: largest number of training images on which the joint head is
       fitted; 0: there is no joint head.
@@ -133,9 +134,17 @@ def measure(
       shift.bound.
   """
   held = [name for name in ('test', 'unlabelled') if name in splits]
+  fits_head = pair.connected is not None and fit_examples > 0
+  if fits_head and not any(x is splits['train'] for x in trained):
+    trained = [*trained, splits['train']]
 
   def find_copies():
-    found = {name: duplicates.find(splits[name], trained) for name in held}
+    found = {
+      name: duplicates.find(
+        splits[name], trained, [splits['test']] if name != 'test' else ()
+      )
+      for name in held
+    }
     for name in held:
       what = 'labelled' if name == 'test' else name
       held_out.check(found[name], f'the {what} images')
@@ -144,10 +153,10 @@ def measure(
   copies = hosts.share(find_copies)
   viewer = Viewer(pair, variables, **how)
   views, train = {name: viewer(splits[name]) for name in held}, None
-  if pair.connected is not None and fit_examples:
+  if fits_head and len(splits['train']):
     train = viewer.sample(splits['train'], fit_examples, seed)
   views = {
-    name: jax.tree.map(lambda x, name=name: x[copies[name].distinct], rows)
+    name: jax.tree.map(lambda x, name=name: x[copies[name].kept], rows)
     for name, rows in views.items()
   }
   head = viewer.head
@@ -163,7 +172,9 @@ def measure(
       target = views['unlabelled']
       target['label'] = relabel(target['label'])
       found.report['unlabelled'] = {
-        **shift.bound(views['test'], target, head, delta=share, seed=seed),
+        **shift.bound(
+          views['test'], target, head, delta=share / choices, seed=seed
+        ),
         'copies': copies['unlabelled'].report(),
       }
     return found
@@ -216,7 +227,7 @@ def from_views(
     )
   else:
     joint = None
-    if train is None or not (train['label'] >= 0).any():
+    if train is None or (train['label'] >= 0).sum() < MIN_FIT:
       left_out['joint head'] = NO_FIT
     else:
       fitted = fit_joint(train, len(head['bias']), seed=seed)
@@ -244,7 +255,7 @@ NO_CONNECTOR = (
   'the student has no connector to the teacher, so its features are not in the '
   "teacher's space"
 )
-NO_FIT = 'no labelled training image was given to fit it on'
+NO_FIT = f'fewer than {MIN_FIT} labelled training images to fit it on'
 SAME_HEAD = "the student predicts through the teacher's head alone"
 
 

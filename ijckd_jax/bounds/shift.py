@@ -18,7 +18,6 @@ import optax
 
 from ijckd_jax.bounds import limits
 from ijckd_jax.evaluation import pointwise
-from ijckd_jax.runtime import config_utils
 
 # Random stream that picks the examples on which critics are fitted.
 SPLIT_STREAM = 5
@@ -53,35 +52,31 @@ def bound(
   Returns:
     'examples', the number of unlabelled images; 'delta'; 'disagreement' on them
     with its 'upper' limit; 'same_distribution', the limit of the student's
-    error if they are like the labelled ones; 'shifted', its limit by Dis^2; and
-    'true_error', where the target has labels.
-
-  Raises:
-    config_utils.UserError: too few examples have a label.
+    error if they are like the labelled ones; 'shifted', its limit by Dis^2,
+    None for too few images; and 'true_error', where the target has labels.
   """
   (near_teacher, near), (far_teacher, far) = (
     _logits(part['rows'], head) for part in (source, target)
   )
-  # Of the teacher's error, of the disagreement and of Dis^2.
+  # The teacher's error, the disagreement and Dis^2 share delta.
   share = limits.shared(delta, 3)
-  shifted = by_critic(near, far, source['label'], delta=share, seed=seed)
   known = source['label'] >= 0
   wrong = near_teacher.argmax(axis=-1)[known] != source['label'][known]
   predicted = far.argmax(axis=-1)
   disagree = predicted != far_teacher.argmax(axis=-1)
-  counts = int(wrong.sum()), len(wrong), int(disagree.sum()), len(disagree)
+  teachers, disagreement = (
+    limits.clopper_pearson_upper(int(found.sum()), len(found), share)
+    for found in (wrong, disagree)
+  )
   result = {
     'examples': len(disagree),
     'delta': delta,
-    'disagreement': {
-      'value': float(disagree.mean()),
-      'upper': limits.clopper_pearson_upper(*counts[2:], share),
-    },
+    'disagreement': {'value': float(disagree.mean()), 'upper': disagreement},
     'same_distribution': {
       'value': float(wrong.mean() + disagree.mean()),
-      'upper': limits.label_free(*counts, 2 * share),
+      'upper': min(1.0, teachers + disagreement),
     },
-    'shifted': shifted,
+    'shifted': by_critic(near, far, source['label'], delta=share, seed=seed),
   }
   labelled = target['label'] >= 0
   if labelled.any():
@@ -106,11 +101,12 @@ def by_critic(
   *,
   delta: float,
   seed: int,
-) -> dict[str, float]:
+) -> dict[str, float] | None:
   """Returns `dis2` of a classifier, by a linear critic that reads its logits.
 
   Critics of both losses are fitted on one half of either sample, and the one
-  that differs more there is measured on the other half.
+  that differs more there is measured on the other half. None where nothing is
+  left to measure it on.
 
   Args:
     source: logits of labelled examples, (n_S, K).
@@ -118,18 +114,12 @@ def by_critic(
     labels: of the source, (n_S,) int; -1 where there is none.
     delta: probability of failure, if the assumption holds.
     seed: of the halves.
-
-  Raises:
-    config_utils.UserError: too few examples have a label.
   """
   rng = np.random.default_rng((seed, SPLIT_STREAM))
   fitted = [rng.permutation(len(part)) % 2 == 0 for part in (source, target)]
   held = ~fitted[0] & (labels >= 0)
-  if not held.any() or len(target) < 2:
-    raise config_utils.UserError(
-      f'{(labels >= 0).sum()} labelled and {len(target)} other images are too '
-      'few to bound errors by'
-    )
+  if not held.any() or fitted[1].all():
+    return None
   halves = source[fitted[0]], target[fitted[1]]
   critics = [
     fit_critic(*halves, loss) for loss in (disagreement_loss, disparity_loss)

@@ -161,6 +161,12 @@ class Bundle:
       for key, value in self.info.items()
       if key not in ('dataset', 'run', 'test', 'which')
     }
+    run = self.info.get('run')
+    if isinstance(run, dict):
+      # The features are still those of the checkpoint that was chosen.
+      info['run'] = {
+        key: run[key] for key in ('best_by', 'choices') if key in run
+      }
     if 'dataset' in self.info:
       info.setdefault('features_dataset', self.info['dataset'])
     return dataclasses.replace(

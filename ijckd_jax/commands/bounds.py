@@ -7,7 +7,6 @@ import argparse
 import copy
 import json
 import math
-import pathlib
 import sys
 
 import numpy as np
@@ -17,9 +16,9 @@ from ijckd_jax.runtime import config_utils
 
 PROG = 'python -m ijckd_jax bounds'
 OTHER_HEAD = (
-  "it is not the student's, which was fitted for it, or the teacher is not the "
-  "one that it learned from; the teacher's errors here are those of the "
-  "student's head on its features"
+  "the student uses another head than this teacher's bundle: it was fitted "
+  'again, or this is not its teacher. "Teacher" above means the features of '
+  "this teacher, read by the student's head"
 )
 
 
@@ -47,7 +46,8 @@ def _flags(argv: list[str], prog: str) -> argparse.Namespace:
   )
   parser.add_argument(
     '--unlabelled_fields',
-    help='key=value,key=value; default: as of --dataset where it is the same',
+    help='key=value,key=value; default: as in training, where the bundle was '
+    'trained on that data set',
   )
   parser.add_argument(
     '--unlabelled_split',
@@ -104,7 +104,7 @@ def main(argv: list[str], prog: str = PROG) -> None:
   from ijckd_jax.runtime import compilation_cache
   from ijckd_jax.runtime import parallel
 
-  known = _known(flags)
+  known = calibration.read(flags.known, flags.bundle)
   compilation_cache.enable(compilation_cache.DEFAULT)
   student = bundles.load(flags.bundle, trust_code=flags.trust_code)
   connected = _connected(student, flags)
@@ -114,11 +114,14 @@ def main(argv: list[str], prog: str = PROG) -> None:
   networks = student, teacher_bundle, connected
   _check_fits(*networks, dataset)
   other = _unlabelled(networks, dataset, flags)
-  name = bundle_flags.dataset_fields(student, flags).name
-  choices = math.prod(
-    held_out.choices(bundle.info, flags.split, name)
-    for bundle in (student, teacher_bundle)
+  choices = max(
+    math.prod(
+      held_out.choices(bundle.info, split)
+      for bundle in (student, teacher_bundle)
+    )
+    for split in (flags.split, flags.unlabelled and flags.unlabelled_split)
   )
+  _check_splits((student, teacher_bundle), flags)
   trained = _trained_on({'student': student, 'teacher': teacher_bundle}, flags)
   order = bundle_flags.class_order('the bundle', student, dataset, flags)
   if order is not None:
@@ -157,10 +160,10 @@ def main(argv: list[str], prog: str = PROG) -> None:
     _head_in_order(teacher_bundle, dataset, flags),
   ):
     found['left_out']["the teacher's own head"] = OTHER_HEAD
-  if known:
-    shifted = found['unlabelled']['shifted']['value']
+  shifted = found['unlabelled']['shifted'] if known else None
+  if shifted is not None:
     found['unlabelled']['calibrated'] = calibration.estimate(
-      shifted, known, flags.delta
+      shifted['value'], known, flags.delta
     )
   _say(found, output, flags)
 
@@ -182,37 +185,6 @@ def _say(found, output, flags: argparse.Namespace) -> None:
   if 'unlabelled' in found:
     parts.append(bound_wording.unlabelled(found['unlabelled']))
   print('\n\n'.join(parts))
-
-
-def _known(flags: argparse.Namespace) -> list[tuple[str, float, float]]:
-  """Returns the known shifts as calibration.estimate takes them."""
-  from ijckd_jax.bounds import calibration
-
-  found = []
-  for text in flags.known:
-    family, equals, folders = text.partition('=')
-    if not (family and equals and folders):
-      raise config_utils.UserError(f'--known {text}: give FAMILY=DIR[,DIR]')
-    for folder in folders.split(','):
-      path = pathlib.Path(config_utils.expand(folder)) / 'bounds.json'
-      try:
-        report = json.loads(path.read_text())
-        shift = report['unlabelled']
-        row = float(shift['shifted']['value']), float(shift['true_error'])
-      except (OSError, KeyError, TypeError, ValueError) as error:
-        raise config_utils.UserError(
-          f'--known: {path} is no output of this command for --unlabelled '
-          f'images with labels ({config_utils.short(error)})'
-        ) from error
-      if report['bundle'] != flags.bundle:
-        raise config_utils.UserError(
-          f'--known: {path} is of the student {report["bundle"]}, and not of '
-          f'{flags.bundle}'
-        )
-      found.append((family, *row))
-  if found:
-    calibration.check(found)
-  return found
 
 
 def _folder(flags: argparse.Namespace):
@@ -266,9 +238,7 @@ def _unlabelled(networks, dataset, flags: argparse.Namespace):
   """
   if not flags.unlabelled:
     return None
-  about = copy.copy(flags)
-  about.dataset = flags.unlabelled
-  about.dataset_fields = flags.unlabelled_fields
+  about = _about_unlabelled(flags)
   other = bundle_flags.dataset_of(networks[0], about)
   _check_fits(*networks, other, has_classes=False)
   if tuple(other.image_shape) != tuple(dataset.image_shape):
@@ -279,10 +249,19 @@ def _unlabelled(networks, dataset, flags: argparse.Namespace):
   return other
 
 
-def _trained_on(named, flags: argparse.Namespace) -> list:
-  """Returns the training images of the networks, as far as they are known.
+def _about_unlabelled(flags: argparse.Namespace) -> argparse.Namespace:
+  """Returns flags that say of --unlabelled what others say of --dataset."""
+  about = copy.copy(flags)
+  about.dataset = flags.unlabelled
+  about.dataset_fields = flags.unlabelled_fields
+  about.split = flags.unlabelled_split
+  return about
 
-  A note names the networks of which they are not.
+
+def _trained_on(named, flags: argparse.Namespace) -> list:
+  """Returns the training images of the networks; None for unknown ones.
+
+  A note names the networks of which they are not known.
 
   Args:
     named: bundles by their names in messages.
@@ -292,18 +271,30 @@ def _trained_on(named, flags: argparse.Namespace) -> list:
 
   splits = {}
   for what, bundle in named.items():
-    split, reason = held_out.trained_on(
+    for split, reason in held_out.trained_on(
       bundle.info, flags.data_dir, flags.trust_code
-    )
-    if split is None:
-      print(
-        f'note: the training images of the {what} are not known ({reason}): '
-        'make sure that none is among those that are measured',
-        file=sys.stderr,
-      )
-    else:
-      splits[split.digest()] = split
+    ):
+      if split is None:
+        print(
+          f'note: the training images of the {what} are not known ({reason}): '
+          'make sure that none is among those that are measured',
+          file=sys.stderr,
+        )
+      splits[split and split.digest()] = split
   return list(splits.values())
+
+
+def _check_splits(bundles, flags: argparse.Namespace) -> None:
+  """Raises where other fields would hold out other training images."""
+  from ijckd_jax.bounds import held_out
+
+  asked = [flags]
+  if flags.unlabelled:
+    asked.append(_about_unlabelled(flags))
+  for about in asked:
+    fields = bundle_flags.dataset_fields(bundles[0], about).to_dict()
+    for bundle in bundles:
+      held_out.check_fields(bundle.info, fields, about.split)
 
 
 def _labels_in_order(labels, dataset, other, flags: argparse.Namespace):
@@ -366,7 +357,11 @@ def _check_fits(
     ('teacher', teacher_bundle, connected is None),
   ):
     bundle_flags.check_fits(
-      what, bundle, dataset, has_head=has_head, has_classes=has_classes
+      what,
+      bundle,
+      dataset,
+      has_head=has_head and has_classes,
+      has_classes=has_classes,
     )
   teacher = teacher_bundle.teacher()
   if connected is not None and not pairs.sees(

@@ -39,8 +39,8 @@ def full(report: Mapping[str, Any]) -> str:
     'distribution on which nothing was trained or chosen.',
     *_held_out(report),
     _terms(report['terms']),
-    "Bounds on the student's error say where it comes from. Its own limit, "
-    'above, is lower.',
+    "Bounds on the student's error say where it comes from. With labels, its "
+    'own limit, above, is all that is needed.',
     _bounds(report),
     'How many images the student can answer, if it only answers where its '
     'own confidence is high, so that the error of its answers is surely within '
@@ -63,6 +63,8 @@ def unlabelled(found: Mapping[str, Any]) -> str:
     ('shifted', "student's error, by Dis²"),
   ):
     limit = found[name]
+    if limit is None:  # Too few images.
+      continue
     cells.append([title, *(_percent(limit[x]) for x in ('value', 'upper'))])
   calibrated, said = found.get('calibrated'), ''
   if calibrated is not None:
@@ -73,7 +75,8 @@ def unlabelled(found: Mapping[str, Any]) -> str:
     said = (
       ' The calibrated estimate is valid only if these images could have been '
       f'one more of the {calibrated["known"]} known shifts, of '
-      f'{calibrated["families"]} kinds; it is no bound.'
+      f'{calibrated["families"]} kinds. It aims at '
+      f'{_confidence(calibrated["delta"])} of such shifts, and is no bound.'
     )
   if 'true_error' in found:
     title = "student's error, by the labels that there are"
@@ -119,7 +122,7 @@ def _answers(report) -> str:
     return ''  # The limit of its error says as much.
   return (
     'If it answers only where its confidence is above '
-    f'{best["threshold"]:.3f}, which is on {best["answered"]:.0%} of the '
+    f'{best["threshold"]:.9g}, which is on {best["answered"]:.0%} of the '
     f'images, at most {best["target"]:.0%} of the answers are wrong.'
   )
 
@@ -133,7 +136,8 @@ def _selective(report) -> str:
     if one['answered']:
       numbers = [
         f'{100 * one["answered"]:.0f}',
-        f'{one["threshold"]:.3f}',
+        # All digits: the limit is about this threshold, and no other.
+        f'{one["threshold"]:.9g}',
         _percent(one['error']),
         _percent(one['upper']),
       ]
@@ -151,29 +155,32 @@ def _held_out(report) -> list[str]:
   copies = report.get('copies')
   if copies is not None:
     said.append(_copies(copies))
-  if report['choices'] > 1:
+  if report.get('choices', 1) > 1:
     said.append(
-      f'Student and teacher are the best of {report["choices"]:,} pairs of '
-      'checkpoints on these images, and each limit allows for that choice.'
+      'Student and teacher were chosen on these images, among up to '
+      f'{report["choices"]:,} pairs of checkpoints, and each limit allows for '
+      'that choice.'
     )
   return said
 
 
 def _copies(copies) -> str:
   """Says how many images repeat others, or were trained on."""
-  if copies['distinct'] == copies['images']:
-    said = f'None of the {copies["images"]:,} images repeats another'
-    if copies['trained'] is None:
-      return f'{said}; whether some were trained on is not known.'
-    return f'{said}, and none is a training image.'
-  trained = 'an unknown number are'
-  if copies['trained'] is not None:
-    trained = f'{copies["trained"]:,} are'
-  return (
-    f'Of {copies["images"]:,} images, {copies["repeated"]:,} repeat another '
-    f'one, and {trained} training images. All numbers are of the other '
-    f'{copies["distinct"]:,}.'
-  )
+  if copies['kept'] == copies['images']:
+    said = f'None of the {copies["images"]:,} images repeats another, and none'
+  else:
+    said = (
+      f'Of {copies["images"]:,} images, {copies["repeated"]:,} repeat another '
+      f'one and {copies["trained"]:,} are training images. All numbers are of '
+      f'the other {copies["kept"]:,}, each of which counts once; none of them'
+    )
+  said += ' was trained on'
+  if copies['unknown']:
+    said += (
+      f', as far as is known: {copies["unknown"]} training sets could not be '
+      'compared'
+    )
+  return f'{said}.'
 
 
 def _assumption(report) -> str:

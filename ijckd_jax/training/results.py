@@ -173,12 +173,13 @@ def finish(training, workdir, state, progress, history):
     evaluation = results[chosen]
     _warn_of_ruin(student[chosen]['nll'], exp, workdir)
     teacher = evaluation.teacher and evaluation.teacher.metrics
+  teachers = hosts.share(lambda: _teachers(config, workdir))
   facts = {
     'best_step': best_step if student else None,
     'best_by': training.ranking_split if student else None,
     'steps': int(state.step),
     'test_examples': len(training.splits['test']) if student else 0,
-    'choices': _choices(training, history),
+    'choices': _choices(training, history, teachers),
   }
   # First: whatever is said of it, the student is kept.
   bundle = _write_bundles(
@@ -199,10 +200,13 @@ def finish(training, workdir, state, progress, history):
   )
   measured = failure = None
   try:
-    choices = _teachers_choices(config, workdir)
-    if training.ranking_split == 'test':
-      choices *= facts['choices']
-    measured = _measure(training, workdir, *kept[chosen], choices)
+    measured = _measure(
+      training,
+      workdir,
+      *kept[chosen],
+      trained=_trained_on(training, teachers),
+      choices=facts['choices'] if training.ranking_split == 'test' else 1,
+    )
   except Exception as error:  # Whatever it is, it must not cost the run.
     failure = error
   summary = {
@@ -329,27 +333,40 @@ def _try_report(write, failure, workdir) -> None:
     )
 
 
-def _choices(training, history) -> int:
-  """Returns among how many checkpoints the bundled one was chosen."""
-  if training.experiment.config.bundle != 'best':
-    return 1
-  ranked_by = f'{training.ranking_split}/top1'
-  return max(1, sum(ranked_by in row for row in history))
-
-
-def _teachers_choices(config, workdir) -> int:
-  """Returns among how many the teachers were chosen by the test images."""
-  number = 1
+def _teachers(config, workdir) -> list[dict[str, Any]]:
+  """Returns what the bundles of a run's teachers say of how they were made."""
   trained = str(workdir / 'teacher')
+  found = []
   for path in (config.teacher.checkpoint or trained, *config.teacher.others):
-    with contextlib.suppress(OSError, config_utils.UserError):
-      spec = disk.read_json(bundles.find(path) / bundles.SPEC_FILE)
-      number *= held_out.choices(spec['info'], 'test', config.dataset.name)
-  return number
+    with contextlib.suppress(config_utils.UserError):  # None is there.
+      folder = bundles.find(path)
+      found.append(disk.read_json(folder / bundles.SPEC_FILE)['info'])
+  return found
+
+
+def _choices(training, history, teachers) -> int:
+  """Returns among how many checkpoints, teachers' included, this was chosen."""
+  number = math.prod(
+    held_out.choices(info, training.ranking_split) for info in teachers
+  )
+  if training.experiment.config.bundle != 'best':
+    return number
+  ranked_by = f'{training.ranking_split}/top1'
+  return number * max(1, sum(ranked_by in row for row in history))
+
+
+def _trained_on(training, teachers) -> list:
+  """Returns the images that student and teachers were trained on."""
+  own = training.splits['train']
+  splits = {own.digest(): own}
+  for info in teachers:
+    for split, _ in held_out.trained_on(info, None, trust_code=False):
+      splits.setdefault(split and split.digest(), split)
+  return list(splits.values())
 
 
 def _measure(
-  training, workdir, variables, frozen, choices
+  training, workdir, variables, frozen, *, trained, choices
 ) -> measure.Measured | None:
   """Returns the bound on the test images; None without a teacher.
 
@@ -374,7 +391,7 @@ def _measure(
         else connected_variables,
       },
       {name: training.splits[name] for name in ('test', 'train')},
-      trained=[training.splits['train']],
+      trained=trained,
       mapper=exp.mapper,
       batch_size=config.eval_batch_size,
       num_workers=config.num_workers,
