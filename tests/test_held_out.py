@@ -114,15 +114,14 @@ def test_a_split_that_was_trained_on_is_refused():
 
 
 def test_choices_that_a_bundle_records():
-  run = {'best_by': 'test', 'steps': 500, 'best_step': 20}
+  run = {'best_by': 'test', 'steps': 500}
   info = {'run': {**run, 'choices': 7}}
   assert held_out.choices(info, 'test') == 7
   assert held_out.choices(info, 'validation') == 1
   # Older bundles do not say among how many.
   assert held_out.choices({'run': run}, 'test') == 1
   assert held_out.choices({'run': run, 'which': 'best'}, 'test') == 500
-  last = {'run': {**run, 'best_step': 500}, 'which': 'last'}
-  assert held_out.choices(last, 'test') == 500
+  assert held_out.choices({'run': run, 'which': 'last'}, 'test') == 1
   for nothing in ({}, {'run': None}, {'run': [1]}):
     assert held_out.choices(nothing, 'test') == 1
   for damaged in (0, -1, 1.5, '3', True, None):

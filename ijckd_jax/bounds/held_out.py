@@ -48,10 +48,10 @@ def choices(info: dict[str, Any], split: str) -> int:
   if run.get('best_by') != split:
     return 1
   number = run.get('choices')
-  if number is None:  # An older bundle: at most one evaluation in each step.
-    is_best = info.get('which') == 'best'
-    if not is_best and run.get('best_step') != run.get('steps'):
+  if number is None:
+    if info.get('which') != 'best':
       return 1
+    # An older bundle: there was at most one evaluation in each step.
     number = run.get('steps')
   if type(number) is not int or number < 1:
     raise config_utils.UserError(
