@@ -55,7 +55,8 @@ def test_is_scikit_learns():
   nll, right = logistic.evaluate(fitted.kernel, fitted.bias, rows)
   logs = theirs.predict_log_proba((rows.pooled - mean) / std)
   chosen = -logs[np.arange(len(rows)), rows.labels]
-  np.testing.assert_allclose(nll, chosen, atol=2e-3)
+  # Large logits multiply what the coefficients, in float32, may differ by.
+  np.testing.assert_allclose(nll, chosen, atol=2e-3, rtol=1e-3)
   assert right.mean() == theirs.score((rows.pooled - mean) / std, rows.labels)
   assert fitted.report['gradient'] < 5e-5  # Of sums in float32.
 
