@@ -177,8 +177,8 @@ def _copies(copies) -> str:
   said += ' was trained on'
   if copies['unknown']:
     said += (
-      f', as far as is known: {copies["unknown"]} training sets could not be '
-      'compared'
+      ', as far as is known (training sets that could not be compared: '
+      f'{copies["unknown"]})'
     )
   return f'{said}.'
 
