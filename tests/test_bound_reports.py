@@ -181,6 +181,26 @@ class Shifted(digits.Dataset):
     return ijckd_jax.Arrays(images, arrays.labels)
 
 
+@dataclasses.dataclass(frozen=True)
+class Misnumbered(Shifted):
+  """A label that no class has."""
+
+  def load(self, split):
+    arrays = super().load(split)
+    labels = arrays.labels.copy()
+    labels[0] = 12
+    return ijckd_jax.Arrays(arrays.images, labels)
+
+
+def test_a_runs_report_is_not_overwritten(runs, teacher, command, data_dir):
+  code, out, err = command(
+    *('--bundle', runs['kd'], '--teacher', teacher, '--data_dir', data_dir),
+    *('--output', runs['kd']),
+  )
+  assert (code, out) == (2, '')
+  assert 'holds a run, whose report would be lost' in err
+
+
 def test_without_labels_by_command(runs, teacher, command, data_dir):
   """Other images, whose labels only judge; never those trained on."""
   common = ('--teacher', teacher, '--data_dir', data_dir, '--fit_examples', 0)
@@ -190,9 +210,9 @@ def test_without_labels_by_command(runs, teacher, command, data_dir):
   )
   assert code == 0
   assert 'joint head: fewer than 2 labelled training images' in out
-  assert 'All 43 limits hold together with 97.5% confidence' in out
-  assert 'On 360 images without labels' in out
-  assert 'together with 97.5% confidence, if the student was not trained' in out
+  assert 'All 43 limits hold together with 95% confidence' in out
+  assert 'On these 360 images without labels, the limits below and all' in out
+  assert 'hold together with 95% confidence, if the student was not' in out
   assert "student's error, by Dis² " in out
   for more, said in (
     ((), '--unlabelled: these are the labelled images; give others\n'),
@@ -277,6 +297,15 @@ def test_unknown_training_images_are_named(
     (('--fit_examples', -1), 'cannot be negative'),
     (('--unlabelled', 'digit'), "unknown dataset 'digit'; did you mean"),
     (('--split', 'train'), 'invalid choice'),
+    (('--delta', 1e-12), 'give a probability between 0 and 1, such as 0.05'),
+    (
+      ('--unlabelled', 'tests.test_bound_reports:Misnumbered'),
+      '--unlabelled: labels go up to 12, but there are 10 classes',
+    ),
+    (
+      ('--dataset', 'tests.test_bound_reports:Misnumbered'),
+      'labels go up to 12, but the head has 10 classes',
+    ),
     (('--output', '/proc/none'), '--output /proc/none cannot be written'),
     (('--split', 'validation'), "the split 'validation' is empty"),
   ],

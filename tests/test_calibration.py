@@ -7,7 +7,6 @@ import pytest
 from sklearn import isotonic
 
 from ijckd_jax.bounds import calibration
-from ijckd_jax.commands import bounds as command_lib
 from ijckd_jax.runtime import config_utils
 
 
@@ -78,22 +77,23 @@ def test_coverage_for_a_new_family():
     ('noise={0}/none', 'is no output of this command'),
     ('noise={0}/plain', 'is no output of this command for --unlabelled'),
     ('noise={0}/other', 'is of the student other, and not of mine'),
+    ('noise={0}/odd', 'is of the student 5, and not of mine'),
+    ('noise={0}/huge', r'holds no errors \(0.3, 42.0\)'),
+    ('noise={0}/mine,{0}/copy', 'is given twice, or is a copy of another one'),
     ('noise={0}/mine', '1 families of known shifts are too few'),
   ],
 )
-def test_mistakes_about_known_shifts(run_command, tmp_path, text, said):
+def test_mistakes_about_known_shifts(tmp_path, text, said):
   shift = {'shifted': {'value': 0.3}, 'true_error': 0.1}
   for name, found in (
     ('plain', {'bundle': 'mine'}),
     ('other', {'bundle': 'other', 'unlabelled': shift}),
+    ('odd', {'bundle': 5, 'unlabelled': shift}),
+    ('huge', {'bundle': 'mine', 'unlabelled': {**shift, 'true_error': 42}}),
     ('mine', {'bundle': 'mine', 'unlabelled': shift}),
+    ('copy', {'bundle': 'mine', 'unlabelled': shift}),
   ):
     (tmp_path / name).mkdir()
     (tmp_path / name / 'bounds.json').write_text(json.dumps(found))
-  code, out, err = run_command(
-    command_lib.main,
-    *('--bundle', 'mine', '--teacher', 'none', '--unlabelled', 'digits'),
-    *('--known', text.format(tmp_path)),
-  )
-  assert (code, out) == (2, '')
-  assert said in err and err.count('\n') == 1, err
+  with pytest.raises(config_utils.UserError, match=said):
+    calibration.read([text.format(tmp_path)], 'mine')

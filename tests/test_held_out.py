@@ -60,6 +60,18 @@ def test_copies_by_hand():
   assert (beside.num_repeated, beside.num_trained) == (1, 1)
 
 
+def test_pixels_of_another_type_are_compared_all_the_same():
+  images = arrays(3, 5)
+  floats = ijckd_jax.Arrays(images.images.astype(np.float32), images.labels)
+  assert duplicates.find(floats, [images]).num_trained == 2
+
+
+def test_nothing_is_left():
+  found = duplicates.find(arrays(3), [], [arrays(3)])
+  with pytest.raises(config_utils.UserError, match='these: none is left'):
+    held_out.check(found, 'these')
+
+
 def test_the_copy_that_is_kept_is_drawn():
   """Not the first of a file, which may be sorted by class."""
   kept = duplicates.find(arrays(*np.repeat(range(100), 2)), []).kept
@@ -124,7 +136,7 @@ def test_choices_that_a_bundle_records():
   assert held_out.choices({'run': run, 'which': 'last'}, 'test') == 1
   for nothing in ({}, {'run': None}, {'run': [1]}):
     assert held_out.choices(nothing, 'test') == 1
-  for damaged in (0, -1, 1.5, '3', True, None):
+  for damaged in (0, -1, 1.5, '3', True, None, 10**400):
     info = {'run': {'best_by': 'test', 'choices': damaged}, 'which': 'best'}
     with pytest.raises(config_utils.UserError, match='it is damaged'):
       held_out.choices(info, 'test')

@@ -8,7 +8,6 @@ have been one of them, and is no bound for another kind.
 from collections.abc import Sequence
 import json
 import math
-import os
 import pathlib
 
 import numpy as np
@@ -79,12 +78,12 @@ def read(texts: Sequence[str], bundle: str) -> list[tuple[str, float, float]]:
   Args:
     texts: FAMILY=DIR[,DIR] each; a DIR holds `ijckd bounds --output` of images
       with labels as --unlabelled.
-    bundle: path of the student, which they must be of.
+    bundle: folder of the student's bundle, as `ijckd bounds` writes it.
 
   Raises:
     config_utils.UserError: they are no such texts or folders.
   """
-  found = {}
+  found, seen = [], set()
   for text in texts:
     family, _, folders = text.partition('=')
     if not (family and folders):
@@ -95,24 +94,29 @@ def read(texts: Sequence[str], bundle: str) -> list[tuple[str, float, float]]:
         report = json.loads(path.read_text())
         shift = report['unlabelled']
         row = float(shift['shifted']['value']), float(shift['true_error'])
-        student = report['bundle']
+        student = str(report['bundle'])
       except (OSError, KeyError, TypeError, ValueError) as error:
         raise config_utils.UserError(
           f'--known: {path} is no output of this command for --unlabelled '
           f'images with labels ({config_utils.short(error)})'
         ) from error
-      if path in found or not np.isfinite(row).all():
+      if not (0 <= row[0] <= 2 and 0 <= row[1] <= 1):
         raise config_utils.UserError(
-          f'--known: {path} is given twice, or holds no finite number'
+          f'--known: {path} holds no errors ({row[0]}, {row[1]}): it is damaged'
         )
-      if os.path.realpath(student) != os.path.realpath(bundle):
+      if row in seen:
+        raise config_utils.UserError(
+          f'--known: {path} is given twice, or is a copy of another one'
+        )
+      if student != bundle:
         raise config_utils.UserError(
           f'--known: {path} is of the student {student}, and not of {bundle}'
         )
-      found[path] = family, *row
+      seen.add(row)
+      found.append((family, *row))
   if found:
-    check(list(found.values()))
-  return list(found.values())
+    check(found)
+  return found
 
 
 def check(known: Sequence[tuple[str, float, float]]) -> None:

@@ -12,6 +12,7 @@ from ijckd_jax.runtime import config_utils
 # more than a tenth, the split is not held out. Source: CIFAR-100 has 10%
 # near-copies (Barz and Denzler 2020, https://arxiv.org/abs/1902.00423).
 MOST_TRAINED = 0.1
+MOST_CHOICES = 2**53  # Whole numbers that a float can hold.
 
 
 def check(found: duplicates.Found, what: str) -> None:
@@ -22,6 +23,10 @@ def check(found: duplicates.Found, what: str) -> None:
     what: name of the split in the message.
   """
   num = int(found.kept.sum()) + found.num_trained
+  if not num:
+    raise config_utils.UserError(
+      f'{what}: none is left, because each one repeats another: give others'
+    )
   if found.num_trained > MOST_TRAINED * num:
     raise config_utils.UserError(
       f'{what}: the student or its teacher was trained on '
@@ -53,7 +58,7 @@ def choices(info: dict[str, Any], split: str) -> int:
       return 1
     # An older bundle: there was at most one evaluation in each step.
     number = run.get('steps')
-  if type(number) is not int or number < 1:
+  if type(number) is not int or not 0 < number < MOST_CHOICES:
     raise config_utils.UserError(
       f'the bundle says that it is the best of {number!r} checkpoints, which '
       'is no whole number: it is damaged'

@@ -167,7 +167,7 @@ def measure(
     found = from_views(
       pair, views['test'], train, head, delta=share, seed=seed, choices=choices
     )
-    found.report['copies'] = copies['test'].report()
+    found.report.update(delta=delta, copies=copies['test'].report())
     if 'unlabelled' in held:
       target = views['unlabelled']
       target['label'] = relabel(target['label'])
@@ -175,6 +175,7 @@ def measure(
         **shift.bound(
           views['test'], target, head, delta=share / choices, seed=seed
         ),
+        'delta': delta,
         'copies': copies['unlabelled'].report(),
       }
     return found
@@ -208,6 +209,11 @@ def from_views(
       not finite.
   """
   labels, views = test['label'], test['rows']
+  if labels.max() >= len(head['bias']):
+    raise config_utils.UserError(
+      f'labels go up to {labels.max()}, but the head has {len(head["bias"])} '
+      'classes: mend the data set'
+    )
   for part in (test, train or test):
     for name, values in part['rows'].items():
       if not np.isfinite(values).all():

@@ -7,6 +7,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import sys
 
 import numpy as np
@@ -83,8 +84,10 @@ def _flags(argv: list[str], prog: str) -> argparse.Namespace:
   )
   parser.add_argument('--json', action='store_true', help='print JSON')
   flags = parser.parse_args(argv)
-  if not 0 < flags.delta < 1:
-    parser.error(f'--delta {flags.delta}: give a probability between 0 and 1')
+  if not 1e-9 < flags.delta < 1:
+    parser.error(
+      f'--delta {flags.delta}: give a probability between 0 and 1, such as 0.05'
+    )
   if flags.fit_examples < 0 or flags.seed < 0:
     parser.error('--fit_examples and --seed cannot be negative')
   if flags.known and not flags.unlabelled:
@@ -104,7 +107,8 @@ def main(argv: list[str], prog: str = PROG) -> None:
   from ijckd_jax.runtime import compilation_cache
   from ijckd_jax.runtime import parallel
 
-  known = calibration.read(flags.known, flags.bundle)
+  path = os.path.realpath(bundles.find(flags.bundle))
+  known = calibration.read(flags.known, path)
   compilation_cache.enable(compilation_cache.DEFAULT)
   student = bundles.load(flags.bundle, trust_code=flags.trust_code)
   connected = _connected(student, flags)
@@ -154,7 +158,7 @@ def main(argv: list[str], prog: str = PROG) -> None:
     batch_size=batch_size,
     num_workers=flags.num_workers,
   )
-  found = {'bundle': flags.bundle, 'teacher': flags.teacher, **measured.report}
+  found = {'bundle': path, 'teacher': flags.teacher, **measured.report}
   if connected is not None and not _same_head(
     connected.variables['params']['head'],
     _head_in_order(teacher_bundle, dataset, flags),
@@ -191,9 +195,16 @@ def _folder(flags: argparse.Namespace):
   """Returns the folder of --output, which is made; None without one."""
   from etils import epath
 
+  from ijckd_jax.runtime import workdirs
+
   if not flags.output:
     return None
   output = epath.Path(flags.output)
+  if (output / workdirs.CONFIG).exists():
+    raise config_utils.UserError(
+      f'--output {flags.output} holds a run, whose report would be lost: give '
+      'another folder'
+    )
   try:
     output.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -307,6 +318,11 @@ def _labels_in_order(labels, dataset, other, flags: argparse.Namespace):
 
   if not datasets.has_classes(other):
     return labels
+  if labels.max() >= len(other.class_names):
+    raise config_utils.UserError(
+      f'--unlabelled: labels go up to {labels.max()}, but there are '
+      f'{len(other.class_names)} classes: mend the data set'
+    )
   try:
     order, note = classes.match(
       dataset.class_names,

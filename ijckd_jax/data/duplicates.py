@@ -110,7 +110,9 @@ def fingerprints(arrays) -> np.ndarray:
     arrays: datasets.Arrays, or photos.Photos.
   """
   if arrays.in_memory:
-    images = iter(np.ascontiguousarray(arrays.images))
+    # Those of a data set from elsewhere may have another type.
+    pixels = np.asarray(arrays.images).astype(np.uint8, copy=False)
+    images = iter(np.ascontiguousarray(pixels))
   else:
     images = progress.watched(
       (arrays.read(index)['image'] for index in range(len(arrays))),

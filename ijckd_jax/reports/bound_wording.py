@@ -81,10 +81,12 @@ def unlabelled(found: Mapping[str, Any]) -> str:
   if 'true_error' in found:
     title = "student's error, by the labels that there are"
     cells.append([title, _percent(found['true_error']), ''])
+  copies = f'{_copies(found["copies"])} ' if 'copies' in found else ''
   return (
-    f'On {found["examples"]:,} images without labels, these limits hold '
-    f'together with {_confidence(found["delta"])} confidence, if the student '
-    'was not trained on them. The limit by Dis² also assumes that the true '
+    f'{copies}On these {found["examples"]:,} images without '
+    'labels, the limits below and all others of this report hold together with '
+    f'{_confidence(found["delta"])} confidence, if the student was not trained '
+    'on them. The limit by Dis² also assumes that the true '
     'labels are no more adversarial than the critic that was found, which '
     f'cannot be checked.{said}\n\n' + markdown.grid(cells)
   )
@@ -103,7 +105,8 @@ def _gist(report) -> str:
   )
   return markdown.join(
     f'The student gets {student["value"]:.2%} of {report["labelled"]:,} '
-    f'held-out images wrong, and its teacher {teacher["value"]:.2%}; on new '
+    'held-out images '
+    f'wrong, and its teacher {teacher["value"]:.2%}; on new '
     'images from the same source the student gets at most '
     f'{student["upper"]:.2%} wrong, with {_confidence(report["delta"])} '
     'confidence that all limits of this report hold at once.',
@@ -146,7 +149,7 @@ def _selective(report) -> str:
 
 
 def _confidence(delta: float) -> str:
-  return f'{100 * (1 - delta):.4g}%'
+  return f'{100 - 100 * delta:.12g}%'
 
 
 def _held_out(report) -> list[str]:
@@ -167,14 +170,16 @@ def _held_out(report) -> list[str]:
 def _copies(copies) -> str:
   """Says how many images repeat others, or were trained on."""
   if copies['kept'] == copies['images']:
-    said = f'None of the {copies["images"]:,} images repeats another, and none'
+    said = (
+      f'None of the {copies["images"]:,} images repeats another, and none is'
+    )
   else:
     said = (
       f'Of {copies["images"]:,} images, {copies["repeated"]:,} repeat another '
       f'one and {copies["trained"]:,} are training images. All numbers are of '
       f'the other {copies["kept"]:,}, each of which counts once; none of them'
     )
-  said += ' was trained on'
+  said += ' is an exact copy of a training image'
   if copies['unknown']:
     said += (
       ', as far as is known (training sets that could not be compared: '
