@@ -1,5 +1,6 @@
 """Images that certify are held out: no copies, nothing trained or chosen."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ import ijckd_jax
 from ijckd_jax.bounds import certify
 from ijckd_jax.bounds import held_out
 from ijckd_jax.bounds import limits
+from ijckd_jax.bundles import bundles
 from ijckd_jax.data import duplicates
 from ijckd_jax.data.datasets import digits
 from ijckd_jax.evaluation import pointwise
@@ -203,6 +205,23 @@ def test_chosen_by_validation_is_no_choice_on_the_test_set(
   result = train.train_and_evaluate(small_config(**fields), tmp_path)
   assert result.summary['choices'] == 9
   assert result.summary['bounds']['choices'] == 1
+
+
+def test_a_teachers_damaged_number_does_not_cost_the_run(
+  small_config, finished_run, tmp_path, caplog
+):
+  teacher = bundles.load(finished_run[0] / 'teacher')
+  run = {'best_by': 'test', 'choices': 0}
+  dataclasses.replace(teacher, info={**teacher.info, 'run': run}).save(
+    tmp_path / 'teacher'
+  )
+  config = small_config()
+  config.teacher.checkpoint = str(tmp_path / 'teacher')
+  result = train.train_and_evaluate(config, tmp_path / 'run')
+  assert 'the bound is not measured: a teacher' in caplog.text
+  assert result.summary['bounds'] is None is result.summary['choices']
+  assert bundles.load(tmp_path / 'run').info['run']['test']['last']
+  assert (tmp_path / 'run' / workdirs.REPORT).exists()
 
 
 def rows_of(wrong):

@@ -1,6 +1,5 @@
 """What a run leaves: evaluated, written, and found again."""
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -179,7 +178,7 @@ def finish(training, workdir, state, progress, history):
     'best_by': training.ranking_split if student else None,
     'steps': int(state.step),
     'test_examples': len(training.splits['test']) if student else 0,
-    'choices': _choices(training, history, teachers),
+    'choices': _choices(training, workdir, history, teachers),
   }
   # First: whatever is said of it, the student is kept.
   bundle = _write_bundles(
@@ -338,17 +337,31 @@ def _teachers(config, workdir) -> list[dict[str, Any]]:
   trained = str(workdir / 'teacher')
   found = []
   for path in (config.teacher.checkpoint or trained, *config.teacher.others):
-    with contextlib.suppress(config_utils.UserError):  # None is there.
+    try:
       folder = bundles.find(path)
+    except config_utils.UserError:  # None is there.
+      continue
+    try:
       found.append(disk.read_json(folder / bundles.SPEC_FILE)['info'])
+    except (OSError, KeyError, TypeError, ValueError):
+      found.append({})  # Damaged since it was loaded: nothing is known of it.
   return found
 
 
-def _choices(training, history, teachers) -> int:
-  """Returns among how many checkpoints, teachers' included, this was chosen."""
-  number = math.prod(
-    held_out.choices(info, training.ranking_split) for info in teachers
-  )
+def _choices(training, workdir, history, teachers) -> int | None:
+  """Returns among how many checkpoints, teachers' included, this was chosen.
+
+  None where a teacher's number is damaged, which is logged.
+  """
+  try:
+    number = math.prod(
+      held_out.choices(info, training.ranking_split) for info in teachers
+    )
+  except config_utils.UserError as error:
+    logger.warning(
+      '%s: the bound is not measured: a teacher: %s', workdir, error
+    )
+    return None
   if training.experiment.config.bundle != 'best':
     return number
   ranked_by = f'{training.ranking_split}/top1'
@@ -374,6 +387,8 @@ def _measure(
   """
   exp, config = training.experiment, training.experiment.config
   if exp.teacher is None or not datasets.has_classes(exp.dataset):
+    return None
+  if choices is None:
     return None
   distiller = exp.distiller
   student = distiller.deployed(variables, frozen)
