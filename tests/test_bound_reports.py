@@ -519,6 +519,8 @@ def test_the_critic_that_differs_more_is_taken(monkeypatch):
   ]
   both = by(shift.disagreement_loss, shift.disparity_loss)
   assert both in alone
+  assert both['discrepancy'] == max(one['discrepancy'] for one in alone)
+  assert alone[0] != alone[1]
   assert both == by(shift.disparity_loss, shift.disagreement_loss)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from ijckd_jax.bounds import limits
 from ijckd_jax.runtime import config_utils
 
-MIN_FAMILIES = 3  # Of fewer, none can be left out and the rest be regressed.
+MIN_FAMILIES = 3  # One is left out, and a regression needs two others.
 
 
 def estimate(
@@ -30,9 +30,9 @@ def estimate(
   is a quantile of the left-out predictions of the new shift, each plus the
   residual of a shift that was left out with it. Source: Barber et al. 2021,
   "Predictive inference with the jackknife+", https://arxiv.org/abs/1905.02928.
-  For a new shift of a known family, the share is about delta. For a new family
-  nothing is promised: it may be worse than each of the K known ones, as one in
-  K + 1 is where families are alike.
+  For a new shift of a known family, about delta of the limits fail. For a new
+  family nothing is promised: if K + 1 families are alike, the new one is the
+  worst of them with probability 1 / (K + 1).
 
   Args:
     value: Dis^2 of the new shift, without its sampling term.

@@ -114,9 +114,9 @@ def report(
   """Returns everything that held-out examples say of a pair, as JSON.
 
   Args:
-    rows: held-out examples, at least one of which has a label. Of a student
-      that has a connector and predicts by a head of its own, they are the
-      student through the teacher's head, with the field `own`.
+    rows: held-out examples; at least one has a label. If the student has a
+      connector and predicts by a head of its own, these rows are the student
+      through the teacher's head, and their field `own` is its own prediction.
     delta: probability that any of the limits fails.
     own_rows: in that case, the teacher and the student's own logits.
     choices: number of pairs of checkpoints among which this one was chosen on

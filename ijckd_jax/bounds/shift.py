@@ -87,7 +87,7 @@ def bound(
 
 
 def _logits(rows, head) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the logits of the teacher, and of the student as it is deployed."""
+  """Returns the teacher's logits and the deployed student's, (N, K) each."""
   student = rows.get('l_own')
   if student is None:
     student = pointwise.read(rows['z_s'], head)

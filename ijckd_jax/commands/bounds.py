@@ -272,7 +272,7 @@ def _about_unlabelled(flags: argparse.Namespace) -> argparse.Namespace:
 def _trained_on(named, flags: argparse.Namespace) -> list:
   """Returns the training images of the networks; None for unknown ones.
 
-  A note names the networks of which they are not known.
+  A note names each network whose training images are not known.
 
   Args:
     named: bundles by their names in messages.

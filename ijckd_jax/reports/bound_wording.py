@@ -86,8 +86,8 @@ def unlabelled(found: Mapping[str, Any]) -> str:
     f'{copies}On these {found["examples"]:,} images without '
     'labels, the limits below and all others of this report hold together with '
     f'{_confidence(found["delta"])} confidence, if the student was not trained '
-    'on them. The limit by Dis² also assumes that the true '
-    'labels are no more adversarial than the critic that was found, which '
+    'on them. The limit by Dis² also assumes that the '
+    "student's true errors grow no more than the critic's disagreement, which "
     f'cannot be checked.{said}\n\n' + markdown.grid(cells)
   )
 
@@ -177,7 +177,7 @@ def _copies(copies) -> str:
     said = (
       f'Of {copies["images"]:,} images, {copies["repeated"]:,} repeat another '
       f'one and {copies["trained"]:,} are training images. All numbers are of '
-      f'the other {copies["kept"]:,}, each of which counts once; none of them'
+      f'the other {copies["kept"]:,}: each image counts once, and none'
     )
   said += ' is an exact copy of a training image'
   if copies['unknown']:
