@@ -36,13 +36,30 @@ Source of the recipe: the official scripts of IJCKD and SRRL agree on SGD with
 momentum 0.9, weight decay 1e-4, times 0.1 after epochs 30, 60 and 90, without
 warm-up; resnet34 -> resnet18 takes 120 epochs of batch 256 at learning rate
 0.1, resnet50 -> mobilenet_v1 100 epochs of batch 512 at 0.2. The pod's: Goyal
-et al. 2017, https://arxiv.org/abs/1706.02677.
+et al. 2017, https://arxiv.org/abs/1706.02677. kd, dkd and reviewkd have the
+weights of mdistiller's configs/imagenet.
 """
 
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.training import experiment
 
 RECIPES = ('official', 'pod')
+# Fields of a method by student, where they are not its defaults.
+BY_STUDENT = {
+  'kd': {
+    student: {'cross_entropy_weight': 0.5, 'weight': 0.5, 'temperature': 1.0}
+    for student in ('resnet18', 'mobilenet_v1')
+  },
+  'dkd': {
+    student: {
+      'nontarget_weight': weight,
+      'temperature': 1.0,
+      'warm_up_epochs': 1.0,
+    }
+    for student, weight in (('resnet18', 0.5), ('mobilenet_v1', 2.0))
+  },
+  'reviewkd': {'resnet18': {'weight': 1.0}, 'mobilenet_v1': {'weight': 8.0}},
+}
 
 
 def get_config(arg=None):
@@ -75,4 +92,5 @@ def get_config(arg=None):
     config.optimizer.decay_norm_and_bias = False
   rate = 0.1 * config.batch_size / 256
   config.optimizer.learning_rate = config.teacher.learning_rate = rate
+  config.method.update(BY_STUDENT.get(arg.method, {}).get(arg.student, {}))
   return config

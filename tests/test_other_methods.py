@@ -71,7 +71,7 @@ def rkd(student, teacher):
     between = np.array(
       [[np.linalg.norm(z[i] - z[j]) for j in rows] for i in rows]
     )
-    distances.append(between / between[between > 0].mean())
+    distances.append(between / between[~np.eye(len(z), dtype=bool)].mean())
     cosines = np.zeros((len(z),) * 3)
     for i, j, k in itertools.product(rows, rows, rows):
       if i not in (j, k):
@@ -88,7 +88,7 @@ def dist(student, teacher):
   )
   inter = np.mean([np.corrcoef(p[b], q[b])[0, 1] for b in range(len(p))])
   intra = np.mean([np.corrcoef(p[:, k], q[:, k])[0, 1] for k in range(5)])
-  return (1 - inter) + (1 - intra)
+  return 2 * (1 - inter) + 2 * (1 - intra)
 
 
 def kl(p, q):
@@ -145,13 +145,15 @@ def reviewkd(student, teacher):
         weights += weight
         level += weight * ((pool(x, side) - pool(y, side)) ** 2).mean()
     total += level / weights
-  return total / 20  # Epoch 1 of 20.
+  return 5 * total / 20  # Epoch 1 of 20.
 
 
 def vkd(student, teacher):
-  target = np.asarray(teacher.pooled, np.float64)
-  target = (target - target.mean(axis=0)) / np.sqrt(target.var(axis=0) + 1e-5)
-  return ((student.connected.pooled - target) ** 2).mean()
+  total = 0.0
+  for x, y in zip(student.connected.pooled, teacher.pooled, strict=True):
+    y = np.asarray(y, np.float64)
+    total += smooth_l1(x, (y - y.mean()) / np.sqrt(y.var() + 1e-5))
+  return total / len(teacher.pooled)
 
 
 def crd(student, batch, method):
@@ -246,11 +248,23 @@ def test_standardised_logits_know_no_scale_and_no_shift(name):
   assert abs(plain.loss(student, moved, batch)[0] - total) > 1e-3
 
 
-def test_stages_are_paired_from_the_last_one():
+def test_stages_are_paired_from_either_end():
   student, teacher = ('stem', 's1', 's2', 's3'), ('stem', 't1', 't2')
-  assert losses.pair_stages(student, teacher) == [('s2', 't1'), ('s3', 't2')]
-  # One of another library may have its last map alone.
-  assert losses.pair_stages(student, ('last',)) == [('s3', 'last')]
+  last, first = [('s2', 't1'), ('s3', 't2')], [('s1', 't1'), ('s2', 't2')]
+  assert losses.pair_stages(student, teacher) == last
+  assert losses.pair_stages(student, teacher, 'first') == first
+  for pairing in losses.PAIRINGS:
+    # One of another library may have its last map alone.
+    assert losses.pair_stages(student, ('t',), pairing) == [('s3', 't')]
+    swapped = losses.pair_stages(teacher, student, pairing)
+    pairs = losses.pair_stages(student, teacher, pairing)
+    assert swapped == [pair[::-1] for pair in pairs]
+
+
+@pytest.mark.parametrize('name', ['at', 'vid'])
+def test_another_pairing_is_refused(name):
+  with pytest.raises(config_utils.UserError, match='first, last'):
+    methods.get(name)(pairing='middle')
 
 
 @pytest.mark.parametrize('name', sorted(methods.METHODS))
@@ -459,3 +473,31 @@ def test_stages_are_their_preactivations_activated(name):
     # Compiled, both may be computed anew, and be rounded otherwise.
     np.testing.assert_allclose(np.maximum(before, 0), stage, atol=1e-5)
     assert np.any(np.asarray(before) < 0)
+
+
+@pytest.mark.parametrize('name', ['shufflenet_v2_cifar_x0_5'])
+def test_a_shuffled_stage_is_its_preactivation_activated_and_shuffled(name):
+  found, *_ = test_models.run(name, (16, 16, 3))
+  assert len(found.before) == len(found.stages)
+  for before, stage in list(zip(found.before, found.stages, strict=True))[1:]:
+    half = before.shape[-1] // 2
+    shuffled = np.empty_like(stage)
+    shuffled[..., ::2] = before[..., :half]
+    shuffled[..., 1::2] = before[..., half:]
+    np.testing.assert_allclose(np.maximum(shuffled, 0), stage, atol=1e-5)
+    assert np.any(np.asarray(before) < 0)
+
+
+def test_a_wide_nets_stages_go_through_the_next_batch_norm():
+  found, variables, *_ = test_models.run('wrn_16_1', (16, 16, 3))
+  assert len(found.before) == len(found.stages)
+  np.testing.assert_allclose(
+    np.maximum(found.before[-1], 0), found.final, atol=1e-5
+  )
+  names = ('block2_0_bn1', 'block3_0_bn1', 'bn1')
+  for number, name in enumerate(names, 1):
+    params = variables['params'][name]
+    running = variables['batch_stats'][name]
+    scale = params['scale'] / np.sqrt(running['var'] + 1e-5)
+    expected = (found.stages[number] - running['mean']) * scale + params['bias']
+    np.testing.assert_allclose(found.before[number], expected, atol=1e-4)

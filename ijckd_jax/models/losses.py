@@ -14,6 +14,8 @@ import optax
 from ijckd_jax.data import mixing
 from ijckd_jax.runtime import config_utils
 
+PAIRINGS = ('first', 'last')
+
 
 def at_least_float32(x: jax.Array) -> jax.Array:
   """Returns low precision as float32, and anything else as it is."""
@@ -95,6 +97,8 @@ def distillation(
 def standardize_logits(logits: jax.Array) -> jax.Array:
   """Returns logits less their mean, over their standard deviation, row by row.
 
+  The variance is the sum of squares over K - 1, as in the authors' code.
+
   Args:
     logits: (B, K).
 
@@ -103,8 +107,8 @@ def standardize_logits(logits: jax.Array) -> jax.Array:
   """
   logits = at_least_float32(logits)
   centered = logits - jnp.mean(logits, axis=-1, keepdims=True)
-  variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
-  return centered / (safe_sqrt(variance) + 1e-7)
+  squares = jnp.sum(jnp.square(centered), axis=-1, keepdims=True)
+  return centered / (safe_sqrt(squares / (logits.shape[-1] - 1)) + 1e-7)
 
 
 def read_logits(
@@ -143,20 +147,32 @@ def warm_up(batch, epochs: float) -> jax.Array | float:
   return jnp.mean(jnp.minimum((batch['epoch'] + 1) / epochs, 1.0))
 
 
-def pair_stages(student: Sequence, teacher: Sequence) -> list[tuple]:
+def check_pairing(pairing: str) -> None:
+  """Raises config_utils.UserError for what is none of PAIRINGS."""
+  if pairing not in PAIRINGS:
+    raise config_utils.unknown('pairing', pairing, PAIRINGS)
+
+
+def pair_stages(
+  student: Sequence, teacher: Sequence, pairing: str = 'last'
+) -> list[tuple]:
   """Returns the stages of two networks that stand side by side, stems left out.
 
-  They are paired from the last one backwards; what the longer one has before is
-  left out. A teacher of another library may have its last map alone.
+  What the longer one has beyond them is left out. A teacher of another library
+  may have its last map alone, which stands beside the student's last.
 
   Args:
     student: Features.stages, or their shapes.
     teacher: the same of the teacher, or Features.before.
+    pairing: whether they are counted from the 'first', or from the 'last'.
   """
-  student, teacher = (s[1:] if len(s) > 1 else s for s in (student, teacher))
+  if len(teacher) == 1 or len(student) == 1:
+    return [(student[-1], teacher[-1])]
+  student, teacher = student[1:], teacher[1:]
   count = min(len(student), len(teacher))
-  first, second = student[len(student) - count :], teacher[-count:]
-  return list(zip(first, second, strict=True))
+  if pairing == 'last':
+    student, teacher = student[-count:], teacher[-count:]
+  return list(zip(student[:count], teacher[:count], strict=True))
 
 
 def smaller_size(x, y) -> tuple[int, int]:

@@ -59,19 +59,20 @@ class ShuffleNetV2(backbone.Backbone):
     x = nn.relu(x)
     if not self.cifar:
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-    stages = [x]
+    stages, before = [x], [x]
     for i, num_units in enumerate(NUM_UNITS):
       if len(stages) == self.num_stages:
         break
       stage = f'layer{i + 1}' if self.cifar else f'stage{i + 2}'
       for unit in range(num_units):
         width = self.widths[i] if unit == 0 else None
-        x = self.unit(x, width, train, f'{stage}_{unit}')
+        x, y = self.unit(x, width, train, f'{stage}_{unit}')
       stages.append(x)
+      before.append(y)
     if not self.truncated:
       names = ('conv2', 'bn2') if self.cifar else ('conv5_0', 'conv5_1')
       x = nn.relu(self.step(x, self.widths[-1], 1, 1, 1, train, *names))
-    return outputs.Features(tuple(stages), x, self.pool(x))
+    return outputs.Features(tuple(stages), x, self.pool(x), tuple(before))
 
   def step(self, x, features, kernel, stride, groups, train, conv, norm):
     """Applies a convolution and batch norm."""
@@ -81,7 +82,12 @@ class ShuffleNetV2(backbone.Backbone):
     return self.norm(train, name=norm)(x)
 
   def unit(self, x, width, train, name):
-    """Applies a unit; one that is given a width halves the map."""
+    """Applies a unit; one that is given a width halves the map.
+
+    Returns:
+      The map, and what it was before the last ReLU, with its channels in the
+      order that they have before they are shuffled.
+    """
     names = CIFAR_NAMES if self.cifar else TORCHVISION_NAMES
     left, right, single = (
       [[f'{name}_{layer}' for layer in pair] for pair in branch]
@@ -95,10 +101,12 @@ class ShuffleNetV2(backbone.Backbone):
       channels = x.shape[-1]
       x = self.step(x, channels, 3, 2, channels, train, *left[0])
       x = nn.relu(self.step(x, width // 2, 1, 1, 1, train, *left[1]))
-    return layers.channel_shuffle(jnp.concatenate([x, y], axis=-1), 2)
+    before = jnp.concatenate([x, y], axis=-1)
+    activated = jnp.concatenate([x, nn.relu(y)], axis=-1)
+    return layers.channel_shuffle(activated, 2), before
 
   def branch(self, x, width, stride, train, names):
-    """Applies 1x1, depthwise 3x3 and 1x1 convolutions."""
+    """Applies 1x1, depthwise 3x3 and 1x1 convolutions but for the last ReLU."""
     x = nn.relu(self.step(x, width, 1, 1, 1, train, *names[0]))
     x = self.step(x, width, 3, stride, width, train, *names[1])
-    return nn.relu(self.step(x, width, 1, 1, 1, train, *names[2]))
+    return self.step(x, width, 1, 1, 1, train, *names[2])

@@ -16,9 +16,9 @@ from ijckd_jax.models import outputs
 class WideResNet(backbone.Backbone):
   """A WRN of depth 6n+4 for images of any size.
 
-  Its stages are raw sums, before the next batch norm and ReLU; `final` is the
-  last one after them. Where it ends at a stage, it has no last batch norm, and
-  `final` is the raw sum.
+  Its stages are raw sums, before the next batch norm and ReLU; `before` has
+  them between the two, and `final` is the last one after both. Where it ends at
+  a stage, it has no last batch norm, `final` is the raw sum, and `before` ().
 
   Attributes:
     depth: 16, 40, ...
@@ -52,22 +52,27 @@ class WideResNet(backbone.Backbone):
     if remainder:
       raise ValueError(f'depth {self.depth} is not 6n+4')
     x = self.conv(16, 3, name='conv1')(images)
-    stages = [x]
+    stages, before = [x], [x]
     for stage, width in enumerate((16, 32, 64), 1):
       if len(stages) == self.num_stages:
         break
       for block in range(num_blocks):
         stride = 2 if stage > 1 and block == 0 else 1
         name = f'block{stage}_{block}'
-        x = self.block(x, width * self.widen, stride, train, name)
+        normed = self.norm(train, name=f'{name}_bn1')(x)
+        if stage > 1 and block == 0:
+          before.append(normed)
+        x = self.block(x, normed, width * self.widen, stride, train, name)
       stages.append(x)
     if not self.truncated:
-      x = nn.relu(self.norm(train, name='bn1')(x))
-    return outputs.Features(tuple(stages), x, self.pool(x))
+      before.append(self.norm(train, name='bn1')(x))
+      x = nn.relu(before[-1])
+    before = () if self.truncated else tuple(before)
+    return outputs.Features(tuple(stages), x, self.pool(x), before)
 
-  def block(self, x, width, stride, train, name):
+  def block(self, x, normed, width, stride, train, name):
     """Applies two pre-activated convolutions, and the shortcut around them."""
-    activated = nn.relu(self.norm(train, name=f'{name}_bn1')(x))
+    activated = nn.relu(normed)
     y = self.conv(width, 3, stride, name=f'{name}_conv1')(activated)
     y = nn.relu(self.norm(train, name=f'{name}_bn2')(y))
     y = self.conv(width, 3, name=f'{name}_conv2')(y)

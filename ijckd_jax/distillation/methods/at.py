@@ -20,10 +20,16 @@ class Method(base.Method):
     cross_entropy_weight: weight of the labels' cross-entropy.
     weight: of the attention's squared error: mean over batch and positions,
       summed over stages.
+    pairing: where networks have different numbers of stages, whether these are
+      paired from the 'first', as in RepDistiller, or from the 'last'.
   """
 
   cross_entropy_weight: float = 1.0
   weight: float = 1000.0
+  pairing: str = 'first'
+
+  def __post_init__(self):
+    losses.check_pairing(self.pairing)
 
   def loss(self, student, teacher, batch):
     """Returns the weighted sum and its terms."""
@@ -36,7 +42,9 @@ class Method(base.Method):
         self.weight,
         lambda: sum(
           _distance(*pair)
-          for pair in losses.pair_stages(student.stages, teacher.stages)
+          for pair in losses.pair_stages(
+            student.stages, teacher.stages, self.pairing
+          )
         ),
       ),
     )

@@ -23,7 +23,8 @@ class Method(base.Method):
   Attributes:
     cross_entropy_weight: weight of the labels' cross-entropy.
     distance_weight: of the smooth L1 distance between the Euclidean distances
-      of all pairs, each over their mean; mean over B^2.
+      of all pairs, each over their mean; mean over B^2. As in RepDistiller, the
+      mean is over the pairs of different rows, equal images among them.
     angle_weight: of the smooth L1 distance between the cosines of the angles of
       all triples; mean over B^3.
   """
@@ -54,11 +55,10 @@ class Method(base.Method):
 
 
 def _distances(x):
-  """Returns (B, B) Euclidean distances over the mean of those above zero."""
+  """Returns (B, B) Euclidean distances over the mean off the diagonal."""
   square = jnp.sum(jnp.square(x[:, None] - x[None]), axis=-1)
   distances = losses.safe_sqrt(square)
-  count = jnp.maximum(jnp.sum(distances > 0), 1)
-  mean = jnp.sum(distances) / count
+  mean = jnp.sum(distances) / max(len(x) * (len(x) - 1), 1)
   return distances / jnp.where(mean > 0, mean, 1.0)
 
 

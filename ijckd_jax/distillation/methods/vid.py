@@ -19,19 +19,24 @@ START_VARIANCE = 5.0
 MIN_VARIANCE = 1e-5
 
 
-class Regressors(auxiliary.Auxiliary):
+class Regressors(auxiliary.Auxiliary, kw_only=True):
   """Of each pair of stages a mean of the teacher's map, and its variance.
 
   Three 1x1 convolutions with ReLUs between; the variance is a trained number
   for each channel.
+
+  Attributes:
+    pairing: of losses.pair_stages.
   """
+
+  pairing: str
 
   @nn.compact
   def __call__(self, student, teacher, *, train):
     """Returns (mean, target, variance) of each pair, of one size."""
     del train
     found = []
-    pairs = losses.pair_stages(student.stages, teacher.stages)
+    pairs = losses.pair_stages(student.stages, teacher.stages, self.pairing)
     for number, (x, y) in enumerate(pairs):
       size, width = losses.smaller_size(x, y), y.shape[-1]
       x, y = (losses.adaptive_average_pool(z, size) for z in (x, y))
@@ -57,15 +62,21 @@ class Method(base.Method):
     cross_entropy_weight: weight of the labels' cross-entropy.
     weight: of the negative log-likelihood but for its constant: mean over all
       elements of a stage, summed over stages.
+    pairing: where networks have different numbers of stages, whether these are
+      paired from the 'first', as in RepDistiller, or from the 'last'.
   """
 
   cross_entropy_weight: float = 1.0
   weight: float = 1.0
+  pairing: str = 'first'
+
+  def __post_init__(self):
+    losses.check_pairing(self.pairing)
 
   def auxiliary(self, student, teacher):
     """Returns the regressors, whose variances are trained."""
     del student, teacher
-    return Regressors()
+    return Regressors(pairing=self.pairing)
 
   def loss(self, student, teacher, batch):
     """Returns the weighted sum and its terms."""

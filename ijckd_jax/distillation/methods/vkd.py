@@ -1,4 +1,4 @@
-"""VkD: an orthogonal projection onto the teacher's normalised features.
+"""VkD: an orthogonal projection onto the teacher's layer-normalised features.
 
 Source: Miles et al. 2024, "VkD: Improving Knowledge Distillation using
 Orthogonal Projections", https://arxiv.org/abs/2403.06213.
@@ -7,25 +7,25 @@ Orthogonal Projections", https://arxiv.org/abs/2403.06213.
 import dataclasses
 
 import jax.numpy as jnp
+import optax
 
 from ijckd_jax.distillation import connectors
 from ijckd_jax.distillation.methods import base
 from ijckd_jax.models import losses
 
-EPSILON = 1e-5  # Added to the variance, as batch norm does.
+EPSILON = 1e-5  # Added to the variance, as layer norm does.
 
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Method):
-  """Cross-entropy of the own head, and projected features' squared error.
+  """Cross-entropy of the own head, and projected features' smooth L1 distance.
 
-  The teacher's pooled features are standardised over the images of one device
-  (and of one piece, where the batch is worked through in pieces).
+  The teacher's pooled features are standardised image by image.
 
   Attributes:
     cross_entropy_weight: weight of the labels' cross-entropy.
-    weight: of the squared error, mean over B D; the paper's weights belong to
-      its recipes, one is this library's.
+    weight: of the smooth L1 distance, mean over B D; the paper's weights belong
+      to its recipes, one is this library's.
     tap: the student's map whose pooled features are projected, and that its own
       head reads, see base.Method.
   """
@@ -48,14 +48,19 @@ class Method(base.Method):
       ),
       feature=(
         self.weight,
-        lambda: losses.mean_squared_error(
-          student.connected.pooled, _standardize(teacher.pooled)
+        lambda: jnp.mean(
+          optax.losses.huber_loss(
+            losses.at_least_float32(student.connected.pooled),
+            _standardize(teacher.pooled),
+          )
         ),
       ),
     )
 
 
 def _standardize(x):
-  """Returns features of mean zero and variance one over the batch."""
+  """Returns features (B, D) of mean zero and variance one, row by row."""
   x = losses.at_least_float32(x)
-  return (x - jnp.mean(x, axis=0)) / jnp.sqrt(jnp.var(x, axis=0) + EPSILON)
+  centered = x - jnp.mean(x, axis=-1, keepdims=True)
+  variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+  return centered / jnp.sqrt(variance + EPSILON)
