@@ -193,15 +193,20 @@ def _cells() -> Iterator[Cell]:
       'connectors', name, 'ijckd', 3, connector=connector, factor=factor
     )
 
+  # What the defaults of these two were when they were run.
+  weights = {
+    'dist': {'inter_weight': 1.0, 'intra_weight': 1.0},
+    'reviewkd': {'weight': 1.0},
+  }
   for name in (
     *('dkd', 'dist', 'vkd', 'reviewkd', 'at', 'fitnet', 'sp', 'vid', 'rkd'),
     'crd',
   ):
-    yield cell('others', name, name, 3)
+    yield cell('others', name, name, 3, **weights.get(name, {}))
   # 20 epochs of warm-up are of 240; so many are of 30.
   for name in ('dkd', 'reviewkd'):
-    warm_up = {'warm_up_epochs': 2.5}
-    yield cell('others', f'{name}, warm-up 2.5', name, 3, **warm_up)
+    fields = {'warm_up_epochs': 2.5, **weights.get(name, {})}
+    yield cell('others', f'{name}, warm-up 2.5', name, 3, **fields)
   standard = {'standardize': True, 'weight': 9.0, 'temperature': 2.0}
   yield cell('others', 'kd, standardised', 'kd', 3, **standard)
 

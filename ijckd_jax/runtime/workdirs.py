@@ -101,8 +101,10 @@ ADDED_FIELDS = {
 }
 # The same of fields that a method has got since.
 ADDED_METHOD_FIELDS = {
+  'at': {'method.pairing': 'last'},
   'simkd': {'method.tap': 'stage'},
   'srrl': {'method.tap': 'final'},
+  'vid': {'method.pairing': 'last'},
   'vkd': {'method.tap': 'final'},
 }
 MAX_CHANGES = 5
