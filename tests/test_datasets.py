@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import io
+import json
 import os
 import pathlib
 import pickle
@@ -14,6 +15,7 @@ import sys
 import tarfile
 
 import numpy as np
+from PIL import Image
 import pytest
 import sklearn.datasets
 
@@ -452,6 +454,78 @@ def test_cifar_pickled_by_python_3(protocol, change, tmp_path):
     np.testing.assert_array_equal(splits[split]['coarse_label'], labels // 5)
   assert names['coarse_label'] == COARSE_NAMES
   assert tuple(names['label']) == cifar.Cifar100.class_names
+
+
+def write_parquet(folder, name, columns, **changes):
+  """Writes a small CIFAR as Hugging Face's hub has it; returns its arrays."""
+  import pyarrow
+  from pyarrow import parquet
+
+  _, expected = cifar_files(name, 'binary', python2_pickle)
+  class_names = {
+    'fine_label': cifar.Cifar100.class_names,
+    'coarse_label': COARSE_NAMES,
+    'label': cifar.Cifar10.class_names,
+  }
+  features = {
+    column: {'names': list(class_names[column]), '_type': 'ClassLabel'}
+    for column in columns
+  }
+  metadata = {'huggingface': json.dumps({'info': {'features': features}})}
+  for split, (pixels, labels) in expected.items():
+    pictures = []
+    for row in np.asarray(pixels):
+      stream = io.BytesIO()
+      image = row.reshape(3, 32, 32).transpose(1, 2, 0)
+      Image.fromarray(image).save(stream, 'png')
+      pictures.append({'bytes': stream.getvalue(), 'path': None})
+    labels = np.asarray(labels)
+    table = {'img': pictures}
+    for column in columns:
+      coarse = column == 'coarse_label'
+      table[column] = labels // 5 if coarse else labels
+    table = pyarrow.table(table | changes).replace_schema_metadata(metadata)
+    # In two files, as the larger ones are.
+    for part, rows in enumerate((table[:7], table[7:])):
+      path = folder / name / f'{split}-0000{part}-of-00002.parquet'
+      path.parent.mkdir(parents=True, exist_ok=True)
+      parquet.write_table(rows, path)
+  return expected
+
+
+@pytest.mark.parametrize(
+  ('name', 'columns'),
+  [('cifar10', ['label']), ('cifar100', ['fine_label', 'coarse_label'])],
+)
+def test_cifar_of_the_hub(name, columns, tmp_path):
+  expected = write_parquet(tmp_path, name, columns)
+  run_prepare(name, tmp_path, tmp_path / 'data')
+  dataset = datasets.get(name)(data_dir=str(tmp_path / 'data'))
+  for split, (pixels, labels) in expected.items():
+    arrays = dataset.load(split)
+    channels_first = arrays.images.transpose(0, 3, 1, 2)
+    assert by_pixels(channels_first, arrays.labels) == by_pixels(pixels, labels)
+  splits, names = originals.READERS[name](tmp_path)
+  if name == 'cifar100':
+    np.testing.assert_array_equal(
+      splits['test']['coarse_label'], np.asarray(expected['test'][1]) // 5
+    )
+    assert names['coarse_label'] == COARSE_NAMES
+
+
+def test_damaged_files_of_the_hub_are_refused(tmp_path):
+  write_parquet(tmp_path, 'cifar100', ['fine_label', 'coarse_label'])
+  path = tmp_path / 'cifar100' / 'test-00001-of-00002.parquet'
+  kept = path.read_bytes()
+  path.write_bytes(kept[:-100])
+  message = refused('cifar100', tmp_path, tmp_path / 'data')
+  assert path.name in message and 'coarse_label, fine_label' in message
+  path.unlink()  # Five times as many for training: no longer.
+  assert 'truncated' in refused('cifar100', tmp_path, tmp_path / 'data')
+  # Those of CIFAR-10 have no coarse labels.
+  write_parquet(tmp_path / 'other', 'cifar10', ['label'])
+  message = refused('cifar100', tmp_path / 'other', tmp_path / 'data')
+  assert 'coarse_label' in message
 
 
 def test_names_with_a_byte_order_mark(tmp_path):

@@ -7,7 +7,8 @@
 The first downloads it by tfds, which takes TensorFlow (the extra `prepare`).
 The second takes the original files from a local folder, with neither TensorFlow
 nor network: Fashion-MNIST's four IDX files, gzipped or not; CIFAR's binary or
-Python version, as its archive or unpacked.
+Python version, as its archive or unpacked, or the parquet files of Hugging
+Face's hub.
 The third writes pictures of your own (JPEG, PNG, WebP, BMP, GIF, TIFF, PPM) as
 a data set called NAME. DIR holds train/CLASS/... and val/CLASS/... (or test, or
 both); or a folder for each class, a part of which becomes the split 'test'; or

@@ -1,8 +1,9 @@
 """Reads the original files of data sets, with neither TensorFlow nor network.
 
 Fashion-MNIST's four IDX files, gzipped or not; CIFAR's binary or Python
-version, as its archive or unpacked. READERS has a function for each data set,
-from a folder (or an archive) to what `prepared.write` takes.
+version, as its archive or unpacked, or its parquet files of Hugging Face's hub.
+READERS has a function for each data set, from a folder (or an archive) to what
+`prepared.write` takes.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import zlib
 import numpy as np
 
 from ijckd_jax.data import datasets
+from ijckd_jax.data.datasets import parquet_files
 from ijckd_jax.data.datasets import prepared
 from ijckd_jax.runtime import config_utils
 
@@ -244,6 +246,9 @@ _CIFAR = {
   ),
 }
 
+# What its labels are called in Hugging Face's files, in the same order.
+_PARQUET = {'cifar10': ['label'], 'cifar100': ['coarse_label', 'fine_label']}
+
 
 def _find_cifar(source, versions):
   """Returns the first version of which `source` has every file, and them."""
@@ -270,43 +275,60 @@ def _find_cifar(source, versions):
           f'{place} is damaged or truncated: {error}'
         ) from error
   raise _incomplete(
-    source, [[version.archive, *version.files] for version in versions]
+    source,
+    [
+      *([version.archive, *version.files] for version in versions),
+      ['train*.parquet', 'test*.parquet'],
+    ],
   )
 
 
-def read_cifar(name: str, source: pathlib.Path):
-  """Returns what `prepared.write` takes of a folder or archive of CIFAR."""
-  features, *versions = _CIFAR[name]
-  version, files = _find_cifar(source, versions)
-  columns = {}
-  for file in [*version.train, version.test]:
-    try:
-      labels, pixels = version.batch_fn(files[file], version.label_keys)
-      images = pixels.reshape(len(labels), 3, 32, 32).transpose(0, 2, 3, 1)
-      if images.dtype != np.uint8 or not len(images):
-        raise ValueError(f'{len(images)} images of {images.dtype}')
-    except config_utils.UserError as error:
-      raise config_utils.UserError(f'{source}: {file}: {error}') from error
-    except Exception as error:  # Damaged pickles raise whatever they like.
-      config_utils.raise_outside(error)
-      raise config_utils.UserError(
-        f'{source}: {file} is damaged, truncated or no file of {name}: {error}'
-      ) from error
-    for column, num_classes in zip(labels.T, features.values(), strict=True):
-      _check_labels(f'{source}: {file}', column, num_classes)
-    columns[file] = images, labels
+def _read_batches(source, name, version, files):
+  """Returns images and labels by split, and class names, of one version."""
+  splits = {}
+  for split, batches in (('train', version.train), ('test', [version.test])):
+    parts = []
+    for file in batches:
+      try:
+        labels, pixels = version.batch_fn(files[file], version.label_keys)
+        images = pixels.reshape(len(labels), 3, 32, 32).transpose(0, 2, 3, 1)
+        if images.dtype != np.uint8 or not len(images):
+          raise ValueError(f'{len(images)} images of {images.dtype}')
+      except config_utils.UserError as error:
+        raise config_utils.UserError(f'{source}: {file}: {error}') from error
+      except Exception as error:  # Damaged pickles raise whatever they like.
+        config_utils.raise_outside(error)
+        raise config_utils.UserError(
+          f'{source}: {file} is damaged, truncated or no file of {name}: '
+          f'{error}'
+        ) from error
+      parts.append((images, labels))
+    splits[split] = tuple(map(np.concatenate, zip(*parts, strict=True)))
   try:
-    values = version.names_fn(
+    names = version.names_fn(
       {file: files[file] for file in version.names}, version.name_keys
     )
-    names = dict(zip(features, values, strict=True))
-    if [len(names[key]) for key in features] != list(features.values()):
-      raise ValueError(f'they should be {features}')
   except Exception as error:
     config_utils.raise_outside(error)
     raise config_utils.UserError(
       f'{source}: no class names in {", ".join(version.names)}: {error}'
     ) from error
+  return splits, names
+
+
+def read_cifar(name: str, source: pathlib.Path):
+  """Returns what `prepared.write` takes of a folder or archive of CIFAR."""
+  features, *versions = _CIFAR[name]
+  if parquet := parquet_files.find(source):
+    arrays, values = parquet_files.read(parquet, _PARQUET[name])
+  else:
+    arrays, values = _read_batches(source, name, *_find_cifar(source, versions))
+  if [len(value) for value in values] != list(features.values()):
+    raise config_utils.UserError(
+      f'{source}: no class names: there are {[*map(len, values)]} of them, and '
+      f'there should be {[*features.values()]}'
+    )
+  names = dict(zip(features, values, strict=True))
   known = datasets.get(name).class_names
   if tuple(names['label']) != known:
     raise config_utils.UserError(
@@ -314,11 +336,9 @@ def read_cifar(name: str, source: pathlib.Path):
       f'{known[:3]}...'
     )
   splits = {}
-  for split, batches in (('train', version.train), ('test', [version.test])):
-    images, labels = (
-      np.concatenate(parts)
-      for parts in zip(*(columns[file] for file in batches), strict=True)
-    )
+  for split, (images, labels) in arrays.items():
+    for column, num_classes in zip(labels.T, features.values(), strict=True):
+      _check_labels(f'{source}: {split}', column, num_classes)
     ids = [f'{split}_{index:05d}' for index in range(len(images))]
     splits[split] = {'id': ids, 'image': images}
     splits[split] |= dict(zip(features, labels.T, strict=True))
