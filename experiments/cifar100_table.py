@@ -2,7 +2,8 @@
 
   python -m experiments.cifar100_table
 
-writes full_tables/cifar100.md. None of its rows has been run here.
+writes full_tables/cifar100.md, which says how to make a row of it. No row has
+been made here.
 """
 
 from experiments.full_tables import table
@@ -37,6 +38,9 @@ def _simkd(values: str):
   return _numbers('S', names, f'79.42 {values}')
 
 
+_BESIDE_KD = {'method.add': 'kd:weight=1.0'}
+
+
 def _of(source, **methods):
   return tuple((source, name, value) for name, value in methods.items())
 
@@ -46,21 +50,22 @@ TABLE = table.Table(
   title='CIFAR-100',
   recipe=(
     'configs/cifar100.py: 240 epochs of SGD, batch 64, learning rate 0.05 '
-    '(0.01 for MobileNet and ShuffleNet students), times 0.1 after epochs 150, '
-    '180 and 210, momentum 0.9, weight decay 5e-4, crops out of 4 pixels of '
-    'padding, flips: the recipe on which RepDistiller, SimKD and mdistiller '
-    'agree.'
+    '(0.01 for MobileNet and ShuffleNet), times 0.1 after epochs 150, 180 and '
+    '210, momentum 0.9, weight decay 5e-4, crops out of 4 pixels of padding, '
+    'flips: the recipe on which RepDistiller, SimKD and mdistiller agree. dkd, '
+    'reviewkd and dist have the weights that their authors chose for the pair.'
   ),
   teachers=(
     'Without `--config.teacher.checkpoint` a command trains the teacher '
-    'first, by the same recipe, into `teacher/` of its folder; the rows of one '
-    'teacher can share it. Those of RepDistiller, which the sources R, M and L '
+    'first, by the same recipe, once for all its seeds. Those of RepDistiller, '
+    'which the sources R, M and L '
     "use, are in mdistiller's release `checkpoints` (`cifar_teachers.tar`), "
     'and are imported by\n\n'
     '    ijckd weights import '
     '--output teachers/resnet32x4 --backbone resnet32x4 \\\n'
     '      --checkpoint download_ckpts/cifar_teachers/resnet32x4_vanilla/'
-    'ckpt_epoch_240.pth'
+    'ckpt_epoch_240.pth\n\n'
+    'and given by `--config.teacher.checkpoint=teachers/resnet32x4`.'
   ),
   sources={
     'R': "RepDistiller's README (CRD's tables): its teachers, last epoch, "
@@ -74,6 +79,20 @@ TABLE = table.Table(
     'best epoch',
     'Q': 'quoted by others: srrl, simkd and semckd by NORM and SDD, dist by '
     "KD++; mostly RepDistiller's teachers",
+  },
+  data=(
+    "ijckd prepare cifar100 --source DIR    # its archive, or the hub's "
+    'parquet files'
+  ),
+  settings={
+    'S': {
+      'kd': {'method.cross_entropy_weight': 1.0, 'method.weight': 1.0},
+      'fitnet': {**_BESIDE_KD, 'method.stage': 1},
+      **{name: _BESIDE_KD for name in ('at', 'sp', 'vid', 'crd')},
+      'srrl': {'method.connects': 'pooled', 'method.distillation_weight': 1.0},
+      'simkd/8': {'method.factor': 8},
+      'simkd/4': {'method.factor': 4},
+    },
   },
   options='',
   rows=(

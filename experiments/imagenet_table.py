@@ -2,7 +2,8 @@
 
   python -m experiments.imagenet_table
 
-writes full_tables/imagenet.md. None of its rows has been run here.
+writes full_tables/imagenet.md, which says how to make a row of it. No row has
+been made here.
 """
 
 from experiments.full_tables import table
@@ -36,6 +37,8 @@ TABLE = table.Table(
     'T': "torchdistill's README: its own runs",
     'S': "SimKD's issue 5, its ImageNet pair",
   },
+  data='ijckd prepare imagenet2012    # see configs/imagenet.py',
+  settings={},
   options=(
     '--config.num_workers=16 --config.teacher.checkpoint=teachers/{teacher}'
   ),

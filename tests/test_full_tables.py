@@ -7,8 +7,7 @@ import pytest
 from experiments import cifar100_table
 from experiments import imagenet_table
 from experiments.full_tables import table
-from ijckd_jax import main
-from ijckd_jax.distillation import methods
+from ijckd_jax.commands import sweep
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.training import experiment
 
@@ -53,37 +52,125 @@ def test_rows_are_told_apart_and_their_numbers_have_sources(name):
     assert len(set(said)) == len(said)
 
 
+@pytest.mark.parametrize('name, row', first_of_each())
+def test_every_number_that_can_be_made_has_a_config(name, row):
+  found = TABLES[name]
+  for source, entry in found.entries(row):
+    config = found.config(row, source, entry)
+    assert config.method.name == table.method_of(entry)
+    said = table.called(found, row, config.to_dict())
+    assert said['name'] == entry and not said['differs']
+    assert not source or source in said['sources']
+    assert 'seed=0..9' in found.command(row, source, entry)
+
+
+def test_weights_are_those_of_the_pair():
+  """mdistiller, configs/cifar100/dkd/wrn40_2_wrn_16_2.yaml:19 and others;
+  ReviewKD, CIFAR-100/script/reviewKD.sh; its ImageNet/README.md:38-48.
+  """
+  found = TABLES['cifar100']
+
+  def method(key, name, source=''):
+    return found.config(found.row(key), source, name).method
+
+  assert method('wrn_40_2_wrn_16_2', 'dkd').nontarget_weight == 6
+  assert method('resnet56_resnet20', 'dkd').nontarget_weight == 2
+  assert method('resnet32x4_resnet8x4', 'dkd').nontarget_weight == 8
+  assert method('resnet56_resnet20', 'reviewkd').weight == 0.6
+  assert method('resnet32x4_resnet8x4', 'reviewkd').weight == 5
+  assert method('resnet32x4_shufflenet_v2_cifar_x1_0', 'reviewkd').weight == 8
+  dist = method('resnet32x4_resnet8x4', 'dist')
+  assert (dist.inter_weight, dist.intra_weight, dist.temperature) == (2, 2, 4)
+  hint = method('resnet32x4_resnet8x4', 'fitnet', 'S')
+  assert (hint.stage, hint.add) == (1, 'kd:weight=1.0')
+  assert method('resnet32x4_resnet8x4', 'fitnet', 'R').stage == 2
+  for student, review, dkd in (('resnet18', 1, 0.5), ('mobilenet_v1', 8, 2)):
+    arg = f'imagenet:student={student}'
+    assert config_utils.load(f'{arg},method=reviewkd').method.weight == review
+    config = config_utils.load(f'{arg},method=dkd').method
+    assert (config.nontarget_weight, config.temperature) == (dkd, 1)
+
+
+def test_mobile_teachers_have_their_own_learning_rate():
+  """RepDistiller, train_teacher.py: 0.01 for MobileNetV2 and ShuffleNets."""
+  config = config_utils.load(
+    'cifar100:teacher=shufflenet_v2_cifar_x1_0,student=resnet8x4'
+  )
+  assert config.teacher.learning_rate == 0.01
+  assert config.optimizer.learning_rate == 0.05
+
+
 def test_a_command_is_taken_as_it_stands(monkeypatch, capsys):
   """As far as the teacher, which is not there."""
   found = TABLES['imagenet']
-  command = found.command(found.rows[0], method='srrl', seed=3)
+  command = found.command(found.rows[0], name='srrl')
   words = command.split()
-  assert words[:2] == ['ijckd', 'train']
+  assert words[:2] == ['ijckd', 'sweep']
   with pytest.raises(config_utils.UserError, match='teachers/resnet34'):
-    main.main(words[2:])
+    sweep.main(words[2:])
 
 
-def test_a_finished_run_is_added(monkeypatch, tmp_path):
-  found, row = TABLES['cifar100'], TABLES['cifar100'].rows[0]
-  monkeypatch.setattr(table, 'MEASURED', tmp_path / 'measured.jsonl')
-  for seed, top1 in ((0, 0.75), (1, 0.76)):
-    config = found.config(row)
-    summary = {
-      'seed': seed,
-      'student': {'last': {'top1': top1}, 'best': {'top1': 0.77}},
-      'teacher': {'top1': 0.7561},
-      'config': config.to_dict(),
-      'versions': {},
-      'devices': [],
-    }
-    (tmp_path / 'summary.json').write_text(json.dumps(summary))
-    table.add(found, tmp_path)
-  assert 'ijckd 75.50 ± 0.71 (2), best 77.00' in table.render(found)
-  config.student.backbone = 'resnet8'
-  summary['config'] = config.to_dict()
-  (tmp_path / 'summary.json').write_text(json.dumps(summary))
-  with pytest.raises(config_utils.UserError, match='is no row of cifar100'):
-    table.add(found, tmp_path)
-  assert set(methods.METHODS) >= {
-    run['method'] for run in map(json.loads, table.MEASURED.open())
+def finished(folder, config, seed, top1):
+  """Writes what a finished run of a config leaves."""
+  folder.mkdir(parents=True)
+  summary = {
+    'seed': seed,
+    'student': {'last': {'top1': top1}, 'best': {'top1': 0.77}},
+    'teacher': {'top1': 0.7561},
+    'config': {**config.to_dict(), 'seed': seed},
+    'versions': {'jax': '0.10.2', 'ijckd_jax': '0.2.0'},
+    'devices': ['NVIDIA H200'],
   }
+  (folder / 'summary.json').write_text(json.dumps(summary))
+
+
+@pytest.fixture
+def no_numbers_yet(monkeypatch, tmp_path):
+  monkeypatch.setattr(table, 'MEASURED', tmp_path / 'measured.jsonl')
+
+
+def test_the_runs_of_a_sweep_are_added_once(no_numbers_yet, tmp_path):
+  found = TABLES['cifar100']
+  row = found.row('resnet32x4_resnet8x4')
+  for seed, top1 in ((0, 0.75), (1, 0.76)):
+    config = found.config(row, 'S', 'fitnet')
+    finished(tmp_path / 'sweep' / f'seed={seed}', config, seed, top1)
+  finished(tmp_path / 'sweep' / 'teacher_0badcafe', config, 0, 0.1)
+  assert len(table.add(found, tmp_path / 'sweep')) == 2
+  said = table.add(found, tmp_path / 'sweep' / 'seed=0')
+  assert said[0].endswith('known already')
+  page = table.render(found)
+  assert 'fitnet 75.50 ± 0.71 (2), best 77.00' in page
+  (line,) = (line for line in page.splitlines() if 'NVIDIA H200' in line)
+  cells = [cell.strip() for cell in line.strip('|').split('|')]
+  assert cells[:5] == ['resnet32x4_resnet8x4', 'fitnet', 'S', '', '0, 1']
+  # Of two values a and b: 12.706 |a - b| / 2, by Student's t.
+  assert cells[5:9] == ['75.50', '± 6.35', '77.00', '75.61']
+  assert cells[9] == 'NVIDIA H200, jax 0.10.2, ijckd_jax 0.2.0'
+
+
+def test_a_run_by_other_settings_says_which(no_numbers_yet, tmp_path):
+  found = TABLES['cifar100']
+  config = found.config(found.rows[0])
+  config.total_epochs = 3.0
+  config.num_workers = 7  # Changes nothing of what is measured.
+  finished(tmp_path / 'run', config, 0, 0.5)
+  table.add(found, tmp_path / 'run')
+  page = table.render(found)
+  assert 'ijckd (other settings) 50.00 (1)' in page
+  assert '`total_epochs=3.0`' in page and 'num_workers' not in page
+
+
+def test_what_is_no_row_is_refused(no_numbers_yet, tmp_path):
+  found = TABLES['cifar100']
+  config = found.config(found.rows[0])
+  finished(tmp_path / 'sweep' / 'a', config, 0, 0.5)
+  config.student.backbone = 'resnet8'
+  finished(tmp_path / 'sweep' / 'b', config, 0, 0.5)
+  with pytest.raises(config_utils.UserError, match='is no row of cifar100'):
+    table.add(found, tmp_path / 'sweep')
+  assert not table.MEASURED.exists()
+  with pytest.raises(config_utils.UserError, match='no finished run'):
+    table.add(found, tmp_path)
+  with pytest.raises(config_utils.UserError, match='resnet32x4_resnet8x4'):
+    table.main(found, ['commands', 'resnet32x4_resnet8'])
