@@ -17,13 +17,13 @@ def wave(*shape, start):
   return jnp.asarray(x, jnp.float32)
 
 
-def network(stages=(), pooled=None, connected=None):
+def network(stages=(), pooled=None, connected=None, **fields):
   return outputs.Outputs(
     stages=tuple(stages),
     final=None,
     pooled=pooled,
-    logits=jnp.zeros((2, 5)),
     connected=connected,
+    **({'logits': jnp.zeros((2, 5))} | fields),
   )
 
 
@@ -127,3 +127,72 @@ def test_review_at_several_scales():
     for i, size in enumerate((1, 2, 5, 8))
   )
   np.testing.assert_allclose(total, 1.6386920247914682, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'expected', 'slope'),
+  [
+    (
+      {'weighted': False, 'exponent': 0.1},
+      0.9683106872009858,
+      (-0.005420133, 0.069552297, 0.070557638, -0.01053923),
+    ),
+    (
+      {'exponent': 0.2},
+      2.7532777311277634,
+      (-0.020045134, 0.275839698, 0.252122966, -0.089453512),
+    ),
+  ],
+  ids=['ttm', 'wttm'],
+)
+def test_transformed_teachers(fields, expected, slope):
+  """TTM, distiller_zoo/ttm.py:13-21 and wttm.py:13-21."""
+  method = methods.get('wttm')(cross_entropy_weight=0.0, weight=1.0, **fields)
+  teacher = network(logits=4 * wave(3, 10, start=0.2))
+  value, gradient = jax.value_and_grad(
+    lambda logits: term(method, network(logits=logits), teacher)
+  )(3 * wave(3, 10, start=0.5))
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  np.testing.assert_allclose(gradient[0, :4], slope, atol=1e-6)
+
+
+def apply(method, params, student, teacher):
+  """Returns a student with what the method trains beside it."""
+  module = method.auxiliary(None, None)
+  found = module.apply({'params': params}, student, teacher, train=True)
+  return student.replace(auxiliary=found)
+
+
+def test_a_projector_ensemble():
+  """PEFD, helper/loops.py:118-145."""
+  method = methods.get('pefd')(cross_entropy_weight=0.0, weight=1.0)
+  student = network(pooled=wave(3, 4, start=0.3))
+  teacher = network(pooled=wave(3, 5, start=0.9))
+  params = {
+    f'projection_{i}': {
+      'kernel': wave(5, 4, start=i).T,
+      'bias': wave(5, start=7 + i),
+    }
+    for i in range(3)
+  }
+  found = term(method, apply(method, params, student, teacher), teacher)
+  np.testing.assert_allclose(found, 0.8903591798177617, rtol=1e-5)
+
+
+def test_a_simple_recipe():
+  """Simple-Recipe-Distillation, torchdistill/losses/single.py:128-190."""
+  method = methods.get('srd')(cross_entropy_weight=0.0)
+  student = network(
+    pooled=wave(6, 4, start=0.3), logits=3 * wave(6, 10, start=0.5)
+  )
+  teacher = network(
+    pooled=wave(6, 5, start=0.9), logits=4 * wave(6, 10, start=0.2)
+  )
+  params = {
+    'projection': {
+      'kernel': wave(5, 4, start=0.4).T,
+      'bias': wave(5, start=0.6),
+    }
+  }
+  found = term(method, apply(method, params, student, teacher), teacher)
+  np.testing.assert_allclose(found, 11.577974388607702, rtol=1e-5)

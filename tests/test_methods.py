@@ -202,10 +202,13 @@ WEIGHED = {
   'crd': 'contrast',
   'fitnet': 'hint',
   'kd': 'distillation',
+  'pefd': 'angle',
   'reviewkd': 'review',
   'sp': 'similarity',
+  'srd': 'feature',
   'vid': 'information',
   'vkd': 'feature',
+  'wttm': 'divergence',
 }
 
 

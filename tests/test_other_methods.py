@@ -156,6 +156,35 @@ def vkd(student, teacher):
   return total / len(teacher.pooled)
 
 
+def wttm(student, teacher):
+  total = 0.0
+  for x, y in zip(student.logits, teacher.logits, strict=True):
+    q, p = (scipy.special.softmax(z.astype(float)) for z in (x, y))
+    factor = (p**0.2).sum()
+    total += factor * kl(p**0.2 / factor, q)
+  return 4 * total / len(student.logits)
+
+
+def pefd(student, teacher):
+  pairs = zip(student.auxiliary, teacher.pooled, strict=True)
+  return 25 * np.mean(
+    [1 - x @ y / np.linalg.norm(x) / np.linalg.norm(y) for x, y in pairs]
+  )
+
+
+def srd(student, teacher):
+  features = []
+  for z in (student.auxiliary, teacher.pooled):
+    z = np.asarray(z, np.float64)
+    features.append((z - z.mean(axis=0)) / np.sqrt(z.var(axis=0) + 1e-4))
+  distance = 2 * np.log(((features[0] - features[1]) ** 4).sum())
+  q, p = (
+    scipy.special.softmax(x.logits.astype(float), axis=1)
+    for x in (student, teacher)
+  )
+  return distance + np.mean([*map(kl, p, q)])
+
+
 def crd(student, batch, method):
   memory, count = batch['memory'], len(batch['memory']['label'])
   places = np.asarray(method._negatives(batch))
@@ -183,11 +212,14 @@ BY_HAND = {
   'dist': dist,
   'dkd': None,  # It is divided by the labels.
   'fitnet': fitnet,
+  'pefd': pefd,
   'reviewkd': reviewkd,
   'rkd': rkd,
   'sp': sp,
+  'srd': srd,
   'vid': vid,
   'vkd': vkd,
+  'wttm': wttm,
 }
 
 

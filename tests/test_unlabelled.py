@@ -213,13 +213,16 @@ LEARNS = {
   'fitnet': ('cross_entropy',),
   'ijckd': ('cross_entropy', 'logit'),
   'kd': None,
+  'pefd': ('cross_entropy',),
   'reviewkd': ('cross_entropy',),
   'rkd': ('cross_entropy',),
   'simkd': (),
   'sp': ('cross_entropy',),
+  'srd': ('cross_entropy', 'distillation'),
   'srrl': ('cross_entropy', 'logit'),
   'vid': ('cross_entropy',),
   'vkd': ('cross_entropy',),
+  'wttm': None,
 }
 
 

@@ -11,7 +11,6 @@ import json
 import pathlib
 
 import numpy as np
-from PIL import Image
 
 from ijckd_jax.runtime import config_utils
 
@@ -85,5 +84,7 @@ def _read(path: pathlib.Path, columns: Sequence[str]):
 
 
 def _decode(data: bytes) -> np.ndarray:
+  from PIL import Image
+
   with Image.open(io.BytesIO(data)) as picture:
     return np.asarray(picture.convert('RGB'))

@@ -21,13 +21,16 @@ METHODS = {
   'fitnet': 'ijckd_jax.distillation.methods.fitnet:Method',
   'ijckd': 'ijckd_jax.distillation.methods.ijckd:Method',
   'kd': 'ijckd_jax.distillation.methods.kd:Method',
+  'pefd': 'ijckd_jax.distillation.methods.pefd:Method',
   'reviewkd': 'ijckd_jax.distillation.methods.reviewkd:Method',
   'rkd': 'ijckd_jax.distillation.methods.rkd:Method',
   'simkd': 'ijckd_jax.distillation.methods.simkd:Method',
   'sp': 'ijckd_jax.distillation.methods.sp:Method',
+  'srd': 'ijckd_jax.distillation.methods.srd:Method',
   'srrl': 'ijckd_jax.distillation.methods.srrl:Method',
   'vid': 'ijckd_jax.distillation.methods.vid:Method',
   'vkd': 'ijckd_jax.distillation.methods.vkd:Method',
+  'wttm': 'ijckd_jax.distillation.methods.wttm:Method',
 }
 # The labels' weight in a method that is added to another: it has them already.
 LABELS = 'cross_entropy_weight'
