@@ -357,16 +357,28 @@ def log_softmax(x, temperature=1.0):
 
 def standardised(logits):
   logits = logits.astype(np.float64)
-  mean, std = (f(logits, axis=1, keepdims=True) for f in (np.mean, np.std))
-  return (logits - mean) / (std + 1e-7)
+  mean = logits.mean(axis=1, keepdims=True)
+  return (logits - mean) / (logits.std(axis=1, ddof=1, keepdims=True) + 1e-7)
 
 
 def by_hand(
-  student, teacher, labels, *, a=0, g=0, f=0, phi=None, d=0, t=4.0, z=False
+  student,
+  teacher,
+  labels,
+  *,
+  a=0,
+  g=0,
+  f=0,
+  phi=None,
+  d=0,
+  t=4.0,
+  z=False,
+  own=False,
 ):
   """Returns a CE + g mse(logits) + f mse(phi(features)) + d T^2 KL.
 
-  With z, of standardised logits but in the cross-entropy.
+  With z, of standardised logits but in the cross-entropy; with `own`, g is of
+  the own head's logits.
   """
   total = 0.0
   read = standardised if z else lambda logits: logits
@@ -374,7 +386,8 @@ def by_hand(
     rows = -log_softmax(student.logits)[np.arange(len(labels)), labels]
     total += a * rows[labels >= 0].sum() / len(labels)
   if g:
-    error = read(student.connected.logits) - read(teacher.logits)
+    seen = student if own else student.connected
+    error = read(seen.logits) - read(teacher.logits)
     total += g * (error**2).sum() / error.size
   if f:
     error = phi(student.connected) - phi(teacher)
@@ -435,6 +448,7 @@ TABLE = [
     {'a': 1, 'g': 5, 'f': 1, 'phi': the_pooled, 'd': 2, 't': 2.0},
   ),
   ('kd', {}, {'a': 0.1, 'd': 0.9}),
+  ('kd', {'weight': 0.0, 'logit_weight': 3.0}, {'a': 0.1, 'g': 3, 'own': True}),
   (
     'kd',
     {

@@ -102,6 +102,7 @@ ADDED_FIELDS = {
 # The same of fields that a method has got since.
 ADDED_METHOD_FIELDS = {
   'at': {'method.pairing': 'last'},
+  'kd': {'method.logit_weight': 0.0},
   'simkd': {'method.tap': 'stage'},
   'srrl': {'method.tap': 'final'},
   'vid': {'method.pairing': 'last'},

@@ -1,7 +1,9 @@
-"""KD: match the teacher's softened predictions.
+"""KD: match the teacher's softened predictions, or its logits.
 
 Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network",
-https://arxiv.org/abs/1503.02531; weights as in RepDistiller's tables.
+https://arxiv.org/abs/1503.02531; weights as in RepDistiller's tables. Logits:
+Ba and Caruana 2014, "Do Deep Nets Really Need to be Deep?",
+https://arxiv.org/abs/1312.6184.
 """
 
 import dataclasses
@@ -18,6 +20,7 @@ class Method(base.Method):
   Attributes:
     cross_entropy_weight: weight of the labels' cross-entropy.
     weight: of the divergence.
+    logit_weight: weight of the logits' squared error, mean over B K.
     temperature: T.
     standardize: standardise logits first (losses.standardize_logits); its
       authors take weight=9 and temperature=2 then.
@@ -25,6 +28,7 @@ class Method(base.Method):
 
   cross_entropy_weight: float = 0.1
   weight: float = 0.9
+  logit_weight: float = 0.0
   temperature: float = 4.0
   standardize: bool = False
 
@@ -45,6 +49,12 @@ class Method(base.Method):
           teacher.logits,
           self.temperature,
           standardize=self.standardize,
+        ),
+      ),
+      logit=(
+        self.logit_weight,
+        lambda: losses.mean_squared_error(
+          *losses.read_logits(student.logits, teacher.logits, self.standardize)
         ),
       ),
     )
