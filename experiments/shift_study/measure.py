@@ -53,11 +53,12 @@ def thresholded_confidence(source, wrong, target) -> float:
 
 
 class Networks:
-  """The teacher and all students, run side by side."""
+  """A teacher and its students, run side by side."""
 
-  def __init__(self, work: pathlib.Path):
+  def __init__(self, work: pathlib.Path, teacher: str):
     self.bundles = {
-      name: bundles.load(work / name) for name in ('teacher', *train.METHODS)
+      name: bundles.load(work / teacher / name)
+      for name in ('teacher', *train.methods(teacher))
     }
     self._mapper = parallel.Mapper()
     self._step = feature_extraction.make_step(self._view, self._mapper)
@@ -92,10 +93,15 @@ def measure(source, labels, target, truth) -> dict:
   predicted = {name: x.argmax(axis=-1) for name, x in target.items()}
   wrong = source['teacher'].argmax(axis=-1) != labels
   found = {}
-  for name in train.METHODS:
+  for name in source:
+    if name == 'teacher':
+      continue
     near, far = source[name], target[name]
     differs = predicted[name] != predicted['teacher']
-    by_critic = shift.by_critic(near, far, labels, delta=DELTA, seed=0)
+    both, disagreement = (
+      shift.by_critic(near, far, labels, delta=DELTA, seed=0, losses=losses)
+      for losses in (None, (shift.disagreement_loss,))
+    )
     found[name] = {
       'true_error': float((predicted[name] != truth).mean()),
       'disagreement': float(differs.mean()),
@@ -103,14 +109,25 @@ def measure(source, labels, target, truth) -> dict:
         limits.clopper_pearson_upper(int(found.sum()), len(found), DELTA / 2)
         for found in (wrong, differs)
       ),
-      'by_student_logits': by_critic['upper'],
-      'discrepancy': by_critic['discrepancy'],
+      'dis2': both['upper'],
+      'dis2_value': both['value'],
+      'dis2_by_disagreement': disagreement['upper'],
       'average_confidence': average_confidence(far),
       'thresholded_confidence': thresholded_confidence(
         near, near.argmax(axis=-1) != labels, far
       ),
     }
   return found
+
+
+def conditions(teacher: str) -> list[tuple[str, int]]:
+  """Returns what is measured of a teacher's students: kinds and severities."""
+  severities = (5, 4, 3, 2, 1) if teacher == train.TEACHERS[0] else (5, 3, 1)
+  return [(CLEAN, 0)] + [
+    (name, severity)
+    for severity in severities
+    for name in corruptions.CORRUPTIONS
+  ]
 
 
 def main() -> None:
@@ -122,34 +139,31 @@ def main() -> None:
   done = set()
   if RESULTS.exists():
     rows = map(json.loads, RESULTS.read_text().splitlines())
-    done = {(row['corruption'], row['severity']) for row in rows}
+    done = {(x['teacher'], x['corruption'], x['severity']) for x in rows}
   data = fashion_mnist.Dataset(validation_fraction=train.HELD_OUT)
   held_out, test = data.load('validation'), data.load('test')
   random = np.random.RandomState(0)
   labelled = held_out.take(random.permutation(len(held_out))[:NUM_LABELLED])
   others = test.take(random.permutation(len(test))[:NUM_OTHERS])
-  networks = Networks(flags.work)
-  source = networks(labelled)
-  conditions = [(CLEAN, 0)]
-  conditions += [
-    (name, severity)
-    for severity in (5, 4, 3, 2, 1)
-    for name in corruptions.CORRUPTIONS
-  ]
-  for name, severity in conditions:
-    if (name, severity) in done:
-      continue
-    images = others.images
-    if name != CLEAN:
-      images = corruptions.corrupt(images, name, severity)
-    target = networks(datasets.Arrays(images, others.labels))
-    found = measure(source, labelled.labels, target, others.labels)
-    row = {'corruption': name, 'severity': severity, 'found': found}
-    with RESULTS.open('a') as stream:
-      stream.write(json.dumps(row) + '\n')
-    print(
-      name, severity, {k: round(v['true_error'], 3) for k, v in found.items()}
-    )
+  for teacher in train.TEACHERS:
+    networks = Networks(flags.work, teacher)
+    source = networks(labelled)
+    for name, severity in conditions(teacher):
+      if (teacher, name, severity) in done:
+        continue
+      images = others.images
+      if name != CLEAN:
+        images = corruptions.corrupt(images, name, severity)
+      target = networks(datasets.Arrays(images, others.labels))
+      row = {
+        'teacher': teacher,
+        'corruption': name,
+        'severity': severity,
+        'found': measure(source, labelled.labels, target, others.labels),
+      }
+      with RESULTS.open('a') as stream:
+        stream.write(json.dumps(row) + '\n')
+      print(teacher, name, severity, flush=True)
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ states.
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import functools
 import math
 from typing import Any
@@ -25,6 +26,8 @@ SPLIT_STREAM = 5
 # a few nats: enough to keep a kernel finite where classes can be told apart.
 PENALTY = 1e-4
 MAX_ITERATIONS = 300
+# A critic's loss of each row, by its logits and the classifier's predictions.
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def bound(
@@ -101,12 +104,13 @@ def by_critic(
   *,
   delta: float,
   seed: int,
+  losses: Sequence[Loss] | None = None,
 ) -> dict[str, float] | None:
   """Returns `dis2` of a classifier, by a linear critic that reads its logits.
 
-  Critics of both losses are fitted on one half of either sample, and the one
-  that differs more there is measured on the other half. None where nothing is
-  left to measure it on.
+  A critic of each loss is fitted on one half of either sample, and the one that
+  differs more there is measured on the other half. None where nothing is left
+  to measure it on.
 
   Args:
     source: logits of labelled examples, (n_S, K).
@@ -114,16 +118,17 @@ def by_critic(
     labels: of the source, (n_S,) int; -1 where there is none.
     delta: probability of failure, if the assumption holds.
     seed: of the halves.
+    losses: of `fit_critic`; default: `disagreement_loss` and `disparity_loss`.
   """
+  if losses is None:
+    losses = disagreement_loss, disparity_loss
   rng = np.random.default_rng((seed, SPLIT_STREAM))
   fitted = [rng.permutation(len(part)) % 2 == 0 for part in (source, target)]
   held = ~fitted[0] & (labels >= 0)
   if not held.any() or fitted[1].all():
     return None
   halves = source[fitted[0]], target[fitted[1]]
-  critics = [
-    fit_critic(*halves, loss) for loss in (disagreement_loss, disparity_loss)
-  ]
+  critics = [fit_critic(*halves, loss) for loss in losses]
 
   def discrepancy(critic):
     near, far = (differs(part, critic).mean() for part in halves)
@@ -179,7 +184,7 @@ def disagreement_loss(scores: jax.Array, predicted: jax.Array) -> jax.Array:
 def fit_critic(
   source: np.ndarray,
   target: np.ndarray,
-  loss: Callable[[jax.Array, jax.Array], jax.Array],
+  loss: Loss,
 ) -> dict[str, np.ndarray]:
   """Returns a linear critic that agrees on the source, not on the target.
 
