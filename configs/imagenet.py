@@ -44,21 +44,25 @@ from ijckd_jax.runtime import config_utils
 from ijckd_jax.training import experiment
 
 RECIPES = ('official', 'pod')
-# Fields of a method by student, where they are not its defaults.
-BY_STUDENT = {
+PAIRS = ('resnet34', 'resnet18'), ('resnet50', 'mobilenet_v1')
+# Fields of a method by teacher and student, where they are not its defaults.
+BY_PAIR = {
   'kd': {
-    student: {'cross_entropy_weight': 0.5, 'weight': 0.5, 'temperature': 1.0}
-    for student in ('resnet18', 'mobilenet_v1')
+    pair: {'cross_entropy_weight': 0.5, 'weight': 0.5, 'temperature': 1.0}
+    for pair in PAIRS
   },
   'dkd': {
-    student: {
+    pair: {
       'nontarget_weight': weight,
       'temperature': 1.0,
       'warm_up_epochs': 1.0,
     }
-    for student, weight in (('resnet18', 0.5), ('mobilenet_v1', 2.0))
+    for pair, weight in zip(PAIRS, (0.5, 2.0), strict=True)
   },
-  'reviewkd': {'resnet18': {'weight': 1.0}, 'mobilenet_v1': {'weight': 8.0}},
+  'reviewkd': {
+    pair: {'weight': weight, 'warm_up_epochs': 1.0}
+    for pair, weight in zip(PAIRS, (1.0, 8.0), strict=True)
+  },
 }
 
 
@@ -92,5 +96,6 @@ def get_config(arg=None):
     config.optimizer.decay_norm_and_bias = False
   rate = 0.1 * config.batch_size / 256
   config.optimizer.learning_rate = config.teacher.learning_rate = rate
-  config.method.update(BY_STUDENT.get(arg.method, {}).get(arg.student, {}))
+  fields = BY_PAIR.get(arg.method, {}).get((arg.teacher, arg.student), {})
+  config.method.update(fields)
   return config

@@ -56,16 +56,15 @@ TABLE = table.Table(
     'reviewkd and dist have the weights that their authors chose for the pair.'
   ),
   teachers=(
-    'Without `--config.teacher.checkpoint` a command trains the teacher '
-    'first, by the same recipe, once for all its seeds. Those of RepDistiller, '
-    'which the sources R, M and L '
-    "use, are in mdistiller's release `checkpoints` (`cifar_teachers.tar`), "
-    'and are imported by\n\n'
+    'One for all rows, in `teachers/NAME`: trained by the command above, or '
+    'those of RepDistiller, which the sources R, M and L use. They are in '
+    '`cifar_teachers.tar` of https://github.com/megvii-research/mdistiller, '
+    "release `checkpoints`, and are imported (`pip install -e '.[torch]'`) by"
+    '\n\n'
     '    ijckd weights import '
     '--output teachers/resnet32x4 --backbone resnet32x4 \\\n'
     '      --checkpoint download_ckpts/cifar_teachers/resnet32x4_vanilla/'
-    'ckpt_epoch_240.pth\n\n'
-    'and given by `--config.teacher.checkpoint=teachers/resnet32x4`.'
+    'ckpt_epoch_240.pth'
   ),
   sources={
     'R': "RepDistiller's README (CRD's tables): its teachers, last epoch, "
@@ -81,8 +80,13 @@ TABLE = table.Table(
     "KD++; mostly RepDistiller's teachers",
   },
   data=(
-    "ijckd prepare cifar100 --source DIR    # its archive, or the hub's "
-    'parquet files'
+    'wget https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz',
+    "ijckd prepare cifar100 --source .    # or where uoft-cs/cifar100's "
+    'parquet files are',
+  ),
+  teacher=(
+    'ijckd train --workdir teachers/{teacher} --config '
+    'cifar100:student={teacher},method=ce --config.seed=1000'
   ),
   settings={
     'S': {
@@ -94,7 +98,7 @@ TABLE = table.Table(
       'simkd/4': {'method.factor': 4},
     },
   },
-  options='',
+  options='--config.teacher.checkpoint=teachers/{teacher}',
   rows=(
     Row(
       'wrn_40_2',

@@ -33,11 +33,16 @@ TABLE = table.Table(
     'L': "logit standardisation's paper, which quotes them: torchvision's "
     'teachers',
     'Q': "SRRL's numbers as the READMEs of NORM, KD++ and WTTM quote them",
-    'M': "mdistiller's README",
+    'M': "mdistiller's README: 100 epochs, kd, dkd and at of batch 512 at "
+    'learning rate 0.2',
     'T': "torchdistill's README: its own runs",
     'S': "SimKD's issue 5, its ImageNet pair",
   },
-  data='ijckd prepare imagenet2012    # see configs/imagenet.py',
+  data=('ijckd prepare imagenet2012    # see configs/imagenet.py',),
+  teacher=(
+    'ijckd weights import --output teachers/{teacher} --backbone {teacher} '
+    '--checkpoint FILE    # see below'
+  ),
   settings={},
   options=(
     '--config.num_workers=16 --config.teacher.checkpoint=teachers/{teacher}'

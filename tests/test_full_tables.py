@@ -84,11 +84,15 @@ def test_weights_are_those_of_the_pair():
   hint = method('resnet32x4_resnet8x4', 'fitnet', 'S')
   assert (hint.stage, hint.add) == (1, 'kd:weight=1.0')
   assert method('resnet32x4_resnet8x4', 'fitnet', 'R').stage == 2
-  for student, review, dkd in (('resnet18', 1, 0.5), ('mobilenet_v1', 8, 2)):
-    arg = f'imagenet:student={student}'
+  for teacher, student, review, dkd in (
+    ('resnet34', 'resnet18', 1, 0.5),
+    ('resnet50', 'mobilenet_v1', 8, 2),
+    ('resnet50', 'resnet18', 5, 8),  # Of which nothing was published.
+  ):
+    arg = f'imagenet:teacher={teacher},student={student}'
     assert config_utils.load(f'{arg},method=reviewkd').method.weight == review
     config = config_utils.load(f'{arg},method=dkd').method
-    assert (config.nontarget_weight, config.temperature) == (dkd, 1)
+    assert config.nontarget_weight == dkd
 
 
 def test_mobile_teachers_have_their_own_learning_rate():
@@ -110,13 +114,13 @@ def test_a_command_is_taken_as_it_stands(monkeypatch, capsys):
     sweep.main(words[2:])
 
 
-def finished(folder, config, seed, top1):
+def finished(folder, config, seed, top1, teacher=0.7561):
   """Writes what a finished run of a config leaves."""
   folder.mkdir(parents=True)
   summary = {
     'seed': seed,
     'student': {'last': {'top1': top1}, 'best': {'top1': 0.77}},
-    'teacher': {'top1': 0.7561},
+    'teacher': {'top1': teacher},
     'config': {**config.to_dict(), 'seed': seed},
     'versions': {'jax': '0.10.2', 'ijckd_jax': '0.2.0'},
     'devices': ['NVIDIA H200'],
@@ -134,13 +138,14 @@ def test_the_runs_of_a_sweep_are_added_once(no_numbers_yet, tmp_path):
   row = found.row('resnet32x4_resnet8x4')
   for seed, top1 in ((0, 0.75), (1, 0.76)):
     config = found.config(row, 'S', 'fitnet')
-    finished(tmp_path / 'sweep' / f'seed={seed}', config, seed, top1)
-  finished(tmp_path / 'sweep' / 'teacher_0badcafe', config, 0, 0.1)
-  assert len(table.add(found, tmp_path / 'sweep')) == 2
-  said = table.add(found, tmp_path / 'sweep' / 'seed=0')
-  assert said[0].endswith('known already')
+    finished(tmp_path / 'row/sweep' / f'seed={seed}', config, seed, top1)
+  finished(tmp_path / 'row/sweep/teacher_0badcafe', config, 0, 0.1)
+  assert len(table.add(found, tmp_path / 'row')) == 2
+  # Another machine's number of the same seed is no second seed.
+  finished(tmp_path / 'again', config, 1, 0.70)
+  assert 'this seed is there' in table.add(found, tmp_path / 'again')[0]
   page = table.render(found)
-  assert 'fitnet 75.50 ± 0.71 (2), best 77.00' in page
+  assert 'fitnet (as in S) 75.50 ± 0.71 (2), best 77.00' in page
   (line,) = (line for line in page.splitlines() if 'NVIDIA H200' in line)
   cells = [cell.strip() for cell in line.strip('|').split('|')]
   assert cells[:5] == ['resnet32x4_resnet8x4', 'fitnet', 'S', '', '0, 1']
@@ -149,16 +154,47 @@ def test_the_runs_of_a_sweep_are_added_once(no_numbers_yet, tmp_path):
   assert cells[9] == 'NVIDIA H200, jax 0.10.2, ijckd_jax 0.2.0'
 
 
+def test_what_is_not_alike_is_not_averaged(no_numbers_yet, tmp_path):
+  found = TABLES['cifar100']
+  row = found.row('resnet32x4_resnet8x4')
+  configs = [found.config(row, source, 'kd') for source in 'RS']
+  configs += [found.config(row, 'R', 'kd') for _ in range(2)]
+  configs[2].teacher.fingerprint = 7  # Another teacher.
+  configs[3].dtype = 'bfloat16'
+  for i, config in enumerate(configs):
+    finished(tmp_path / str(i), config, 0, 0.7 + i / 100)
+    table.add(found, tmp_path / str(i))
+  page = table.render(found)
+  assert 'kd (as in R) 70.00 (1)' in page and 'kd (as in S) 71.00 (1)' in page
+  assert 'kd (as in R) 72.00 (1)' in page
+  assert 'kd (other settings) 73.00 (1)' in page and '`dtype=bfloat16`' in page
+
+
+def test_a_method_without_a_number_says_what_differs(no_numbers_yet, tmp_path):
+  found = TABLES['cifar100']
+  row = found.row('resnet32x4_resnet8x4')
+  config = found.config(row, '', 'srd')
+  finished(tmp_path / 'a', config, 0, 0.75)
+  config.total_epochs = 1.0
+  finished(tmp_path / 'b', config, 1, 0.15)
+  for name in 'ab':
+    table.add(found, tmp_path / name)
+  page = table.render(found)
+  assert 'srd 75.00 (1)' in page and 'srd (other settings) 15.00 (1)' in page
+
+
 def test_a_run_by_other_settings_says_which(no_numbers_yet, tmp_path):
   found = TABLES['cifar100']
   config = found.config(found.rows[0])
   config.total_epochs = 3.0
   config.num_workers = 7  # Changes nothing of what is measured.
+  del config.augment.mixup_alpha  # As a version before it.
   finished(tmp_path / 'run', config, 0, 0.5)
   table.add(found, tmp_path / 'run')
   page = table.render(found)
   assert 'ijckd (other settings) 50.00 (1)' in page
-  assert '`total_epochs=3.0`' in page and 'num_workers' not in page
+  assert '`total_epochs=3.0`' in page
+  assert 'num_workers' not in page and 'mixup_alpha' not in page
 
 
 def test_what_is_no_row_is_refused(no_numbers_yet, tmp_path):
@@ -169,8 +205,44 @@ def test_what_is_no_row_is_refused(no_numbers_yet, tmp_path):
   finished(tmp_path / 'sweep' / 'b', config, 0, 0.5)
   with pytest.raises(config_utils.UserError, match='is no row of cifar100'):
     table.add(found, tmp_path / 'sweep')
+  config = found.config(found.rows[0])
+  config.dataset.name = 'cifar10'
+  finished(tmp_path / 'other', config, 0, 0.5)
+  with pytest.raises(config_utils.UserError, match='on cifar10 is no row'):
+    table.add(found, tmp_path / 'other')
+  finished(tmp_path / 'nan', found.config(found.rows[0]), 0, float('nan'))
+  with pytest.raises(config_utils.UserError, match='are no numbers'):
+    table.add(found, tmp_path / 'nan')
   assert not table.MEASURED.exists()
+  (tmp_path / 'none').mkdir()
   with pytest.raises(config_utils.UserError, match='no finished run'):
-    table.add(found, tmp_path)
+    table.add(found, tmp_path / 'none')
   with pytest.raises(config_utils.UserError, match='resnet32x4_resnet8x4'):
     table.main(found, ['commands', 'resnet32x4_resnet8'])
+  for words in (['commands'], ['add'], ['write', 'more']):
+    with pytest.raises(config_utils.UserError, match='takes nothing'):
+      table.main(found, words)
+
+
+@pytest.mark.parametrize(
+  'text', ['', '{', '{}', '[]', 'null', '{"config": {}}']
+)
+def test_damaged_files_are_refused(no_numbers_yet, tmp_path, text):
+  found = TABLES['cifar100']
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'run' / 'summary.json').write_text(text)
+  with pytest.raises(config_utils.UserError, match='no summary of a run'):
+    table.add(found, tmp_path / 'run')
+  table.MEASURED.write_text('{"table": "cifar')
+  with pytest.raises(config_utils.UserError, match='measured.jsonl is damaged'):
+    table.render(found)
+
+
+def test_every_command_is_there_once(capsys):
+  found = TABLES['cifar100']
+  table.main(found, ['commands', 'resnet32x4_resnet8x4'])
+  lines = capsys.readouterr().out.splitlines()
+  commands = [line for line in lines if line.startswith('ijckd sweep')]
+  settings = [line.partition('--config ')[2] for line in commands]
+  assert len(set(settings)) == len(settings) > 15
+  assert '# kd R' in lines and '# kd S' in lines and '# simkd S, L' in lines

@@ -27,8 +27,12 @@ SEEDS = '0..9'
 OURS = 'ijckd'
 # What a published name is called here, where that is another.
 NAMES = {'student': 'ce'}
-# Fields that may differ from a row's command without changing what is measured.
-FREE = {*workdirs.RUNTIME_FIELDS, 'seed', 'teacher.checkpoint'}
+# Fields that may differ from a row's command without changing what is measured,
+# and the teacher's, which has its own place.
+FREE = {
+  *workdirs.RUNTIME_FIELDS,
+  *('seed', 'teacher.checkpoint', 'teacher.fingerprint', 'teacher.backbone'),
+} - {'dtype'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +63,8 @@ class Table:
     name: of the table's page, and of its config's file.
     title: of the page.
     recipe: what the config does, in words.
-    data: the command that prepares the data set.
+    data: the commands that prepare the data set.
+    teacher: the command that makes teachers/{teacher}.
     teachers: where the teachers come from, in words and commands.
     sources: what each letter of a published number stands for.
     settings: by source and published name, the config's fields that its
@@ -71,7 +76,8 @@ class Table:
   name: str
   title: str
   recipe: str
-  data: str
+  data: tuple[str, ...]
+  teacher: str
   teachers: str
   sources: dict[str, str]
   settings: Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -143,29 +149,30 @@ def called(table: Table, row: Row, config: Mapping[str, Any]) -> dict[str, Any]:
   """Returns of which numbers of a row a config is, and what differs.
 
   Returns:
-    'name'; 'sources', those whose protocol it follows; and 'differs', the
-    fields that are not those of the nearest protocol.
+    'name'; 'sources', those with whose settings it was made; and 'differs', the
+    fields that are not the config's, for settings of no source.
   """
-  ours, candidates = flat(config), []
-  for source, name in table.entries(row):
+  ours = flat(config)
+  method = ours['method.name']
+  added = workdirs.ADDED_FIELDS | workdirs.ADDED_METHOD_FIELDS.get(method, {})
+  ours = added | ours
+
+  def differs(source, name):
     theirs = flat(table.config(row, source, name).to_dict())
-    if theirs['method.name'] != ours['method.name']:
-      continue
-    differs = {
+    return {
       field: ours.get(field)
-      for field in ours.keys() | theirs.keys()
+      for field in sorted(ours.keys() | theirs.keys())
       if field not in FREE and ours.get(field) != theirs.get(field)
     }
-    candidates.append((source, name, differs))
-  if not candidates:
-    return {'name': ours['method.name'], 'sources': [], 'differs': {}}
-  _, name, differs = min(candidates, key=lambda found: len(found[2]))
-  sources = [s for s, n, d in candidates if s and n == name and d == differs]
-  return {
-    'name': name,
-    'sources': [] if differs else sources,
-    'differs': dict(sorted(differs.items())),
-  }
+
+  found = {}
+  for source, name in table.entries(row):
+    if method_of(name) == method and not differs(source, name):
+      found.setdefault(name, []).append(source)
+  if found:
+    name, sources = next(iter(found.items()))
+    return {'name': name, 'sources': list(filter(None, sources)), 'differs': {}}
+  return {'name': method, 'sources': [], 'differs': differs('', method)}
 
 
 def add(table: Table, folder: pathlib.Path) -> list[str]:
@@ -173,81 +180,134 @@ def add(table: Table, folder: pathlib.Path) -> list[str]:
 
   Args:
     table: that they belong to.
-    folder: of a run, or of a sweep.
+    folder: of a run, or above runs, such as that of a sweep.
 
   Returns:
-    What was done, a line for each run.
+    What was done, a line for each run. A seed that is there already by the same
+    settings and teacher is not added again.
 
   Raises:
-    config_utils.UserError: it holds no finished run, or one of another pair;
-      nothing is added.
+    config_utils.UserError: it holds no finished run, or one that is damaged, or
+      of another pair or data set; nothing is added.
   """
-  paths = [folder / workdirs.SUMMARY]
-  if not paths[0].exists():
-    paths = sorted(folder.glob(f'*/{workdirs.SUMMARY}'))
-    paths = [p for p in paths if not p.parent.name.startswith('teacher')]
+  # Below the folder of a sweep or a run there are its teachers, too.
+  paths = sorted(
+    path
+    for path in folder.rglob(workdirs.SUMMARY)
+    if not any(p.startswith('teacher') for p in path.relative_to(folder).parts)
+  )
   if not paths:
     raise config_utils.UserError(f'{folder} holds no finished run')
-  known = [json.loads(line) for line in _lines()]
-  added, said = [], []
+  runs, said = [], []
+  known = {_key(run) for run in _measured()}
   for path in paths:
-    summary = json.loads(path.read_text())
-    config = summary['config']
-    backbones = config['teacher']['backbone'], config['student']['backbone']
-    rows = [r for r in table.rows if (r.teacher, r.student) == backbones]
-    if not rows:
+    try:
+      run = _describe(table, json.loads(path.read_text()))
+    except config_utils.UserError as error:
+      raise config_utils.UserError(f'{path.parent}: {error}') from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
       raise config_utils.UserError(
-        f'{path.parent}: {" -> ".join(backbones)} is no row of {table.name}'
-      )
-    run = {
-      'table': table.name,
-      'row': rows[0].key,
-      **called(table, rows[0], config),
-      'seed': summary['seed'],
-      'last': summary['student']['last']['top1'],
-      'best': summary['student']['best']['top1'],
-      'teacher': summary['teacher'] and summary['teacher']['top1'],
-      'config': config,
-      'versions': summary['versions'],
-      'devices': summary['devices'],
-    }
-    run = json.loads(json.dumps(run))
-    is_known = run in [*known, *added]
+        f'{path} is no summary of a run: {config_utils.short(error)}'
+      ) from error
+    is_known = _key(run) in known
+    known.add(_key(run))
     if not is_known:
-      added.append(run)
-    said.append(f'{path.parent}: {"known already" if is_known else "added"}')
+      runs.append(run)
+    done = 'left out, this seed is there already' if is_known else 'added'
+    said.append(f'{path.parent}: {done}')
   with MEASURED.open('a') as file:
-    file.writelines(json.dumps(run) + '\n' for run in added)
+    file.writelines(json.dumps(run) + '\n' for run in runs)
   return said
 
 
-def _lines() -> list[str]:
-  return MEASURED.read_text().splitlines() if MEASURED.exists() else []
+def _describe(table: Table, summary) -> dict[str, Any]:
+  """Returns what is kept of a run."""
+  config, student = summary['config'], summary['student']
+  backbones = config['teacher']['backbone'], config['student']['backbone']
+  rows = [
+    row
+    for row in table.rows
+    if backbones in ((row.teacher, row.student), ('', row.student))
+  ]
+  data = config['dataset']['name']
+  if not rows or data != table.config(rows[0]).dataset.name:
+    raise config_utils.UserError(
+      f'{" -> ".join(backbones)} on {data} is no row of {table.name}'
+    )
+  numbers = {
+    'last': float(student['last']['top1']),
+    'best': float(student['best']['top1']),
+    'teacher': summary['teacher'] and float(summary['teacher']['top1']),
+  }
+  if not np.isfinite([x or 0.0 for x in numbers.values()]).all():
+    raise config_utils.UserError(f'its accuracies are no numbers: {numbers}')
+  run = {
+    'table': table.name,
+    'row': rows[0].key,
+    **called(table, rows[0], config),
+    'seed': summary['seed'],
+    **numbers,
+    'fingerprint': config['teacher']['fingerprint'],
+    'versions': summary['versions'],
+    'devices': summary['devices'],
+  }
+  return json.loads(json.dumps(run))
+
+
+def _setting(run) -> tuple:
+  """Returns what runs share that are averaged."""
+  differs = json.dumps(run['differs'], sort_keys=True)
+  return run['name'], tuple(run['sources']), differs, run['fingerprint']
+
+
+def _key(run) -> tuple:
+  return run['table'], run['row'], run['seed'], *_setting(run)
+
+
+def _measured() -> list[dict]:
+  """Returns all runs that were added.
+
+  Raises:
+    config_utils.UserError: the file is damaged.
+  """
+  if not MEASURED.exists():
+    return []
+  try:
+    return [json.loads(line) for line in MEASURED.read_text().splitlines()]
+  except ValueError as error:
+    raise config_utils.UserError(
+      f'{MEASURED} is damaged: {config_utils.short(error)}; remove that line'
+    ) from error
 
 
 def measured(table: Table, row: Row) -> list[list[dict]]:
   """Returns what was measured of a row: a list of runs for each setting."""
   found = {}
-  for run in map(json.loads, _lines()):
+  for run in _measured():
     if (run['table'], run['row']) == (table.name, row.key):
-      found.setdefault((run['name'], str(run['differs'])), []).append(run)
+      found.setdefault(_setting(run), []).append(run)
   return list(found.values())
 
 
 def render(table: Table) -> str:
   """Returns the page of a table, as Markdown."""
   module = f'python -m experiments.{table.name}_table'
+  example = table.rows[0]
   lines = [f'# {table.title}', '', table.recipe, '', '## A row of your own', '']
   lines += [
-    'In a clone of this repository, on a machine with one GPU:',
+    'In a clone of this repository, on a machine with one GPU (`cuda13`, or '
+    'another extra of the README):',
     '',
-    f'    {table.data}',
-    f'    {table.command(table.rows[0])}',
-    f'    {module} add runs/{table.name}/{table.rows[0].key}/{OURS}',
+    "    pip install -e '.[cuda13]'",
+    *(f'    {line}' for line in table.data),
+    f'    {table.teacher.format(teacher=example.teacher)}',
+    f'    {table.command(example)}',
+    f'    {module} add runs/{table.name}/{example.key}/{OURS}',
     '',
-    'The second command makes ten runs, and goes on where it was stopped; the '
-    'last one writes the row, its interval and where it was made into this '
-    'page. The commands of all rows are below.',
+    'The sweep makes ten runs, and goes on where it was stopped; the last '
+    'command writes the row, its interval and where it was made into this '
+    'page. The commands of all rows are below. All ten have one teacher: the '
+    'interval is over students alone.',
     '',
     '## Teachers',
     '',
@@ -256,7 +316,9 @@ def render(table: Table) -> str:
     '## Published, and measured here',
     '',
     'Top-1, %. A letter says whose number, under which protocol; compare only '
-    'within one letter. The last column is filled by whoever runs the row.',
+    'within one letter. The last column is filled by whoever runs the row: '
+    'mean and standard deviation at the last step, the number of seeds, and '
+    'the mean of the best step.',
     '',
   ]
   lines += [f'- **{name}**: {text}' for name, text in table.sources.items()]
@@ -277,8 +339,9 @@ def render(table: Table) -> str:
   lines += [
     '',
     f'`{module} commands ROW` prints those of all methods of a row whose '
-    'numbers are above, each by the protocol of its source; ROW is '
-    '`teacher_student`.',
+    'numbers are above, each with the weights of its source, in the recipe of '
+    'the config; ROW is `teacher_student`. Methods without a published number '
+    'are run by `method=NAME`, and added like the others.',
   ]
   cells = [['source', 'name', 'fields']]
   for source, names in table.settings.items():
@@ -289,7 +352,7 @@ def render(table: Table) -> str:
     lines += [markdown.grid(cells)]
   runs = [_long(runs) for row in table.rows for runs in measured(table, row)]
   if runs:
-    head = 'row,name,follows,differs,seeds,last step %,95%,best %,teacher %,on'
+    head = 'row,name,as in,differs,seeds,last step %,95%,best %,teacher %,on'
     lines += ['', '## Where the numbers were made', '']
     lines += [markdown.grid([head.split(','), *runs])]
   return '\n'.join(lines) + '\n'
@@ -300,7 +363,11 @@ def _short(runs: list[dict]) -> str:
   last, best = (
     100 * np.array([run[key] for run in runs]) for key in ('last', 'best')
   )
-  name = runs[0]['name'] + (' (other settings)' if runs[0]['differs'] else '')
+  name, sources = runs[0]['name'], runs[0]['sources']
+  if runs[0]['differs']:
+    name += ' (other settings)'
+  elif sources:
+    name += f' (as in {", ".join(sources)})'
   spread = f' ± {np.std(last, ddof=1):.2f}' if len(runs) > 1 else ''
   return (
     f'{name} {np.mean(last):.2f}{spread} ({len(runs)}), best '
@@ -351,12 +418,19 @@ def main(table: Table, argv: list[str] = sys.argv[1:]) -> None:
   parser.add_argument('command', choices=commands, nargs='?')
   parser.add_argument('what', nargs='?', metavar='ROW or DIR')
   flags = parser.parse_args(argv)
-  if flags.command in ('commands', 'add') and not flags.what:
-    raise config_utils.UserError(f'{flags.command}: of what?')
+  if (flags.command in ('commands', 'add')) != bool(flags.what):
+    raise config_utils.UserError(
+      'give commands ROW, add DIR, or write, which takes nothing'
+    )
   if flags.command == 'commands':
     row = table.row(flags.what)
+    printed = {}
     for source, name in table.entries(row):
-      print(f'# {name}' + (f', as {source} has it' if source else ''))
+      settings = str(table.config(row, source, name).to_dict())
+      printed.setdefault(settings, []).append((source, name))
+    for entries in printed.values():
+      source, name = entries[0]
+      print(f'# {name} ' + ', '.join(filter(None, (s for s, _ in entries))))
       print(table.command(row, source, name))
     return
   if flags.command == 'add':

@@ -13,7 +13,7 @@ from ijckd_jax.distillation.methods import base
 from ijckd_jax.models import losses
 from ijckd_jax.runtime import config_utils
 
-EPSILON = 1e-8  # Least product of the norms in a correlation.
+EPSILON = 1e-8  # Added to the product of the norms, as the authors do.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,4 +68,4 @@ def _correlation(x, y):
   x, y = (z - jnp.mean(z, axis=-1, keepdims=True) for z in (x, y))
   norms = (losses.safe_sqrt(jnp.sum(jnp.square(z), axis=-1)) for z in (x, y))
   first, second = norms
-  return jnp.sum(x * y, axis=-1) / jnp.maximum(first * second, EPSILON)
+  return jnp.sum(x * y, axis=-1) / (first * second + EPSILON)

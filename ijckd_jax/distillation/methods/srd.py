@@ -40,7 +40,8 @@ class Method(base.Method):
 
   Both features are standardised over the images of one device (and of one
   piece, where the batch is worked through in pieces), over which the sum is
-  taken too. The weights are the authors' for resnet34 -> resnet18 on ImageNet.
+  taken too: of one image the term is constant. The weights are the authors' for
+  resnet34 -> resnet18 on ImageNet.
 
   Attributes:
     cross_entropy_weight: weight of the labels' cross-entropy.
