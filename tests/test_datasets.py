@@ -456,7 +456,7 @@ def test_cifar_pickled_by_python_3(protocol, change, tmp_path):
   assert tuple(names['label']) == cifar.Cifar100.class_names
 
 
-def write_parquet(folder, name, columns, **changes):
+def write_parquet(folder, name, columns, change=lambda table: table):
   """Writes a small CIFAR as Hugging Face's hub has it; returns its arrays."""
   import pyarrow
   from pyarrow import parquet
@@ -484,7 +484,7 @@ def write_parquet(folder, name, columns, **changes):
     for column in columns:
       coarse = column == 'coarse_label'
       table[column] = labels // 5 if coarse else labels
-    table = pyarrow.table(table | changes).replace_schema_metadata(metadata)
+    table = change(pyarrow.table(table)).replace_schema_metadata(metadata)
     # In two files, as the larger ones are.
     for part, rows in enumerate((table[:7], table[7:])):
       path = folder / name / f'{split}-0000{part}-of-00002.parquet'
@@ -514,18 +514,59 @@ def test_cifar_of_the_hub(name, columns, tmp_path):
 
 
 def test_damaged_files_of_the_hub_are_refused(tmp_path):
-  write_parquet(tmp_path, 'cifar100', ['fine_label', 'coarse_label'])
+  columns = ['fine_label', 'coarse_label']
+  write_parquet(tmp_path, 'cifar100', columns)
   path = tmp_path / 'cifar100' / 'test-00001-of-00002.parquet'
   kept = path.read_bytes()
   path.write_bytes(kept[:-100])
   message = refused('cifar100', tmp_path, tmp_path / 'data')
   assert path.name in message and 'coarse_label, fine_label' in message
-  path.unlink()  # Five times as many for training: no longer.
-  assert 'truncated' in refused('cifar100', tmp_path, tmp_path / 'data')
+  path.unlink()
+  message = refused('cifar100', tmp_path, tmp_path / 'data')
+  assert 'split test are not all there' in message
   # Those of CIFAR-10 have no coarse labels.
   write_parquet(tmp_path / 'other', 'cifar10', ['label'])
   message = refused('cifar100', tmp_path / 'other', tmp_path / 'data')
   assert 'coarse_label' in message
+  # Two snapshots of one data set are no set of twice the size.
+  write_parquet(tmp_path / 'two' / 'a', 'cifar100', columns)
+  write_parquet(tmp_path / 'two' / 'b', 'cifar100', columns)
+  message = refused('cifar100', tmp_path / 'two', tmp_path / 'data')
+  assert 'in 2 folders' in message
+
+
+@pytest.mark.parametrize(
+  ('labels', 'said'),
+  [([0, None], 'integers'), ([0.5, 1.5], 'integers'), (['a', 'b'], 'integers')],
+)
+def test_odd_labels_of_the_hub_are_refused(tmp_path, labels, said):
+  import pyarrow
+
+  write_parquet(
+    tmp_path,
+    'cifar100',
+    ['fine_label', 'coarse_label'],
+    change=lambda table: table.set_column(
+      table.column_names.index('fine_label'),
+      'fine_label',
+      pyarrow.array((labels * len(table))[: len(table)]),
+    ),
+  )
+  assert said in refused('cifar100', tmp_path, tmp_path / 'data')
+
+
+def test_files_of_the_hub_in_folders_called_like_splits(tmp_path):
+  write_parquet(tmp_path / 'test', 'cifar10', ['label'])
+  splits, _ = originals.READERS['cifar10'](tmp_path / 'test')
+  folder = tmp_path / 'test' / 'cifar10'
+  (folder / 'train_notes.parquet').write_bytes(b'')
+  for path in folder.glob('*-of-*'):
+    split, number = path.name.split('-')[:2]
+    (tmp_path / 'numbered' / split).mkdir(parents=True, exist_ok=True)
+    path.rename(tmp_path / 'numbered' / split / f'{number[-4:]}.parquet')
+  again, _ = originals.READERS['cifar10'](tmp_path / 'numbered')
+  for split in ('train', 'test'):
+    np.testing.assert_array_equal(splits[split]['image'], again[split]['image'])
 
 
 def test_names_with_a_byte_order_mark(tmp_path):

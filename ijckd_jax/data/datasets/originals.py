@@ -251,7 +251,10 @@ _PARQUET = {'cifar10': ['label'], 'cifar100': ['coarse_label', 'fine_label']}
 
 
 def _find_cifar(source, versions):
-  """Returns the first version of which `source` has every file, and them."""
+  """Returns the first version of which `source` has every file, and them.
+
+  None where it has all of none.
+  """
   for version in versions:
     for place in (source, source / version.folder):
       if all((place / name).is_file() for name in version.files):
@@ -274,13 +277,7 @@ def _find_cifar(source, versions):
         raise config_utils.UserError(
           f'{place} is damaged or truncated: {error}'
         ) from error
-  raise _incomplete(
-    source,
-    [
-      *([version.archive, *version.files] for version in versions),
-      ['train*.parquet', 'test*.parquet'],
-    ],
-  )
+  return None
 
 
 def _read_batches(source, name, version, files):
@@ -319,10 +316,20 @@ def _read_batches(source, name, version, files):
 def read_cifar(name: str, source: pathlib.Path):
   """Returns what `prepared.write` takes of a folder or archive of CIFAR."""
   features, *versions = _CIFAR[name]
-  if parquet := parquet_files.find(source):
+  if source.suffix == '.parquet':
+    source = source.parent
+  if version := _find_cifar(source, versions):
+    arrays, values = _read_batches(source, name, *version)
+  elif parquet := parquet_files.find(source):
     arrays, values = parquet_files.read(parquet, _PARQUET[name])
   else:
-    arrays, values = _read_batches(source, name, *_find_cifar(source, versions))
+    raise _incomplete(
+      source,
+      [
+        *([version.archive, *version.files] for version in versions),
+        ['train-*.parquet', 'test-*.parquet'],
+      ],
+    )
   if [len(value) for value in values] != list(features.values()):
     raise config_utils.UserError(
       f'{source}: no class names: there are {[*map(len, values)]} of them, and '
