@@ -53,11 +53,13 @@ TABLE = table.Table(
     '(0.01 for MobileNet and ShuffleNet), times 0.1 after epochs 150, 180 and '
     '210, momentum 0.9, weight decay 5e-4, crops out of 4 pixels of padding, '
     'flips: the recipe on which RepDistiller, SimKD and mdistiller agree. dkd, '
-    'reviewkd and dist have the weights that their authors chose for the pair.'
+    'reviewkd and dist have the weights that their authors chose for the pair, '
+    'where they did.'
   ),
   teachers=(
-    'One for all rows, in `teachers/NAME`: trained by the command above, or '
-    'those of RepDistiller, which the sources R, M and L use. They are in '
+    'One of each architecture, in `teachers/NAME`, which all its rows share: '
+    'trained by the command above, or those of RepDistiller, which the sources '
+    'R, M and L use. They are in '
     '`cifar_teachers.tar` of https://github.com/megvii-research/mdistiller, '
     "release `checkpoints`, and are imported (`pip install -e '.[torch]'`) by"
     '\n\n'

@@ -67,3 +67,8 @@ def test_names_in_the_report_are_text():
   assert f'skipped: 7 ({found})' in said
   for name in shown:
     assert said.count(name) >= 2  # Among the classes and among the skipped.
+
+
+def test_a_table_of_narrow_columns_is_a_table():
+  lines = markdown.grid([['', 'n'], ['5', '7']]).splitlines()
+  assert lines == ['|    |  n |', '| :- | -: |', '| 5  |  7 |']

@@ -305,9 +305,9 @@ def render(table: Table) -> str:
     f'    {module} add runs/{table.name}/{example.key}/{OURS}',
     '',
     'The sweep makes ten runs, and goes on where it was stopped; the last '
-    'command writes the row, its interval and where it was made into this '
-    'page. The commands of all rows are below. All ten have one teacher: the '
-    'interval is over students alone.',
+    'command writes the row into the table below, and its interval and where '
+    'it was made into another one at the end of the page. All ten have one '
+    'teacher: the interval is over students alone.',
     '',
     '## Teachers',
     '',
@@ -315,10 +315,11 @@ def render(table: Table) -> str:
     '',
     '## Published, and measured here',
     '',
-    'Top-1, %. A letter says whose number, under which protocol; compare only '
-    'within one letter. The last column is filled by whoever runs the row: '
-    'mean and standard deviation at the last step, the number of seeds, and '
-    'the mean of the best step.',
+    'Top-1, %. The letter names the source and its protocol; compare only '
+    'within one letter. "student" is the student alone. The last column is '
+    'filled by whoever runs the row, and no row has been run here: mean and '
+    'standard deviation at the last step, the number of seeds, and the mean of '
+    'the best step.',
     '',
   ]
   lines += [f'- **{name}**: {text}' for name, text in table.sources.items()]
@@ -338,8 +339,8 @@ def render(table: Table) -> str:
   lines += [f'    {table.command(row)}' for row in table.rows]
   lines += [
     '',
-    f'`{module} commands ROW` prints those of all methods of a row whose '
-    'numbers are above, each with the weights of its source, in the recipe of '
+    f'`{module} commands ROW` prints those of the other methods of a row that '
+    'the package has, each with the weights of its source, in the recipe of '
     'the config; ROW is `teacher_student`. Methods without a published number '
     'are run by `method=NAME`, and added like the others.',
   ]
@@ -348,7 +349,7 @@ def render(table: Table) -> str:
     for name, fields in names.items():
       cells.append([source, name, _fields(fields)])
   if table.settings:
-    lines += ['', 'What a source sets otherwise than the config:', '']
+    lines += ['', 'Fields in which a source differs from the config:', '']
     lines += [markdown.grid(cells)]
   runs = [_long(runs) for row in table.rows for runs in measured(table, row)]
   if runs:

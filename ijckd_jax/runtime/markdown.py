@@ -63,7 +63,8 @@ def learner(summary: Mapping[str, Any]) -> str:
 
 def grid(cells: Sequence[Sequence[str]]) -> str:
   """Returns a Markdown table; its first row holds the titles."""
-  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  # The rule of a column needs a hyphen beside its colon.
+  widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
   rule = [f':{"-" * (widths[0] - 1)}']
   rule.extend(f'{"-" * (width - 1)}:' for width in widths[1:])
   lines = []
