@@ -37,7 +37,7 @@ momentum 0.9, weight decay 1e-4, times 0.1 after epochs 30, 60 and 90, without
 warm-up; resnet34 -> resnet18 takes 120 epochs of batch 256 at learning rate
 0.1, resnet50 -> mobilenet_v1 100 epochs of batch 512 at 0.2. The pod's: Goyal
 et al. 2017, https://arxiv.org/abs/1706.02677. kd, dkd and reviewkd have the
-weights of mdistiller's configs/imagenet.
+weights of mdistiller's configs/imagenet, reviewkd the width of its own code.
 """
 
 from ijckd_jax.runtime import config_utils
@@ -60,8 +60,13 @@ BY_PAIR = {
     for pair, weight in zip(PAIRS, (0.5, 2.0), strict=True)
   },
   'reviewkd': {
-    pair: {'weight': weight, 'warm_up_epochs': 1.0}
-    for pair, weight in zip(PAIRS, (1.0, 8.0), strict=True)
+    pair: {
+      'weight': weight,
+      'warm_up_epochs': 1.0,
+      'width': width,
+      'before': True,
+    }
+    for pair, weight, width in zip(PAIRS, (1.0, 8.0), (512, 256), strict=True)
   },
 }
 

@@ -430,9 +430,11 @@ def nearest(x, size):
   return x[:, rows][:, :, columns]
 
 
-def test_reviewkds_fusions_by_hand():
-  method = methods.get('reviewkd')()
+@pytest.mark.parametrize('before', [False, True])
+def test_reviewkds_fusions_by_hand(before):
+  method = methods.get('reviewkd')(before=before, width=3)
   student, teacher = shared.arrays(method, teacher_size=4)
+  student = student.replace(before=tuple(x - 1 for x in student.stages))
   module = method.auxiliary(student, teacher)
   shapes = jax.eval_shape(
     lambda: module.init(jax.random.key(0), student, teacher, train=False)
@@ -442,7 +444,9 @@ def test_reviewkds_fusions_by_hand():
     variables, student, teacher, train=True, mutable=['batch_stats']
   )
   params = variables['params']
-  levels = [student.pooled[:, None, None], *student.stages[:0:-1]]
+  stages = student.before if before else student.stages
+  levels = [student.pooled[:, None, None], *stages[:0:-1]]
+  assert params['in_0']['kernel'].shape[-1] == 3
   fused = None
   for number, (level, (made, target)) in enumerate(
     zip(levels, found, strict=True)

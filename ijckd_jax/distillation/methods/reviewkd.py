@@ -13,14 +13,14 @@ import numpy as np
 from ijckd_jax.distillation.methods import auxiliary
 from ijckd_jax.distillation.methods import base
 from ijckd_jax.models import losses
+from ijckd_jax.runtime import config_utils
 
-MAX_WIDTH = 512  # Between the two convolutions of a fusion.
 # Sides to which maps are averaged too, each counting half of the one before.
 SIDES = (4, 2, 1)
 KAIMING_UNIFORM = nn.initializers.variance_scaling(1.0, 'fan_in', 'uniform')
 
 
-class Fusions(auxiliary.Auxiliary):
+class Fusions(auxiliary.Auxiliary, kw_only=True):
   """From the pooled features back to the first stage, each fused with the last.
 
   A level is brought to one width; where it is not the deepest, two gates that
@@ -28,14 +28,22 @@ class Fusions(auxiliary.Auxiliary):
   size; a 3x3 convolution brings the mixture to the teacher's width, after it
   was scaled to the teacher's size. Each convolution but the gates' has a batch
   norm.
+
+  Attributes:
+    width: between the two convolutions of a fusion, at most.
+    before: whether the student's maps are those before their last ReLU.
   """
+
+  width: int
+  before: bool
 
   @nn.compact
   def __call__(self, student, teacher, *, train):
     """Returns (map, target) of each level, the deepest first."""
-    width = min(MAX_WIDTH, student.pooled.shape[-1])
+    width = min(self.width, student.pooled.shape[-1])
     found, fused = [], None
-    for number, (x, y) in enumerate(_levels(student, teacher)):
+    levels = _levels(student, teacher, self.before)
+    for number, (x, y) in enumerate(levels):
       x = self.conv(width, init=KAIMING_UNIFORM, name=f'in_{number}')(x)
       x = self.norm(x, train, name=f'in_norm_{number}')
       if fused is not None:
@@ -53,12 +61,13 @@ class Fusions(auxiliary.Auxiliary):
     return found
 
 
-def _levels(student, teacher):
+def _levels(student, teacher, before: bool):
   """Returns pairs of maps, pooled features of 1x1 first, then backwards.
 
   The teacher's are those before their last ReLU.
   """
-  pairs = losses.pair_stages(student.stages, teacher.before or teacher.stages)
+  stages = (student.before if before else ()) or student.stages
+  pairs = losses.pair_stages(stages, teacher.before or teacher.stages)
   pooled = tuple(x.pooled[:, None, None, :] for x in (student, teacher))
   return [pooled, *reversed(pairs)]
 
@@ -83,16 +92,24 @@ class Method(base.Method):
     weight: of the squared error: mean over elements and scales, summed over
       levels. The authors take 0.6, 1, 5 or 8 for their pairs.
     warm_up_epochs: over which that weight grows from nothing; 1 on ImageNet.
+    width: of the maps while they are fused, at most.
+    before: whether the student's maps are taken before their last ReLU, as on
+      ImageNet.
   """
 
   cross_entropy_weight: float = 1.0
   weight: float = 5.0
   warm_up_epochs: float = 20.0
+  width: int = 512
+  before: bool = False
+
+  def __post_init__(self):
+    config_utils.check_positive('width', self.width)
 
   def auxiliary(self, student, teacher):
     """Returns the fusions."""
     del student, teacher
-    return Fusions()
+    return Fusions(width=self.width, before=self.before)
 
   def loss(self, student, teacher, batch):
     """Returns the weighted sum and its terms."""
