@@ -185,16 +185,19 @@ def test_a_method_without_a_number_says_what_differs(no_numbers_yet, tmp_path):
 
 def test_a_run_by_other_settings_says_which(no_numbers_yet, tmp_path):
   found = TABLES['cifar100']
+  assert table.NONE in table.render(found)
   config = found.config(found.rows[0])
   config.total_epochs = 3.0
-  config.num_workers = 7  # Changes nothing of what is measured.
+  # These change nothing of what is measured.
+  config.num_workers = config.eval_batch_size = 7
   del config.augment.mixup_alpha  # As a version before it.
   finished(tmp_path / 'run', config, 0, 0.5)
   table.add(found, tmp_path / 'run')
   page = table.render(found)
   assert 'ijckd (other settings) 50.00 (1)' in page
   assert '`total_epochs=3.0`' in page
-  assert 'num_workers' not in page and 'mixup_alpha' not in page
+  for field in ('num_workers', 'eval_batch_size', 'mixup_alpha', table.NONE):
+    assert field not in page
 
 
 def test_what_is_no_row_is_refused(no_numbers_yet, tmp_path):

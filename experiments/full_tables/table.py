@@ -24,6 +24,7 @@ from ijckd_jax.runtime import workdirs
 FOLDER = pathlib.Path(__file__).parent
 MEASURED = FOLDER / 'measured.jsonl'
 SEEDS = '0..9'
+NONE = ' No row has been run here.'
 OURS = 'ijckd'
 # What a published name is called here, where that is another.
 NAMES = {'student': 'ce'}
@@ -31,7 +32,8 @@ NAMES = {'student': 'ce'}
 # and the teacher's, which has its own place.
 FREE = {
   *workdirs.RUNTIME_FIELDS,
-  *('seed', 'teacher.checkpoint', 'teacher.fingerprint', 'teacher.backbone'),
+  *('seed', 'eval_batch_size'),
+  *('teacher.checkpoint', 'teacher.fingerprint', 'teacher.backbone'),
 } - {'dtype'}
 
 
@@ -317,9 +319,9 @@ def render(table: Table) -> str:
     '',
     'Top-1, %. The letter names the source and its protocol; compare only '
     'within one letter. "student" is the student alone. The last column is '
-    'filled by whoever runs the row, and no row has been run here: mean and '
-    'standard deviation at the last step, the number of seeds, and the mean of '
-    'the best step.',
+    'filled by whoever runs the row: mean and standard deviation at the last '
+    'step, the number of seeds, and the mean of the best step.'
+    + ('' if any(measured(table, row) for row in table.rows) else NONE),
     '',
   ]
   lines += [f'- **{name}**: {text}' for name, text in table.sources.items()]
