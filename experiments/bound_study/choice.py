@@ -20,8 +20,9 @@ from ijckd_jax.runtime import markdown
 
 DEFAULT = 'ijckd'
 MIN_CONFIGURATIONS = 10  # Of a pair, to fit a line on all but one of them.
-# What can be chosen between, by study: connectors; losses, of which features
-# alone are simkd; and those of the losses that read no labels.
+# Names of the configurations of each study: with another connector than the
+# default's, with other losses (simkd is the one with features alone), and those
+# that were trained without labels.
 OF_HERE = {
   'connectors': train.CONNECTORS,
   'losses': ('simkd', *train.WEIGHTS),
@@ -53,7 +54,7 @@ def of_here() -> list[dict]:
 
 
 def of_comparison() -> list[dict]:
-  """Returns the same of experiments/comparison."""
+  """Returns the students of experiments/comparison, as `of_here` does."""
   rows = analyse.read(grid.FOLDER / 'results.jsonl')
   found = []
   for cell in grid.CELLS:

@@ -94,7 +94,10 @@ class Table:
     return found[key]
 
   def entries(self, row: Row) -> list[tuple[str, str]]:
-    """Returns (source, name) of what can be run; ours has no source."""
+    """Returns (source, name) of each number that can be repeated here.
+
+    IJCKD itself comes first, with '' for a source.
+    """
     return [('', OURS)] + [
       (source, name) for source, name, _ in row.published if method_of(name)
     ]
@@ -136,31 +139,24 @@ def method_of(name: str) -> str:
   return name if name in methods.METHODS else ''
 
 
-def flat(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Returns a config's fields by their dotted names, lists as tuples."""
-  found = {}
-  for key, value in config.items():
-    if isinstance(value, Mapping):
-      found |= flat(value, f'{prefix}{key}.')
-    else:
-      found[prefix + key] = tuple(value) if isinstance(value, list) else value
-  return found
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a config's fields by their dotted names, as JSON has them."""
+  return config_utils.flatten(json.loads(json.dumps(config)))
 
 
 def called(table: Table, row: Row, config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns of which numbers of a row a config is, and what differs.
+  """Returns which published numbers of a row a config repeats.
 
   Returns:
     'name'; 'sources', those with whose settings it was made; and 'differs', the
     fields that are not the config's, for settings of no source.
   """
-  ours = flat(config)
-  method = ours['method.name']
+  method = config['method']['name']
   added = workdirs.ADDED_FIELDS | workdirs.ADDED_METHOD_FIELDS.get(method, {})
-  ours = added | ours
+  ours = _plain(added) | _plain(config)
 
   def differs(source, name):
-    theirs = flat(table.config(row, source, name).to_dict())
+    theirs = _plain(table.config(row, source, name).to_dict())
     return {
       field: ours.get(field)
       for field in sorted(ours.keys() | theirs.keys())

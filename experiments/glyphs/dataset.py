@@ -59,6 +59,9 @@ class Dataset:
       raise config_utils.unknown(
         'resolution', self.resolution, ['full', 'half']
       )
+    for field in ('num_train', 'num_test', 'num_labelled'):
+      if getattr(self, field) < 0:
+        raise config_utils.UserError(f'{field}: give 0 for all, or a number')
     datasets.check_crop_padding(self.crop_padding)
 
   @property
@@ -95,7 +98,7 @@ class Dataset:
     return np.round(blocks.mean(axis=(2, 4))).astype(np.uint8)
 
   def _unlabel(self, train: datasets.Arrays) -> datasets.Arrays:
-    """Returns training images of which `num_labelled` have a label."""
+    """Returns the training images, with -1 for the labels left out."""
     if not self.num_labelled:
       return train
     order = np.random.RandomState(0).permutation(len(train))

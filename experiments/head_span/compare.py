@@ -20,18 +20,17 @@ from ijckd_jax.reports import sweep_table
 from ijckd_jax.runtime import markdown
 from ijckd_jax.training import sweep
 
-TEACHER = 'wrn_16_1'  # 64 features, of which its head of ten classes sees nine.
+# Its features have 64 dimensions; a head of ten classes depends on nine.
+TEACHER = 'wrn_16_1'
 SEEDS = (0, 1, 2)
 RESULTS = pathlib.Path(__file__).parent / 'results.json'
 IN_SPAN = 'experiments.head_span.method:Method'
-# Name of the method, and what its feature weight is, of D and the span's size.
+# The method of each variant, and its feature weight as a function of D and of
+# the number of dimensions in the span.
 VARIANTS = {
   'whole features': ('ijckd', lambda d, size: 1.0),
   'in the span': (IN_SPAN, lambda d, size: 1.0),
-  'in the span, mean over it': (
-    IN_SPAN,
-    lambda d, size: d / size,
-  ),
+  'in the span, mean over it': (IN_SPAN, lambda d, size: d / size),
   'no feature loss': ('ijckd', lambda d, size: 0.0),
 }
 

@@ -106,8 +106,8 @@ def measure(source, labels, target, truth) -> dict:
       'true_error': float((predicted[name] != truth).mean()),
       'disagreement': float(differs.mean()),
       'same_distribution': sum(
-        limits.clopper_pearson_upper(int(found.sum()), len(found), DELTA / 2)
-        for found in (wrong, differs)
+        limits.clopper_pearson_upper(int(rows.sum()), len(rows), DELTA / 2)
+        for rows in (wrong, differs)
       ),
       'dis2': both['upper'],
       'dis2_value': both['value'],

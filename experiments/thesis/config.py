@@ -43,7 +43,7 @@ DATA = {
     {'resolution': 'half', 'num_train': 10_000, 'num_test': 10_000},
   ),
 }
-# Training images with a label; the others are seen without one. Of the glyphs.
+# How many of the glyphs' training images have a label.
 LABELS = {'all': 0, 'tenth': 1_000, 'hundredth': 100}
 
 
@@ -57,6 +57,8 @@ def get_config(arg=None):
   ):
     if value not in known:
       raise config_utils.unknown(what, value, known)
+  if arg.labels != 'all' and arg.data != 'glyphs':
+    raise config_utils.UserError(f'labels={arg.labels} needs data=glyphs')
   dataset, fields = DATA[arg.data]
   method, method_fields = CELLS[arg.cell]
   is_teacher = arg.cell == 'teacher'
