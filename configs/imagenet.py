@@ -64,7 +64,7 @@ BY_PAIR = {
       'weight': weight,
       'warm_up_epochs': 1.0,
       'width': width,
-      'before': True,
+      'before_relu': True,
     }
     for pair, weight, width in zip(PAIRS, (1.0, 8.0), (512, 256), strict=True)
   },

@@ -432,7 +432,7 @@ def nearest(x, size):
 
 @pytest.mark.parametrize('before', [False, True])
 def test_reviewkds_fusions_by_hand(before):
-  method = methods.get('reviewkd')(before=before, width=3)
+  method = methods.get('reviewkd')(before_relu=before, width=3)
   student, teacher = shared.arrays(method, teacher_size=4)
   student = student.replace(before=tuple(x - 1 for x in student.stages))
   module = method.auxiliary(student, teacher)

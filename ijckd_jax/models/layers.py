@@ -135,6 +135,15 @@ class Joins:
       features, kernel, stride, kernel_init=init, dtype=self.dtype, **kwargs
     )
 
+  def linear(self, x, features, name):
+    """Applies a linear layer that starts as PyTorch's, in float32."""
+    return nn.Dense(
+      features,
+      kernel_init=TORCH_DEFAULT,
+      bias_init=torch_bias(x.shape[-1]),
+      name=name,
+    )(x)
+
   def norm(self, x, train, **kwargs):
     """Applies a batch norm, see BatchNorm."""
     return BatchNorm(

@@ -94,6 +94,20 @@ def distillation(
   return temperature**2 * jnp.mean(rows)
 
 
+def standardize(x: jax.Array, axis: int, epsilon: float) -> jax.Array:
+  """Returns x of mean zero and variance one along an axis.
+
+  Args:
+    x: of any shape.
+    axis: over which mean and variance are taken.
+    epsilon: is added to the variance.
+  """
+  x = at_least_float32(x)
+  centered = x - jnp.mean(x, axis=axis, keepdims=True)
+  variance = jnp.mean(jnp.square(centered), axis=axis, keepdims=True)
+  return centered / jnp.sqrt(variance + epsilon)
+
+
 def standardize_logits(logits: jax.Array) -> jax.Array:
   """Returns logits less their mean, over their standard deviation, row by row.
 

@@ -103,7 +103,7 @@ ADDED_FIELDS = {
 ADDED_METHOD_FIELDS = {
   'at': {'method.pairing': 'last'},
   'kd': {'method.logit_weight': 0.0},
-  'reviewkd': {'method.width': 512, 'method.before': False},
+  'reviewkd': {'method.width': 512, 'method.before_relu': False},
   'simkd': {'method.tap': 'stage'},
   'srrl': {'method.tap': 'final'},
   'vid': {'method.pairing': 'last'},

@@ -251,10 +251,7 @@ _PARQUET = {'cifar10': ['label'], 'cifar100': ['coarse_label', 'fine_label']}
 
 
 def _find_cifar(source, versions):
-  """Returns the first version of which `source` has every file, and them.
-
-  None where it has all of none.
-  """
+  """Returns the first complete version in `source`, and its files, or None."""
   for version in versions:
     for place in (source, source / version.folder):
       if all((place / name).is_file() for name in version.files):

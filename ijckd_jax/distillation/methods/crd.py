@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from ijckd_jax.data import augment
 from ijckd_jax.distillation.methods import auxiliary
 from ijckd_jax.distillation.methods import base
-from ijckd_jax.models import layers
 from ijckd_jax.models import losses
 from ijckd_jax.runtime import config_utils
 
@@ -36,13 +35,7 @@ class Embeddings(auxiliary.Auxiliary, kw_only=True):
     del train
     found = {}
     for name, seen in zip(NETWORKS, (student, teacher), strict=True):
-      layer = nn.Dense(
-        self.width,
-        kernel_init=layers.TORCH_DEFAULT,
-        bias_init=layers.torch_bias(seen.pooled.shape[-1]),
-        name=name,
-      )
-      found[name] = losses.normalize(layer(seen.pooled))
+      found[name] = losses.normalize(self.linear(seen.pooled, self.width, name))
     return found
 
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from ijckd_jax.distillation.methods import auxiliary
 from ijckd_jax.distillation.methods import base
-from ijckd_jax.models import layers
 from ijckd_jax.models import losses
 from ijckd_jax.runtime import config_utils
 
@@ -29,15 +28,9 @@ class Projections(auxiliary.Auxiliary, kw_only=True):
   def __call__(self, student, teacher, *, train):
     """Returns (B, D) of the teacher's width."""
     del train
+    x, width = student.pooled, teacher.pooled.shape[-1]
     found = [
-      nn.relu(
-        nn.Dense(
-          teacher.pooled.shape[-1],
-          kernel_init=layers.TORCH_DEFAULT,
-          bias_init=layers.torch_bias(student.pooled.shape[-1]),
-          name=f'projection_{i}',
-        )(student.pooled)
-      )
+      nn.relu(self.linear(x, width, f'projection_{i}'))
       for i in range(self.number)
     ]
     return sum(found) / self.number

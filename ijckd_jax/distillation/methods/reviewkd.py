@@ -31,18 +31,18 @@ class Fusions(auxiliary.Auxiliary, kw_only=True):
 
   Attributes:
     width: between the two convolutions of a fusion, at most.
-    before: whether the student's maps are those before their last ReLU.
+    before_relu: whether the student's maps are those before their last ReLU.
   """
 
   width: int
-  before: bool
+  before_relu: bool
 
   @nn.compact
   def __call__(self, student, teacher, *, train):
     """Returns (map, target) of each level, the deepest first."""
     width = min(self.width, student.pooled.shape[-1])
     found, fused = [], None
-    levels = _levels(student, teacher, self.before)
+    levels = _levels(student, teacher, self.before_relu)
     for number, (x, y) in enumerate(levels):
       x = self.conv(width, init=KAIMING_UNIFORM, name=f'in_{number}')(x)
       x = self.norm(x, train, name=f'in_norm_{number}')
@@ -61,12 +61,12 @@ class Fusions(auxiliary.Auxiliary, kw_only=True):
     return found
 
 
-def _levels(student, teacher, before: bool):
+def _levels(student, teacher, before_relu: bool):
   """Returns pairs of maps, pooled features of 1x1 first, then backwards.
 
   The teacher's are those before their last ReLU.
   """
-  stages = (student.before if before else ()) or student.stages
+  stages = (student.before if before_relu else ()) or student.stages
   pairs = losses.pair_stages(stages, teacher.before or teacher.stages)
   pooled = tuple(x.pooled[:, None, None, :] for x in (student, teacher))
   return [pooled, *reversed(pairs)]
@@ -93,15 +93,15 @@ class Method(base.Method):
       levels. The authors take 0.6, 1, 5 or 8 for their pairs.
     warm_up_epochs: over which that weight grows from nothing; 1 on ImageNet.
     width: of the maps while they are fused, at most.
-    before: whether the student's maps are taken before their last ReLU, as on
-      ImageNet.
+    before_relu: whether the student's maps are taken before their last ReLU, as
+      on ImageNet.
   """
 
   cross_entropy_weight: float = 1.0
   weight: float = 5.0
   warm_up_epochs: float = 20.0
   width: int = 512
-  before: bool = False
+  before_relu: bool = False
 
   def __post_init__(self):
     config_utils.check_positive('width', self.width)
@@ -109,7 +109,7 @@ class Method(base.Method):
   def auxiliary(self, student, teacher):
     """Returns the fusions."""
     del student, teacher
-    return Fusions(width=self.width, before=self.before)
+    return Fusions(width=self.width, before_relu=self.before_relu)
 
   def loss(self, student, teacher, batch):
     """Returns the weighted sum and its terms."""

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from ijckd_jax.distillation.methods import auxiliary
 from ijckd_jax.distillation.methods import base
-from ijckd_jax.models import layers
 from ijckd_jax.models import losses
 
 EPSILON = 1e-4  # Added to the variance.
@@ -26,12 +25,8 @@ class Projection(auxiliary.Auxiliary):
   def __call__(self, student, teacher, *, train):
     """Returns (B, D) of the teacher's width."""
     del train
-    return nn.Dense(
-      teacher.pooled.shape[-1],
-      kernel_init=layers.TORCH_DEFAULT,
-      bias_init=layers.torch_bias(student.pooled.shape[-1]),
-      name='projection',
-    )(student.pooled)
+    width = teacher.pooled.shape[-1]
+    return self.linear(student.pooled, width, 'projection')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +58,10 @@ class Method(base.Method):
     """Returns the weighted sum and its terms."""
 
     def distance():
-      x, y = map(_standardize, (student.auxiliary, teacher.pooled))
+      x, y = (
+        losses.standardize(z, 0, EPSILON)
+        for z in (student.auxiliary, teacher.pooled)
+      )
       return jnp.log(jnp.maximum(jnp.sum((x - y) ** POWER), SMALLEST))
 
     return losses.combine(
@@ -77,11 +75,3 @@ class Method(base.Method):
         lambda: losses.distillation(student.logits, teacher.logits, 1.0),
       ),
     )
-
-
-def _standardize(x):
-  """Returns features (B, D) of mean zero and variance one, column by column."""
-  x = losses.at_least_float32(x)
-  centered = x - jnp.mean(x, axis=0)
-  variance = jnp.mean(jnp.square(centered), axis=0)
-  return centered / jnp.sqrt(variance + EPSILON)

@@ -51,16 +51,8 @@ class Method(base.Method):
         lambda: jnp.mean(
           optax.losses.huber_loss(
             losses.at_least_float32(student.connected.pooled),
-            _standardize(teacher.pooled),
+            losses.standardize(teacher.pooled, -1, EPSILON),
           )
         ),
       ),
     )
-
-
-def _standardize(x):
-  """Returns features (B, D) of mean zero and variance one, row by row."""
-  x = losses.at_least_float32(x)
-  centered = x - jnp.mean(x, axis=-1, keepdims=True)
-  variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
-  return centered / jnp.sqrt(variance + EPSILON)

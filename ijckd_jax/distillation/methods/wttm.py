@@ -20,9 +20,10 @@ class Method(base.Method):
   """Cross-entropy, and sum(p^c) KL(p^c / sum(p^c) || q).
 
   p is the teacher's prediction, q the student's. The factor sum(p^c) is large
-  where the teacher is unsure; TTM is the same without it (weighted=False). For
-  vgg13 -> vgg8 on CIFAR-100 the authors take exponent=0.1 weight=45 for TTM. Of
-  WTTM they give what they take beside CRD, which are the defaults here.
+  where the teacher is unsure; TTM is the same without it (weighted=False). On
+  CIFAR-100 the authors take exponent=0.1 weight=45 for TTM from vgg13 to vgg8.
+  For WTTM they publish only the values that they use together with CRD, which
+  are the defaults here.
 
   Attributes:
     cross_entropy_weight: weight of the labels' cross-entropy.
