@@ -196,3 +196,44 @@ def test_a_simple_recipe():
   }
   found = term(method, apply(method, params, student, teacher), teacher)
   np.testing.assert_allclose(found, 11.577974388607702, rtol=1e-5)
+
+
+def test_predictions_of_two_views():
+  """Multi-Level-Logit-Distillation, distillers/KD_ours.py:85-300.
+
+  Of seven images: the shares that are below the median are not a half.
+  """
+  method = methods.get('mlkd')()
+  (student, other), (teacher, others) = (
+    [
+      network(logits=scale * wave(7, 5, start=start))
+      for start, scale in ((first, scale), (first + 0.1, scale))
+    ]
+    for first, scale in ((0.1, 3), (0.3, 4))
+  )
+  labels = jnp.array([0, 1, 2, 3, 4, 0, 1])
+
+  def loss(first, second):
+    seen = student.replace(logits=first, second=other.replace(logits=second))
+    return method.loss(seen, teacher.replace(second=others), {'label': labels})
+
+  (total, terms), gradients = jax.value_and_grad(
+    loss, argnums=(0, 1), has_aux=True
+  )(student.logits, other.logits)
+  np.testing.assert_allclose(total, 2.3466931342797213, rtol=1e-5)
+  for name, weight, value in (
+    ('cross_entropy', 0.1, 0.7104917185221526),
+    ('distillation', 0.9, 1.5725428292568155),
+    ('class_level', 0.9, 0.03895233743500346),
+    ('batch_level', 0.9, 0.02470624906574953),
+  ):
+    np.testing.assert_allclose(weight * terms[name], value, rtol=1e-4)
+  for found, expected in zip(
+    gradients,
+    (
+      [-0.03232745, -0.07544168, -0.04483768, 0.06101686, 0.09158994],
+      [-0.03192039, -0.04997974, -0.01988546, 0.04234885, 0.05943674],
+    ),
+    strict=True,
+  ):
+    np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-6)

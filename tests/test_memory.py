@@ -6,6 +6,9 @@ import pytest
 
 from ijckd_jax.bundles import bundles
 from ijckd_jax.distillation import methods
+from ijckd_jax.distillation.methods import crd
+from ijckd_jax.models import outputs
+from ijckd_jax.runtime import config_utils
 from ijckd_jax.training import experiment
 from ijckd_jax.training import loop
 from ijckd_jax.training import train
@@ -108,6 +111,110 @@ def test_rows_are_noted_and_the_first_of_two_counts():
   notes['normaliser'] = {name: np.full(3, 9.0) for name in vectors}
   again = method.remember(after, notes)
   assert again['normaliser'] == {'student': 4.0, 'teacher': 6.0}
+
+
+def queue_of(size):
+  """Returns a method with a queue, and its memory at the start."""
+  method = methods.get('crd')(num_negatives=3, queue=size, width=2)
+  return method, method.memory(jax.random.key(0), NUM)
+
+
+def notes_of(index, label):
+  vectors = np.arange(2.0 * len(index)).reshape(-1, 2)
+  return {
+    'index': np.array(index),
+    'label': np.array(label),
+    'vectors': {'student': vectors, 'teacher': -vectors},
+    'normaliser': dict.fromkeys(('student', 'teacher'), np.full(3, 4.0)),
+  }
+
+
+def test_a_queue_holds_the_latest_images_and_does_not_grow():
+  method, memory = queue_of(5)
+  assert memory['vectors']['student'].shape == (5, 2)
+  first, second = (
+    notes_of([7, 8, 9], [0, 1, -1]),
+    notes_of([7, 3, 4], [2, 3, 4]),
+  )
+  after = method.remember(memory, first)
+  np.testing.assert_array_equal(after['index'], [7, 8, 9, -1, -1])
+  after = method.remember(after, second)
+  # The oldest row is the first to go.
+  np.testing.assert_array_equal(after['index'], [4, 8, 9, 7, 3])
+  np.testing.assert_array_equal(after['label'], [4, 1, -1, 2, 3])
+  for name, sign in (('student', 1), ('teacher', -1)):
+    np.testing.assert_array_equal(
+      after['vectors'][name],
+      sign * np.array([[4, 5], [2, 3], [4, 5], [0, 1], [2, 3]]),
+    )
+  assert after['oldest'] == 1
+  # Of more rows than it holds, the last ones stay.
+  small, memory = queue_of(2)
+  after = small.remember(memory, second)
+  np.testing.assert_array_equal(after['index'], [3, 4])
+
+
+def test_the_contrast_with_a_queue():
+  """By hand: a positive of the same batch, negatives out of the queue."""
+  method, memory = queue_of(4)
+  memory |= {'index': np.array([0, 1, 2, 3]), 'label': np.array([0, 1, 1, -1])}
+  rng = np.random.default_rng(0)
+  vectors = {name: rng.standard_normal((2, 2)) for name in crd.NETWORKS}
+  vectors = {
+    n: v / np.linalg.norm(v, axis=1)[:, None] for n, v in vectors.items()
+  }
+  batch = {
+    'memory': memory,
+    'key': jax.random.key(1),
+    'index': np.array([0, 9]),
+    'label': np.array([1, -1]),
+    'epoch': np.zeros(2, np.int32),
+  }
+  chosen = np.asarray(method._negatives(batch))
+  # No picture of its own or of its class: 3, which has no label, is left.
+  assert set(chosen[0]) == {3}
+
+  def side(name, other, own, normaliser=None):
+    """Returns one network's contrast, and its normaliser."""
+    queue = np.asarray(memory['vectors'][other])
+    scores = np.exp(
+      [
+        [own[b] @ x / 0.07 for x in (vectors[other][b], *queue[chosen[b]])]
+        for b in range(2)
+      ]
+    )
+    normaliser = normaliser or scores.mean() * 4
+    total = 0.0
+    for row in scores / normaliser:
+      total -= np.log(row[0] / (row[0] + 3 / 4 + 1e-7)) / 2
+      total -= np.log(3 / 4 / (row[1:] + 3 / 4 + 1e-7)).sum() / 2
+    return total, normaliser
+
+  def loss(vectors):
+    student = outputs.Outputs((), None, None, np.zeros((2, 3)))
+    student = student.replace(auxiliary=vectors)
+    return method.loss(student, None, batch)[1]['contrast']
+
+  value, gradient = jax.value_and_grad(loss)(jax.tree.map(np.float32, vectors))
+  expected = 0.0
+  for name, other in (crd.NETWORKS, crd.NETWORKS[::-1]):
+    total, normaliser = side(name, other, vectors[name])
+    expected += total
+    # Of this side alone: nothing flows to a vector as the other's positive.
+    step = np.array([[1e-5, 0], [0, 0]])
+    above, below = (
+      side(name, other, vectors[name] + move, normaliser)[0]
+      for move in (step, -step)
+    )
+    np.testing.assert_allclose(
+      gradient[name][0, 0], (above - below) / 2e-5, rtol=1e-3
+    )
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_a_negative_queue_is_refused():
+  with pytest.raises(config_utils.UserError, match='queue=-1'):
+    methods.get('crd')(queue=-1)
 
 
 @pytest.mark.slow

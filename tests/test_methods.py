@@ -117,6 +117,8 @@ def complete(method, batch, num_examples=20):
   """Returns a batch with all that a method may read of it."""
   rows = np.arange(len(batch['label']), dtype=np.int32)
   batch = {'index': rows, 'epoch': 0 * rows, **batch}
+  if method.second_view is not None and 'image' in batch:
+    batch['second'] = batch['image'][::-1]
   if method.remembers:
     key = jax.random.key(5)
     batch |= {'memory': method.memory(key, num_examples), 'key': key}
@@ -131,7 +133,9 @@ def value_and_gradients(distiller, variables, batch):
   @jax.jit
   def run(params, frozen):
     def loss(params, frozen):
-      given = distiller.run_teachers(frozen, batch['image'])
+      given = distiller.run_teachers(
+        frozen, batch['image'], batch.get('second')
+      )
       total, (terms, *_) = distiller.objective(
         {**variables, 'params': params}, frozen, given, batch
       )
@@ -177,6 +181,13 @@ def arrays(method, seed=0, *, num_rows=6, teacher_size=2):
     logits=normal(NUM_CLASSES),
     before=tuple(stage - 0.5 for stage in stages),
   )
+  if method.second_view is not None:
+    student, teacher = (
+      seen.replace(second=seen.replace(logits=normal(NUM_CLASSES)))
+      for seen in (student, teacher)
+    )
+  if method.adapts_teacher:
+    teacher = teacher.replace(change=np.float32(0.3))
   module = method.auxiliary(student, teacher)
   if module is not None:
     seen = (student, teacher)
@@ -228,7 +239,7 @@ def fields_of(method):
 def test_contract(name):
   cls = methods.get(name)
   method = cls()
-  assert method.predicts_with in ('teacher', 'own')
+  assert method.predicts_with in ('teacher', 'own', 'copy')
   assert method.tap in ('stage', 'final')
   assert cls.__doc__
   with pytest.raises(dataclasses.FrozenInstanceError):
@@ -257,12 +268,14 @@ def test_gradients_reach_all_that_is_trained_and_nothing_else(name):
     rtol=1e-6,
   )
   parts = {'backbone'}
-  if method.predicts_with == 'own':
+  if method.predicts_with in ('own', 'copy'):
     parts.add('head')
   if distiller.connected_network is not None:
     parts.add('connector')
   if distiller.auxiliary is not None:
     parts.add('auxiliary')
+  if method.adapts_teacher:
+    parts.add('teacher')
   assert trained.keys() == variables['params'].keys() == parts
   idle = [
     jax.tree_util.keystr(path)
@@ -344,7 +357,7 @@ def test_unlabelled_rows_train_on_the_teachers_terms_alone(name):
       jax.tree.leaves(none), jax.tree.leaves(expected), strict=True
     ):
       np.testing.assert_allclose(a, b, atol=1e-7)
-  uses_labels = name != 'simkd'
+  uses_labels = name not in ('atsc', 'simkd')
   assert uses_labels == any(
     np.any(np.abs(a - b)[labels >= 0] > 1e-4)
     for a, b in zip(jax.tree.leaves(mixed), jax.tree.leaves(none), strict=True)
@@ -708,3 +721,112 @@ def test_a_class_without_the_base_has_its_defaults():
   assert method.needs_teacher and not method.remembers
   assert method.auxiliary(None, None) is None
   assert method.predicts_with == 'teacher'
+
+
+def test_a_teacher_that_adapts():
+  """Its kernels' squared change; what moves its maps, its head and its bias."""
+  method = methods.get('atsc')()
+  distiller, variables = bind(method)
+  teacher = distiller.teachers[0]
+  start = teacher.variables['params']['backbone']
+  head = {name: jnp.asarray(value) for name, value in teacher.head.items()}
+  # Batch norm's scales, and the biases, are no kernels.
+  params = variables['params'] | {
+    'teacher': jax.tree.map(lambda x: x + 0.1, start),
+    'head': {'kernel': head['kernel'] + 0.1, 'bias': head['bias'] + 0.1},
+  }
+  count = sum(x.size for x in jax.tree.leaves((start, head)) if x.ndim > 1)
+  batch = make_batch()
+
+  def run(**weights):
+    chosen = dataclasses.replace(method, **weights)
+    return value_and_gradients(
+      dataclasses.replace(distiller, method=chosen),
+      {**variables, 'params': params},
+      batch,
+    )[1:3]
+
+  terms, trained = run()
+  np.testing.assert_allclose(terms['change'], 0.01 * count, rtol=1e-4)
+  # It is in training mode: batch norm follows this batch.
+  x = teacher.preprocessing(batch['image'])
+  features, stats = network.run(
+    teacher.apply.backbone,
+    {
+      'params': params['teacher'],
+      'batch_stats': variables['batch_stats']['teacher'],
+    },
+    x,
+    train=True,
+  )
+  logits = network.classify(params['head'], features.pooled)
+  np.testing.assert_allclose(
+    terms['cross_entropy'],
+    np.mean(
+      [
+        -log_softmax(z[None])[0, y]
+        for z, y in zip(np.asarray(logits), batch['label'], strict=True)
+      ]
+    ),
+    rtol=1e-4,
+  )
+  _, (_, _, updated) = jax.jit(distiller.objective)(
+    {**variables, 'params': params}, distiller.frozen, None, batch
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    updated['teacher'],
+    stats,
+  )
+  moved = {
+    'feature_weight': ('backbone', 'connector', 'teacher'),
+    'change_weight': ('teacher', 'kernel'),
+    'cross_entropy_weight': ('bias',),
+  }
+  for field, parts in moved.items():
+    others = {name: 0.0 for name in moved if name != field}
+    _, trained = run(**others)
+    trained |= trained.pop('head')
+    found = {
+      name
+      for name, tree in trained.items()
+      if any(np.any(leaf) for leaf in jax.tree.leaves(tree))
+    }
+    assert found == set(parts), field
+
+
+def test_the_second_view_runs_after_the_first_with_its_own_statistics():
+  method = methods.get('mlkd')()
+  distiller, variables = bind(method)
+  batch = complete(method, make_batch())
+  first, second = batch['image'], batch['second']
+  frozen = distiller.frozen
+  (student,), stats = distiller.run_student(
+    variables, frozen, first, second=second
+  )
+  (one,), between = distiller.run_student(variables, frozen, first)
+  (two,), after = distiller.run_student(
+    {**variables, 'batch_stats': between}, frozen, second
+  )
+  same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+  same(student.logits, one.logits)
+  same(student.second.logits, two.logits)
+  jax.tree.map(same, stats, after)
+  (teacher,) = distiller.run_teachers(frozen, first, second)
+  for seen, images in ((teacher, first), (teacher.second, second)):
+    same(seen.logits, distiller.run_teachers(frozen, images)[0].logits)
+
+
+def test_a_teacher_that_cannot_be_trained_is_refused():
+  method = methods.get('atsc')()
+  with pytest.raises(config_utils.UserError, match='teacher.others'):
+    bind(method, given=(make_teacher('resnet8', 8),) * 2)
+  function = dataclasses.replace(
+    make_teacher('resnet8', 8), apply=lambda *args: teacher.apply(*args)
+  )
+  teacher = make_teacher('resnet8', 8)
+  with pytest.raises(config_utils.UserError, match='is a function'):
+    bind(method, given=(function,))
+  added = methods.build({'name': 'kd', 'add': 'atsc:feature_weight=1.0'})
+  with pytest.raises(config_utils.UserError, match='as method.name'):
+    bind(added)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ijckd_jax.bundles import bundles
+from ijckd_jax.data import augment
 from ijckd_jax.data import datasets
 from ijckd_jax.data import mixing
 from ijckd_jax.distillation import steps
@@ -310,3 +311,34 @@ def test_function_matching_learns_from_mixed_images_without_labels(
   assert not any('train/accuracy' in row for row in result.history)
   # No label has told it that.
   assert result.summary['student']['last']['agreement'] > 0.4
+
+
+def test_the_second_view_is_drawn_anew_and_mixed_like_the_first():
+  rng = np.random.RandomState(0)
+  images = rng.randint(0, 256, (16, 8, 8, 1)).astype(np.uint8)
+  rows = np.arange(16, dtype=np.int32)
+  batch = {'image': images, 'label': rows % 3, 'index': rows, 'epoch': 0 * rows}
+  inverted = (lambda key, image: 255 - image,)
+
+  def views(crop_padding, mixed, key=0, second_view=inverted):
+    augmentation = augment.Augmentation(crop_padding, flip=False)
+    key = jax.random.key(key)
+    made = steps._augment(batch, key, augmentation, mixed, second_view)
+    return made['image'], made.get('second'), made
+
+  first, second, made = views(0, None)
+  np.testing.assert_array_equal(first, images)
+  np.testing.assert_array_equal(second, 255 - images)
+  assert views(0, None, second_view=None)[1] is None
+  # Another crop, of the same run; both are functions of the key.
+  first, second, _ = views(2, None)
+  np.testing.assert_array_equal(first, views(2, None, second_view=None)[0])
+  assert np.any(255 - np.asarray(second) != first)
+  np.testing.assert_array_equal(second, views(2, None)[1])
+  assert np.any(np.asarray(second) != views(2, None, key=1)[1])
+  # The same partner and share: an inverted mixture is one of the inverted.
+  mixed = mixing.Mixing(1.0, 0.0)
+  first, second, made = views(0, mixed)
+  np.testing.assert_allclose(255 - second, first, atol=1e-3)
+  assert np.any(first != images)
+  assert isinstance(made['label'], mixing.MixedLabels)

@@ -172,6 +172,43 @@ def pefd(student, teacher):
   )
 
 
+def mlkd(student, teacher):
+  softmax = scipy.special.softmax
+  everything = student.second, teacher.second, student, teacher
+  s2, t2, s1, t1 = (x.logits.astype(float) for x in everything)
+  sure = softmax(t1, axis=1)
+  median = np.sort(sure.max(axis=1))
+  images = np.mean(sure.max(axis=1) <= (median[2] + median[3]) / 2)
+  of_class = sure.sum(axis=0)
+  classes = np.mean(of_class <= np.sort(of_class)[2])
+
+  def divergence(s, t, temperature):
+    p, q = (softmax(z / temperature, axis=1) for z in (t, s))
+    return temperature**2 * np.mean([*map(kl, p, q)])
+
+  total = 0.1 * cross_entropy(student.second, LABELS)
+  # That of the first view, with weight 1, is added for all methods alike.
+  total -= 0.9 * cross_entropy(student, LABELS)
+  for temperature in (4, 3, 5):
+    total += 0.9 * images * divergence(s1, t1, temperature)
+    total += 0.9 * divergence(s2, t2, temperature)
+  for temperature in (2, 6):
+    total += 0.9 * (1 + images) * divergence(s1, t1, temperature)
+  for temperature in (4, 3, 5, 2, 6):
+    p, q = (softmax(z / temperature, axis=1) for z in (t1, s1))
+    total += 0.9 * images * np.sum((p @ p.T - q @ q.T) ** 2) / 6
+    total += 0.9 * classes * np.sum((p.T @ p - q.T @ q) ** 2) / 5
+  return total
+
+
+def atsc(student, teacher):
+  total = np.mean((student.connected.map - pool(teacher.final, 2)) ** 2)
+  total += 0.3  # What the teacher has changed by.
+  # Of the teacher, where all other methods have the student's.
+  total += cross_entropy(teacher, LABELS) - cross_entropy(student, LABELS)
+  return total
+
+
 def srd(student, teacher):
   features = []
   for z in (student.auxiliary, teacher.pooled):
@@ -208,10 +245,12 @@ def crd(student, batch, method):
 
 BY_HAND = {
   'at': at,
+  'atsc': atsc,
   'crd': None,  # Below: it has a memory.
   'dist': dist,
   'dkd': None,  # It is divided by the labels.
   'fitnet': fitnet,
+  'mlkd': mlkd,
   'pefd': pefd,
   'reviewkd': reviewkd,
   'rkd': rkd,

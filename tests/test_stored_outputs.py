@@ -240,6 +240,22 @@ def test_another_augmentation_is_another_store(config_of, teacher):
       identity(**{name: 1.0})
 
 
+def test_outputs_of_another_second_view_are_not_taken(
+  config_of, teacher, tmp_path
+):
+  folder = {'teacher.store.directory': str(tmp_path / 'outputs')}
+
+  def run(name, **fields):
+    config = config_of('mlkd', **folder, **fields)
+    train.train_and_evaluate(config, tmp_path / name, teacher=teacher)
+
+  run('first')
+  stored = experiment.build(config_of('mlkd'), teacher=teacher).stored
+  assert set(stored.names) == {'logits', 'second/logits'}
+  with pytest.raises(config_utils.UserError, match='second_view'):
+    run('other', **{'method.randaugment_magnitude': 3})
+
+
 @pytest.mark.parametrize(
   'stop_at',
   [

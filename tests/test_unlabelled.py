@@ -206,6 +206,7 @@ def test_a_student_with_a_head_of_its_own(images, finished_run, tmp_path):
 # it cannot.
 LEARNS = {
   'at': ('cross_entropy',),
+  'atsc': None,
   'ce': None,
   'crd': None,
   'dist': None,
@@ -213,6 +214,7 @@ LEARNS = {
   'fitnet': ('cross_entropy',),
   'ijckd': ('cross_entropy', 'logit'),
   'kd': None,
+  'mlkd': None,
   'pefd': ('cross_entropy',),
   'reviewkd': ('cross_entropy',),
   'rkd': ('cross_entropy',),

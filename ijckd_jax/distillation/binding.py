@@ -108,6 +108,7 @@ def bind(
     fixed_head,
     _auxiliary(source, targets, method, runtime),
     dropout,
+    _adapting(given, method, runtime),
   )
   _check_loss(distiller, image_shape, num_rows, mixed=mixed)
   return distiller
@@ -253,6 +254,33 @@ def _auxiliary(source, targets, method, runtime):
   return auxiliary.clone(**runtime)
 
 
+def _adapting(given, method, runtime):
+  """Returns the backbone of the teacher that a method trains, or None.
+
+  Arguments are those of `bind`, and the backbone's fields that are the run's.
+  """
+  if not method.adapts_teacher:
+    return None
+  if len(given) > 1:
+    raise config_utils.UserError(
+      f'{method} trains the teacher too, and takes one: set teacher.others=()'
+    )
+  if method.predicts_with != 'copy':
+    raise config_utils.UserError(
+      f'{method} trains the teacher and its head, but another method chooses '
+      'the head that predicts: take the one that trains the teacher as '
+      'method.name, and add the other one to it'
+    )
+  network = given[0].apply
+  if not isinstance(network, network_lib.Network) or network.connector:
+    raise config_utils.UserError(
+      f'{method} trains the teacher too, which is possible for a bundle or a '
+      f'run of a single backbone: teacher {given[0].name} is a function, or '
+      'has a connector'
+    )
+  return network.backbone.clone(**runtime)
+
+
 def _check_unlabelled(*, method, given, **more) -> None:
   """Raises UserError where a method cannot learn without classes.
 
@@ -310,6 +338,5 @@ def _trace_terms(distiller, image_shape, num_rows, *, mixed=False):
     )[1][0]
 
   images = jax.ShapeDtypeStruct((num_rows, *image_shape), jnp.uint8)
-  frozen = distiller.frozen
-  teacher_outputs = jax.eval_shape(distiller.run_teachers, frozen, images)
+  frozen, teacher_outputs = distiller.example_teachers(images)
   return parallel.trace(loss, frozen, teacher_outputs, images)[1]

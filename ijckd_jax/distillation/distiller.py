@@ -7,6 +7,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from ijckd_jax import models
 from ijckd_jax.distillation import network as network_lib
 from ijckd_jax.distillation import teachers
 from ijckd_jax.distillation.methods import auxiliary as auxiliary_lib
@@ -17,6 +18,7 @@ from ijckd_jax.runtime import parallel
 AUXILIARY_STREAM = 2**31 - 1
 # Of a step's key. Flax folds in hashes of names, which differ from it.
 HEAD_STREAM = 0
+SECOND_VIEW_STREAM = 1
 # In an example of a memory.
 EXAMPLES = 4
 
@@ -27,7 +29,8 @@ class Frozen:
 
   No gradient: `steps._piece` differentiates the parameters alone, and
   `Teacher.__call__` stops what would flow through it. No optimizer and no
-  checkpoint: `Distiller.init`, which fills the state, gives no teacher. No
+  checkpoint: `Distiller.init`, which fills the state, gives no teacher, unless
+  the method adapts one: that is a copy, and these arrays its start. No
   running statistics: a teacher runs with `train=False`. Not donated:
   `Experiment.map_train_step` donates the state alone.
 
@@ -83,6 +86,7 @@ class Distiller:
       None for most.
     dropout: share of the pooled features that the student's own head does not
       see in a training step.
+    adapting: the backbone of the teacher, where the method trains it too.
   """
 
   network: network_lib.Network
@@ -92,6 +96,7 @@ class Distiller:
   fixed_head: Any = None
   auxiliary: auxiliary_lib.Auxiliary | None = None
   dropout: float = 0.0
+  adapting: models.Backbone | None = None
 
   @property
   def reuses_head(self) -> bool:
@@ -142,7 +147,10 @@ class Distiller:
   def init(
     self, key: jax.Array, image_shape: tuple[int, int, int]
   ) -> dict[str, Any]:
-    """Returns fresh 'params' and 'batch_stats' of what is trained."""
+    """Returns fresh 'params' and 'batch_stats' of what is trained.
+
+    A head or a teacher that is to start as a copy is fresh here too.
+    """
     width = None
     if self.through_connector:
       width = self.links[0].teacher.num_features
@@ -181,19 +189,33 @@ class Distiller:
       zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), given)
       own_key = jax.random.fold_in(key, AUXILIARY_STREAM)
       _, made['auxiliary'] = network_lib.init(self.auxiliary, own_key, *zeros)
+    if self.adapting is not None:
+      x = self.links[0].teacher.preprocessing(
+        jnp.zeros((1, *image_shape), jnp.uint8)
+      )
+      _, made['teacher'] = network_lib.init(self.adapting, key, x)
     for name, part in made.items():
       for kind, tree in part.items():
         variables[kind][name] = tree
     return variables
 
   def run_teachers(
-    self, frozen: Frozen, images: jax.Array
+    self, frozen: Frozen, images: jax.Array, second: jax.Array | None = None
   ) -> tuple[outputs.Outputs, ...]:
-    """Returns each teacher's Outputs of the shared view."""
-    return tuple(
+    """Returns each teacher's Outputs of the shared view.
+
+    Args:
+      frozen: the arrays that are not trained.
+      images: of the shared view.
+      second: of the second view, if there is one.
+    """
+    found = tuple(
       link.teacher(frozen.teachers[number], images)
       for number, link in enumerate(self.links)
     )
+    if second is None:
+      return found
+    return _with_second(found, self.run_teachers(frozen, second))
 
   def run_student(
     self,
@@ -201,6 +223,7 @@ class Distiller:
     frozen: Frozen,
     images: jax.Array,
     key: jax.Array | None = None,
+    second: jax.Array | None = None,
   ) -> tuple[tuple[outputs.Outputs, ...], dict[str, Any]]:
     """Runs the student in training on the shared view.
 
@@ -210,6 +233,8 @@ class Distiller:
       images: (B, H, W, C) uint8, or float32 of 0 to 255.
       key: for what the student drops at random in training; None for one that
         drops nothing.
+      second: the second view, if there is one: of the same shape. It is run
+        after the first: each has batch statistics of its own.
 
     Returns:
       The student's Outputs for each link, which differ in `connected` alone
@@ -244,7 +269,7 @@ class Distiller:
         head_key = jax.random.fold_in(key, HEAD_STREAM)
         pooled = network_lib.drop_features(pooled, self.dropout, head_key)
       logits = network_lib.classify(self._head(variables, frozen), pooled)
-    return tuple(
+    found = tuple(
       outputs.Outputs(
         features.stages,
         features.final,
@@ -254,7 +279,14 @@ class Distiller:
         features.before,
       )
       for one in connected
-    ), batch_stats
+    )
+    if second is None:
+      return found, batch_stats
+    if key is not None:
+      key = jax.random.fold_in(key, SECOND_VIEW_STREAM)
+    variables = {'params': variables['params'], 'batch_stats': batch_stats}
+    others, batch_stats = self.run_student(variables, frozen, second, key)
+    return _with_second(found, others), batch_stats
 
   def objective(
     self, variables, frozen: Frozen, teacher_outputs, batch, key=None
@@ -272,21 +304,27 @@ class Distiller:
       The total; and the terms, the student's outputs.Outputs and the updated
       batch statistics.
     """
-    students, batch_stats = self.what_loss_reads(
-      variables, frozen, teacher_outputs, batch['image'], key
+    students, teacher_outputs, batch_stats = self.what_loss_reads(
+      variables, frozen, teacher_outputs, batch, key
     )
     total, terms = self.loss(students, teacher_outputs, batch)
     return total, (terms, students[0], batch_stats)
 
   def what_loss_reads(
-    self, variables, frozen: Frozen, teacher_outputs, images, key=None
+    self, variables, frozen: Frozen, teacher_outputs, batch, key=None
   ):
-    """Returns the student's outputs for `loss`, and its batch statistics.
+    """Returns the student's and the teachers' outputs, and batch statistics.
 
-    Arguments are those of `run_student`, and the teachers' outputs, which the
-    method's own module may read.
+    Arguments are those of `objective`. A teacher that adapts gives other
+    outputs than the given ones.
     """
-    students, batch_stats = self.run_student(variables, frozen, images, key)
+    images = batch['image']
+    students, batch_stats = self.run_student(
+      variables, frozen, images, key, batch.get('second')
+    )
+    if self.adapting is not None:  # There is one link then.
+      adapted, batch_stats['teacher'] = self._adapt(variables, frozen, images)
+      teacher_outputs = (adapted,)
     if self.auxiliary is not None:  # There is one link then.
       made, batch_stats['auxiliary'] = network_lib.run(
         self.auxiliary,
@@ -296,7 +334,33 @@ class Distiller:
         train=True,
       )
       students = (students[0].replace(auxiliary=made),)
-    return students, batch_stats
+    return students, teacher_outputs, batch_stats
+
+  def _adapt(self, variables, frozen: Frozen, images: jax.Array):
+    """Returns a training teacher's Outputs, and its batch statistics.
+
+    Its logits have a gradient by the bias of the trained head alone.
+    """
+    own = network_lib.part(variables, 'teacher')
+    head = self._head(variables, frozen)
+    features, batch_stats = network_lib.run(
+      self.adapting,
+      own,
+      self.links[0].teacher.preprocessing(images),
+      train=True,
+    )
+    kernel, pooled = jax.lax.stop_gradient((head['kernel'], features.pooled))
+    start = jax.lax.stop_gradient(
+      (frozen.joint['network']['params']['backbone'], frozen.joint['head'])
+    )
+    return outputs.Outputs(
+      features.stages,
+      features.final,
+      features.pooled,
+      network_lib.classify({**head, 'kernel': kernel}, pooled),
+      before=features.before,
+      change=_change((own['params'], head), start),
+    ), batch_stats
 
   def loss(self, students, teacher_outputs, batch):
     """Returns the method's total and terms: the links' weighted mean.
@@ -327,10 +391,22 @@ class Distiller:
     """Returns a batch of images for tracing: all that a method may read."""
     rows = jnp.zeros(len(images), jnp.int32)
     batch = {'image': images, 'label': rows, 'index': rows, 'epoch': rows}
+    if self.method.second_view is not None:
+      batch['second'] = images
     if self.remembers:
       key = jax.random.key(0)
       batch |= {'memory': self.method.memory(key, EXAMPLES), 'key': key}
     return batch
+
+  def example_teachers(self, images):
+    """Returns the frozen arrays, and the teachers' outputs as shapes.
+
+    Args:
+      images: ShapeDtypeStruct, of each view.
+    """
+    views = (images,) * (1 if self.method.second_view is None else 2)
+    frozen = self.frozen
+    return frozen, jax.eval_shape(self.run_teachers, frozen, *views)
 
   @property
   def connected_network(self) -> network_lib.Network | None:
@@ -407,6 +483,21 @@ def _parts(variables, *names: str) -> dict[str, Any]:
     }
     for kind in network_lib.COLLECTIONS
   }
+
+
+def _with_second(first, second) -> tuple[outputs.Outputs, ...]:
+  """Returns Outputs of the first view that hold those of the second one."""
+  return tuple(
+    one.replace(second=other) for one, other in zip(first, second, strict=True)
+  )
+
+
+def _change(now, start) -> jax.Array:
+  """Returns the sum of the squared differences of two trees' kernels."""
+  squares = jax.tree.map(
+    lambda x, y: jnp.sum(jnp.square(x - y)) if x.ndim > 1 else 0.0, now, start
+  )
+  return sum(jax.tree.leaves(squares))
 
 
 def _connector(number: int) -> str:

@@ -1,5 +1,6 @@
 """Steps of training, on one device; the devices meet over parallel.AXIS."""
 
+import dataclasses
 import functools
 
 import jax
@@ -19,6 +20,7 @@ INIT_STREAM = 1
 MIXING_STREAM = 2
 METHOD_STREAM = 3
 DROPOUT_STREAM = 4
+SECOND_VIEW_STREAM = 5
 
 
 @cpu_conv.fast_convolutions()
@@ -63,7 +65,8 @@ def train_step(
     the method's terms, 'accuracy' where there are classes, and 'gradient_norm'
     before the optimizer.
   """
-  batch = _augment(batch, key, augmentation, mixing)
+  second_view = distiller.method.second_view
+  batch = _augment(batch, key, augmentation, mixing, second_view)
   zeros = jax.tree.map(jnp.zeros_like, state.params)
   (batch_stats, gradients, memory), (sums, outputs) = _over_pieces(
     functools.partial(_piece, state.params, frozen, key, distiller, stored),
@@ -137,16 +140,27 @@ def train_steps(
   return jax.lax.fori_loop(0, count, update, (state, metrics))
 
 
-def _augment(batch, key, augmentation, mixing):
-  """Returns a batch whose images are what both networks see."""
-  images, labels = batch['image'], batch['label']
-  epochs, indices = batch['epoch'], batch['index']
-  stream = jax.random.fold_in(key, AUGMENTATION_STREAM)
-  images = augmentation(stream, images, epochs, indices)
-  if mixing is not None:
-    stream = jax.random.fold_in(key, MIXING_STREAM)
-    images, labels = mixing(stream, images, labels, epochs, indices)
-  return {**batch, 'image': images, 'label': labels}
+def _augment(batch, key, augmentation, mixing, second_view):
+  """Returns a batch whose images are what both networks see.
+
+  Where there is a second view, it is 'second', and mixed as the first one is.
+  """
+  views = {'image': (AUGMENTATION_STREAM, augmentation)}
+  if second_view is not None:
+    transforms = (*augmentation.transforms, *second_view)
+    views['second'] = (
+      SECOND_VIEW_STREAM,
+      dataclasses.replace(augmentation, transforms=transforms),
+    )
+  rows, made = (batch['epoch'], batch['index']), {}
+  for name, (number, augment) in views.items():
+    stream = jax.random.fold_in(key, number)
+    images, labels = augment(stream, batch['image'], *rows), batch['label']
+    if mixing is not None:
+      stream = jax.random.fold_in(key, MIXING_STREAM)
+      images, labels = mixing(stream, images, labels, *rows)
+    made |= {name: images, 'label': labels}
+  return {**batch, **made}
 
 
 def _dropout_key(key, step):
@@ -189,7 +203,9 @@ def _piece(params, frozen, key, distiller, stored, carry, piece):
     }
   stored_rows = rows.pop('teacher', None)
   if stored_rows is None:
-    teacher_outputs = distiller.run_teachers(frozen, rows['image'])
+    teacher_outputs = distiller.run_teachers(
+      frozen, rows['image'], rows.get('second')
+    )
     if stored is not None:
       stored_rows = stored.take(teacher_outputs)
   if stored_rows is not None:

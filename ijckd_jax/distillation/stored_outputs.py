@@ -90,7 +90,8 @@ def plan(distiller, image_shape: tuple[int, int, int], dtype: str) -> Stored:
   """
   if not distiller.links:
     raise _nothing_to_store(distiller)
-  frozen = distiller.frozen
+  images = jax.ShapeDtypeStruct((2, *image_shape), jnp.uint8)
+  frozen, like = distiller.example_teachers(images)
 
   def loss(teacher_outputs, frozen, images):
     variables = distiller.init(jax.random.key(0), image_shape)
@@ -100,8 +101,6 @@ def plan(distiller, image_shape: tuple[int, int, int], dtype: str) -> Stored:
     )
     return total, terms
 
-  images = jax.ShapeDtypeStruct((2, *image_shape), jnp.uint8)
-  like = jax.eval_shape(distiller.run_teachers, frozen, images)
   traced = parallel.trace(loss, like, frozen, images)[0].jaxpr
   _, read = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
   # The teacher's outputs are the first of the inputs.
@@ -115,6 +114,6 @@ def plan(distiller, image_shape: tuple[int, int, int], dtype: str) -> Stored:
 
 def _nothing_to_store(distiller) -> config_utils.UserError:
   return config_utils.UserError(
-    f'{distiller.method} reads no outputs of a teacher, so there is nothing to '
-    'store: set teacher.store.views=0'
+    f'{distiller.method} reads no outputs of a frozen teacher, so there is '
+    'nothing to store: set teacher.store.views=0'
   )

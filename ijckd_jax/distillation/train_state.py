@@ -14,9 +14,9 @@ class TrainState:
 
   Attributes:
     step: updates made, int32 scalar.
-    params: {'backbone', 'connector', 'head', 'auxiliary'}, of these what is
-      trained.
-    batch_stats: {'backbone', 'connector', 'auxiliary'}, likewise.
+    params: {'backbone', 'connector', 'head', 'auxiliary', 'teacher'}, of these
+      what is trained.
+    batch_stats: {'backbone', 'connector', 'auxiliary', 'teacher'}, likewise.
     opt_state: of the optax transformation.
     ema: None, or {'params', 'batch_stats'} as moving averages.
     memory: arrays of the method's own; None for most.

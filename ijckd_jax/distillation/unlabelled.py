@@ -67,19 +67,17 @@ def _of_classes(distiller, image_shape, num_rows) -> list[str]:
   'the total' is one of them if it alone does.
   """
   images = jax.ShapeDtypeStruct((num_rows, *image_shape), jnp.uint8)
-  frozen = distiller.frozen
-  teacher_outputs = jax.eval_shape(distiller.run_teachers, frozen, images)
+  frozen, teacher_outputs = distiller.example_teachers(images)
 
   def read(frozen, teacher_outputs, images):
-    key = jax.random.key(0)
+    key, batch = jax.random.key(0), distiller.example_batch(images)
     variables = distiller.init(key, image_shape)
-    students, _ = distiller.what_loss_reads(
-      variables, frozen, teacher_outputs, images, key
+    students, teacher_outputs, _ = distiller.what_loss_reads(
+      variables, frozen, teacher_outputs, batch, key
     )
-    return students, distiller.example_batch(images)
+    return students, teacher_outputs, batch
 
-  _, (students, batch) = parallel.trace(read, frozen, teacher_outputs, images)
-  inputs = students, teacher_outputs, batch
+  _, inputs = parallel.trace(read, frozen, teacher_outputs, images)
   jaxpr, (_, terms) = parallel.trace(distiller.loss, *inputs)
   of_classes = [
     jax.tree_util.keystr(path[-1:], simple=True) in OF_CLASSES

@@ -60,6 +60,11 @@ class Outputs:
     before: as in Features.
     auxiliary: a student's, what the method's auxiliary module made of it and of
       the teacher; None where there is none.
+    second: the Outputs of the second view of the images; None where there is
+      one view.
+    change: of a teacher that adapts, the sum of the squared differences of its
+      kernels, the head's among them, from those that it started with; None for
+      all others.
   """
 
   stages: tuple[jax.Array, ...]
@@ -69,6 +74,8 @@ class Outputs:
   connected: Connected | None = None
   before: tuple[jax.Array, ...] = ()
   auxiliary: Any = None
+  second: 'Outputs | None' = None
+  change: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)

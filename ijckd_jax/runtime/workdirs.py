@@ -102,6 +102,7 @@ ADDED_FIELDS = {
 # The same of fields that a method has got since.
 ADDED_METHOD_FIELDS = {
   'at': {'method.pairing': 'last'},
+  'crd': {'method.queue': 0},
   'kd': {'method.logit_weight': 0.0},
   'reviewkd': {'method.width': 512, 'method.before_relu': False},
   'simkd': {'method.tap': 'stage'},

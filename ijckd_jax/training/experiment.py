@@ -253,6 +253,11 @@ class Experiment:
     )
     if self.distiller.method.predicts_with == 'copy':
       variables['params']['head'] = jax.tree.map(jnp.array, self.teacher.head)
+    if self.distiller.adapting is not None:
+      for kind in network.COLLECTIONS:
+        variables[kind]['teacher'] = jax.tree.map(
+          jnp.array, self.teacher.variables[kind]['backbone']
+        )
     if self.start is None:
       return variables
     return self.start.fill(variables, self.distiller.network.backbone)

@@ -174,6 +174,9 @@ def _store(exp, folder, arrays) -> output_store.Store:
     'augmentation': exp.augmentation.identity,
     'seed': exp.config.seed,
   }
+  second_view = exp.distiller.method.second_view
+  if second_view is not None:
+    identity['second_view'] = ' '.join(map(str, second_view))
   return output_store.Store(
     config_utils.expand(settings.directory)
     or folder / workdirs.TEACHER_OUTPUTS,

@@ -14,6 +14,7 @@ from ijckd_jax.runtime import config_utils
 
 METHODS = {
   'at': 'ijckd_jax.distillation.methods.at:Method',
+  'atsc': 'ijckd_jax.distillation.methods.atsc:Method',
   'ce': 'ijckd_jax.distillation.methods.ce:Method',
   'crd': 'ijckd_jax.distillation.methods.crd:Method',
   'dist': 'ijckd_jax.distillation.methods.dist:Method',
@@ -21,6 +22,7 @@ METHODS = {
   'fitnet': 'ijckd_jax.distillation.methods.fitnet:Method',
   'ijckd': 'ijckd_jax.distillation.methods.ijckd:Method',
   'kd': 'ijckd_jax.distillation.methods.kd:Method',
+  'mlkd': 'ijckd_jax.distillation.methods.mlkd:Method',
   'pefd': 'ijckd_jax.distillation.methods.pefd:Method',
   'reviewkd': 'ijckd_jax.distillation.methods.reviewkd:Method',
   'rkd': 'ijckd_jax.distillation.methods.rkd:Method',

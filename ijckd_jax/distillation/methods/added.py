@@ -68,6 +68,17 @@ class Sum(base.Method):
     return any(m.needs_teacher for m in self._all)
 
   @property
+  def second_view(self):
+    """That of the first which has one, or None."""
+    found = (m.second_view for m in self._all)
+    return next((view for view in found if view is not None), None)
+
+  @property
+  def adapts_teacher(self) -> bool:
+    """Whether one of them does."""
+    return any(m.adapts_teacher for m in self._all)
+
+  @property
   def _all(self):
     return (self.first, *self.others)
 

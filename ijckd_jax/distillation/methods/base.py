@@ -24,12 +24,22 @@ class Method:
     needs_teacher: whether it learns from one.
     remembers: whether it keeps arrays from step to step, in TrainState.memory:
       then it has `memory`, `notes` and `remember`.
+    second_view: transforms `(key, image) -> image`, uint8 (H, W, C), that make
+      the second view of an image: they follow the run's own augmentation, which
+      is drawn anew for it. None: there is no second view. Else both networks
+      see both views: `student.second` and `teacher.second` are the Outputs of
+      the second one.
+    adapts_teacher: whether the teacher is trained too, from where it stands,
+      beside the student. Then the outputs of the teacher in a loss have
+      gradients; `teacher.change` says how far it has moved.
   """
 
   predicts_with = 'own'
   tap = 'final'
   needs_teacher = True
   remembers = False
+  second_view = None
+  adapts_teacher = False
 
   def build_connector(self, student, teacher):
     """Returns the connectors.Connector of a student to a teacher, or None.

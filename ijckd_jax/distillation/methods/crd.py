@@ -50,13 +50,21 @@ class Method(base.Method):
   there are fewer than asked for. All products of a batch with the memory are
   computed: that takes (B, N) numbers, and no gathering of (B, K, width).
 
+  With a `queue` the memory does not grow with the training set: it is the
+  vectors of the latest images, N of them, as they were when they were seen.
+  What a row is to be told from them is the other network's vector of its own
+  image, which has no gradient there. That part is not the authors': it is the
+  queue of He et al. 2020, "Momentum Contrast", https://arxiv.org/abs/1911.05722,
+  without a slow copy of the networks.
+
   Attributes:
     cross_entropy_weight: weight of the labels' cross-entropy.
     weight: of the contrast, the sum of both networks' sides, mean over B.
     num_negatives: K, for each row.
     temperature: tau.
-    momentum: of the memory.
+    momentum: of the memory; a queue has none.
     width: of the vectors.
+    queue: N, of the latest images; 0: all training images.
   """
 
   cross_entropy_weight: float = 1.0
@@ -65,6 +73,7 @@ class Method(base.Method):
   temperature: float = 0.07
   momentum: float = 0.5
   width: int = 128
+  queue: int = 0
 
   remembers = True
 
@@ -72,6 +81,11 @@ class Method(base.Method):
     config_utils.check_positive('temperature', self.temperature)
     config_utils.check_positive('num_negatives', self.num_negatives)
     config_utils.check_positive('width', self.width)
+    if self.queue < 0:
+      raise config_utils.UserError(
+        f'method.queue={self.queue}: give 0 for a memory of all images, or how '
+        'many of the latest ones it holds'
+      )
 
   def auxiliary(self, student, teacher):
     """Returns the embeddings."""
@@ -82,7 +96,13 @@ class Method(base.Method):
     """Returns vectors at random, no labels, and no normalisers yet (zero)."""
     bound = (self.width / 3) ** -0.5
     keys = zip(NETWORKS, jax.random.split(key), strict=True)
+    start = {}
+    if self.queue:
+      num_examples = self.queue
+      start['index'] = jnp.full(self.queue, -1, jnp.int32)
+      start['oldest'] = jnp.zeros((), jnp.int32)  # The next to be overwritten.
     return {
+      **start,
       'vectors': {
         name: jax.random.uniform(
           own, (num_examples, self.width), minval=-bound, maxval=bound
@@ -130,6 +150,30 @@ class Method(base.Method):
 
     Of rows of one image, in a batch that crosses epochs, the first one counts.
     """
+    normaliser = {
+      name: jnp.where(old > 0, old, jnp.mean(notes['normaliser'][name]))
+      for name, old in memory['normaliser'].items()
+    }
+    remembered = self._enqueue if self.queue else self._replace
+    return {**remembered(memory, notes), 'normaliser': normaliser}
+
+  def _enqueue(self, memory, notes):
+    """Returns the queue after the rows of all devices have joined it."""
+    named = ('index', 'label', 'vectors')
+    latest = jax.tree.map(
+      lambda x: x[-self.queue :], {n: notes[n] for n in named}
+    )
+    count = len(latest['index'])
+    place = (memory['oldest'] + jnp.arange(count)) % self.queue
+    joined = jax.tree.map(
+      lambda old, new: old.at[place].set(new),
+      {name: memory[name] for name in named},
+      latest,
+    )
+    return {**joined, 'oldest': (memory['oldest'] + count) % self.queue}
+
+  def _replace(self, memory, notes):
+    """Returns the memory of all images with new vectors for those noted."""
     index, count = notes['index'], len(memory['label'])
     earlier = jnp.tril(index[:, None] == index[None], -1).any(axis=1)
     place = jnp.where(earlier, count, index)  # Out of range: not noted.
@@ -138,19 +182,16 @@ class Method(base.Method):
       mixed = self.momentum * old[index]
       mixed += (1 - self.momentum) * notes['vectors'][name]
       vectors[name] = old.at[place].set(losses.normalize(mixed), mode='drop')
-    normaliser = {
-      name: jnp.where(old > 0, old, jnp.mean(notes['normaliser'][name]))
-      for name, old in memory['normaliser'].items()
-    }
     label = memory['label'].at[place].set(notes['label'], mode='drop')
-    return {'vectors': vectors, 'label': label, 'normaliser': normaliser}
+    return {'vectors': vectors, 'label': label}
 
   def _negatives(self, batch):
     """Returns indices (B, K) in the memory, of each row's own key."""
     known, index = batch['memory']['label'], batch['index']
     labels = losses.single_labels(batch['label'])
     same = (known[None] == labels[:, None]) & (labels[:, None] >= 0)
-    allowed = ~(same | (jnp.arange(len(known))[None] == index[:, None]))
+    held = batch['memory'].get('index', jnp.arange(len(known)))
+    allowed = ~(same | (held[None] == index[:, None]))
     keys = jax.vmap(augment.example_key, in_axes=(None, 0, 0))(
       batch['key'], batch['epoch'], index
     )
@@ -179,14 +220,20 @@ class Method(base.Method):
 
     Each network's vectors are compared with the other one's memory.
     """
-    memory, index = batch['memory'], batch['index']
-    places = jnp.concatenate([index[:, None], self._negatives(batch)], axis=1)
+    memory, vectors = batch['memory'], student.auxiliary
+    negatives = self._negatives(batch)
     count, found = len(memory['label']), []
     for name, other in zip(NETWORKS, reversed(NETWORKS), strict=True):
-      products = jnp.matmul(
-        student.auxiliary[name], memory['vectors'][other].T, precision='highest'
+      held = memory['vectors'][other]
+      products = jnp.matmul(vectors[name], held.T, precision='highest')
+      if self.queue:
+        own = jax.lax.stop_gradient(vectors[other])
+      else:
+        own = held[batch['index']]
+      positive = jnp.sum(vectors[name] * own, axis=1, keepdims=True)
+      scores = jnp.concatenate(
+        [positive, jnp.take_along_axis(products, negatives, axis=1)], axis=1
       )
-      scores = jnp.take_along_axis(products, places, axis=1)
       scores = jnp.exp(scores / self.temperature)
       first = jax.lax.stop_gradient(jnp.mean(scores)) * count
       fixed = memory['normaliser'][name]
