@@ -37,6 +37,7 @@ class Dataset:
     validation_fraction: part of every class's training images to hold out.
     num_labelled: how many training images have a label; 0: all. They are the
       same for every run, and as many of each class as can be.
+    keep_unlabelled: whether the other training images stay, without a label.
     crop_padding, flip: see `datasets`.
   """
 
@@ -46,6 +47,7 @@ class Dataset:
   num_test: int = 0
   validation_fraction: float = 0.0
   num_labelled: int = 0
+  keep_unlabelled: bool = True
   crop_padding: int = 0
   flip: bool = False
 
@@ -109,6 +111,9 @@ class Dataset:
       rank[index] = seen[train.labels[index]]
       seen[train.labels[index]] += 1
     chosen = order[np.argsort(rank[order], kind='stable')][: self.num_labelled]
+    if not self.keep_unlabelled:
+      chosen = np.sort(chosen)
+      return datasets.Arrays(train.images[chosen], train.labels[chosen])
     labels = np.full_like(train.labels, -1)
     labels[chosen] = train.labels[chosen]
     return datasets.Arrays(train.images, labels)

@@ -7,12 +7,14 @@
     --config.teacher.checkpoint=runs/thesis/glyphs/teacher
 """
 
+from ijckd_jax.distillation import methods
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.training import experiment
 
 TEACHER, STUDENT = 'resnet14x2', 'resnet8'
 TEACHER_SEED = 1000  # Of no student.
-EPOCHS = 30.0
+NUM_TRAIN, NUM_TEST = 10_000, 10_000
+BATCH_SIZE, EPOCHS = 128, 15.0
 # A method and its fields other than default.
 CELLS = {
   'ijckd': ('ijckd', {}),
@@ -32,19 +34,16 @@ CELLS = {
   'wttm': ('wttm', {}),
   'pefd': ('pefd', {}),
   'srd': ('srd', {}),
+  'mlkd': ('mlkd', {}),
+  'atsc': ('atsc', {}),
 }
+# Name, and of the teacher's run the images (0: all) and the epochs.
 DATA = {
-  'pairs': (
-    'fashion_pairs_100',
-    {'resolution': 'half', 'num_train': 10_000, 'num_test': 10_000},
-  ),
-  'glyphs': (
-    'experiments.glyphs.dataset:Dataset',
-    {'resolution': 'half', 'num_train': 10_000, 'num_test': 10_000},
-  ),
+  'pairs': ('fashion_pairs_100', NUM_TRAIN, 30.0),
+  'glyphs': ('experiments.glyphs.dataset:Dataset', 0, 6.0),
 }
 # How many of the glyphs' training images have a label.
-LABELS = {'all': 0, 'tenth': 1_000, 'hundredth': 100}
+LABELS = {'all': NUM_TRAIN, 'tenth': 1_000, 'hundredth': 100}
 
 
 def get_config(arg=None):
@@ -59,28 +58,44 @@ def get_config(arg=None):
       raise config_utils.unknown(what, value, known)
   if arg.labels != 'all' and arg.data != 'glyphs':
     raise config_utils.UserError(f'labels={arg.labels} needs data=glyphs')
-  dataset, fields = DATA[arg.data]
-  method, method_fields = CELLS[arg.cell]
+  dataset, teachers_images, teachers_epochs = DATA[arg.data]
+  method, fields = CELLS[arg.cell]
   is_teacher = arg.cell == 'teacher'
+  needs_teacher = methods.get(method).needs_teacher
   config = experiment.default_config(
     dataset=dataset,
-    teacher='' if method == 'ce' else TEACHER,
+    teacher=TEACHER if needs_teacher else '',
     student=TEACHER if is_teacher else STUDENT,
     method=method,
   )
-  config.dataset.update(fields)
-  config.method.update(method_fields)
-  config.total_epochs = config.eval_epochs = EPOCHS
-  config.batch_size = 128
+  config.dataset.resolution = 'half'
+  config.dataset.num_train, config.dataset.num_test = NUM_TRAIN, NUM_TEST
+  config.method.update(fields)
+  config.batch_size = BATCH_SIZE
+  # As many updates for all students, on however many images.
+  config.total_steps = config.eval_steps = int(EPOCHS * NUM_TRAIN / BATCH_SIZE)
+  config.eval_epochs = 0.0
   config.optimizer.schedule = 'cosine'
-  config.optimizer.warmup_epochs = 1.0
+  config.optimizer.warmup_steps = NUM_TRAIN // BATCH_SIZE
   config.optimizer.learning_rate = 0.1
   config.bounds.fit_examples = 0
   if is_teacher:
     config.seed = TEACHER_SEED
+    config.dataset.num_train = teachers_images
     config.dataset.crop_padding = 2
-  elif method != 'ce':
+    config.total_steps = config.eval_steps = 0
+    config.total_epochs = config.eval_epochs = teachers_epochs
+    config.optimizer.warmup_steps = 0
+    config.optimizer.warmup_epochs = 1.0
+  elif arg.cell not in ('ce', 'mlkd', 'atsc'):
+    # The students see no crops: one output for each image is all there is. Of
+    # mlkd the second view is another one in each epoch; atsc's teacher moves.
     config.teacher.store.views = 1
   if arg.labels != 'all':
-    config.dataset.num_labelled = LABELS[arg.labels]
+    config.dataset.num_labelled = number = LABELS[arg.labels]
+    if not needs_teacher:
+      config.dataset.keep_unlabelled = False
+    elif 'cross_entropy_weight' in config.method:
+      # The sum over the labels is divided by all images.
+      config.method.cross_entropy_weight *= NUM_TRAIN / number
   return config
