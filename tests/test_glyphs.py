@@ -96,6 +96,11 @@ def test_few_labels_are_of_all_classes(prepared):
   np.testing.assert_array_equal(few.labels[labelled], whole.labels[labelled])
   counts = np.bincount(few.labels[labelled], minlength=71)
   assert counts.sum() == 150 and set(counts) == {2, 3}
+  alone = dataset.Dataset(
+    path=str(prepared), num_labelled=150, keep_unlabelled=False
+  ).load('train')
+  np.testing.assert_array_equal(alone.images, few.images[labelled])
+  np.testing.assert_array_equal(alone.labels, few.labels[labelled])
 
 
 def test_a_part_of_the_images_at_half_resolution(prepared):

@@ -1,0 +1,119 @@
+"""The study of the thesis: its runs are known again, and its verdicts."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments.thesis import analyse
+from experiments.thesis import config as study
+from ijckd_jax.runtime import config_utils
+
+
+def row(cell, seed, top1, data='pairs', labels='all'):
+  return {
+    'data': data,
+    'cell': cell,
+    'labels': labels,
+    'seed': seed,
+    'top1': top1,
+    'teacher_top1': 80.0,
+    'deployed': 1000,
+    'training_seconds': 60,
+    'devices': ['cpu'],
+    'versions': {'jax': '0.10.2'},
+  }
+
+
+def runs(cell, differences, data='pairs'):
+  """Returns runs of IJCKD, and of a cell that is below it by so much."""
+  found = []
+  for seed, difference in enumerate(differences):
+    found.append(row('ijckd', seed, 70.0 + seed, data))
+    found.append(row(cell, seed, 70.0 + seed - difference, data))
+  return found
+
+
+def write_run(folder, arg, seed=0, **changes):
+  config = study.get_config(arg)
+  config_utils.override(config, changes)
+  folder.mkdir(parents=True)
+  summary = {
+    'config': json.loads(config.to_json_best_effort()),
+    'seed': seed,
+    'steps': 1171,
+    'images_per_second': 1171.0,
+    'student': {'last': {'top1': 0.5}},
+    'teacher': {'top1': 0.8},
+    'parameters': {'student': {'backbone': 7, 'head': 3}},
+    'devices': ['cpu'],
+    'versions': {'jax': '0.10.2'},
+  }
+  (folder / 'summary.json').write_text(json.dumps(summary))
+
+
+def test_runs_are_known_by_their_configs(tmp_path):
+  cells = [cell for cell in study.CELLS if cell != 'teacher']
+  for number, cell in enumerate(study.CELLS):
+    write_run(tmp_path / f'{number}', f'data=glyphs,cell={cell}', seed=3)
+  write_run(
+    tmp_path / 'few',
+    'data=glyphs,cell=kd,labels=tenth',
+    seed=1,
+    **{'dataset.path': '/elsewhere'},
+  )
+  found = analyse.gather(tmp_path)
+  everything = {(r['cell'], r['labels'], r['seed']) for r in found}
+  assert everything == {(cell, 'all', 3) for cell in cells} | {
+    ('kd', 'tenth', 1)
+  }
+  assert found[0]['deployed'] == 10 and found[0]['training_seconds'] == 128
+  # A run that is known is not taken again.
+  assert analyse.add(found, found) == sorted(found, key=analyse._key)
+  other = [{**found[0], 'top1': 1.0}]
+  assert analyse.add(found, other) == analyse.add(found, [])
+  write_run(
+    tmp_path / 'other', 'data=glyphs,cell=kd', **{'method.temperature': 2.0}
+  )
+  with pytest.raises(SystemExit, match='other is no run of this study'):
+    analyse.gather(tmp_path)
+
+
+def test_contrasts_and_what_the_plan_says_of_them():
+  alike = [0.1, -0.1, 0.1, -0.05, 0.05]
+  wide = [3.0, -3.0, 2.0, -2.0, 0.5]
+  surely = [1.0, 1.1, 0.9, 1.0, 1.05]
+  rows = [
+    *runs('fresh_head', alike),
+    *runs('own_head', wide),
+    *runs('dkd', surely, 'glyphs'),
+    *runs('fresh_head', [-x for x in surely], 'glyphs'),
+  ]
+  found = analyse.contrasts(rows)
+  verdicts = {(r['data'], r['other']): r['verdict'] for r in found}
+  assert verdicts == {
+    ('pairs', 'fresh_head'): 'alike',
+    ('pairs', 'own_head'): 'open',
+    ('glyphs', 'dkd'): 'better',
+    ('glyphs', 'fresh_head'): 'worse',
+  }
+  best = next(r for r in found if r['other'] == 'dkd')
+  expected = stats.ttest_rel([70, 71, 72, 73, 74], 70 + np.arange(5) - surely)
+  np.testing.assert_allclose(best['p'], expected.pvalue, rtol=1e-6)
+  np.testing.assert_allclose(best['p_holm'], 4 * best['p'], rtol=1e-6)
+  low, high = stats.t.interval(0.95, 4, np.mean(surely), stats.sem(surely))
+  np.testing.assert_allclose(best['half_width'], (high - low) / 2, rtol=1e-6)
+  text = analyse.tables(rows)
+  assert '| `dkd` | glyphs | 5 | +1.01 ± 0.09 |' in ' '.join(text.split())
+
+
+def test_a_label_for_few_images_weighs_as_much_as_one_for_all():
+  few = study.get_config('data=glyphs,cell=ijckd,labels=hundredth')
+  assert few.method.cross_entropy_weight == 100
+  assert few.dataset.num_labelled == 100 and few.dataset.keep_unlabelled
+  alone = study.get_config('data=glyphs,cell=ce,labels=hundredth')
+  assert not alone.dataset.keep_unlabelled
+  assert few.total_steps == alone.total_steps == 1171
+  with pytest.raises(config_utils.UserError, match='needs data=glyphs'):
+    study.get_config('data=pairs,labels=tenth')
