@@ -8,6 +8,9 @@ from scipy import stats
 
 from experiments.thesis import analyse
 from experiments.thesis import config as study
+from experiments.thesis import garments
+from ijckd_jax.data import datasets
+from ijckd_jax.data.datasets import fashion_mnist
 from ijckd_jax.runtime import config_utils
 
 
@@ -115,5 +118,18 @@ def test_a_label_for_few_images_weighs_as_much_as_one_for_all():
   alone = study.get_config('data=glyphs,cell=ce,labels=hundredth')
   assert not alone.dataset.keep_unlabelled
   assert few.total_steps == alone.total_steps == 1171
-  with pytest.raises(config_utils.UserError, match='needs data=glyphs'):
+  with pytest.raises(config_utils.UserError, match='takes labels=all'):
     study.get_config('data=pairs,labels=tenth')
+  with pytest.raises(config_utils.UserError, match='ijckd probe makes it'):
+    study.get_config('data=garments,cell=teacher,labels=tenth')
+
+
+def test_garments_have_three_channels_and_few_labels():
+  grey = np.arange(2 * 28 * 28).reshape(2, 28, 28, 1).astype(np.uint8)
+  arrays = datasets.Arrays(grey, np.array([0, 1]))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(fashion_mnist.Dataset, 'load', lambda self, split: arrays)
+    found = garments.Dataset(num_labelled=1).load('train')
+    np.testing.assert_array_equal(found.images, np.repeat(grey, 3, axis=3))
+    assert sorted(found.labels) in ([-1, 0], [-1, 1])
+    assert len(garments.Dataset(num_test=1).load('test')) == 1

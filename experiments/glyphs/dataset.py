@@ -82,15 +82,17 @@ class Dataset:
       )
     part = 'test' if split == 'test' else 'train'
     with np.load(path) as arrays:
-      images, labels = arrays[f'{part}_images'], arrays[f'{part}_labels']
-    number = self.num_test if split == 'test' else self.num_train
-    order = np.random.RandomState(0).permutation(len(labels))
-    chosen = np.sort(order[: number or len(labels)])
-    found = datasets.Arrays(self._resized(images[chosen]), labels[chosen])
-    if split == 'test':
+      found = datasets.Arrays(
+        arrays[f'{part}_images'], arrays[f'{part}_labels']
+      )
+    found = sample(found, self.num_test if part == 'test' else self.num_train)
+    found = datasets.Arrays(self._resized(found.images), found.labels)
+    if part == 'test':
       return found
     train, validation = prepared.hold_out(found, self.validation_fraction)
-    return self._unlabel(train) if split == 'train' else validation
+    if split == 'validation':
+      return validation
+    return label_few(train, self.num_labelled, keep=self.keep_unlabelled)
 
   def _resized(self, images: np.ndarray) -> np.ndarray:
     """Returns images of `image_shape`."""
@@ -99,21 +101,36 @@ class Dataset:
     blocks = images.reshape(len(images), 16, 2, 16, 2, 1)
     return np.round(blocks.mean(axis=(2, 4))).astype(np.uint8)
 
-  def _unlabel(self, train: datasets.Arrays) -> datasets.Arrays:
-    """Returns the training images, with -1 for the labels left out."""
-    if not self.num_labelled:
-      return train
-    order = np.random.RandomState(0).permutation(len(train))
-    # Class by class in turn: first one of each, then a second one of each.
-    rank = np.zeros(len(train), int)
-    seen = np.zeros(len(CLASSES), int)
-    for index in order:
-      rank[index] = seen[train.labels[index]]
-      seen[train.labels[index]] += 1
-    chosen = order[np.argsort(rank[order], kind='stable')][: self.num_labelled]
-    if not self.keep_unlabelled:
-      chosen = np.sort(chosen)
-      return datasets.Arrays(train.images[chosen], train.labels[chosen])
-    labels = np.full_like(train.labels, -1)
-    labels[chosen] = train.labels[chosen]
-    return datasets.Arrays(train.images, labels)
+
+def sample(arrays: datasets.Arrays, number: int) -> datasets.Arrays:
+  """Returns so many of the examples, the same ones each time; of 0 all."""
+  order = np.random.RandomState(0).permutation(len(arrays))
+  chosen = np.sort(order[: number or len(arrays)])
+  return datasets.Arrays(arrays.images[chosen], arrays.labels[chosen])
+
+
+def label_few(
+  arrays: datasets.Arrays, number: int, *, keep: bool
+) -> datasets.Arrays:
+  """Returns examples of which so many have a label, as many of each class.
+
+  Args:
+    arrays: all of them with their labels.
+    number: how many keep theirs; 0: all.
+    keep: whether the others stay, with -1 for a label.
+  """
+  if not number:
+    return arrays
+  order = np.random.RandomState(0).permutation(len(arrays))
+  # Class by class in turn: first one of each, then a second one of each.
+  rank = np.zeros(len(arrays), int)
+  seen = np.zeros(1 + arrays.labels.max(), int)
+  for index in order:
+    rank[index] = seen[arrays.labels[index]]
+    seen[arrays.labels[index]] += 1
+  chosen = np.sort(order[np.argsort(rank[order], kind='stable')][:number])
+  if not keep:
+    return datasets.Arrays(arrays.images[chosen], arrays.labels[chosen])
+  labels = np.full_like(arrays.labels, -1)
+  labels[chosen] = arrays.labels[chosen]
+  return datasets.Arrays(arrays.images, labels)

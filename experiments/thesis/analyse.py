@@ -23,6 +23,7 @@ from ijckd_jax.runtime import markdown
 FOLDER = pathlib.Path(__file__).parent
 RESULTS = FOLDER / 'results.jsonl'
 # Written down in plan.md before the first contrast.
+CONTRASTED = ('pairs', 'glyphs')
 PRIMARY = ('fresh_head', 'copied_head', 'no_features', 'own_head', 'dkd')
 MARGIN = 0.3  # Points; within it students are called alike.
 LEVEL = 0.05
@@ -33,7 +34,9 @@ def gather(folder: pathlib.Path) -> list[dict]:
   known = {}
   for data in study.DATA:
     for cell in study.CELLS:
-      for labels in study.LABELS if data == 'glyphs' else ('all',):
+      if cell == 'teacher' and data not in study.TEACHERS:
+        continue
+      for labels in study.LABELLED[data]:
         arg = f'data={data},cell={cell},labels={labels}'
         known[_identity(study.get_config(arg).to_dict())] = data, cell, labels
   rows = []
@@ -99,7 +102,7 @@ def differences(rows, data, cell, other, labels='all') -> list[float]:
 def contrasts(rows) -> list[dict]:
   """Returns IJCKD less each control on each data set, by Holm's procedure."""
   found = []
-  for data in study.DATA:
+  for data in CONTRASTED:
     for other in PRIMARY:
       values = differences(rows, data, 'ijckd', other)
       if len(values) > 1:
@@ -147,7 +150,7 @@ def tables(rows) -> str:
   ]
   parts += [markdown.grid([header, *cells])]
   for data in study.DATA:
-    for labels in study.LABELS:
+    for labels in study.LABELLED[data]:
       parts += _cells_of(rows, data, labels)
   return '\n'.join(parts) + '\n'
 

@@ -5,6 +5,13 @@
   ijckd train --workdir runs/thesis/glyphs/ijckd \
     --config experiments/thesis/config.py:data=glyphs,cell=ijckd \
     --config.teacher.checkpoint=runs/thesis/glyphs/teacher
+
+The teacher of data=garments is EfficientNet-Lite0 with ImageNet's weights
+(experiments/pretrained_teacher/prepare.py imports it) and a head of its own:
+
+  ijckd probe --bundle runs/garments/data/lite0 --output T \
+    --dataset experiments.thesis.garments:Dataset --dataset_fields \
+    num_train=10000,num_labelled=1000,keep_unlabelled=False,num_test=5000
 """
 
 from ijckd_jax.distillation import methods
@@ -37,13 +44,21 @@ CELLS = {
   'mlkd': ('mlkd', {}),
   'atsc': ('atsc', {}),
 }
-# Name, and of the teacher's run the images (0: all) and the epochs.
 DATA = {
-  'pairs': ('fashion_pairs_100', NUM_TRAIN, 30.0),
-  'glyphs': ('experiments.glyphs.dataset:Dataset', 0, 6.0),
+  'pairs': 'fashion_pairs_100',
+  'glyphs': 'experiments.glyphs.dataset:Dataset',
+  'garments': 'experiments.thesis.garments:Dataset',
 }
-# How many of the glyphs' training images have a label.
+# Images (0: all) and epochs of the teacher's run.
+TEACHERS = {'pairs': (NUM_TRAIN, 30.0), 'glyphs': (0, 6.0)}
+PRETRAINED = 'tf_efficientnet_lite0'
+# How many of the training images have a label, and on which data.
 LABELS = {'all': NUM_TRAIN, 'tenth': 1_000, 'hundredth': 100}
+LABELLED = {
+  'pairs': ('all',),
+  'glyphs': ('all', 'tenth', 'hundredth'),
+  'garments': ('tenth',),
+}
 
 
 def get_config(arg=None):
@@ -56,19 +71,31 @@ def get_config(arg=None):
   ):
     if value not in known:
       raise config_utils.unknown(what, value, known)
-  if arg.labels != 'all' and arg.data != 'glyphs':
-    raise config_utils.UserError(f'labels={arg.labels} needs data=glyphs')
-  dataset, teachers_images, teachers_epochs = DATA[arg.data]
-  method, fields = CELLS[arg.cell]
+  if arg.labels not in LABELLED[arg.data]:
+    raise config_utils.UserError(
+      f'data={arg.data} takes labels={" or ".join(LABELLED[arg.data])}'
+    )
   is_teacher = arg.cell == 'teacher'
+  if is_teacher and arg.data not in TEACHERS:
+    raise config_utils.UserError(
+      f'data={arg.data}: no run trains its teacher, ijckd probe makes it'
+    )
+  method, fields = CELLS[arg.cell]
   needs_teacher = methods.get(method).needs_teacher
+  teacher = TEACHER if arg.data in TEACHERS else PRETRAINED
   config = experiment.default_config(
-    dataset=dataset,
-    teacher=TEACHER if needs_teacher else '',
+    dataset=DATA[arg.data],
+    teacher=teacher if needs_teacher else '',
     student=TEACHER if is_teacher else STUDENT,
     method=method,
   )
-  config.dataset.resolution = 'half'
+  if arg.data == 'garments':
+    config.dataset.crop_padding, config.dataset.flip = 0, False
+    config.student.max_growth = 2.5
+    if 'factor' in config.method:
+      config.method.factor = config_utils.AUTO
+  else:
+    config.dataset.resolution = 'half'
   config.dataset.num_train, config.dataset.num_test = NUM_TRAIN, NUM_TEST
   config.method.update(fields)
   config.batch_size = BATCH_SIZE
@@ -81,10 +108,10 @@ def get_config(arg=None):
   config.bounds.fit_examples = 0
   if is_teacher:
     config.seed = TEACHER_SEED
-    config.dataset.num_train = teachers_images
+    config.dataset.num_train, epochs = TEACHERS[arg.data]
     config.dataset.crop_padding = 2
     config.total_steps = config.eval_steps = 0
-    config.total_epochs = config.eval_epochs = teachers_epochs
+    config.total_epochs = config.eval_epochs = epochs
     config.optimizer.warmup_steps = 0
     config.optimizer.warmup_epochs = 1.0
   elif arg.cell not in ('ce', 'mlkd', 'atsc'):
