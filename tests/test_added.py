@@ -114,3 +114,15 @@ def test_what_cannot_be_connected_together_is_said(small_config):
   )
   with pytest.raises(config_utils.UserError, match='no map to compare'):
     experiment.build(config)
+
+
+def test_two_second_views_are_refused_unless_they_are_one():
+  same = methods.build({'name': 'mlkd', 'add': 'mlkd:temperature=2.0'})
+  assert same.second_view == methods.get('mlkd')().second_view
+  other = methods.build(
+    {'name': 'kd', 'add': 'mlkd+mlkd:randaugment_magnitude=3'}
+  )
+  with pytest.raises(config_utils.UserError, match='views that differ'):
+    other.second_view  # noqa: B018
+  plain = methods.build({'name': 'kd', 'add': 'srd'})
+  assert plain.second_view is None and not plain.adapts_teacher

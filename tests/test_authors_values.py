@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ijckd_jax.distillation import distiller
 from ijckd_jax.distillation import methods
 from ijckd_jax.distillation.methods import reviewkd
 from ijckd_jax.models import losses
@@ -237,3 +238,18 @@ def test_predictions_of_two_views():
     strict=True,
   ):
     np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_change_of_a_teacher():
+  """ATSC, helper/util.py:10-36: no batch norm's arrays, and no bias."""
+
+  def arrays(start):
+    backbone = {
+      'conv': {'kernel': wave(3, 3, 2, 3, start=start)},
+      'norm': {'scale': wave(3, start=start), 'bias': wave(3, start=start + 1)},
+    }
+    head = {'kernel': wave(3, 5, start=start + 2), 'bias': wave(5, start=3)}
+    return backbone, head
+
+  found = distiller._change(arrays(0.4), arrays(0.1))
+  np.testing.assert_allclose(found, 3.098617907500044, rtol=1e-5)

@@ -212,6 +212,30 @@ def test_the_contrast_with_a_queue():
   np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize('num_negatives', [2, 9])
+def test_rows_without_a_negative_are_told_from_any(num_negatives):
+  """In a queue of their own class alone, which a small one may be."""
+  method = methods.get('crd')(num_negatives=num_negatives, queue=4)
+  memory = method.memory(jax.random.key(0), NUM)
+  memory |= {'index': np.arange(4), 'label': np.full(4, 1)}
+  batch = {
+    'memory': memory,
+    'key': jax.random.key(1),
+    'index': np.array([0, 9]),
+    'label': np.array([1, 2]),
+    'epoch': np.zeros(2, np.int32),
+  }
+  chosen = np.asarray(method._negatives(batch))
+  assert chosen.shape == (2, num_negatives)
+  assert set(chosen.ravel()) <= {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize('momentum', [-0.1, 1.0, float('nan')])
+def test_a_momentum_that_keeps_all_is_refused(momentum):
+  with pytest.raises(config_utils.UserError, match='at least 0 and less than'):
+    methods.get('crd')(momentum=momentum)
+
+
 def test_a_negative_queue_is_refused():
   with pytest.raises(config_utils.UserError, match='queue=-1'):
     methods.get('crd')(queue=-1)

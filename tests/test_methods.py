@@ -830,3 +830,53 @@ def test_a_teacher_that_cannot_be_trained_is_refused():
   added = methods.build({'name': 'kd', 'add': 'atsc:feature_weight=1.0'})
   with pytest.raises(config_utils.UserError, match='as method.name'):
     bind(added)
+  distilled, variables = bind(methods.get('ijckd')())
+  teacher = dataclasses.replace(
+    teacher,
+    apply=distilled.deployed_network,
+    variables=distilled.deployed(variables, distilled.frozen),
+  )
+  with pytest.raises(config_utils.UserError, match='was distilled'):
+    bind(method, given=(teacher,))
+
+
+def test_a_teacher_that_adapts_sees_both_views():
+  method = methods.build({'name': 'atsc', 'add': 'mlkd'})
+  distiller, variables = bind(method)
+  total, terms, trained, _ = value_and_gradients(
+    distiller, variables, make_batch()
+  )
+  assert np.isfinite(total) and 'mlkd_class_level' in terms
+  # Two passes, as of the student: one after the other.
+  batch = complete(method, make_batch())
+  _, (adapted,), stats = distiller.what_loss_reads(
+    variables, distiller.frozen, None, batch
+  )
+  seen = {'image': batch['second']}
+  after_first = distiller.what_loss_reads(
+    variables, distiller.frozen, None, {'image': batch['image']}
+  )[2]
+  _, (second,), after_second = distiller.what_loss_reads(
+    {**variables, 'batch_stats': after_first}, distiller.frozen, None, seen
+  )
+  same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+  same(adapted.second.logits, second.logits)
+  jax.tree.map(same, stats['teacher'], after_second['teacher'])
+
+
+def test_a_teacher_that_adapts_keeps_the_pool_that_is_deployed():
+  method = methods.get('atsc')()
+  teacher = dataclasses.replace(
+    make_teacher('resnet8', 8),
+    pool=lambda variables, final: variables * final.mean((1, 2)),
+    pool_name='scaled',
+    pool_variables=np.float32(3.0),
+  )
+  distiller, variables = bind(method, given=(teacher,))
+  _, (adapted,), _ = distiller.what_loss_reads(
+    variables, distiller.frozen, None, make_batch()
+  )
+  expected = network.classify(
+    variables['params']['head'], 3 * adapted.final.mean((1, 2))
+  )
+  np.testing.assert_allclose(adapted.logits, expected, rtol=1e-4, atol=1e-5)

@@ -272,11 +272,14 @@ def _adapting(given, method, runtime):
       'method.name, and add the other one to it'
     )
   network = given[0].apply
-  if not isinstance(network, network_lib.Network) or network.connector:
+  is_network = isinstance(network, network_lib.Network)
+  if not is_network or network.connector is not None:
+    found = (
+      'was distilled, and has a connector' if is_network else 'is a function'
+    )
     raise config_utils.UserError(
       f'{method} trains the teacher too, which is possible for a bundle or a '
-      f'run of a single backbone: teacher {given[0].name} is a function, or '
-      'has a connector'
+      f'run of a backbone with its head: teacher {given[0].name} {found}'
     )
   return network.backbone.clone(**runtime)
 

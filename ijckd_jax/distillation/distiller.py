@@ -323,7 +323,13 @@ class Distiller:
       variables, frozen, images, key, batch.get('second')
     )
     if self.adapting is not None:  # There is one link then.
-      adapted, batch_stats['teacher'] = self._adapt(variables, frozen, images)
+      adapted, batch_stats['teacher'] = self._adapt(
+        network_lib.part(variables, 'teacher'),
+        self._head(variables, frozen),
+        frozen.joint,
+        images,
+        batch.get('second'),
+      )
       teacher_outputs = (adapted,)
     if self.auxiliary is not None:  # There is one link then.
       made, batch_stats['auxiliary'] = network_lib.run(
@@ -336,31 +342,40 @@ class Distiller:
       students = (students[0].replace(auxiliary=made),)
     return students, teacher_outputs, batch_stats
 
-  def _adapt(self, variables, frozen: Frozen, images: jax.Array):
+  def _adapt(self, variables, head, start, images, second=None):
     """Returns a training teacher's Outputs, and its batch statistics.
 
-    Its logits have a gradient by the bias of the trained head alone.
+    Its logits have a gradient by the bias of the trained head alone. They are
+    made behind the pool that the student is deployed with, which is frozen.
+
+    Args:
+      variables: of the backbone that is trained.
+      head: the trained copy of its head.
+      start: arrays of the teacher as it was given.
+      images: of the shared view.
+      second: of the second view, if there is one.
     """
-    own = network_lib.part(variables, 'teacher')
-    head = self._head(variables, frozen)
+    teacher = self.links[0].teacher
     features, batch_stats = network_lib.run(
-      self.adapting,
-      own,
-      self.links[0].teacher.preprocessing(images),
-      train=True,
+      self.adapting, variables, teacher.preprocessing(images), train=True
     )
-    kernel, pooled = jax.lax.stop_gradient((head['kernel'], features.pooled))
-    start = jax.lax.stop_gradient(
-      (frozen.joint['network']['params']['backbone'], frozen.joint['head'])
+    kernel, pooled = jax.lax.stop_gradient(
+      (head['kernel'], teacher.pool(start['pool'], features.final))
     )
-    return outputs.Outputs(
+    given = start['network']['params']['backbone'], start['head']
+    found = outputs.Outputs(
       features.stages,
       features.final,
       features.pooled,
       network_lib.classify({**head, 'kernel': kernel}, pooled),
       before=features.before,
-      change=_change((own['params'], head), start),
-    ), batch_stats
+      change=_change((variables['params'], head), jax.lax.stop_gradient(given)),
+    )
+    if second is None:
+      return found, batch_stats
+    variables = {**variables, 'batch_stats': batch_stats}
+    other, batch_stats = self._adapt(variables, head, start, second)
+    return found.replace(second=other), batch_stats
 
   def loss(self, students, teacher_outputs, batch):
     """Returns the method's total and terms: the links' weighted mean.

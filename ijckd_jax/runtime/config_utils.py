@@ -90,7 +90,7 @@ def unknown(kind: str, name: str, known: Sequence[str]) -> UserError:
 def check_positive(name: str, value: float) -> None:
   """Raises UserError unless a number is positive and finite."""
   if not (math.isfinite(value) and value > 0):
-    raise UserError(f'{name}={value}: it must be positive')
+    raise UserError(f'{name}={value}: it must be positive and finite')
 
 
 def use_user_path() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from ijckd_jax.distillation.methods import auxiliary
 from ijckd_jax.distillation.methods import base
+from ijckd_jax.runtime import config_utils
 
 
 class Modules(auxiliary.Auxiliary, kw_only=True):
@@ -69,9 +70,14 @@ class Sum(base.Method):
 
   @property
   def second_view(self):
-    """That of the first which has one, or None."""
-    found = (m.second_view for m in self._all)
-    return next((view for view in found if view is not None), None)
+    """The one that there is, or None."""
+    found = [m.second_view for m in self._all if m.second_view is not None]
+    if any(view != found[0] for view in found):
+      raise config_utils.UserError(
+        'method.add: two methods see second views that differ, and there is '
+        f'one: {" and ".join(map(str, found))}'
+      )
+    return found[0] if found else None
 
   @property
   def adapts_teacher(self) -> bool:

@@ -46,9 +46,10 @@ class Method(base.Method):
   The memory is two vectors for each image, which stay on every device: 51 MB
   for CIFAR-100, 1.3 GB for ImageNet. Each row is contrasted with images that
   are not known to be of its class: of another one, or not seen yet; a row
-  without a label with any. They are drawn without replacement, or with it where
-  there are fewer than asked for. All products of a batch with the memory are
-  computed: that takes (B, N) numbers, and no gathering of (B, K, width).
+  without a label, or for which the memory holds none of these, with any. They
+  are drawn without replacement, or with it where there are fewer than asked
+  for. All products of a batch with the memory are computed: that takes (B, N)
+  numbers, and no gathering of (B, K, width).
 
   With a `queue` the memory does not grow with the training set: it is the
   vectors of the latest images, N of them, as they were when they were seen.
@@ -83,8 +84,12 @@ class Method(base.Method):
     config_utils.check_positive('width', self.width)
     if self.queue < 0:
       raise config_utils.UserError(
-        f'method.queue={self.queue}: give 0 for a memory of all images, or how '
-        'many of the latest ones it holds'
+        f'queue={self.queue}: give 0 for a memory of all images, or how many '
+        'of the latest ones it holds'
+      )
+    if not 0 <= self.momentum < 1:
+      raise config_utils.UserError(
+        f'momentum={self.momentum}: it must be at least 0 and less than 1'
       )
 
   def auxiliary(self, student, teacher):
@@ -192,6 +197,7 @@ class Method(base.Method):
     same = (known[None] == labels[:, None]) & (labels[:, None] >= 0)
     held = batch['memory'].get('index', jnp.arange(len(known)))
     allowed = ~(same | (held[None] == index[:, None]))
+    allowed |= ~jnp.any(allowed, axis=1, keepdims=True)
     keys = jax.vmap(augment.example_key, in_axes=(None, 0, 0))(
       batch['key'], batch['epoch'], index
     )

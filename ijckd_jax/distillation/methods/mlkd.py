@@ -61,8 +61,8 @@ class Method(base.Method):
     config_utils.check_positive('randaugment_layers', self.randaugment_layers)
     if not 0 <= self.randaugment_magnitude <= randaugment.MAX_MAGNITUDE:
       raise config_utils.UserError(
-        f'method.randaugment_magnitude={self.randaugment_magnitude}: it must '
-        f'be from 0 to {randaugment.MAX_MAGNITUDE}'
+        f'randaugment_magnitude={self.randaugment_magnitude}: it must be from '
+        f'0 to {randaugment.MAX_MAGNITUDE}'
       )
 
   @property
