@@ -1,5 +1,6 @@
 """Methods whose terms are added to another's."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -122,7 +123,19 @@ def test_two_second_views_are_refused_unless_they_are_one():
   other = methods.build(
     {'name': 'kd', 'add': 'mlkd+mlkd:randaugment_magnitude=3'}
   )
-  with pytest.raises(config_utils.UserError, match='views that differ'):
+  with pytest.raises(config_utils.UserError, match='different second views'):
     other.second_view  # noqa: B018
   plain = methods.build({'name': 'kd', 'add': 'srd'})
   assert plain.second_view is None and not plain.adapts_teacher
+
+
+def test_two_equal_methods_have_memories_of_their_own():
+  method = methods.build(
+    {'name': 'ce', 'add': 'crd:num_negatives=3+crd:num_negatives=3'}
+  )
+  memories = method.memory(jax.random.key(0), 20)
+  assert len(memories) == 2
+  batch = {'memory': ('first', 'second'), 'label': None}
+  # Of the three methods the first one has none.
+  seen = [method._rows(number, batch)['memory'] for number in (1, 2)]
+  assert seen == ['first', 'second']

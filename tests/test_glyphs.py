@@ -116,6 +116,13 @@ def test_a_part_of_the_images_at_half_resolution(prepared):
     dataset.Dataset(resolution='third')
 
 
+@pytest.mark.parametrize('field', ['num_train', 'num_labelled'])
+def test_more_than_there_are_is_refused(field, prepared):
+  data = dataset.Dataset(path=str(prepared), **{field: 10**6})
+  with pytest.raises(config_utils.UserError, match='not 1,000,000'):
+    data.load('train')
+
+
 def test_what_is_missing_is_said(tmp_path):
   with pytest.raises(config_utils.UserError, match='glyphs.prepare --source'):
     dataset.Dataset(path=str(tmp_path)).load('train')

@@ -21,6 +21,7 @@ def row(cell, seed, top1, data='pairs', labels='all'):
     'labels': labels,
     'seed': seed,
     'top1': top1,
+    'teacher': 7,
     'teacher_top1': 80.0,
     'deployed': 1000,
     'training_seconds': 60,
@@ -73,42 +74,75 @@ def test_runs_are_known_by_their_configs(tmp_path):
   }
   assert found[0]['deployed'] == 10 and found[0]['training_seconds'] == 128
   # A run that is known is not taken again.
-  assert analyse.add(found, found) == sorted(found, key=analyse._key)
   other = [{**found[0], 'top1': 1.0}]
   assert analyse.add(found, other) == analyse.add(found, [])
-  write_run(
-    tmp_path / 'other', 'data=glyphs,cell=kd', **{'method.temperature': 2.0}
-  )
+  assert len(analyse.add(found, found)) == len(found)
+  students = [{**one, 'teacher': number} for number, one in enumerate(found, 1)]
+  with pytest.raises(SystemExit, match='glyphs: the students have'):
+    analyse.add(students, [])
+
+
+@pytest.mark.parametrize(
+  'field, value',
+  [
+    ('method.temperature', 2.0),
+    ('optimizer.learning_rate', 0.05),
+    ('batch_size', 64),
+    ('dataset.num_train', 20_000),
+  ],
+)
+def test_a_run_of_other_settings_is_refused(field, value, tmp_path):
+  write_run(tmp_path / 'other', 'data=glyphs,cell=kd', **{field: value})
   with pytest.raises(SystemExit, match='other is no run of this study'):
     analyse.gather(tmp_path)
 
 
 def test_contrasts_and_what_the_plan_says_of_them():
-  alike = [0.1, -0.1, 0.1, -0.05, 0.05]
-  wide = [3.0, -3.0, 2.0, -2.0, 0.5]
-  surely = [1.0, 1.1, 0.9, 1.0, 1.05]
+  alike = [0.1, -0.1, 0.1, -0.05, 0.05] * 2
+  wide = [3.0, -3.0, 2.0, -2.0, 0.5] * 2
+  surely = [1.0, 1.1, 0.9, 1.0, 1.05] * 2
+  a_little = [0.1, 0.11, 0.09, 0.1, 0.12] * 2
   rows = [
     *runs('fresh_head', alike),
     *runs('own_head', wide),
     *runs('dkd', surely, 'glyphs'),
     *runs('fresh_head', [-x for x in surely], 'glyphs'),
+    *runs('own_head', a_little, 'glyphs'),
+    *runs('copied_head', surely[:9], 'glyphs'),
   ]
   found = analyse.contrasts(rows)
   verdicts = {(r['data'], r['other']): r['verdict'] for r in found}
   assert verdicts == {
-    ('pairs', 'fresh_head'): 'alike',
+    ('pairs', 'fresh_head'): 'alike within 0.3',
     ('pairs', 'own_head'): 'open',
     ('glyphs', 'dkd'): 'better',
     ('glyphs', 'fresh_head'): 'worse',
+    ('glyphs', 'own_head'): 'better, alike within 0.3',
+    ('glyphs', 'copied_head'): 'incomplete',
   }
   best = next(r for r in found if r['other'] == 'dkd')
-  expected = stats.ttest_rel([70, 71, 72, 73, 74], 70 + np.arange(5) - surely)
+  seeds = np.arange(10)
+  expected = stats.ttest_rel(70 + seeds, 70 + seeds - surely)
   np.testing.assert_allclose(best['p'], expected.pvalue, rtol=1e-6)
-  np.testing.assert_allclose(best['p_holm'], 4 * best['p'], rtol=1e-6)
-  low, high = stats.t.interval(0.95, 4, np.mean(surely), stats.sem(surely))
+  # The smallest of ten, of which four are not there.
+  by_p = sorted(contrast['p'] for contrast in found)
+  assert best['p'] in by_p[:3]
+  np.testing.assert_allclose(
+    best['p_holm'], (10 - by_p.index(best['p'])) * best['p'], rtol=1e-6
+  )
+  low, high = stats.t.interval(0.95, 9, np.mean(surely), stats.sem(surely))
   np.testing.assert_allclose(best['half_width'], (high - low) / 2, rtol=1e-6)
+  # Two one-sided tests are the 90% interval.
+  for contrast, values in ((found[0], alike), (best, surely)):
+    low, high = stats.t.interval(0.9, 9, np.mean(values), stats.sem(values))
+    inside = -0.3 < low and high < 0.3
+    assert (contrast['p_alike'] < 0.05) == inside
+  # A seed beyond the ten of the plan decides nothing.
+  more = [row('ijckd', 10, 99.0, 'glyphs'), row('dkd', 10, 0.0, 'glyphs')]
+  again = analyse.contrasts(rows + more)
+  assert next(r for r in again if r['other'] == 'dkd') == best
   text = analyse.tables(rows)
-  assert '| `dkd` | glyphs | 5 | +1.01 ± 0.09 |' in ' '.join(text.split())
+  assert '| `dkd` | glyphs | 10 | +1.01 ± 0.05 |' in ' '.join(text.split())
 
 
 def test_a_label_for_few_images_weighs_as_much_as_one_for_all():

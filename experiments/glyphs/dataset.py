@@ -104,6 +104,7 @@ class Dataset:
 
 def sample(arrays: datasets.Arrays, number: int) -> datasets.Arrays:
   """Returns so many of the examples, the same ones each time; of 0 all."""
+  _check_number(arrays, number)
   order = np.random.RandomState(0).permutation(len(arrays))
   chosen = np.sort(order[: number or len(arrays)])
   return datasets.Arrays(arrays.images[chosen], arrays.labels[chosen])
@@ -112,13 +113,16 @@ def sample(arrays: datasets.Arrays, number: int) -> datasets.Arrays:
 def label_few(
   arrays: datasets.Arrays, number: int, *, keep: bool
 ) -> datasets.Arrays:
-  """Returns examples of which so many have a label, as many of each class.
+  """Returns examples of which `number` have a label.
+
+  The counts of two classes differ by at most one, where a class has enough.
 
   Args:
     arrays: all of them with their labels.
     number: how many keep theirs; 0: all.
     keep: whether the others stay, with -1 for a label.
   """
+  _check_number(arrays, number)
   if not number:
     return arrays
   order = np.random.RandomState(0).permutation(len(arrays))
@@ -134,3 +138,10 @@ def label_few(
   labels = np.full_like(arrays.labels, -1)
   labels[chosen] = arrays.labels[chosen]
   return datasets.Arrays(arrays.images, labels)
+
+
+def _check_number(arrays, number):
+  if number > len(arrays):
+    raise config_utils.UserError(
+      f'there are {len(arrays):,} images, not {number:,}: ask for fewer'
+    )

@@ -18,6 +18,7 @@ from scipy import stats
 from experiments.comparison import analyse as comparison
 from experiments.thesis import config as study
 from ijckd_jax.reports import sweep_table
+from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import markdown
 
 FOLDER = pathlib.Path(__file__).parent
@@ -27,6 +28,17 @@ CONTRASTED = ('pairs', 'glyphs')
 PRIMARY = ('fresh_head', 'copied_head', 'no_features', 'own_head', 'dkd')
 MARGIN = 0.3  # Points; within it students are called alike.
 LEVEL = 0.05
+SEEDS = range(10)
+# What differs between runs of a cell: the seed, places, and the machine.
+OF_A_RUN = (
+  'seed',
+  'dataset.path',
+  'dataset.data_dir',
+  'teacher.checkpoint',
+  'teacher.fingerprint',
+  'teacher.store.directory',
+  'compilation_cache',
+)
 
 
 def gather(folder: pathlib.Path) -> list[dict]:
@@ -54,7 +66,8 @@ def gather(folder: pathlib.Path) -> list[dict]:
         **dict(zip(('data', 'cell', 'labels'), name, strict=True)),
         'seed': summary['seed'],
         'top1': 100 * summary['student']['last']['top1'],
-        'teacher_top1': 100 * summary['teacher'].get('top1', np.nan),
+        'teacher': summary['config']['teacher']['fingerprint'],
+        'teacher_top1': 100 * (summary['teacher'] or {}).get('top1', np.nan),
         'deployed': sum(parameters['student'].values()),
         'training_seconds': round(images / summary['images_per_second']),
         'devices': summary['devices'],
@@ -66,17 +79,20 @@ def gather(folder: pathlib.Path) -> list[dict]:
 
 def _identity(config) -> str:
   """Returns what a run and its cell have in common."""
-  sections = {
-    name: dict(config[name]) for name in ('dataset', 'method', 'student')
-  }
-  sections['dataset'].pop('path', None)  # Where the images lie.
-  steps = [config[name] for name in ('total_steps', 'total_epochs')]
-  return json.dumps([sections, steps], sort_keys=True)
+  flat = config_utils.flatten(config)
+  return json.dumps(
+    {name: value for name, value in flat.items() if name not in OF_A_RUN},
+    sort_keys=True,
+  )
 
 
 def add(rows: list[dict], new: list[dict]) -> list[dict]:
   """Returns rows and those of the new ones that are of other runs."""
   found = {_key(row): row for row in new} | {_key(row): row for row in rows}
+  for data in study.DATA:
+    teachers = {r['teacher'] for r in found.values() if r['data'] == data} - {0}
+    if len(teachers) > 1:
+      raise SystemExit(f'{data}: the students have {len(teachers)} teachers')
   return [found[key] for key in sorted(found)]
 
 
@@ -104,7 +120,7 @@ def contrasts(rows) -> list[dict]:
   found = []
   for data in CONTRASTED:
     for other in PRIMARY:
-      values = differences(rows, data, 'ijckd', other)
+      values = differences(rows, data, 'ijckd', other)[: len(SEEDS)]
       if len(values) > 1:
         p = float(stats.ttest_1samp(values, 0.0).pvalue)
         found.append(
@@ -115,11 +131,13 @@ def contrasts(rows) -> list[dict]:
             'mean': float(np.mean(values)),
             'half_width': sweep_table.half_width(values),
             'p': p,
+            'p_alike': _p_alike(values),
           }
         )
-  for row, p in zip(
-    found, comparison.holm([row['p'] for row in found]), strict=True
-  ):
+  # A contrast that is not there yet counts as one that shows nothing.
+  missing = len(CONTRASTED) * len(PRIMARY) - len(found)
+  adjusted = comparison.holm([row['p'] for row in found] + [1.0] * missing)
+  for row, p in zip(found, adjusted, strict=False):
     row['p_holm'] = p
     row['verdict'] = _verdict(row)
   return found
@@ -127,15 +145,29 @@ def contrasts(rows) -> list[dict]:
 
 def _verdict(row) -> str:
   """Returns what the plan says of a contrast."""
+  if row['n'] < len(SEEDS):
+    return 'incomplete'
+  said = []
   if row['p_holm'] < LEVEL:
-    return 'better' if row['mean'] > 0 else 'worse'
-  return 'alike' if abs(row['mean']) + row['half_width'] <= MARGIN else 'open'
+    said.append('better' if row['mean'] > 0 else 'worse')
+  if row['p_alike'] < LEVEL:
+    said.append(f'alike within {MARGIN}')
+  return ', '.join(said) or 'open'
+
+
+def _p_alike(values) -> float:
+  """Returns the larger p of the two one-sided tests of MARGIN."""
+  tests = ((-MARGIN, 'greater'), (MARGIN, 'less'))
+  return max(
+    float(stats.ttest_1samp(values, bound, alternative=side).pvalue)
+    for bound, side in tests
+  )
 
 
 def tables(rows) -> str:
   """Returns all tables, as Markdown."""
   parts = ['# Tables', '', _made_with(rows), '', '## Primary contrasts', '']
-  header = ('IJCKD less', 'on', 'n', 'points', 'p', 'p, Holm', 'IJCKD is')
+  header = ('IJCKD minus', 'on', 'n', 'points', 'p', 'p, Holm', 'IJCKD is')
   cells = [
     (
       f'`{row["other"]}`',
@@ -157,7 +189,7 @@ def tables(rows) -> str:
 
 def _cells_of(rows, data, labels) -> list[str]:
   """Returns the table of the cells of a data set with so many labels."""
-  header = ('cell', 'n', 'top-1 %', 'IJCKD less it', 'it less ce', 'parameters')
+  header = ('cell', 'n', 'top-1 %', 'IJCKD - cell', 'cell - ce', 'parameters')
   cells = []
   for cell in study.CELLS:
     found = scores(rows, data, cell, labels)
@@ -241,9 +273,9 @@ def draw(rows, path: pathlib.Path) -> None:
       capsize=3,
       label=data,
     )
-  ax.set_yticks(range(len(PRIMARY)), [f'less {name}' for name in PRIMARY])
+  ax.set_yticks(range(len(PRIMARY)), PRIMARY)
   ax.invert_yaxis()
-  ax.set_xlabel('IJCKD less the control, points of top-1 (95% interval)')
+  ax.set_xlabel('IJCKD minus it, points of top-1 (95% interval)')
   ax.legend(loc='best', frameon=False)
   ax.spines[['top', 'right']].set_visible(False)
   fig.savefig(path)

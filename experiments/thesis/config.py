@@ -32,7 +32,13 @@ CELLS = {
     'kd',
     {'cross_entropy_weight': 1.0, 'weight': 0.0, 'logit_weight': 1.0},
   ),
-  'dkd': ('dkd', {}),
+  # 20 of mdistiller's 240 epochs, of 15; the default would never end.
+  'dkd': ('dkd', {'warm_up_epochs': 1.25}),
+  'dkd_default': ('dkd', {}),
+  'control': (
+    'ijckd',
+    {'head': 'fresh', 'logit_weight': 0.0, 'feature_weight': 0.0},
+  ),
   'ce': ('ce', {}),
   'teacher': ('ce', {}),
   'kd': ('kd', {}),

@@ -18,7 +18,7 @@ from ijckd_jax.runtime import parallel
 AUXILIARY_STREAM = 2**31 - 1
 # Of a step's key. Flax folds in hashes of names, which differ from it.
 HEAD_STREAM = 0
-SECOND_VIEW_STREAM = 1
+SECOND_PASS_STREAM = 1
 # In an example of a memory.
 EXAMPLES = 4
 
@@ -29,8 +29,8 @@ class Frozen:
 
   No gradient: `steps._piece` differentiates the parameters alone, and
   `Teacher.__call__` stops what would flow through it. No optimizer and no
-  checkpoint: `Distiller.init`, which fills the state, gives no teacher, unless
-  the method adapts one: that is a copy, and these arrays its start. No
+  checkpoint: `Distiller.init`, which fills the state, gives no teacher. (What a
+  method adapts is a copy in the state; these arrays are its start.) No
   running statistics: a teacher runs with `train=False`. Not donated:
   `Experiment.map_train_step` donates the state alone.
 
@@ -275,15 +275,15 @@ class Distiller:
         features.final,
         features.pooled,
         logits,
-        one,
-        features.before,
+        connected=one,
+        before=features.before,
       )
       for one in connected
     )
     if second is None:
       return found, batch_stats
     if key is not None:
-      key = jax.random.fold_in(key, SECOND_VIEW_STREAM)
+      key = jax.random.fold_in(key, SECOND_PASS_STREAM)
     variables = {'params': variables['params'], 'batch_stats': batch_stats}
     others, batch_stats = self.run_student(variables, frozen, second, key)
     return _with_second(found, others), batch_stats
@@ -315,8 +315,8 @@ class Distiller:
   ):
     """Returns the student's and the teachers' outputs, and batch statistics.
 
-    Arguments are those of `objective`. A teacher that adapts gives other
-    outputs than the given ones.
+    Arguments are those of `objective`. Where the method adapts its teacher,
+    `teacher_outputs` is not read.
     """
     images = batch['image']
     students, batch_stats = self.run_student(

@@ -49,7 +49,8 @@ def train_step(
     key: the run's key.
     distiller: the pair and the method.
     tx: the optimizer.
-    augmentation: `(key, images, epochs, indices) -> images`.
+    augmentation: augment.Augmentation; any `(key, images, epochs, indices) ->
+      images` will do for a method with one view.
     ema_decay: of the moving average, where the state holds one; less in the
       first steps.
     num_pieces: parts in which the rows are worked through, gradients averaged;
@@ -145,21 +146,22 @@ def _augment(batch, key, augmentation, mixing, second_view):
 
   Where there is a second view, it is 'second', and mixed as the first one is.
   """
-  views = {'image': (AUGMENTATION_STREAM, augmentation)}
-  if second_view is not None:
-    transforms = (*augmentation.transforms, *second_view)
-    views['second'] = (
-      SECOND_VIEW_STREAM,
-      dataclasses.replace(augmentation, transforms=transforms),
-    )
-  rows, made = (batch['epoch'], batch['index']), {}
-  for name, (number, augment) in views.items():
+  rows = batch['epoch'], batch['index']
+
+  def view(number, augment):
     stream = jax.random.fold_in(key, number)
     images, labels = augment(stream, batch['image'], *rows), batch['label']
-    if mixing is not None:
-      stream = jax.random.fold_in(key, MIXING_STREAM)
-      images, labels = mixing(stream, images, labels, *rows)
-    made |= {name: images, 'label': labels}
+    if mixing is None:
+      return images, labels
+    stream = jax.random.fold_in(key, MIXING_STREAM)
+    return mixing(stream, images, labels, *rows)
+
+  images, labels = view(AUGMENTATION_STREAM, augmentation)
+  made = {'image': images, 'label': labels}
+  if second_view is not None:
+    transforms = (*augmentation.transforms, *second_view)
+    other = dataclasses.replace(augmentation, transforms=transforms)
+    made['second'], _ = view(SECOND_VIEW_STREAM, other)
   return {**batch, **made}
 
 

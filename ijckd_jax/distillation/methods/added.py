@@ -44,9 +44,9 @@ class Sum(base.Method):
   method makes. The student ends at the first method's tap.
 
   Attributes:
-    first: it.
-    others: the others.
-    labels: by what the others' terms are called.
+    first: the method that chooses head and tap.
+    others: those that are added to it.
+    labels: what the others' terms are called after.
   """
 
   first: Any
@@ -74,8 +74,9 @@ class Sum(base.Method):
     found = [m.second_view for m in self._all if m.second_view is not None]
     if any(view != found[0] for view in found):
       raise config_utils.UserError(
-        'method.add: two methods see second views that differ, and there is '
-        f'one: {" and ".join(map(str, found))}'
+        'method.add: the methods need different second views '
+        f'({" and ".join(map(str, found))}), and a run has one: give them '
+        'the same fields'
       )
     return found[0] if found else None
 
@@ -103,7 +104,7 @@ class Sum(base.Method):
     total, terms = 0.0, {}
     names = ('', *(f'{label}_' for label in self.labels))
     for number, (method, name) in enumerate(zip(self._all, names, strict=True)):
-      seen, rows = self._of(number, student), self._rows(method, batch)
+      seen, rows = self._of(number, student), self._rows(number, batch)
       value, found = method.loss(seen, teacher, rows)
       total += value
       for term, size in found.items():
@@ -117,26 +118,31 @@ class Sum(base.Method):
 
   def memory(self, key, num_examples):
     """As a method's, of those that have one."""
-    return tuple(m.memory(key, num_examples) for m in self._remembering)
+    return tuple(
+      self._all[number].memory(key, num_examples)
+      for number in self._remembering
+    )
 
   def notes(self, student, batch):
     """As a method's, of those that have one."""
     return tuple(
-      method.notes(self._of(number, student), self._rows(method, batch))
-      for number, method in enumerate(self._all)
-      if method in self._remembering
+      self._all[number].notes(
+        self._of(number, student), self._rows(number, batch)
+      )
+      for number in self._remembering
     )
 
   def remember(self, memory, notes):
     """As a method's, of those that have one."""
     return tuple(
-      method.remember(*own)
-      for method, *own in zip(self._remembering, memory, notes, strict=True)
+      self._all[number].remember(*own)
+      for number, *own in zip(self._remembering, memory, notes, strict=True)
     )
 
   @property
-  def _remembering(self):
-    return [m for m in self._all if m.remembers]
+  def _remembering(self) -> list[int]:
+    """The places of the methods that have a memory."""
+    return [number for number, m in enumerate(self._all) if m.remembers]
 
   def _of(self, number: int, student):
     """Returns the student with one method's auxiliary results."""
@@ -144,9 +150,9 @@ class Sum(base.Method):
       return student
     return student.replace(auxiliary=student.auxiliary[number])
 
-  def _rows(self, method, batch):
+  def _rows(self, number: int, batch):
     """Returns the batch with one method's memory."""
-    if method not in self._remembering:
+    if number not in self._remembering:
       return batch
-    place = self._remembering.index(method)
+    place = self._remembering.index(number)
     return {**batch, 'memory': batch['memory'][place]}

@@ -66,9 +66,9 @@ class Method:
         has made of it.
       teacher: outputs.Outputs of the teacher.
       batch: of one device. Its 'label' is for losses.cross_entropy: with mixup,
-        cutmix or label smoothing it is a mixing.MixedLabels. Where the method
-        remembers, it has 'memory', and 'key', the run's, for what is drawn by
-        example.
+        cutmix or label smoothing it is a mixing.MixedLabels. 'second' is the
+        second view, where there is one. Where the method remembers, it has
+        'memory', and 'key', the run's, for what is drawn by example.
     """
     raise NotImplementedError
 

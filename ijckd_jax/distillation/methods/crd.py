@@ -46,17 +46,20 @@ class Method(base.Method):
   The memory is two vectors for each image, which stay on every device: 51 MB
   for CIFAR-100, 1.3 GB for ImageNet. Each row is contrasted with images that
   are not known to be of its class: of another one, or not seen yet; a row
-  without a label, or for which the memory holds none of these, with any. They
-  are drawn without replacement, or with it where there are fewer than asked
-  for. All products of a batch with the memory are computed: that takes (B, N)
-  numbers, and no gathering of (B, K, width).
+  without a label with any but itself, and a row for which the memory holds
+  nothing else with any. They are drawn without replacement, or with it where
+  there are fewer than asked for. All products of a batch with the memory are
+  computed: that takes (B, N) numbers, and no gathering of (B, K, width). The
+  normaliser Z of each network is estimated in the first step, and constant
+  after it.
 
   With a `queue` the memory does not grow with the training set: it is the
-  vectors of the latest images, N of them, as they were when they were seen.
-  What a row is to be told from them is the other network's vector of its own
-  image, which has no gradient there. That part is not the authors': it is the
-  queue of He et al. 2020, "Momentum Contrast", https://arxiv.org/abs/1911.05722,
-  without a slow copy of the networks.
+  vectors of the latest images, N of them, as they were when they were seen; at
+  the start they are random, as the memory of all images is. The positive of a
+  row is then the other network's vector of the same image in this step, without
+  a gradient. That part is not the authors': it is the queue of He et al. 2020,
+  "Momentum Contrast", https://arxiv.org/abs/1911.05722, without a slow copy of
+  the networks.
 
   Attributes:
     cross_entropy_weight: weight of the labels' cross-entropy.
@@ -151,10 +154,7 @@ class Method(base.Method):
     }
 
   def remember(self, memory, notes):
-    """Returns the memory with the rows of all devices noted.
-
-    Of rows of one image, in a batch that crosses epochs, the first one counts.
-    """
+    """Returns the memory with the rows of all devices noted."""
     normaliser = {
       name: jnp.where(old > 0, old, jnp.mean(notes['normaliser'][name]))
       for name, old in memory['normaliser'].items()
@@ -178,7 +178,10 @@ class Method(base.Method):
     return {**joined, 'oldest': (memory['oldest'] + count) % self.queue}
 
   def _replace(self, memory, notes):
-    """Returns the memory of all images with new vectors for those noted."""
+    """Returns the memory of all images with new vectors for those noted.
+
+    Of rows of one image, in a batch that crosses epochs, the first one counts.
+    """
     index, count = notes['index'], len(memory['label'])
     earlier = jnp.tril(index[:, None] == index[None], -1).any(axis=1)
     place = jnp.where(earlier, count, index)  # Out of range: not noted.

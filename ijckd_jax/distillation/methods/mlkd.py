@@ -15,9 +15,9 @@ from ijckd_jax.distillation.methods import base
 from ijckd_jax.models import losses
 from ijckd_jax.runtime import config_utils
 
-# Beside the temperature that is chosen. The authors take those of STRONG on the
-# second view, and the others on the first view once more.
-STRONG, WEAK = (3.0, 5.0), (2.0, 6.0)
+# Temperatures beside the chosen one. The authors' code has the second view at
+# the first two only, and the first view at the last two twice.
+BOTH_VIEWS, FIRST_VIEW = (3.0, 5.0), (2.0, 6.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,11 @@ class Method(base.Method):
 
   With P the softened predictions (B, K) of the first view, at each of five
   temperatures: KL by image, squared distances of P P^T by batch, and of P^T P
-  by class. Those of the first view are multiplied by the share of images, or of
-  classes, that the teacher is no surer of than of the median one: about a half.
+  by class. KL is of the second view too, at three of the temperatures. The
+  terms of the first view are multiplied by a share: of the images whose largest
+  probability by the teacher is at most the median, or of the classes whose sum
+  of probabilities is. It is about a half, and more where there are ties. (A
+  mask of images is what the paper has; the code multiplies by its mean.)
   P P^T and P^T P are of the images of one device (and of one piece, where the
   batch is worked through in pieces).
 
@@ -39,8 +42,8 @@ class Method(base.Method):
     distillation_weight: of KL.
     batch_level_weight: of the distance of P P^T.
     class_level_weight: of that of P^T P.
-    temperature: T, beside those of STRONG and WEAK; the authors take 1 on
-      ImageNet, and 0.5 for all weights.
+    temperature: T, beside those of BOTH_VIEWS and FIRST_VIEW; the authors take
+      1 on ImageNet, and 0.5 for all weights.
     standardize: standardise logits in KL (losses.standardize_logits); its
       authors take 9 for the weights of the distances and temperature=2 then.
     randaugment_layers: operations on each image of the second view.
@@ -79,8 +82,8 @@ class Method(base.Method):
     sure = _softened(teacher, 1.0)
     images = _share_below_median(jnp.max(sure, axis=1))
     classes = _share_below_median(jnp.sum(sure, axis=0))
-    strong = (self.temperature, *STRONG)
-    everywhere = (*strong, *WEAK)
+    of_both = (self.temperature, *BOTH_VIEWS)
+    of_first = (*of_both, *FIRST_VIEW)
 
     def divergence(temperatures, ours, theirs):
       return sum(
@@ -91,15 +94,15 @@ class Method(base.Method):
       )
 
     def distillation():
-      first = divergence(everywhere, student, teacher)
-      once_more = divergence(WEAK, student, teacher)
-      second = divergence(strong, student.second, teacher.second)
+      first = divergence(of_first, student, teacher)
+      once_more = divergence(FIRST_VIEW, student, teacher)
+      second = divergence(of_both, student.second, teacher.second)
       return images * first + once_more + second
 
     def relation(of):
       return sum(
         _squared_distance(*(of(_softened(x, t)) for x in (student, teacher)))
-        for t in everywhere
+        for t in of_first
       )
 
     return losses.combine(
