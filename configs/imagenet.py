@@ -37,7 +37,8 @@ momentum 0.9, weight decay 1e-4, times 0.1 after epochs 30, 60 and 90, without
 warm-up; resnet34 -> resnet18 takes 120 epochs of batch 256 at learning rate
 0.1, resnet50 -> mobilenet_v1 100 epochs of batch 512 at 0.2. The pod's: Goyal
 et al. 2017, https://arxiv.org/abs/1706.02677. kd, dkd and reviewkd have the
-weights of mdistiller's configs/imagenet, reviewkd the width of its own code.
+weights of mdistiller's configs/imagenet, reviewkd the width of its own code,
+mlkd (configs/imagenet/r34_r18) and atsc (README) what their authors' code has.
 """
 
 from ijckd_jax.runtime import config_utils
@@ -68,6 +69,16 @@ BY_PAIR = {
     }
     for pair, weight, width in zip(PAIRS, (1.0, 8.0), (512, 256), strict=True)
   },
+  'mlkd': {
+    PAIRS[0]: {
+      'cross_entropy_weight': 0.5,
+      'distillation_weight': 0.5,
+      'batch_level_weight': 0.5,
+      'class_level_weight': 0.5,
+      'temperature': 1.0,
+    }
+  },
+  'atsc': {('resnet50', 'resnet18'): {'change_weight': 10.0}},
 }
 
 

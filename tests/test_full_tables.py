@@ -93,6 +93,12 @@ def test_weights_are_those_of_the_pair():
     assert config_utils.load(f'{arg},method=reviewkd').method.weight == review
     config = config_utils.load(f'{arg},method=dkd').method
     assert config.nontarget_weight == dkd
+  moving = 'imagenet:teacher=resnet50,student=resnet18,method=atsc'
+  assert config_utils.load(moving).method.change_weight == 10
+  views = config_utils.load('imagenet:method=mlkd').method
+  assert (views.temperature, views.cross_entropy_weight) == (1, 0.5)
+  assert views.distillation_weight == views.batch_level_weight == 0.5
+  assert views.class_level_weight == 0.5
 
 
 def test_mobile_teachers_have_their_own_learning_rate():
