@@ -65,12 +65,14 @@ def test_run_leaves_what_it_promises(finished_run):
   for folder in (workdir, workdir / 'teacher'):
     for name in workdirs.CONTENTS:
       # Outputs only where they are stored, a divergence where there was one,
-      # heads where they are fitted, a student with its own head apart.
+      # heads where they are fitted, a student with its own head apart, and what
+      # trackers were given where there are some.
       there = name not in (
         workdirs.TEACHER_OUTPUTS,
         workdirs.CONNECTED,
         workdirs.DIVERGED,
         workdirs.HEADS,
+        workdirs.TRACKED,
       )
       assert (folder / name).exists() == there, name
   summary = json.loads((workdir / workdirs.SUMMARY).read_text())

@@ -19,6 +19,7 @@ CHECKPOINTS = 'checkpoints'
 DIVERGED = 'diverged.json'
 METRICS = 'metrics.jsonl'
 TENSORBOARD = 'tensorboard'
+TRACKED = 'tracked.json'  # What trackers were given of it.
 SUMMARY = 'summary.json'
 REPORT = 'report.md'
 WEB_REPORT = 'report.html'  # The same, as one file.
@@ -32,6 +33,7 @@ CONTENTS = (
   DIVERGED,
   METRICS,
   TENSORBOARD,
+  TRACKED,
   SUMMARY,
   REPORT,
   WEB_REPORT,

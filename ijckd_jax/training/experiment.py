@@ -146,7 +146,8 @@ def default_config(
   # Where commands keep compiled programs: 'default' is a folder in the user's
   # cache directory, '' none.
   config.compilation_cache = 'default'
-  config.writers = ()  # package.module:Name of further metric writers.
+  # Trackers: wandb, mlflow, trackio, or package.module:Name.
+  config.writers = ()
   return config
 
 

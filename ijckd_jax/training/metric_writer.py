@@ -23,7 +23,14 @@ class MetricWriter(Protocol):
     """Takes metrics by names such as 'train/loss' and 'test/top1'."""
 
   def close(self) -> None:
-    """Is called once, at the end."""
+    """Is called once, at the end.
+
+    A writer may also have `flush()`, called before a checkpoint is saved, and
+    `finish()`, called before `close` where the run is finished: its folder then
+    has the pictures and the bundle. Rows of a run that continues start at the
+    step that was saved last: a writer that keeps rows for good leaves out those
+    that it has.
+    """
 
 
 class JsonLinesWriter:
@@ -179,6 +186,12 @@ class Writers:
     for writer in self._writers:
       if hasattr(writer, 'flush'):
         disk.retry(writer.flush, f'metrics ({type(writer).__name__})')
+
+  def finish(self) -> None:
+    """Tells those writers that ask for it that the run is finished."""
+    for writer in self._writers:
+      if hasattr(writer, 'finish'):
+        writer.finish()
 
   def close(self):
     for writer in self._writers:

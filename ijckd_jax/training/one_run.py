@@ -83,7 +83,7 @@ def run(exp, workdir, splits, writers, stop, record) -> results.Result:
   )
   try:
     state = training.run(state, start, progress, stop)
-    hosts.share(writer.close)
+    hosts.share(writer.flush)
     checkpoints.wait()
   except BaseException as error:
     with contextlib.suppress(OSError):  # The first error is the one to tell.
@@ -105,8 +105,10 @@ def run(exp, workdir, splits, writers, stop, record) -> results.Result:
     bundle, summary = results.finish(
       training, workdir, state, progress, history
     )
+    hosts.share(writer.finish)
   finally:
     checkpoints.close()
+    writer.close()
   return results.Result(state, history, bundle, summary)
 
 

@@ -32,6 +32,7 @@ from ijckd_jax.training import one_run
 from ijckd_jax.training import output_recorder
 from ijckd_jax.training import results
 from ijckd_jax.training import run_record
+from ijckd_jax.training import trackers
 
 # Where hosts may differ: in where things lie, and how many hands they have.
 HOST_FIELDS = (
@@ -221,9 +222,7 @@ def train_and_evaluate(
   if finished is not None:
     logger.info('%s: already finished', workdir)
     return finished
-  factories = [
-    config_utils.resolve('writer', name, {}) for name in exp.config.writers
-  ]
+  factories = trackers.factories(exp.config.writers)
   check_durations(exp, len(splits['train']))
   for run, folder in runs:
     output_recorder.check(run, folder, splits['train'], overwrite=overwrite)
