@@ -119,7 +119,9 @@ def _start(config, flags) -> None:
 
 
 def _show(result, workdir: str) -> None:
-  """Prints what a finished run was worth, and where its student is."""
+  """Prints what a finished run was worth, and what to do with its student."""
+  import shlex
+
   from etils import epath
 
   from ijckd_jax.reports import report
@@ -129,6 +131,11 @@ def _show(result, workdir: str) -> None:
   if not (epath.Path(workdir) / 'report.md').exists():
     more = ''
   print(f'\n{more}the student is in {workdir}/bundle')
+  if result.bundle.class_names:  # Without classes there is nothing to name.
+    bundle = f'--bundle {shlex.quote(str(workdir))}'
+    print('next:')
+    print(f'  ijckd predict {bundle} image.png')
+    print(f'  ijckd export {bundle} --format onnx --output student.onnx')
 
 
 def _parse(argv: list[str], prog: str):

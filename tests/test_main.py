@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 
 import pytest
 
+from ijckd_jax import __main__ as ijckd
 from ijckd_jax import main
 from ijckd_jax.bundles import bundles
 from ijckd_jax.commands import evaluate
@@ -270,3 +272,21 @@ def test_command_from_start_to_end_and_overwrite(tmp_path, data_dir):
   after = teacher.stat().st_mtime_ns, (tmp_path / 'summary.json').stat().st_ino
   assert before[0] == after[0]
   assert before[1] != after[1] or 'step 4/4' in err
+
+
+def test_the_commands_that_a_run_ends_with_can_be_typed(
+  finished_run, tmp_path, monkeypatch, capsys
+):
+  from PIL import Image
+
+  workdir, result = finished_run
+  main._show(result, str(workdir))
+  lines = capsys.readouterr().out.split('next:\n')[1].splitlines()
+  assert len(lines) == 2
+  Image.new('L', (8, 8)).save(tmp_path / 'image.png')
+  monkeypatch.chdir(tmp_path)
+  for line in lines:
+    program, *argv = shlex.split(line)
+    assert program == 'ijckd'
+    assert not ijckd.main(argv), line
+  assert (tmp_path / 'student.onnx').exists()
