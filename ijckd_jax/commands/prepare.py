@@ -12,26 +12,38 @@ Face's hub.
 The third writes pictures of your own (JPEG, PNG, WebP, BMP, GIF, TIFF, PPM) as
 a data set called NAME. DIR holds train/CLASS/... and val/CLASS/... (or test, or
 both); or a folder for each class, a part of which becomes the split 'test'; or
-pictures without classes. What was cut off, the same command continues.
+pictures without classes. In place of DIR stands a CSV file with the columns
+image (the files), label (the classes) and, perhaps, split. What was cut off,
+the same command continues.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 
 from ijckd_jax.data import datasets
 from ijckd_jax.data.datasets import image_folder
 from ijckd_jax.data.datasets import image_layout
+from ijckd_jax.data.datasets import image_table
 from ijckd_jax.data.datasets import originals
 from ijckd_jax.data.datasets import prepared
 from ijckd_jax.runtime import config_utils
 
 PROG = 'python -m ijckd_jax prepare'
+COLUMNS = [field.name for field in dataclasses.fields(image_table.Columns)]
 
 
 def _prepare_folder(options) -> int:
   """Writes a folder of pictures as a data set and returns the exit code."""
   given = {key: value for key, value in options.items() if value is not None}
+  columns = {
+    field: given.pop(f'{field}_column')
+    for field in COLUMNS
+    if f'{field}_column' in given
+  }
+  if columns:
+    given['columns'] = image_table.Columns(**columns)
   for flag in ('source', 'name'):
     if not given.get(flag):
       raise config_utils.UserError(f'image_folder needs --{flag}')
@@ -104,6 +116,10 @@ def main(argv: list[str], prog: str = PROG) -> int:
     default=None,
     help='folders are no classes: all pictures, at any depth, without labels',
   )
+  for field in COLUMNS:
+    own.add_argument(
+      f'--{field}_column', help=f'of a CSV file (default: {field})'
+    )
   own.add_argument(
     '--num_workers', type=int, help='processes (default: one for each CPU)'
   )

@@ -17,6 +17,7 @@ from ijckd_jax.data import datasets
 from ijckd_jax.data.datasets import image_layout
 from ijckd_jax.data.datasets import image_report
 from ijckd_jax.data.datasets import image_shards
+from ijckd_jax.data.datasets import image_table
 from ijckd_jax.data.datasets import own_images
 from ijckd_jax.data.datasets import photos
 from ijckd_jax.data.datasets import prepared
@@ -37,16 +38,19 @@ def prepare(
   *,
   validation_fraction: float | None = None,
   unlabelled: bool = False,
+  columns: image_table.Columns | None = None,
   num_workers: int = 1,
 ) -> pathlib.Path:
   """Writes a folder of pictures as a tfds data set, and prints what it holds.
 
   Args:
-    source: the folder, as `image_layout.read` takes it.
+    source: the folder, as `image_layout.read` takes it; or a CSV file of
+      pictures, as `image_table.read` does.
     name: what the data set is to be called.
     data_dir: tfds's data directory; '' is tfds's default.
     validation_fraction: as `image_layout.read` takes it.
     unlabelled: as `image_layout.read` takes it.
+    columns: of a CSV file; None: the usual ones.
     num_workers: processes; 1 works in this one.
 
   Returns:
@@ -62,14 +66,27 @@ def prepare(
   _check_name(name)
   if num_workers < 1:
     raise config_utils.UserError(f'num_workers={num_workers}: give at least 1')
-  layout = image_layout.read(
-    folder, validation_fraction=validation_fraction, unlabelled=unlabelled
-  )
-  if root.resolve().is_relative_to(folder.resolve()):
-    raise config_utils.UserError(
-      f'data_dir {root} lies in --source {folder}, where it would be taken for '
-      'pictures: give another --data_dir'
+  if folder.suffix.lower() == image_table.SUFFIX and not folder.is_dir():
+    if unlabelled:
+      raise config_utils.UserError(
+        f'--source {folder}: pictures of a table have classes; of pictures '
+        'without them, give their folder'
+      )
+    layout = image_table.read(
+      folder,
+      columns=columns or image_table.Columns(),
+      validation_fraction=validation_fraction,
     )
+    folder = folder.parent
+  else:
+    if columns is not None:
+      raise config_utils.UserError(
+        f'--source {folder} is no CSV file, which alone has columns'
+      )
+    layout = image_layout.read(
+      folder, validation_fraction=validation_fraction, unlabelled=unlabelled
+    )
+    _check_apart(root, folder)
   final, incomplete = root / name / VERSION, root / f'incomplete.{name}'
   splits = _divide(incomplete, name, layout)
   plan = _plan(layout, splits)
@@ -91,6 +108,14 @@ def prepare(
     (final / LOCK).unlink()
   _tell(name, 'written', final)
   return final
+
+
+def _check_apart(root, folder):
+  if root.resolve().is_relative_to(folder.resolve()):
+    raise config_utils.UserError(
+      f'data_dir {root} lies in --source {folder}, where it would be taken for '
+      'pictures: give another --data_dir'
+    )
 
 
 def _check_name(name):

@@ -96,7 +96,7 @@ def read(
     _check_classes(source, members, prefixes, content)
     if len(members) == 1:
       fraction = validation_fraction
-      members = _hold_out(
+      members = hold_out(
         members['train'], HELD_OUT if fraction is None else fraction
       )
     class_names = sorted(members['train'])
@@ -244,8 +244,18 @@ def _check_classes(source, members, prefixes, content):
       )
 
 
-def _hold_out(classes, fraction):
-  """Splits off a part of every class, at least one file, always the same."""
+def hold_out(
+  classes: Mapping[str, Sequence[str]], fraction: float
+) -> dict[str, dict[str, list[str]]]:
+  """Splits off a part of every class, at least one file, always the same.
+
+  Args:
+    classes: the files of each class.
+    fraction: the part that becomes 'test'.
+
+  Raises:
+    UserError: it is no part, or a class has one file.
+  """
   if not 0 < fraction < 1:
     raise config_utils.UserError(
       f'validation_fraction={fraction}: give a part of the pictures, more than '

@@ -1,0 +1,169 @@
+"""What is taken from a table of pictures: their classes, and their files."""
+
+from collections.abc import Sequence
+import csv
+import dataclasses
+import os
+import pathlib
+import unicodedata
+
+from ijckd_jax.data.datasets import image_layout
+from ijckd_jax.data.datasets import image_splits
+from ijckd_jax.runtime import config_utils
+
+SUFFIX = '.csv'
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+  """What the columns of a table are called.
+
+  Attributes:
+    image: of the files, relative to the folder of the table, or absolute.
+    label: of the classes' names.
+    split: of the splits, as image_splits.SPLIT_OF has them. A table need not
+      have it: then a part of every class is held out.
+  """
+
+  image: str = 'image'
+  label: str = 'label'
+  split: str = 'split'
+
+
+def read(
+  source: pathlib.Path,
+  *,
+  columns: Columns = Columns(),  # noqa: B008
+  validation_fraction: float | None = None,
+) -> image_layout.Layout:
+  """Returns the splits, classes and files of a table.
+
+  Args:
+    source: a CSV file whose first line names its columns.
+    columns: which of them to read.
+    validation_fraction: as image_layout.read takes it, where there is no
+      column of splits.
+
+  Raises:
+    UserError: a column, a file or a label is missing, or two are alike.
+    OSError: it cannot be read.
+  """
+  rows = _rows(source)
+  names = list(rows[0])
+  for column in (columns.image, columns.label):
+    if column not in names:
+      raise config_utils.UserError(
+        f'{source} has no column {column!r}, but {", ".join(map(repr, names))}:'
+        ' name them by --image_column and --label_column'
+      )
+  has_splits = columns.split in names
+  if has_splits and validation_fraction is not None:
+    raise config_utils.UserError(
+      f'{source} says by its column {columns.split!r} which pictures are of '
+      'which split: leave out --validation_fraction'
+    )
+  members, files, missing = {}, {}, []
+  for number, row in enumerate(rows, 2):  # The first line has the names.
+    place = f'{source}, row {number}'
+    path, label = (_cell(place, row, c) for c in (columns.image, columns.label))
+    label = unicodedata.normalize('NFC', label)
+    split = _split(place, row[columns.split]) if has_splits else 'train'
+    if path in files:
+      raise config_utils.UserError(f'{place}: {path} is in an earlier row too')
+    try:
+      status = os.stat(source.parent / path)
+      files[path] = status.st_size, status.st_mtime_ns
+    except (FileNotFoundError, NotADirectoryError):
+      files[path] = None
+      missing.append(path)
+    members.setdefault(split, {}).setdefault(label, []).append(path)
+  if missing:
+    raise config_utils.UserError(
+      f'{source}: {len(missing)} of {len(rows)} files are not there '
+      f'({image_splits.some(missing)}): paths are relative to '
+      f'{source.parent}, or absolute'
+    )
+  return _layout(source, members, files, validation_fraction)
+
+
+def _rows(source) -> Sequence[dict[str, str]]:
+  """Returns the rows of a CSV file by the names of its columns."""
+  if not source.is_file():
+    what = 'is no file' if source.exists() else 'does not exist'
+    raise config_utils.UserError(f'--source {source} {what}')
+  try:
+    with source.open(newline='', encoding='utf-8-sig') as file:
+      rows = list(csv.DictReader(file, strict=True))
+  except (csv.Error, UnicodeDecodeError) as error:
+    raise config_utils.UserError(
+      f'{source} is no CSV file in UTF-8 ({config_utils.short(error)})'
+    ) from error
+  if not rows:
+    raise config_utils.UserError(f'{source} has no rows below its first line')
+  return rows
+
+
+def _cell(place, row, column) -> str:
+  """Returns what a row has in a column, which must not be empty."""
+  value = (row[column] or '').strip()
+  if value.splitlines() != [value]:
+    raise config_utils.UserError(
+      f'{place}: {column!r} is {row[column]!r}, where one line is wanted'
+    )
+  return value
+
+
+def _split(place, value) -> str:
+  """Returns the split that a cell names."""
+  split = image_splits.SPLIT_OF.get((value or '').strip().casefold())
+  if split is None:
+    raise config_utils.UserError(
+      f'{place}: {value!r} is none of the splits '
+      f'{", ".join(sorted(image_splits.SPLIT_OF))}'
+    )
+  return split
+
+
+def _layout(source, members, files, validation_fraction):
+  """Returns the Layout of classes' files by split."""
+  train = members.get('train', {})
+  if len(train) < 2:
+    raise config_utils.UserError(
+      f'{source} has {len(train)} classes to train on: a classifier needs two'
+    )
+  folded = {}
+  for name in sorted(train):
+    other = folded.setdefault(name.casefold(), name)
+    if other != name:
+      raise config_utils.UserError(
+        f'{source}: the labels {other!r} and {name!r} are the same but for '
+        'case: give one of them'
+      )
+  for split, classes in members.items():
+    other = sorted(classes.keys() ^ train.keys())
+    if other:
+      raise config_utils.UserError(
+        f'{source}: of the splits train and {split}, one has no picture of '
+        f'{image_splits.some(other)}'
+      )
+  if members.keys() == {'train'}:
+    fraction = validation_fraction
+    if fraction is None:
+      fraction = image_layout.HELD_OUT
+    members = image_layout.hold_out(train, fraction)
+  elif 'test' not in members:  # A run needs one.
+    members['test'] = members.pop('validation')
+  class_names = sorted(train, key=_in_order)
+  labels = {name: label for label, name in enumerate(class_names)}
+  examples = [
+    image_layout.Example(path, *files[path], split, labels[name])
+    for split, classes in members.items()
+    for name, paths in classes.items()
+    for path in paths
+  ]
+  return image_layout.Layout(class_names, sorted(examples), {})
+
+
+def _in_order(name: str):
+  """Sorts numbers by their value, before all other names."""
+  return (0, int(name), name) if name.isdecimal() else (1, 0, name)
