@@ -37,11 +37,7 @@ def test_a_table_with_splits(pictures, tmp_path):
     '5,e.png,9,test',
     '6,"f.png",10,test',
   )
-  columns = ('image=file', 'label=kind', 'split=part')
-  flags = [
-    f'--{column.partition("=")[0]}_column={column.partition("=")[2]}'
-    for column in columns
-  ]
+  flags = ['--image=file', '--label=kind', '--split=part']
   shared.run(source, tmp_path / 'data', *flags)
   found = shared.contents(tmp_path / 'data')
   kinds = {
@@ -102,7 +98,7 @@ GOOD = ('a.png,x', 'b.png,y', 'c.png,x', 'd.png,y')
   'lines, said',
   [
     (('file,label', *GOOD), "no column 'image', but 'file', 'label'"),
-    (('image,kind', *GOOD), 'name them by --image_column and --label_column'),
+    (('image,kind', *GOOD), 'name them by --image and --label'),
     (('image,label',), 'has no rows'),
     (('image,label', *GOOD, 'nowhere.png,x'), '1 of 5 files are not there'),
     (('image,label', *GOOD, 'e.png,'), "row 6: 'label' is ''"),
@@ -133,10 +129,10 @@ def test_flags_that_do_not_fit(pictures, tmp_path):
   source = table(pictures, 'image,label', *GOOD)
   with pytest.raises(config_utils.UserError, match='have classes'):
     shared.run(source, tmp_path / 'data', '--unlabelled')
-  with pytest.raises(config_utils.UserError, match='is no CSV file'):
-    shared.run(pictures, tmp_path / 'data', '--label_column=kind')
+  with pytest.raises(config_utils.UserError, match='is no CSV or Parquet'):
+    shared.run(pictures, tmp_path / 'data', '--label=kind')
   with pytest.raises(config_utils.UserError, match='does not exist'):
-    shared.run(pictures / 'b.csv', tmp_path / 'data', '--label_column=kind')
+    shared.run(pictures / 'b.csv', tmp_path / 'data', '--label=kind')
   splits = (f'{row},{part}' for row in GOOD for part in ('train',))
   source = table(pictures, 'image,label,split', *splits)
   with pytest.raises(config_utils.UserError, match='leave out --validation'):

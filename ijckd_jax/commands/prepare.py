@@ -12,9 +12,11 @@ Face's hub.
 The third writes pictures of your own (JPEG, PNG, WebP, BMP, GIF, TIFF, PPM) as
 a data set called NAME. DIR holds train/CLASS/... and val/CLASS/... (or test, or
 both); or a folder for each class, a part of which becomes the split 'test'; or
-pictures without classes. In place of DIR stands a CSV file with the columns
-image (the files), label (the classes) and, perhaps, split. What was cut off,
-the same command continues.
+pictures without classes. In place of DIR stands a table, with the columns
+image, label and, perhaps, split: a CSV file of paths, or Parquet files
+('DIR/*.parquet') as Hugging Face's hub has them; or NumPy's .npz with images
+and labels, or train_images, train_labels and so on. What was cut off, the same
+command continues.
 """
 
 import argparse
@@ -31,17 +33,15 @@ from ijckd_jax.data.datasets import prepared
 from ijckd_jax.runtime import config_utils
 
 PROG = 'python -m ijckd_jax prepare'
+# All write an image_folder; what it is of, the source says.
+OWN = ('image_folder', 'csv', 'npz', 'parquet')
 COLUMNS = [field.name for field in dataclasses.fields(image_table.Columns)]
 
 
 def _prepare_folder(options) -> int:
   """Writes a folder of pictures as a data set and returns the exit code."""
   given = {key: value for key, value in options.items() if value is not None}
-  columns = {
-    field: given.pop(f'{field}_column')
-    for field in COLUMNS
-    if f'{field}_column' in given
-  }
+  columns = {field: given.pop(field) for field in COLUMNS if field in given}
   if columns:
     given['columns'] = image_table.Columns(**columns)
   for flag in ('source', 'name'):
@@ -96,7 +96,9 @@ def main(argv: list[str], prog: str = PROG) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument(
-    'dataset', metavar='name', help=', '.join(sorted(datasets.DATASETS))
+    'dataset',
+    metavar='name',
+    help=', '.join(sorted(datasets.DATASETS.keys() | OWN)),
   )
   parser.add_argument(
     '--source', default='', help='the original files, or your pictures'
@@ -118,14 +120,16 @@ def main(argv: list[str], prog: str = PROG) -> int:
   )
   for field in COLUMNS:
     own.add_argument(
-      f'--{field}_column', help=f'of a CSV file (default: {field})'
+      f'--{field}',
+      metavar='COLUMN',
+      help=f'of a CSV or Parquet file (default: {field})',
     )
   own.add_argument(
     '--num_workers', type=int, help='processes (default: one for each CPU)'
   )
   options = vars(parser.parse_args(argv))
   dataset = options.pop('dataset')
-  if dataset == 'image_folder':
+  if dataset in OWN:
     return _prepare_folder(options)
   source, data_dir = options.pop('source'), options.pop('data_dir')
   for flag, value in options.items():

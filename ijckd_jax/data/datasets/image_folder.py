@@ -18,6 +18,7 @@ from ijckd_jax.data.datasets import image_layout
 from ijckd_jax.data.datasets import image_report
 from ijckd_jax.data.datasets import image_shards
 from ijckd_jax.data.datasets import image_table
+from ijckd_jax.data.datasets import image_unpack
 from ijckd_jax.data.datasets import own_images
 from ijckd_jax.data.datasets import photos
 from ijckd_jax.data.datasets import prepared
@@ -28,6 +29,7 @@ from ijckd_jax.runtime import workers
 VERSION = '1.0.0'
 FORMAT = 1  # Of what is written; what has another one is written anew.
 PLAN = 'plan.json'
+ORIGIN = 'origin.json'  # Of what was unpacked.
 LOCK = 'lock'
 
 
@@ -44,13 +46,14 @@ def prepare(
   """Writes a folder of pictures as a tfds data set, and prints what it holds.
 
   Args:
-    source: the folder, as `image_layout.read` takes it; or a CSV file of
-      pictures, as `image_table.read` does.
+    source: the folder, as `image_layout.read` takes it; a CSV file of pictures,
+      as `image_table.read` does; or files that hold many, as
+      `image_unpack.find` takes them.
     name: what the data set is to be called.
     data_dir: tfds's data directory; '' is tfds's default.
     validation_fraction: as `image_layout.read` takes it.
     unlabelled: as `image_layout.read` takes it.
-    columns: of a CSV file; None: the usual ones.
+    columns: of a table; None: the usual ones.
     num_workers: processes; 1 works in this one.
 
   Returns:
@@ -61,17 +64,34 @@ def prepare(
     OSError: reading or writing failed; the same call continues.
   """
   workers.check_script()
-  folder = pathlib.Path(source).expanduser()
   root = prepared.data_root(data_dir)
   _check_name(name)
   if num_workers < 1:
     raise config_utils.UserError(f'num_workers={num_workers}: give at least 1')
-  if folder.suffix.lower() == image_table.SUFFIX and not folder.is_dir():
-    if unlabelled:
-      raise config_utils.UserError(
-        f'--source {folder}: pictures of a table have classes; of pictures '
-        'without them, give their folder'
+  final, incomplete = root / name / VERSION, root / f'incomplete.{name}'
+  unpacked = root / f'incomplete.{name}.files'
+  files = image_unpack.find(source)
+  origin = [*image_unpack.origin(files, columns), validation_fraction]
+  if files and _read_json(final / ORIGIN) == origin:
+    _tell(name, 'already prepared', final)
+    return final
+  folder = pathlib.Path(source).expanduser()
+  is_csv = folder.suffix.lower() == image_table.SUFFIX and not folder.is_dir()
+  if unlabelled and (files or is_csv):
+    raise config_utils.UserError(
+      f'--source {source}: pictures of a table have classes; of pictures '
+      'without them, give their folder'
+    )
+  if files:
+    image_unpack.check(files, columns or image_table.Columns())
+    _check_free(final)
+    incomplete.mkdir(parents=True, exist_ok=True)
+    with _alone(incomplete):
+      folder = image_unpack.unpack(
+        files, unpacked, columns or image_table.Columns()
       )
+    columns = None  # The table of what was unpacked has the usual ones.
+  if files or is_csv:
     layout = image_table.read(
       folder,
       columns=columns or image_table.Columns(),
@@ -79,43 +99,53 @@ def prepare(
     )
     folder = folder.parent
   else:
-    if columns is not None:
-      raise config_utils.UserError(
-        f'--source {folder} is no CSV file, which alone has columns'
-      )
-    layout = image_layout.read(
-      folder, validation_fraction=validation_fraction, unlabelled=unlabelled
+    layout = _read_folder(
+      folder, root, validation_fraction, unlabelled, columns
     )
-    _check_apart(root, folder)
-  final, incomplete = root / name / VERSION, root / f'incomplete.{name}'
   splits = _divide(incomplete, name, layout)
   plan = _plan(layout, splits)
   if (_read_json(final / PLAN) or {}).get('digest') == plan['digest']:
     _tell(name, 'already prepared', final)
     return final
+  _check_free(final)
+  incomplete.mkdir(parents=True, exist_ok=True)
+  with _alone(incomplete):
+    _begin(incomplete, plan)
+    _fill(incomplete, name, folder, layout, splits, num_workers)
+    if files:
+      _write_json(incomplete / ORIGIN, origin)
+    final.parent.mkdir(exist_ok=True)
+    incomplete.rename(final)
+    shutil.rmtree(final / image_shards.NOTES)
+    (final / LOCK).unlink()
+    shutil.rmtree(unpacked, ignore_errors=True)
+  _tell(name, 'written', final)
+  return final
+
+
+def _check_free(final):
   if final.parent.exists() and os.listdir(final.parent):
     raise config_utils.UserError(
       f'{final.parent} holds another data set, or one of other files or '
       'options: choose another --name, or remove that folder'
     )
-  incomplete.mkdir(parents=True, exist_ok=True)
-  with _alone(incomplete):
-    _begin(incomplete, plan)
-    _fill(incomplete, name, folder, layout, splits, num_workers)
-    final.parent.mkdir(exist_ok=True)
-    incomplete.rename(final)
-    shutil.rmtree(final / image_shards.NOTES)
-    (final / LOCK).unlink()
-  _tell(name, 'written', final)
-  return final
 
 
-def _check_apart(root, folder):
+def _read_folder(folder, root, validation_fraction, unlabelled, columns):
+  """Returns what is taken from a folder of pictures."""
+  if columns is not None:
+    raise config_utils.UserError(
+      f'--source {folder} is no CSV or Parquet file, which alone has columns'
+    )
+  layout = image_layout.read(
+    folder, validation_fraction=validation_fraction, unlabelled=unlabelled
+  )
   if root.resolve().is_relative_to(folder.resolve()):
     raise config_utils.UserError(
       f'data_dir {root} lies in --source {folder}, where it would be taken for '
       'pictures: give another --data_dir'
     )
+  return layout
 
 
 def _check_name(name):

@@ -54,7 +54,7 @@ def read(
     if column not in names:
       raise config_utils.UserError(
         f'{source} has no column {column!r}, but {", ".join(map(repr, names))}:'
-        ' name them by --image_column and --label_column'
+        ' name them by --image and --label'
       )
   has_splits = columns.split in names
   if has_splits and validation_fraction is not None:
