@@ -4,6 +4,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from ijckd_jax.commands import prepare
 from ijckd_jax.data.datasets import image_folder
 from ijckd_jax.data.datasets import image_table
 from ijckd_jax.runtime import config_utils
@@ -98,13 +99,18 @@ GOOD = ('a.png,x', 'b.png,y', 'c.png,x', 'd.png,y')
   'lines, said',
   [
     (('file,label', *GOOD), "no column 'image', but 'file', 'label'"),
-    (('image,kind', *GOOD), 'name them by --image and --label'),
+    (('image,kind', *GOOD), 'name them by --image, --label and --split'),
     (('image,label',), 'has no rows'),
     (('image,label', *GOOD, 'nowhere.png,x'), '1 of 5 files are not there'),
-    (('image,label', *GOOD, 'e.png,'), "row 6: 'label' is ''"),
-    (('image,label', *GOOD, ',x'), "row 6: 'image' is ''"),
-    (('image,label', *GOOD, 'e.png'), "row 6: 'label' is None"),
-    (('image,label', *GOOD, 'a.png,y'), 'row 6: a.png is in an earlier row'),
+    (('image,label', *GOOD, 'e.png,'), "line 6: 'label' is empty"),
+    (('image,label', *GOOD, ',x'), "line 6: 'image' is empty"),
+    (('image,label', *GOOD, 'e.png'), 'line 6: 1 cells for 2 columns'),
+    (('image,label', *GOOD, 'e.png,x, and y'), 'cells with commas in quotes'),
+    (('image,label,label', *(f'{row},x' for row in GOOD)), 'have one name'),
+    (('image;label', 'a.png;x', 'b.png;y'), 'separate columns by commas'),
+    (('image,label', *GOOD, '', './a.png,y'), 'line 7: a.png is in an earl'),
+    (('image,label', *GOOD, 'e\0.png,x'), '1 of 5 files are not there'),
+    (('image,label', *GOOD, 'a.png,y'), 'line 6: a.png is in an earlier row'),
     (('image,label', 'a.png,x', 'b.png,x'), '1 classes to train on'),
     (('image,label', *GOOD, 'e.png,X'), "'X' and 'x' are the same but for"),
     (
@@ -133,10 +139,23 @@ def test_flags_that_do_not_fit(pictures, tmp_path):
     shared.run(pictures, tmp_path / 'data', '--label=kind')
   with pytest.raises(config_utils.UserError, match='does not exist'):
     shared.run(pictures / 'b.csv', tmp_path / 'data', '--label=kind')
-  splits = (f'{row},{part}' for row in GOOD for part in ('train',))
-  source = table(pictures, 'image,label,split', *splits)
+  lines = [f'{row},{"train" if row < "c" else "test"}' for row in GOOD]
+  source = table(pictures, 'image,label,split', *lines)
   with pytest.raises(config_utils.UserError, match='leave out --validation'):
     shared.run(source, tmp_path / 'data', '--validation_fraction=0.2')
+  # A column that is asked for must be there; the usual one need not.
+  with pytest.raises(config_utils.UserError, match="no column 'part'"):
+    shared.run(source, tmp_path / 'data', '--split=part')
+  # What is all for training has a part held out.
+  lines = [f'{row}, train' for row in GOOD]
+  source = table(pictures, 'image, label , split', *lines)
+  shared.run(source, tmp_path / 'data', '--validation_fraction=0.5')
+  assert {k: len(v) for k, v in shared.contents(tmp_path / 'data').items()} == {
+    'train': 2,
+    'test': 2,
+  }
+  with pytest.raises(config_utils.UserError, match='is no .csv file'):
+    prepare.main(['csv', '--source', str(pictures), '--name', 'cats'])
   source.write_bytes(b'image,label\na.png,\xff\n')
   with pytest.raises(config_utils.UserError, match='no CSV file in UTF-8'):
     shared.run(source, tmp_path / 'data')

@@ -227,6 +227,54 @@ GREY = np.zeros((4, 3, 3), np.uint8)
     ),
     (
       'a.npz',
+      lambda p: np.savez(
+        p, train_images=GREY, train_labels=LABELS, test_images=GREY
+      ),
+      'leave out all others but class_names',
+    ),
+    (
+      'a.npz',
+      lambda p: np.savez(
+        p, train_images=GREY, train_labels=LABELS, x_train=GREY, y_train=LABELS
+      ),
+      'call the arrays images',
+    ),
+    (
+      'a.npz',
+      lambda p: np.savez(
+        p, images=GREY, labels=LABELS, class_names=np.array([b'x', b'y'])
+      ),
+      'give one text for each class',
+    ),
+    (
+      'a.npz',
+      lambda p: np.savez(
+        p, images=GREY, labels=LABELS, class_names=np.array(['x', 'x'])
+      ),
+      'all different',
+    ),
+    (
+      'a.parquet',
+      lambda p: bad_parquet(p, names=['x', 'y', 'x']),
+      'all different',
+    ),
+    (
+      'a.parquet',
+      lambda p: bad_parquet(p, split=['train', 'dev', 'test']),
+      "row 1: 'dev' is none of the splits",
+    ),
+    (
+      'a.parquet',
+      lambda p: bad_parquet(p, labels=['x', '', 'y'], names=None),
+      "row 1: the label '' is no name",
+    ),
+    (
+      'a.parquet',
+      lambda p: bad_parquet(p, labels=[0, 0, 0]),
+      r'a.parquet has 1 classes to train on',
+    ),
+    (
+      'a.npz',
       lambda p: np.savez(p, images=GREY[..., None].repeat(4, 3), labels=LABELS),
       'one channel or three',
     ),
@@ -269,9 +317,83 @@ def test_siblings_that_differ_and_patterns_that_fit_nothing(tmp_path):
       f'{tmp_path}/*.parquet', 'pets', str(tmp_path / 'data')
     )
   assert not (tmp_path / 'data').exists()
-  with pytest.raises(config_utils.UserError, match='there is no such file'):
+  with pytest.raises(config_utils.UserError, match='there is no .npz file'):
     image_folder.prepare(f'{tmp_path}/*.npz', 'pets', str(tmp_path / 'data'))
   write_parquet(tmp_path / 'one/train.parquet', [0, 1, 2, 0, 1, 2])
   with pytest.raises(config_utils.UserError, match='have classes'):
     shared.run(tmp_path / 'one', tmp_path / 'data', '--unlabelled')
   assert not (tmp_path / 'data').exists()
+
+
+@pytest.mark.parametrize(
+  'train, test',
+  [
+    ('cifar-train.parquet', 'cifar-test.parquet'),
+    ('seg_train.parquet', 'seg_test.parquet'),
+    ('train/p1/0.parquet', 'test/p1/0.PARQUET'),
+    ('TrainSet.parquet', 'testing-0-of-1.parquet'),
+  ],
+)
+def test_the_split_is_in_the_name(train, test, tmp_path):
+  source = tmp_path / 'test_run'  # What is above does not count.
+  write_parquet(source / train, [0, 1, 2])
+  write_parquet(source / test, [2, 1, 0])
+  write_parquet(source / '.cache/train.parquet', [0, 1, 2])
+  (source / 'cover.png').write_bytes(picture(0))
+  argv = ['--source', str(source), '--name', 'pets', '--num_workers=1']
+  assert (
+    prepare.main(['parquet', *argv, '--data_dir', str(tmp_path / 'd')]) == 0
+  )
+  assert levels(tmp_path / 'd') == {
+    'train': [(0, 'zebra'), (20, 'ant'), (40, 'T-shirt/top')],
+    'test': [(0, 'T-shirt/top'), (20, 'ant'), (40, 'zebra')],
+  }
+
+
+@pytest.mark.parametrize(
+  'names, said',
+  [
+    (('train.parquet', 'dev.parquet'), 'dev.parquet: the name says no split'),
+    (('test/train.parquet', 'val/0.parquet'), 'says test and train: rename it'),
+  ],
+)
+def test_names_that_leave_the_split_open(names, said, tmp_path):
+  for name in names:
+    write_parquet(tmp_path / 'source' / name, [0, 1, 2])
+  with pytest.raises(config_utils.UserError, match=said):
+    image_folder.prepare(
+      str(tmp_path / 'source'), 'pets', str(tmp_path / 'data')
+    )
+  assert not (tmp_path / 'data').exists()
+
+
+def test_a_split_column_in_one_of_two_files(tmp_path):
+  write_parquet(tmp_path / 'a.parquet', [0, 1, 2])
+  write_parquet(tmp_path / 'b.parquet', [0, 1, 2], split=['train'] * 3)
+  with pytest.raises(config_utils.UserError, match='b.parquet is not like'):
+    image_folder.prepare(str(tmp_path), 'pets', str(tmp_path / 'data'))
+
+
+def test_arrays_in_a_file_for_each_split(tmp_path):
+  for split, level in (('train', 10), ('test', 20)):
+    images = np.full((4, 3, 3), level, np.uint8)
+    np.savez(tmp_path / f'{split}.npz', images=images, labels=LABELS)
+  shared.run(f'{tmp_path}/*.npz', tmp_path / 'data')
+  assert levels(tmp_path / 'data') == {
+    'train': [(10, '0'), (10, '0'), (10, '1'), (10, '1')],
+    'test': [(20, '0'), (20, '0'), (20, '1'), (20, '1')],
+  }
+
+
+def test_a_file_beside_a_folder_of_its_name_and_a_second_start(
+  tmp_path, monkeypatch, capsys
+):
+  source = tmp_path / 'hub'
+  write_parquet(source / 'a.parquet', [0, 1, 2, 0, 1, 2])
+  write_parquet(source / 'a/b.parquet', [0, 1, 2, 0, 1, 2])
+  shared.run(source, tmp_path / 'data')
+  assert sum(map(len, levels(tmp_path / 'data').values())) == 12
+  # A relative path and the usual names are the same request.
+  monkeypatch.chdir(tmp_path)
+  shared.run('hub', tmp_path / 'data', '--image=image', '--label=label')
+  assert 'already prepared' in capsys.readouterr().out

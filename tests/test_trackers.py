@@ -110,6 +110,24 @@ def test_a_tracker_that_fails_ends_no_run(ledger, tmp_path, caplog):
   tracker.fails = False
   tracker.write(2, {'train/loss': 1.0})
   assert tracker.given[-1] == (2, {'train/loss': 1.0})
+  # One that is away for good is not asked at every step.
+  tracker.fails = True
+  for step in range(3, 6):
+    tracker.write(step, {'train/loss': 1.0})
+  assert 'the tracker gets no more of it' in caplog.text
+  tracker.fails = False
+  tracker.write(6, {'train/loss': 1.0})
+  tracker.close()
+  assert tracker.given[-1] == (2, {'train/loss': 1.0})
+
+
+@pytest.mark.parametrize(
+  'text', ['{"json": {"run', '[]', '{"json": []}', '{"json": {"step": "x"}}']
+)
+def test_damaged_notes_are_named(text, ledger, tmp_path):
+  (tmp_path / workdirs.TRACKED).write_text(text)
+  with pytest.raises(config_utils.UserError, match='tracked.json is damaged'):
+    ledger({'seed': 0}, str(tmp_path))
 
 
 def test_names_are_told_apart_and_what_is_missing_is_said(monkeypatch):
@@ -120,7 +138,7 @@ def test_names_are_told_apart_and_what_is_missing_is_said(monkeypatch):
     with pytest.raises(config_utils.UserError, match=f'ijckd_jax\\[{name}\\]'):
       trackers.factories([name])
   several = trackers.factories([f'{__name__}:Ledger, {__name__}:Ledger'])
-  assert several == [Ledger, Ledger] and trackers.factories(()) == []
+  assert several == [Ledger] and trackers.factories(()) == []
 
 
 def records(data):

@@ -46,7 +46,8 @@ def _prepare_folder(options) -> int:
     given['columns'] = image_table.Columns(**columns)
   for flag in ('source', 'name'):
     if not given.get(flag):
-      raise config_utils.UserError(f'image_folder needs --{flag}')
+      asked = options['kind'] or 'image_folder'
+      raise config_utils.UserError(f'{asked} needs --{flag}')
   try:
     image_folder.prepare(**{'num_workers': os.cpu_count() or 1, **given})
   except KeyboardInterrupt:
@@ -130,7 +131,8 @@ def main(argv: list[str], prog: str = PROG) -> int:
   options = vars(parser.parse_args(argv))
   dataset = options.pop('dataset')
   if dataset in OWN:
-    return _prepare_folder(options)
+    kind = '' if dataset == 'image_folder' else dataset
+    return _prepare_folder({**options, 'kind': kind})
   source, data_dir = options.pop('source'), options.pop('data_dir')
   for flag, value in options.items():
     if value is not None:

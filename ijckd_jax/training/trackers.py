@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import contextlib
 import json
 import logging
+import os
 import secrets
 import sys
 
@@ -30,6 +31,8 @@ TRACKERS = {
   'wandb': 'ijckd_jax.training.trackers:Wandb',
 }
 PROJECT = 'ijckd_jax'
+TIMEOUT = 30  # Seconds that a server has to answer, in a few tries.
+MAX_FAILURES = 3  # In a row; then a tracker gets no more.
 
 logger = logging.getLogger('ijckd_jax')
 
@@ -45,6 +48,7 @@ def factories(writers: Sequence[str]) -> list:
     config_utils.UserError: there is no such writer, or a tracker cannot start.
   """
   names = [name.strip() for one in writers for name in one.split(',')]
+  names = list(dict.fromkeys(filter(None, names)))
   found = [config_utils.resolve('writer', name, TRACKERS) for name in names]
   for factory in found:
     if isinstance(factory, type) and issubclass(factory, Tracker):
@@ -74,11 +78,19 @@ class Tracker:
     Raises:
       config_utils.UserError: the tracker does not start.
     """
-    self._folder = epath.Path(workdir)
-    state = self._noted().get(self.name, {})
-    self._step, self._names = state.get('step', -1), state.get('names', [])
+    self._folder, self._failures = epath.Path(workdir), 0
+    place = self._folder / workdirs.TRACKED
+    try:
+      state = self._noted().get(self.name, {})
+      run, self._step = state.get('run'), int(state.get('step', -1))
+      self._names = list(state.get('names', []))
+    except (AttributeError, TypeError, ValueError) as error:
+      raise config_utils.UserError(
+        f'{place} is damaged ({config_utils.short(error)}): mend it, or remove '
+        'it, and the run begins anew in its trackers'
+      ) from error
     with self.explained():
-      self._run = self._open(state.get('run'), config, self._folder.name)
+      self._run = self._open(run, config, self._folder.name)
 
   @classmethod
   def check(cls) -> None:
@@ -113,12 +125,15 @@ class Tracker:
     new = {name: value for name, value in scalars.items() if name not in had}
     if not new:
       return
-    # Noted first: a kill between the two loses a row there, and doubles none.
     self._step, self._names = step, [*had, *new]
+    self._try(f'a row of step {step}', self._give, step, new)
+
+  def _give(self, step, scalars):
+    # Noted first: a kill between the two loses a row there, and doubles none.
     state = {'run': self._run, 'step': step, 'names': self._names}
     noted = json.dumps({**self._noted(), self.name: state})
     disk.write_text(self._folder / workdirs.TRACKED, noted + '\n')
-    self._try(f'a row of step {step}', self._take_row, step, new)
+    self._take_row(step, scalars)
 
   def finish(self) -> None:
     """Gives the tracker the pictures and the bundle of a finished run."""
@@ -137,15 +152,21 @@ class Tracker:
 
   def _try(self, what, give, *args):
     """Gives the tracker something; a run does not end because it fails."""
+    if self._failures == MAX_FAILURES:
+      return
     try:
       with contextlib.redirect_stdout(sys.stderr):
         give(*args)
+      self._failures = 0
     except Exception as error:  # Each package has errors of its own.
+      self._failures += 1
+      last = self._failures == MAX_FAILURES
       logger.warning(
-        '%s did not take %s (%s); the run goes on, and its folder has all',
+        '%s did not take %s (%s); the run goes on, and its folder has all%s',
         self.name,
         what,
         config_utils.short(error),
+        ': the tracker gets no more of it' if last else '',
       )
 
 
@@ -153,7 +174,7 @@ class Wandb(Tracker):
   """Weights & Biases; WANDB_MODE=offline keeps runs on this machine."""
 
   name = 'wandb'
-  remedy = 'run wandb login, or set WANDB_MODE=offline'
+  remedy = 'run wandb login, or set WANDB_MODE=offline (or online)'
 
   @classmethod
   def check(cls):
@@ -168,7 +189,12 @@ class Wandb(Tracker):
     import wandb
 
     self._tracked = wandb.init(
-      project=PROJECT, name=title, id=run, resume='allow', config=dict(config)
+      project=PROJECT,
+      name=title,
+      id=run,
+      resume='allow',
+      config=dict(config),
+      settings=wandb.Settings(init_timeout=TIMEOUT),
     )
     return self._tracked.id
 
@@ -196,11 +222,17 @@ class MLflow(Tracker):
   """MLflow; MLFLOW_TRACKING_URI says where its runs are."""
 
   name = 'mlflow'
-  remedy = 'does MLFLOW_TRACKING_URI name a server or a place that is there?'
+  remedy = (
+    'does MLFLOW_TRACKING_URI name the server or the place where the run is '
+    'that tracked.json in its folder names?'
+  )
 
   def _open(self, run, config, title):
     import mlflow
 
+    # By default a row waits for minutes where the server is away.
+    os.environ.setdefault('MLFLOW_HTTP_REQUEST_TIMEOUT', str(TIMEOUT))
+    os.environ.setdefault('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '2')
     self._client = mlflow.MlflowClient()
     if run is not None:
       self._client.update_run(run, status='RUNNING')
@@ -234,6 +266,17 @@ class Trackio(Tracker):
 
   name = 'trackio'
   remedy = 'is TRACKIO_DIR a folder that can be written?'
+
+  @classmethod
+  def check(cls):
+    """Raises where it is not installed, or has no place to write to."""
+    import tempfile
+
+    import trackio
+
+    folder = trackio.TRACKIO_DIR
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
   def _open(self, run, config, title):
     import trackio

@@ -41,6 +41,7 @@ def prepare(
   validation_fraction: float | None = None,
   unlabelled: bool = False,
   columns: image_table.Columns | None = None,
+  kind: str = '',
   num_workers: int = 1,
 ) -> pathlib.Path:
   """Writes a folder of pictures as a tfds data set, and prints what it holds.
@@ -54,6 +55,8 @@ def prepare(
     validation_fraction: as `image_layout.read` takes it.
     unlabelled: as `image_layout.read` takes it.
     columns: of a table; None: the usual ones.
+    kind: 'csv', 'parquet' or 'npz' where the source must be that; '': whatever
+      it is.
     num_workers: processes; 1 works in this one.
 
   Returns:
@@ -63,6 +66,8 @@ def prepare(
     UserError: the request cannot be met; there is no new data set.
     OSError: reading or writing failed; the same call continues.
   """
+  # Long, because it is the order of a request: what costs nothing is checked
+  # first, and nothing is in its place before all of it is there.
   workers.check_script()
   root = prepared.data_root(data_dir)
   _check_name(name)
@@ -70,46 +75,51 @@ def prepare(
     raise config_utils.UserError(f'num_workers={num_workers}: give at least 1')
   final, incomplete = root / name / VERSION, root / f'incomplete.{name}'
   unpacked = root / f'incomplete.{name}.files'
-  files = image_unpack.find(source)
-  origin = [*image_unpack.origin(files, columns), validation_fraction]
-  if files and _read_json(final / ORIGIN) == origin:
-    _tell(name, 'already prepared', final)
-    return final
   folder = pathlib.Path(source).expanduser()
   is_csv = folder.suffix.lower() == image_table.SUFFIX and not folder.is_dir()
+  if kind == 'csv' and not is_csv:
+    raise config_utils.UserError(f'--source {source} is no .csv file')
+  files = image_unpack.find(source, image_unpack.SUFFIXES.get(kind, ''))
   if unlabelled and (files or is_csv):
     raise config_utils.UserError(
       f'--source {source}: pictures of a table have classes; of pictures '
       'without them, give their folder'
     )
+  if columns is not None and not (files or is_csv):
+    raise config_utils.UserError(
+      f'--source {source} is no CSV or Parquet file, which alone has columns'
+    )
+  columns = columns or image_table.Columns()
+  origin = [*image_unpack.origin(files, columns), validation_fraction]
   if files:
-    image_unpack.check(files, columns or image_table.Columns())
+    if _read_json(final / ORIGIN) == origin:
+      _tell(name, 'already prepared', final)
+      return final
+    image_unpack.check(files, columns)
     _check_free(final)
-    incomplete.mkdir(parents=True, exist_ok=True)
-    with _alone(incomplete):
-      folder = image_unpack.unpack(
-        files, unpacked, columns or image_table.Columns()
+  with contextlib.ExitStack() as stack:
+    if files:
+      stack.enter_context(_alone(incomplete))
+      table = image_unpack.unpack(files, unpacked, columns)
+      layout = image_table.read(
+        table, validation_fraction=validation_fraction, called=source
       )
-    columns = None  # The table of what was unpacked has the usual ones.
-  if files or is_csv:
-    layout = image_table.read(
-      folder,
-      columns=columns or image_table.Columns(),
-      validation_fraction=validation_fraction,
-    )
-    folder = folder.parent
-  else:
-    layout = _read_folder(
-      folder, root, validation_fraction, unlabelled, columns
-    )
-  splits = _divide(incomplete, name, layout)
-  plan = _plan(layout, splits)
-  if (_read_json(final / PLAN) or {}).get('digest') == plan['digest']:
-    _tell(name, 'already prepared', final)
-    return final
-  _check_free(final)
-  incomplete.mkdir(parents=True, exist_ok=True)
-  with _alone(incomplete):
+      folder = unpacked
+    elif is_csv:
+      layout = image_table.read(
+        folder, columns=columns, validation_fraction=validation_fraction
+      )
+      folder = folder.parent
+    else:
+      layout = _read_folder(folder, root, validation_fraction, unlabelled)
+    splits = _divide(incomplete, name, layout)
+    plan = _plan(layout, splits)
+    if (_read_json(final / PLAN) or {}).get('digest') == plan['digest']:
+      _tell(name, 'already prepared', final)
+      return final
+    _check_free(final)
+    if not files:
+      stack.enter_context(_alone(incomplete))
     _begin(incomplete, plan)
     _fill(incomplete, name, folder, layout, splits, num_workers)
     if files:
@@ -131,12 +141,8 @@ def _check_free(final):
     )
 
 
-def _read_folder(folder, root, validation_fraction, unlabelled, columns):
+def _read_folder(folder, root, validation_fraction, unlabelled):
   """Returns what is taken from a folder of pictures."""
-  if columns is not None:
-    raise config_utils.UserError(
-      f'--source {folder} is no CSV or Parquet file, which alone has columns'
-    )
   layout = image_layout.read(
     folder, validation_fraction=validation_fraction, unlabelled=unlabelled
   )
@@ -185,7 +191,8 @@ def _plan(layout, splits):
 
 @contextlib.contextmanager
 def _alone(folder):
-  """Holds a folder against other processes that would write into it."""
+  """Makes a folder, and holds it against others that would write into it."""
+  folder.mkdir(parents=True, exist_ok=True)
   with (folder / LOCK).open('w') as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -56,6 +56,11 @@ def _folders(content, folder):
   return set() if '' in found else found
 
 
+def split_of_name(name: str) -> str | None:
+  """Returns the split that a part of a name stands for; None: there is none."""
+  return _named_split(name)[0]
+
+
 def _named_split(name):
   """Returns the split that a part of a name stands for, and the other letters.
 

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import os
 import pathlib
+import re
 import unicodedata
 
 from ijckd_jax.data.datasets import image_layout
@@ -22,7 +23,8 @@ class Columns:
     image: of the files, relative to the folder of the table, or absolute.
     label: of the classes' names.
     split: of the splits, as image_splits.SPLIT_OF has them. A table need not
-      have it: then a part of every class is held out.
+      have the usual one. Where all is for training, a part of every class is
+      held out.
   """
 
   image: str = 'image'
@@ -35,45 +37,39 @@ def read(
   *,
   columns: Columns = Columns(),  # noqa: B008
   validation_fraction: float | None = None,
+  called: str = '',
 ) -> image_layout.Layout:
   """Returns the splits, classes and files of a table.
 
   Args:
     source: a CSV file whose first line names its columns.
     columns: which of them to read.
-    validation_fraction: as image_layout.read takes it, where there is no
-      column of splits.
+    validation_fraction: as image_layout.read takes it, where all is for
+      training.
+    called: what messages call the table; '' is its file.
 
   Raises:
     UserError: a column, a file or a label is missing, or two are alike.
     OSError: it cannot be read.
   """
   rows = _rows(source)
-  names = list(rows[0])
-  for column in (columns.image, columns.label):
-    if column not in names:
-      raise config_utils.UserError(
-        f'{source} has no column {column!r}, but {", ".join(map(repr, names))}:'
-        ' name them by --image and --label'
-      )
-  has_splits = columns.split in names
-  if has_splits and validation_fraction is not None:
-    raise config_utils.UserError(
-      f'{source} says by its column {columns.split!r} which pictures are of '
-      'which split: leave out --validation_fraction'
-    )
+  names = list(rows[0][1])
+  check_columns(source, names, columns)
   members, files, missing = {}, {}, []
-  for number, row in enumerate(rows, 2):  # The first line has the names.
-    place = f'{source}, row {number}'
+  for line, row in rows:
+    place = f'{source}, line {line}'
     path, label = (_cell(place, row, c) for c in (columns.image, columns.label))
+    path = os.path.normpath(path)
     label = unicodedata.normalize('NFC', label)
-    split = _split(place, row[columns.split]) if has_splits else 'train'
+    split = 'train'
+    if columns.split in names:
+      split = _split(place, row[columns.split])
     if path in files:
       raise config_utils.UserError(f'{place}: {path} is in an earlier row too')
     try:
       status = os.stat(source.parent / path)
       files[path] = status.st_size, status.st_mtime_ns
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
       files[path] = None
       missing.append(path)
     members.setdefault(split, {}).setdefault(label, []).append(path)
@@ -83,39 +79,73 @@ def read(
       f'({image_splits.some(missing)}): paths are relative to '
       f'{source.parent}, or absolute'
     )
-  return _layout(source, members, files, validation_fraction)
+  return _layout(called or source, members, files, validation_fraction)
 
 
-def _rows(source) -> Sequence[dict[str, str]]:
-  """Returns the rows of a CSV file by the names of its columns."""
+def check_columns(source, names: Sequence[str], columns: Columns) -> None:
+  """Raises UserError unless a table has the columns that are to be read.
+
+  Args:
+    source: the table's file.
+    names: of its columns.
+    columns: which of them to read.
+  """
+  wanted = [columns.image, columns.label]
+  if columns.split != Columns.split:
+    wanted.append(columns.split)
+  for column in wanted:
+    if column not in names:
+      known = ', '.join(map(repr, names))
+      remedy = 'name them by --image, --label and --split'
+      if len(names) == 1 and re.search(r'[;|\t]', names[0]):
+        remedy = 'separate columns by commas'
+      raise config_utils.UserError(
+        f'{source} has no column {column!r}, but {known}: {remedy}'
+      )
+
+
+def _rows(source) -> list[tuple[int, dict[str, str]]]:
+  """Returns the rows of a CSV file by their columns' names, and their lines."""
   if not source.is_file():
     what = 'is no file' if source.exists() else 'does not exist'
     raise config_utils.UserError(f'--source {source} {what}')
   try:
     with source.open(newline='', encoding='utf-8-sig') as file:
-      rows = list(csv.DictReader(file, strict=True))
+      reader = csv.reader(file, strict=True, skipinitialspace=True)
+      lines = [(reader.line_num, cells) for cells in reader if cells]
   except (csv.Error, UnicodeDecodeError) as error:
     raise config_utils.UserError(
       f'{source} is no CSV file in UTF-8 ({config_utils.short(error)})'
     ) from error
-  if not rows:
+  if len(lines) < 2:
     raise config_utils.UserError(f'{source} has no rows below its first line')
-  return rows
+  (_, names), *rows = lines
+  for line, cells in rows:
+    if len(cells) != len(names):
+      raise config_utils.UserError(
+        f'{source}, line {line}: {len(cells)} cells for {len(names)} columns; '
+        'put cells with commas in quotes'
+      )
+  names = [name.strip() for name in names]
+  if len(set(names)) < len(names):
+    raise config_utils.UserError(
+      f'{source}: two of its columns have one name ({", ".join(names)})'
+    )
+  return [(line, dict(zip(names, cells, strict=True))) for line, cells in rows]
 
 
 def _cell(place, row, column) -> str:
   """Returns what a row has in a column, which must not be empty."""
-  value = (row[column] or '').strip()
+  value = row[column].strip()
   if value.splitlines() != [value]:
-    raise config_utils.UserError(
-      f'{place}: {column!r} is {row[column]!r}, where one line is wanted'
-    )
+    what = 'more than one line' if value else 'empty'
+    raise config_utils.UserError(f'{place}: {column!r} is {what}')
   return value
 
 
 def _split(place, value) -> str:
   """Returns the split that a cell names."""
-  split = image_splits.SPLIT_OF.get((value or '').strip().casefold())
+  split = image_splits.SPLIT_OF.get(value.strip().casefold())
   if split is None:
     raise config_utils.UserError(
       f'{place}: {value!r} is none of the splits '
@@ -151,6 +181,11 @@ def _layout(source, members, files, validation_fraction):
     if fraction is None:
       fraction = image_layout.HELD_OUT
     members = image_layout.hold_out(train, fraction)
+  elif validation_fraction is not None:
+    raise config_utils.UserError(
+      f'{source} says which pictures are of which split: leave out '
+      '--validation_fraction'
+    )
   elif 'test' not in members:  # A run needs one.
     members['test'] = members.pop('validation')
   class_names = sorted(train, key=_in_order)

@@ -14,7 +14,6 @@ import io
 import json
 import os
 import pathlib
-import re
 import shutil
 
 import numpy as np
@@ -26,36 +25,53 @@ from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import disk
 
 PARQUET, NUMPY = '.parquet', '.npz'
+SUFFIXES = {'parquet': PARQUET, 'npz': NUMPY}
 TABLE = 'pictures.csv'
 DONE = 'done.json'
 # How NumPy's files call images and labels: of a split, or of all there are.
 ARRAYS = ('{}_images', '{}_labels'), ('x_{}', 'y_{}')
 WHOLE = ('images', 'labels')
+CLASS_NAMES = 'class_names'
 BATCH = 256  # Rows that are read at a time.
 
 
-def find(source: str) -> list[pathlib.Path]:
+def find(source: str, suffix: str = '') -> list[pathlib.Path]:
   """Returns the files of many pictures that a source names, in order.
 
   Args:
     source: such a file, a pattern of them, or a folder that holds Parquet files
       and no pictures; of anything else there are none.
+    suffix: PARQUET or NUMPY where there must be such files, beside whatever
+      pictures; '': they need not be.
 
   Raises:
-    UserError: nothing fits a pattern.
+    UserError: nothing fits a pattern, or there are no such files.
   """
   path = pathlib.Path(source).expanduser()
-  if path.suffix.lower() in (PARQUET, NUMPY) and path.is_file():
-    return [path]
+  kinds = (suffix,) if suffix else (PARQUET, NUMPY)
   if path.is_dir():
-    files = sorted(path.rglob(f'*{PARQUET}'))
-    return files if files and not image_layout.walk(path)[0] else []
-  if path.suffix.lower() not in (PARQUET, NUMPY):
-    return []
-  files = sorted(map(pathlib.Path, glob.glob(str(path), recursive=True)))
-  if not files:
-    raise config_utils.UserError(f'--source {source}: there is no such file')
-  return files
+    kinds = (suffix or PARQUET,)
+    found = [
+      file
+      for file in sorted(path.rglob('*'))
+      if file.suffix.lower() in kinds
+      and file.is_file()
+      # As of pictures, what is hidden is left out.
+      and not any(part[0] == '.' for part in file.relative_to(path).parts)
+    ]
+    if found and not suffix and image_layout.walk(path)[0]:
+      return []
+  elif path.is_file():
+    found = [path] if path.suffix.lower() in kinds else []
+  else:
+    named = sorted(map(pathlib.Path, glob.glob(str(path), recursive=True)))
+    found = [file for file in named if file.suffix.lower() in kinds]
+    suffix = suffix or (path.suffix if path.suffix.lower() in kinds else '')
+  if suffix and not found:
+    raise config_utils.UserError(
+      f'--source {source}: there is no {suffix} file'
+    )
+  return found
 
 
 def check(files: Sequence[pathlib.Path], columns: image_table.Columns) -> None:
@@ -65,6 +81,7 @@ def check(files: Sequence[pathlib.Path], columns: image_table.Columns) -> None:
     files: as `find` returns them.
     columns: as `unpack` takes them.
   """
+  _splits(files)
   first = _describe(files[0], columns)
   for path in files[1:]:
     found = _describe(path, columns)
@@ -85,34 +102,61 @@ def unpack(
     files: as `find` returns them.
     folder: where to; what is complete in it is kept.
     columns: of the Parquet files. The split of a file without such a column is
-      what its name, or its folder's, begins with; 'train' if that is none.
+      the one that its name, or its folder's, has; 'train' where none has one.
 
   Raises:
     UserError: a file is damaged, or lacks something.
     OSError: reading or writing failed; the same call continues.
   """
-  above = pathlib.Path(os.path.commonpath([path.parent for path in files]))
-  lines = []
-  for path in files:
-    name = path.relative_to(above).with_suffix('').as_posix()
-    lines += _unpack_file(path, folder, name, columns)
+  above, lines = _above(files), []
+  for path, split in _splits(files).items():
+    name = path.relative_to(above).as_posix()
+    lines += _unpack_file(path, folder, name, split, columns)
   header = [field.name for field in dataclasses.fields(image_table.Columns)]
-  if all(line[-1] == 'train' for line in lines):  # A part will be held out.
-    header, lines = header[:-1], [line[:-1] for line in lines]
   table = io.StringIO()
   csv.writer(table).writerows([header, *lines])
   disk.write_text(folder / TABLE, table.getvalue())
   return folder / TABLE
 
 
-def origin(
-  files: Sequence[pathlib.Path], columns: image_table.Columns | None
-) -> list:
+def origin(files: Sequence[pathlib.Path], columns: image_table.Columns) -> list:
   """Returns by what unpacked pictures are known again, as JSON."""
   return [
-    [[str(path), *_stamp(path)] for path in files],
-    columns and dataclasses.asdict(columns),
+    [[str(path.resolve()), *_stamp(path)] for path in files],
+    dataclasses.asdict(columns),
   ]
+
+
+def _above(files) -> pathlib.Path:
+  """Returns the folder that holds all files, or the folders that do."""
+  return pathlib.Path(os.path.commonpath([path.parent for path in files]))
+
+
+def _splits(files) -> dict[pathlib.Path, str]:
+  """Returns the split that the name of each file, or its folder's, has.
+
+  Raises:
+    UserError: one has several, or none where others have one.
+  """
+  above, found = _above(files), {}
+  for path in files:
+    *folders, name = path.relative_to(above).parts
+    parts = [*folders, name.removesuffix(path.suffix)]
+    splits = {image_splits.split_of_name(part) for part in parts} - {None}
+    if len(splits) > 1:
+      raise config_utils.UserError(
+        f'{path}: its name says {" and ".join(sorted(splits))}: rename it'
+      )
+    found[path] = splits.pop() if splits else ''
+  without = [path.name for path, split in found.items() if not split]
+  if len(without) == len(found):
+    return dict.fromkeys(files, 'train')
+  if without:
+    raise config_utils.UserError(
+      f'{image_splits.some(without)}: the name says no split (train, val or '
+      'test), as those of other files do: rename it'
+    )
+  return found
 
 
 def _stamp(path):
@@ -120,10 +164,10 @@ def _stamp(path):
   return [status.st_size, status.st_mtime_ns]
 
 
-def _unpack_file(path, folder, name, columns):
+def _unpack_file(path, folder, name, split, columns):
   """Returns the lines of the table for a file, whose pictures are written."""
   target = folder / name
-  stamp = [*_stamp(path), dataclasses.asdict(columns)]
+  stamp = [*_stamp(path), split, dataclasses.asdict(columns)]
   try:
     done = disk.read_json(target / DONE)
     if done['stamp'] == stamp:
@@ -136,12 +180,13 @@ def _unpack_file(path, folder, name, columns):
   read = _parquet if path.suffix.lower() == PARQUET else _numpy
   lines = []
   try:
-    for number, (data, label, split) in enumerate(read(path, columns)):
+    for number, row in enumerate(read(path, columns)):
+      data, label, own_split = row
       picture = target / f'{number:07}'
       picture.write_bytes(data)
       # That a second unpacking is the same to those who compare.
       os.utime(picture, ns=(stamp[1], stamp[1]))
-      lines.append([f'{name}/{picture.name}', label, split])
+      lines.append([f'{name}/{picture.name}', label, own_split or split])
   except (config_utils.UserError, OSError):
     raise
   except Exception as error:  # Arrow and NumPy raise whatever they like.
@@ -164,6 +209,8 @@ def _describe(path, columns) -> str:
       return _describe_parquet(path, columns)
     with np.load(path) as arrays:
       _pairs(path, arrays)
+      if CLASS_NAMES in arrays:
+        _check_names(path, arrays[CLASS_NAMES].tolist())
     return 'arrays'
   except (config_utils.UserError, OSError):
     raise
@@ -177,13 +224,7 @@ def _describe_parquet(path, columns) -> str:
   from pyarrow import parquet
 
   schema = parquet.read_schema(path)
-  for column in (columns.image, columns.label):
-    if column not in schema.names:
-      raise config_utils.UserError(
-        f'{path} has no column {column!r}, but '
-        f'{", ".join(map(repr, schema.names))}: name them by --image and '
-        '--label'
-      )
+  image_table.check_columns(path, schema.names, columns)
   kind = schema.field(columns.image).type
   if pyarrow.types.is_struct(kind):
     if kind.get_field_index('bytes') < 0:
@@ -208,17 +249,32 @@ def _describe_parquet(path, columns) -> str:
       'number or a name'
     )
   names = _class_names(schema, columns.label)
-  classes = f' of {len(names)} classes' if names else ''
-  return (
-    f'pictures in {kind} and labels in {label}{classes} {names or ""}'.strip()
+  _check_names(path, names)
+  has_split = ' and splits' if columns.split in schema.names else ''
+  classes = f' of the classes {", ".join(names)}' if names else ''
+  return f'pictures in {kind}{has_split} and labels in {label}{classes}'
+
+
+def _check_names(path, names) -> None:
+  """Raises unless the names of classes are texts of one line, all different."""
+  if names is None:
+    return
+  good = isinstance(names, list) and all(
+    isinstance(name, str) and name.strip().splitlines() == [name]
+    for name in names
   )
+  if not good or len(set(names)) < len(names):
+    raise config_utils.UserError(
+      f'{path}: its class names are {config_utils.short(names)}; give one text '
+      'for each class, all different'
+    )
 
 
 def _class_names(schema, label) -> Sequence[str] | None:
   """Returns the names that the hub's metadata give to whole numbers."""
   try:
     described = json.loads((schema.metadata or {})[b'huggingface'])
-    return list(described['info']['features'][label]['names'])
+    return described['info']['features'][label]['names']
   except (KeyError, TypeError, ValueError):
     return None
 
@@ -244,7 +300,12 @@ def _parquet(
           picture = picture['bytes']
         if not picture:
           raise config_utils.UserError(f'{place} has no picture')
-        split = row[columns.split] if has_split else _split_of(path)
+        split = row[columns.split] if has_split else ''
+        if has_split and str(split).casefold() not in image_splits.SPLIT_OF:
+          raise config_utils.UserError(
+            f'{place}: {split!r} is none of the splits '
+            f'{", ".join(sorted(image_splits.SPLIT_OF))}'
+          )
         yield picture, _label(place, row[columns.label], names), split
 
 
@@ -255,6 +316,8 @@ def _label(place, value, names) -> str:
       f'{place} has the label {value}, which is no class: leave out the files '
       'without labels'
     )
+  if isinstance(value, str) and value.strip().splitlines() != [value.strip()]:
+    raise config_utils.UserError(f'{place}: the label {value!r} is no name')
   if names is None or isinstance(value, str):
     return str(value)
   if value >= len(names):
@@ -262,15 +325,6 @@ def _label(place, value, names) -> str:
       f'{place} has the label {value}, of {len(names)} classes'
     )
   return names[value]
-
-
-def _split_of(path: pathlib.Path) -> str:
-  """Returns the split that the name of a file, or its folder, begins with."""
-  for name in (path.name, path.parent.name):
-    word = re.match('[A-Za-z]*', name)[0].casefold()
-    if word in image_splits.SPLIT_OF:
-      return word
-  return 'train'
 
 
 def _pairs(path, arrays) -> dict[str, tuple[str, str]]:
@@ -281,12 +335,17 @@ def _pairs(path, arrays) -> dict[str, tuple[str, str]]:
     for split in image_splits.SPLIT_OF
     if images.format(split) in arrays and labels.format(split) in arrays
   }
-  if not found and all(name in arrays for name in WHOLE):
-    found = {'': WHOLE}
-  if not found:
+  if all(name in arrays for name in WHOLE):
+    found[''] = WHOLE
+  used = {name for pair in found.values() for name in pair}
+  splits = {image_splits.SPLIT_OF.get(split, '') for split in found}
+  others = set(arrays) - used - {CLASS_NAMES}
+  twice = len(splits) < len(found) or ('' in splits and len(found) > 1)
+  if not found or others or twice:
     raise config_utils.UserError(
       f'{path} holds {", ".join(sorted(arrays))}: call the arrays images and '
-      'labels, or train_images, train_labels, test_images and test_labels'
+      'labels, or train_images, train_labels, test_images and test_labels, and '
+      f'leave out all others but {CLASS_NAMES}'
     )
   return found
 
@@ -297,7 +356,7 @@ def _numpy(path, columns) -> Iterator[tuple[bytes, str, str]]:
 
   del columns
   with np.load(path) as arrays:  # Without pickles, which run programs.
-    names = arrays['class_names'].tolist() if 'class_names' in arrays else None
+    names = arrays[CLASS_NAMES].tolist() if CLASS_NAMES in arrays else None
     for split, (images_name, labels_name) in _pairs(path, arrays).items():
       images, labels = arrays[images_name], arrays[labels_name]
       _check_arrays(path, images_name, images, labels_name, labels)
@@ -308,7 +367,7 @@ def _numpy(path, columns) -> Iterator[tuple[bytes, str, str]]:
         Image.fromarray(image).save(data, 'PNG', compress_level=3)
         label = labels[number].item()
         place = f'{path}, {labels_name}[{number}]'
-        yield data.getvalue(), _label(place, label, names), split or 'train'
+        yield data.getvalue(), _label(place, label, names), split
 
 
 def _check_arrays(path, images_name, images, labels_name, labels):
