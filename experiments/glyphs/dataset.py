@@ -103,7 +103,7 @@ class Dataset:
 
 
 def sample(arrays: datasets.Arrays, number: int) -> datasets.Arrays:
-  """Returns so many of the examples, the same ones each time; of 0 all."""
+  """Returns a fixed random sample of `number` examples; 0 returns all."""
   _check_number(arrays, number)
   order = np.random.RandomState(0).permutation(len(arrays))
   chosen = np.sort(order[: number or len(arrays)])
@@ -113,14 +113,14 @@ def sample(arrays: datasets.Arrays, number: int) -> datasets.Arrays:
 def label_few(
   arrays: datasets.Arrays, number: int, *, keep: bool
 ) -> datasets.Arrays:
-  """Returns examples of which `number` have a label.
+  """Returns the examples with the labels of all but `number` removed.
 
   The counts of two classes differ by at most one, where a class has enough.
 
   Args:
     arrays: all of them with their labels.
-    number: how many keep theirs; 0: all.
-    keep: whether the others stay, with -1 for a label.
+    number: how many keep their label; 0: all.
+    keep: whether the unlabelled examples stay, with the label -1.
   """
   _check_number(arrays, number)
   if not number:

@@ -78,7 +78,7 @@ def gather(folder: pathlib.Path) -> list[dict]:
 
 
 def _identity(config) -> str:
-  """Returns what a run and its cell have in common."""
+  """Returns the config without what differs between runs of a cell."""
   flat = config_utils.flatten(config)
   return json.dumps(
     {name: value for name, value in flat.items() if name not in OF_A_RUN},
@@ -188,7 +188,7 @@ def tables(rows) -> str:
 
 
 def _cells_of(rows, data, labels) -> list[str]:
-  """Returns the table of the cells of a data set with so many labels."""
+  """Returns the result table for one data set and one number of labels."""
   header = ('cell', 'n', 'top-1 %', 'IJCKD - cell', 'cell - ce', 'parameters')
   cells = []
   for cell in study.CELLS:

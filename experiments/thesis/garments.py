@@ -11,7 +11,7 @@ from ijckd_jax.data.datasets import fashion_mnist
 
 @dataclasses.dataclass(frozen=True)
 class Dataset(fashion_mnist.Dataset):
-  """The garments, or some of them, of which some have a label.
+  """Fashion-MNIST, optionally reduced and partly unlabelled.
 
   Attributes:
     num_train, num_test: how many images there are; 0: all. They are the same

@@ -4,10 +4,10 @@ Each is a package that is not needed otherwise, and reads its own environment
 variables: where its server is, or that there is none. A run gives it the config
 and every row of metrics, and at the end the pictures and the bundle.
 
-`tracked.json` in a run's folder names the tracker's run, and the last row that
-it was given. So a run that was stopped goes on as the same run there, and no
-row is given twice: what training makes again, the tracker has. A kill loses the
-rows that a package holds back: about a second's.
+`tracked.json` in a run's folder holds the tracker's run id and the last row
+that was sent. So a run that was stopped continues as the same run in the
+tracker, and no row is sent twice. A kill loses the rows that a package has
+buffered, about a second of them.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ logger = logging.getLogger('ijckd_jax')
 
 
 def factories(writers: Sequence[str]) -> list:
-  """Returns what makes the writers that a config names.
+  """Returns the writer classes or functions that a config names.
 
   Args:
     writers: of TRACKERS, or `package.module:Name`; a string may hold several,
@@ -94,7 +94,7 @@ class Tracker:
 
   @classmethod
   def check(cls) -> None:
-    """Raises where it is plain that the tracker will not start."""
+    """Raises if the tracker cannot start, as far as that is known now."""
     __import__(cls.name)
 
   @classmethod
@@ -103,7 +103,7 @@ class Tracker:
     """Turns whatever the package raises into a UserError."""
     asked = f'--config.writers={cls.name}'
     try:
-      # What it says is not what the command was asked for.
+      # The package's own messages do not belong in the command's output.
       with contextlib.redirect_stdout(sys.stderr):
         yield
     except ImportError as error:
@@ -118,7 +118,7 @@ class Tracker:
       ) from error
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
-    """Gives the tracker a row, or of it what the tracker has not got yet."""
+    """Sends a row to the tracker, without metrics that were sent before."""
     if step < self._step:
       return
     had = self._names if step == self._step else []
@@ -129,21 +129,21 @@ class Tracker:
     self._try(f'a row of step {step}', self._give, step, new)
 
   def _give(self, step, scalars):
-    # Noted first: a kill between the two loses a row there, and doubles none.
+    # Noted before it is sent: a kill in between loses a row, and repeats none.
     state = {'run': self._run, 'step': step, 'names': self._names}
     noted = json.dumps({**self._noted(), self.name: state})
     disk.write_text(self._folder / workdirs.TRACKED, noted + '\n')
     self._take_row(step, scalars)
 
   def finish(self) -> None:
-    """Gives the tracker the pictures and the bundle of a finished run."""
+    """Sends the pictures and the bundle of a finished run."""
     plots = sorted((self._folder / workdirs.PLOTS).glob('*.png'))
     if plots:
       self._try('the pictures', self._take_pictures, plots)
     self._try('the bundle', self._take_bundle, self._folder / workdirs.BUNDLE)
 
   def close(self) -> None:
-    """Sends, or writes down, what is left."""
+    """Ends the tracker's run; it sends or stores what it has buffered."""
     self._try('the end of the run', self._close)
 
   def _noted(self):
@@ -178,7 +178,7 @@ class Wandb(Tracker):
 
   @classmethod
   def check(cls):
-    """Raises where it is not installed, or would ask who one is."""
+    """Raises if wandb is not installed, or would ask for a login."""
     import wandb
 
     offline = wandb.setup().settings.mode in ('offline', 'disabled')
@@ -269,7 +269,7 @@ class Trackio(Tracker):
 
   @classmethod
   def check(cls):
-    """Raises where it is not installed, or has no place to write to."""
+    """Raises if trackio is not installed, or TRACKIO_DIR not writable."""
     import tempfile
 
     import trackio

@@ -29,7 +29,7 @@ from ijckd_jax.runtime import workers
 VERSION = '1.0.0'
 FORMAT = 1  # Of what is written; what has another one is written anew.
 PLAN = 'plan.json'
-ORIGIN = 'origin.json'  # Of what was unpacked.
+ORIGIN = 'origin.json'  # Source files and options of unpacked pictures.
 LOCK = 'lock'
 
 

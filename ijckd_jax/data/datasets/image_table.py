@@ -1,4 +1,4 @@
-"""What is taken from a table of pictures: their classes, and their files."""
+"""Reads a table of pictures: their files, classes and splits."""
 
 from collections.abc import Sequence
 import csv
@@ -17,14 +17,14 @@ SUFFIX = '.csv'
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-  """What the columns of a table are called.
+  """Names of a table's columns.
 
   Attributes:
-    image: of the files, relative to the folder of the table, or absolute.
-    label: of the classes' names.
-    split: of the splits, as image_splits.SPLIT_OF has them. A table need not
-      have the usual one. Where all is for training, a part of every class is
-      held out.
+    image: the column of paths, relative to the table's folder or absolute.
+    label: the column of class names.
+    split: the column of splits, named as in image_splits.SPLIT_OF. The default
+      column may be missing. If all pictures are for training, a part of every
+      class is held out.
   """
 
   image: str = 'image'
@@ -46,7 +46,7 @@ def read(
     columns: which of them to read.
     validation_fraction: as image_layout.read takes it, where all is for
       training.
-    called: what messages call the table; '' is its file.
+    called: name of the table in messages; '': its file.
 
   Raises:
     UserError: a column, a file or a label is missing, or two are alike.
@@ -135,7 +135,7 @@ def _rows(source) -> list[tuple[int, dict[str, str]]]:
 
 
 def _cell(place, row, column) -> str:
-  """Returns what a row has in a column, which must not be empty."""
+  """Returns a cell without outer spaces; it must hold one line of text."""
   value = row[column].strip()
   if value.splitlines() != [value]:
     what = 'more than one line' if value else 'empty'
@@ -200,5 +200,5 @@ def _layout(source, members, files, validation_fraction):
 
 
 def _in_order(name: str):
-  """Sorts numbers by their value, before all other names."""
+  """Sort key: numbers by their value, before all other names."""
   return (0, int(name), name) if name.isdecimal() else (1, 0, name)

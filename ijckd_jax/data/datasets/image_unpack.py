@@ -1,7 +1,8 @@
-"""Pictures out of Parquet's and NumPy's files, into files of their own.
+"""Unpacks the pictures of Parquet and NumPy files into single files.
 
-They are written beside the data set's place with a table of them, and then
-prepared as any table is. What was cut off is continued, file by file.
+The pictures are written beside the data set's place, with a table of them, and
+then prepared as any table is. An interrupted call continues with the first
+source file that is not complete.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ PARQUET, NUMPY = '.parquet', '.npz'
 SUFFIXES = {'parquet': PARQUET, 'npz': NUMPY}
 TABLE = 'pictures.csv'
 DONE = 'done.json'
-# How NumPy's files call images and labels: of a split, or of all there are.
+# Names of images and labels in NumPy files: of one split, and without splits.
 ARRAYS = ('{}_images', '{}_labels'), ('x_{}', 'y_{}')
 WHOLE = ('images', 'labels')
 CLASS_NAMES = 'class_names'
@@ -36,13 +37,13 @@ BATCH = 256  # Rows that are read at a time.
 
 
 def find(source: str, suffix: str = '') -> list[pathlib.Path]:
-  """Returns the files of many pictures that a source names, in order.
+  """Returns the Parquet or NumPy files that a source names, sorted.
 
   Args:
-    source: such a file, a pattern of them, or a folder that holds Parquet files
-      and no pictures; of anything else there are none.
-    suffix: PARQUET or NUMPY where there must be such files, beside whatever
-      pictures; '': they need not be.
+    source: such a file, a pattern of files, or a folder that holds Parquet
+      files and no pictures. Anything else gives an empty list.
+    suffix: PARQUET or NUMPY if files of that kind must be there; a folder may
+      then hold pictures too. '': no file need be there.
 
   Raises:
     UserError: nothing fits a pattern, or there are no such files.
@@ -120,7 +121,7 @@ def unpack(
 
 
 def origin(files: Sequence[pathlib.Path], columns: image_table.Columns) -> list:
-  """Returns by what unpacked pictures are known again, as JSON."""
+  """Cache key of the unpacked pictures, as JSON."""
   return [
     [[str(path.resolve()), *_stamp(path)] for path in files],
     dataclasses.asdict(columns),
@@ -165,7 +166,7 @@ def _stamp(path):
 
 
 def _unpack_file(path, folder, name, split, columns):
-  """Returns the lines of the table for a file, whose pictures are written."""
+  """Writes the pictures of one file; returns their lines of the table."""
   target = folder / name
   stamp = [*_stamp(path), split, dataclasses.asdict(columns)]
   try:
@@ -184,7 +185,7 @@ def _unpack_file(path, folder, name, split, columns):
       data, label, own_split = row
       picture = target / f'{number:07}'
       picture.write_bytes(data)
-      # That a second unpacking is the same to those who compare.
+      # Times are part of the plan's digest: unpacking again must not change it.
       os.utime(picture, ns=(stamp[1], stamp[1]))
       lines.append([f'{name}/{picture.name}', label, own_split or split])
   except (config_utils.UserError, OSError):
@@ -203,7 +204,7 @@ def _damaged(path, error):
 
 
 def _describe(path, columns) -> str:
-  """Returns what a file holds, which its siblings must hold too."""
+  """Describes what a file holds; all files must give the same description."""
   try:
     if path.suffix.lower() == PARQUET:
       return _describe_parquet(path, columns)
