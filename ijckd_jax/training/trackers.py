@@ -13,6 +13,7 @@ buffered, about a second of them.
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -95,7 +96,7 @@ class Tracker:
   @classmethod
   def check(cls) -> None:
     """Raises if the tracker cannot start, as far as that is known now."""
-    __import__(cls.name)
+    importlib.import_module(cls.name)
 
   @classmethod
   @contextlib.contextmanager
@@ -170,7 +171,33 @@ class Tracker:
       )
 
 
-class Wandb(Tracker):
+class _LikeWandb(Tracker):
+  """A tracker with the calls of Weights & Biases.
+
+  `_open` leaves its run in `_tracked`.
+  """
+
+  def _take_row(self, step, scalars):
+    self._tracked.log(scalars, step=step)
+
+  def _take_pictures(self, paths):
+    package = importlib.import_module(self.name)
+    pictures = {
+      f'plots/{path.stem}': package.Image(str(path)) for path in paths
+    }
+    self._tracked.log(pictures, step=self._step)
+
+  def _take_bundle(self, folder):
+    package = importlib.import_module(self.name)
+    artifact = package.Artifact(f'student-{self._run}', type='model')
+    artifact.add_dir(str(folder))
+    self._tracked.log_artifact(artifact)
+
+  def _close(self):
+    self._tracked.finish()
+
+
+class Wandb(_LikeWandb):
   """Weights & Biases; WANDB_MODE=offline keeps runs on this machine."""
 
   name = 'wandb'
@@ -197,25 +224,6 @@ class Wandb(Tracker):
       settings=wandb.Settings(init_timeout=TIMEOUT),
     )
     return self._tracked.id
-
-  def _take_row(self, step, scalars):
-    self._tracked.log(scalars, step=step)
-
-  def _take_pictures(self, paths):
-    import wandb
-
-    pictures = {f'plots/{path.stem}': wandb.Image(str(path)) for path in paths}
-    self._tracked.log(pictures, step=self._step)
-
-  def _take_bundle(self, folder):
-    import wandb
-
-    artifact = wandb.Artifact(f'student-{self._run}', type='model')
-    artifact.add_dir(str(folder))
-    self._tracked.log_artifact(artifact)
-
-  def _close(self):
-    self._tracked.finish()
 
 
 class MLflow(Tracker):
@@ -261,7 +269,7 @@ class MLflow(Tracker):
     self._client.set_terminated(self._run)
 
 
-class Trackio(Tracker):
+class Trackio(_LikeWandb):
   """Trackio, whose runs are on this machine: `trackio show` draws them."""
 
   name = 'trackio'
@@ -292,24 +300,3 @@ class Trackio(Tracker):
       auto_log_cpu=False,
     )
     return run
-
-  def _take_row(self, step, scalars):
-    self._tracked.log(scalars, step=step)
-
-  def _take_pictures(self, paths):
-    import trackio
-
-    pictures = {
-      f'plots/{path.stem}': trackio.Image(str(path)) for path in paths
-    }
-    self._tracked.log(pictures, step=self._step)
-
-  def _take_bundle(self, folder):
-    import trackio
-
-    artifact = trackio.Artifact(f'student-{self._run}', type='model')
-    artifact.add_dir(str(folder))
-    self._tracked.log_artifact(artifact)
-
-  def _close(self):
-    self._tracked.finish()
