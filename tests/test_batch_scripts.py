@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,6 +35,34 @@ CREATE += ['--runtime-version=v2-alpha-tpuv5-lite']
 STATE = [*TPUS, 'queued-resources', 'describe', 'mine', *WHERE]
 STATE += ['--format=value(state.state)']
 DELETE = [*TPUS, 'queued-resources', 'delete', 'mine', *WHERE, '--force']
+
+# The flags that each command takes, where it has no alpha or beta before it: by
+# its definition in gcloud 578.0.0 and, for those of the scripts, by its page,
+# cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources/create and
+# so on. Looked up on 2026-11-30.
+SSH = """dry-run force-key-file-overwrite internal-ip plain ssh-key-expiration
+  ssh-key-expire-after ssh-key-file strict-host-key-checking worker zone """
+FLAGS = {
+  'compute tpus queued-resources create': """accelerator-type async boot-disk
+    data-disk description guaranteed internal-ips labels metadata
+    metadata-from-file network node-count node-id node-prefix range
+    reservation-host-folder reservation-host-organization
+    reservation-host-project reserved runtime-version scopes service-account
+    shielded-secure-boot spot subnetwork tags topology type
+    valid-after-duration valid-after-time valid-until-duration valid-until-time
+    zone""",
+  'compute tpus queued-resources delete': 'async force zone',
+  'compute tpus queued-resources describe': 'zone',
+  'compute tpus tpu-vm scp': SSH + 'compress recurse scp-flag',
+  'compute tpus tpu-vm ssh': SSH + 'command output-directory ssh-flag',
+  # Of these, the ones in use and their neighbours.
+  'services enable': 'async',
+  'storage buckets create': """default-storage-class
+    enable-hierarchical-namespace location uniform-bucket-level-access""",
+  'storage rsync': """checksums-only delete-unmatched-destination-objects
+    dry-run exclude recursive skip-if-dest-has-newer-mtime""",
+}
+EVERYWHERE = {'format', 'project', 'quiet'}  # "GCLOUD WIDE FLAGS".
 
 # Under the name of each program that the scripts call: it writes down its
 # arguments, and does as much as the scripts need. A TPU is a home directory.
@@ -225,6 +255,32 @@ def test_dry_run_prints_every_command(cloud, scripts):
   assert commands['watch'][4:] == commands['install'] + commands['start']
   on_demand = cloud.run('create', '--dry_run', TPU_SPOT='no').stdout
   assert pasted(on_demand) == [CREATE, STATE]
+
+
+def unknown_flags(call):
+  """Returns a gcloud command, and the flags given that it does not take."""
+  line = shlex.join(call[1:])
+  [command] = [name for name in FLAGS if f'{line} '.startswith(f'{name} ')]
+  given = {word.split('=')[0] for word in call if word.startswith('--')}
+  known = {*FLAGS[command].split(), *EVERYWHERE}
+  return command, given - {f'--{name}' for name in known}
+
+
+def test_gcloud_knows_the_flags(cloud):
+  """Of what the scripts run, and of what their README says."""
+  calls = []
+  for script in SCRIPTS:
+    calls += pasted(cloud.run(script, '--dry_run').stdout)
+  calls = [call for call in calls if call[0] == 'gcloud']
+  text = (ROOT / 'experiments' / 'tpu_vm' / 'README.md').read_text()
+  text = text.replace('\\\n', '')
+  said = re.findall('^    (gcloud .*)|`(gcloud [^`]*)`', text, re.MULTILINE)
+  assert len(said) == 4
+  calls += [shlex.split(block or inline) for block, inline in said]
+  found = [unknown_flags(call) for call in calls]
+  assert {command for command, _ in found} == FLAGS.keys()
+  for command, flags in found:
+    assert not flags, command
 
 
 @pytest.mark.parametrize('script', ['create', 'install', 'start', 'collect'])
