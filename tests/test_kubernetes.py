@@ -239,6 +239,7 @@ def test_processes_of_a_slice_find_each_other(tmp_path):
       cwd=ROOT,
       env={
         **os.environ,
+        'JAX_PLATFORMS': 'cpu',
         'KUBERNETES_SERVICE_HOST': '10.0.0.1',
         'TPU_WORKER_ID': f'{index}',
         'TPU_WORKER_HOSTNAMES': 'localhost,localhost',
