@@ -151,7 +151,7 @@ def report(
   num_claims = 2 * len(found) + len(chosen) + len(selective.SHARES)
   share = limits.shared(delta, num_claims * choices)
   deployed = (rows if own_rows is None else own_rows).labelled
-  result = {
+  result: dict[str, Any] = {
     'delta': delta,
     'choices': choices,
     'claims': num_claims,
@@ -191,7 +191,9 @@ def _term(term: Term, delta: float) -> dict[str, Any]:
   }
 
 
-def _bound(bound, rows, delta: float) -> dict[str, Any]:
+def _bound(
+  bound: statements.Bound, rows: pointwise.Rows, delta: float
+) -> dict[str, Any]:
   values = bound.values(rows)
   _, upper = limits.of_mean(values, delta, low=0, high=bound.high)
   return {

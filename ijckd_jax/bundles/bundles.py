@@ -6,6 +6,7 @@ Nothing else is needed to evaluate, export or distil from the network inside.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import dataclasses
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from ijckd_jax import models
 from ijckd_jax.bundles import model_card
 from ijckd_jax.bundles import specification
 from ijckd_jax.data import classes
@@ -127,7 +129,7 @@ class Bundle:
       class_names=tuple(self.class_names),
     )
 
-  def in_order(self, order, class_names: Sequence[str]) -> 'Bundle':
+  def in_order(self, order: np.ndarray, class_names: Sequence[str]) -> 'Bundle':
     """Returns it with its classes in another order, see classes.reorder."""
     params = self.variables['params']
     params = {**params, 'head': classes.reorder(params['head'], order)}
@@ -139,7 +141,7 @@ class Bundle:
 
   def with_head(
     self,
-    head,
+    head: Mapping[str, Any],
     class_names: Sequence[str],
     dataset: dict[str, Any],
     probe: dict[str, Any],
@@ -179,7 +181,8 @@ class Bundle:
 
   def spec(self) -> dict[str, Any]:
     """Returns all of it but the arrays, as `bundle.json` says it."""
-    net, more = self.network, {}
+    net = self.network
+    more: dict[str, Any] = {}
     connector = None
     if isinstance(net.backbone, converted.Converted):
       more['converted'] = {
@@ -233,7 +236,7 @@ class Bundle:
       return 3
     return 2 if self.network.programs else 1
 
-  def save(self, directory: epath.PathLike) -> None:
+  def save(self, directory: config_utils.PathLike) -> None:
     """Writes it; the folder appears whole or not at all."""
     flat = traverse_util.flatten_dict(self.variables, sep='/')
     arrays = safetensors.numpy.save(
@@ -257,9 +260,9 @@ class Bundle:
 
 
 def load(
-  directory: epath.PathLike,
+  directory: config_utils.PathLike,
   *,
-  dtype=None,
+  dtype: Any = None,
   trust_code: bool | str = False,
   trust_programs: bool | None = None,
 ) -> Bundle:
@@ -326,7 +329,7 @@ def load(
 
 
 def _read_program(
-  directory, spec, name: str, *, is_trusted: bool
+  directory: epath.Path, spec: Mapping[str, Any], name: str, *, is_trusted: bool
 ) -> programs_lib.Program:
   """Returns one of a bundle's programs.
 
@@ -348,7 +351,7 @@ def _read_program(
   return programs_lib.load(data, f'{directory / file}', made)
 
 
-def _say_lifetime(directory, spec) -> None:
+def _say_lifetime(directory: epath.Path, spec: Mapping[str, Any]) -> None:
   """Logs until when a bundle's programs can be read, with what repairs it."""
   said, is_near = programs_lib.lifetime(specification.programs_made(spec))
   if is_near:
@@ -380,13 +383,13 @@ def _read(directory: epath.Path, name: str, limit: int) -> bytes:
 
 
 def build(
-  spec,
-  where,
+  spec: Any,
+  where: config_utils.PathLike,
   *,
-  dtype=None,
+  dtype: Any = None,
   trust_code: bool | str = False,
   read: Callable[[str], programs_lib.Program] | None = None,
-):
+) -> tuple[network_lib.Network, models.Backbone | None]:
   """Returns the network that a spec describes, and the backbone of its pool.
 
   Args:
@@ -422,8 +425,9 @@ def build(
       '(--trust_code) if you trust it'
     )
   backend.start()
-  names = spec.get('programs', {}) if read else {}
-  programs = {name: read(name) for name in names}
+  programs = {}
+  if read is not None:
+    programs = {name: read(name) for name in spec.get('programs', {})}
   with config_utils.blame(f'{where}: what its bundle names cannot be built'):
     dtype = dtype or getattr(jnp, spec['dtype'])
     return specification.build(spec, dtype, programs)
@@ -440,36 +444,36 @@ def _is_trusted(name: str, trust_code: bool | str) -> bool:
   return package == another
 
 
-def find(directory: epath.PathLike) -> epath.Path:
+def find(directory: config_utils.PathLike) -> epath.Path:
   """Returns the folder that holds the bundle: the one given, or its `bundle/`.
 
   Raises:
     config_utils.UserError: neither does.
   """
-  directory = epath.Path(config_utils.expand(directory))
-  for candidate in (directory, directory / 'bundle'):
+  folder = epath.Path(config_utils.expand(directory))
+  for candidate in (folder, folder / 'bundle'):
     with contextlib.suppress(OSError):
       if (candidate / SPEC_FILE).exists():
         return candidate
   with contextlib.suppress(OSError):
-    if directory.exists() and not directory.is_dir():
-      if directory.suffix in EXPORTED:
+    if folder.exists() and not folder.is_dir():
+      if folder.suffix in EXPORTED:
         raise config_utils.UserError(
-          f'{directory} is an exported file and no bundle: ijckd predict reads '
+          f'{folder} is an exported file and no bundle: ijckd predict reads '
           'it; elsewhere, give the bundle or run that it was exported from'
         )
       raise config_utils.UserError(
-        f'{directory} is a file and no bundle; if ijckd export wrote it, ijckd '
+        f'{folder} is a file and no bundle; if ijckd export wrote it, ijckd '
         'predict reads it, and if it holds weights of PyTorch, import it '
-        f'first: ijckd weights import --checkpoint {directory} --output DIR'
+        f'first: ijckd weights import --checkpoint {folder} --output DIR'
       )
   raise config_utils.UserError(
-    f'there is no bundle in {directory}: give the folder of a finished run, or '
+    f'there is no bundle in {folder}: give the folder of a finished run, or '
     f'one that holds {SPEC_FILE}'
   )
 
 
-def num_params(variables) -> dict[str, int]:
+def num_params(variables: Mapping[str, Any]) -> dict[str, int]:
   """Returns the parameters of 'backbone', 'connector' and 'head', 0 if none.
 
   A pool that came with the teacher's head is counted there.

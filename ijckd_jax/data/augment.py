@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,13 @@ class Augmentation:
   views: int = 0
   transforms: tuple[Callable[[jax.Array, jax.Array], jax.Array], ...] = ()
 
-  def __call__(self, key: jax.Array, images, epochs, indices) -> jax.Array:
+  def __call__(
+    self,
+    key: jax.Array,
+    images: jax.Array,
+    epochs: jax.Array,
+    indices: jax.Array,
+  ) -> jax.Array:
     """Returns the view of each image that belongs to (key, epoch, index).
 
     It depends on nothing else: not on the step, the row or the device. Where
@@ -77,7 +84,9 @@ class Augmentation:
       key, images, epochs, indices
     )
 
-  def _one(self, key, image, epoch, index):
+  def _one(
+    self, key: jax.Array, image: jax.Array, epoch: jax.Array, index: jax.Array
+  ) -> jax.Array:
     key = example_key(key, epoch, index)
     crop_key, flip_key = jax.random.split(key)
     if self.crop_padding:
@@ -102,7 +111,9 @@ class Augmentation:
     return ' '.join([named, *map(str, self.transforms)])
 
 
-def example_key(key: jax.Array, epoch, index) -> jax.Array:
+def example_key(
+  key: jax.Array, epoch: jax.Array | int, index: jax.Array | int
+) -> jax.Array:
   """Returns an example's own key in an epoch, of a stream's key."""
   return jax.random.fold_in(jax.random.fold_in(key, epoch), index)
 
@@ -157,7 +168,9 @@ def check(config: ml_collections.ConfigDict) -> None:
       )
 
 
-def build(config: ml_collections.ConfigDict, dataset, views: int):
+def build(
+  config: ml_collections.ConfigDict, dataset: Any, views: int
+) -> Augmentation:
   """Returns the Augmentation of a run's images.
 
   Args:
@@ -165,7 +178,8 @@ def build(config: ml_collections.ConfigDict, dataset, views: int):
     dataset: see datasets; it brings its own crop and flip.
     views: see Augmentation.
   """
-  crop_padding, steps = dataset.crop_padding, []
+  crop_padding = dataset.crop_padding
+  steps: list[Callable[[jax.Array, jax.Array], jax.Array]] = []
   if config.inception_crop:
     crop_padding = 0
     steps.append(

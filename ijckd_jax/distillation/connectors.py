@@ -5,6 +5,7 @@ in none where they can (`signed`): a connector that ends in a ReLU could never
 reach the negative half of a signed representation.
 """
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ijckd_jax.models import layers
+from ijckd_jax.models import outputs
 from ijckd_jax.runtime import config_utils
 
 
@@ -37,7 +39,7 @@ class Connector(layers.Joins, nn.Module):
   dtype: Any = jnp.float32
   unbiased_variance: bool = False
 
-  def last(self, x):
+  def last(self, x: jax.Array) -> jax.Array:
     """Applies the activation that matches the target's sign."""
     return x if self.signed else nn.relu(x)
 
@@ -46,7 +48,7 @@ class Identity(Connector):
   """Nothing but the last activation; channel counts must be equal."""
 
   @nn.compact
-  def __call__(self, x, *, train):
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     if x.shape[-1] != self.features:
       raise config_utils.UserError(
         f"connector 'identity' needs equal channel counts, but the student "
@@ -59,12 +61,12 @@ class Identity(Connector):
 class Linear(Connector):
   """A 1x1 convolution with bias and nothing after it: always signed."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     self.signed = True
     super().__post_init__()
 
   @nn.compact
-  def __call__(self, x, *, train):
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     return self.conv(self.features, use_bias=True)(x)
 
 
@@ -81,7 +83,7 @@ class Conv1x1(Connector):
   torch_init: bool = False
 
   @nn.compact
-  def __call__(self, x, *, train):
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     start = layers.TORCH_DEFAULT if self.torch_init else layers.KAIMING_FAN_OUT
     return self.last(self.norm(self.conv(self.features, init=start)(x), train))
 
@@ -99,7 +101,7 @@ class Bottleneck(Connector):
   depthwise = False
 
   @nn.compact
-  def __call__(self, x, *, train):
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     if not 1 <= self.factor <= self.features:
       raise config_utils.UserError(
         f'factor={self.factor}: a bottleneck on {self.features} channels takes '
@@ -125,7 +127,7 @@ class Mlp(Connector):
   takes: str = 'pooled'
 
   @nn.compact
-  def __call__(self, x, *, train):
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     x = nn.relu(self.norm(self.conv(self.features)(x), train))
     return self.last(self.norm(self.conv(self.features)(x), train))
 
@@ -141,12 +143,12 @@ class Orthogonal(Connector):
 
   takes: str = 'pooled'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     self.signed = True
     super().__post_init__()
 
   @nn.compact
-  def __call__(self, x, *, train):
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     inputs = x.shape[-1]
     side = max(inputs, self.features)
     start = nn.initializers.normal(side**-0.5)
@@ -158,7 +160,7 @@ class Orthogonal(Connector):
 
 
 def as_linear(
-  connector: Orthogonal, params, inputs: int
+  connector: Orthogonal, params: Mapping[str, Any], inputs: int
 ) -> tuple[Linear, dict[str, Any]]:
   """Returns the linear connector that does what an orthogonal one does.
 
@@ -212,7 +214,13 @@ def has_factor(name: str) -> bool:
   return 'factor' in {field.name for field in dataclasses.fields(get(name))}
 
 
-def build(name: str, teacher, *, factor: int | None = None, **fields):
+def build(
+  name: str,
+  teacher: outputs.Shapes,
+  *,
+  factor: int | None = None,
+  **fields: Any,
+) -> Connector:
   """Returns the connector called `name` for a teacher's representation.
 
   Args:
@@ -230,5 +238,5 @@ def build(name: str, teacher, *, factor: int | None = None, **fields):
   takes = fields.get('takes', cls.takes)
   target, signed = teacher.final, teacher.signed
   if takes == 'pooled':
-    target, signed = teacher.pooled, teacher.pooled_signed
+    target, signed = teacher.pooled, bool(teacher.pooled_signed)
   return cls(features=target.shape[-1], signed=signed, **fields)

@@ -1,6 +1,7 @@
 """Teachers: frozen classifiers with a linear head, whoever wrote them."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import math
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ijckd_jax.data import augment
 from ijckd_jax.data import classes
@@ -22,7 +24,7 @@ def count(tree: Any) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def average_pool(variables, final: jax.Array) -> jax.Array:
+def average_pool(variables: Any, final: jax.Array) -> jax.Array:
   """Returns the global average of a map; it has no variables."""
   del variables
   return jnp.mean(losses.at_least_float32(final), axis=(1, 2))
@@ -47,8 +49,8 @@ class Teacher:
     signed: whether its `final` can be negative.
     pools_map: whether `pooled` is `pool(final)`.
     pooled_signed: whether its `pooled` can be negative; None: as `signed`.
-    num_params: by 'backbone', 'connector' and 'head'; None: all `variables` are
-      counted as the backbone's.
+    num_params: by 'backbone', 'connector' and 'head'; empty: all `variables`
+      are counted as the backbone's.
     origin: where its weights come from (file or repository, hash, licence),
       JSON; None where they were trained here.
     class_names: K names; () where they are not known.
@@ -65,11 +67,11 @@ class Teacher:
   signed: bool = True
   pools_map: bool = True
   pooled_signed: bool | None = None
-  num_params: dict[str, int] | None = None
+  num_params: dict[str, int] = dataclasses.field(default_factory=dict)
   origin: dict[str, str] | None = None
   class_names: tuple[str, ...] = ()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.pool is not average_pool and self.pool_name == 'average':
       raise config_utils.UserError(
         f'teacher {self.name}: its pool is not teachers.average_pool, so its '
@@ -78,7 +80,7 @@ class Teacher:
       )
     if self.pooled_signed is None:
       object.__setattr__(self, 'pooled_signed', self.signed)
-    if self.num_params is None:
+    if not self.num_params:
       counts = {'backbone': count(self.variables), 'connector': 0}
       counts['head'] = count(self.head)
       object.__setattr__(self, 'num_params', counts)
@@ -103,7 +105,9 @@ class Teacher:
     head = network.empty_head(self.num_features)
     return dataclasses.replace(self.with_head(head), class_names=())
 
-  def in_order(self, order, class_names: Sequence[str]) -> 'Teacher':
+  def in_order(
+    self, order: np.ndarray, class_names: Sequence[str]
+  ) -> 'Teacher':
     """Returns it with its classes in another order, see classes.reorder."""
     return dataclasses.replace(
       self,
@@ -120,7 +124,9 @@ class Teacher:
       'pool': self.pool_variables,
     }
 
-  def __call__(self, arrays, images: jax.Array) -> outputs.Outputs:
+  def __call__(
+    self, arrays: Mapping[str, Any], images: jax.Array
+  ) -> outputs.Outputs:
     """Returns the Outputs of the view (B, H, W, C), of 0 to 255.
 
     Args:
@@ -138,7 +144,8 @@ class Teacher:
         f'but its pooled features are {width} wide'
       )
     logits = network.classify(arrays['head'], result.pooled)
-    return jax.lax.stop_gradient(result.replace(logits=logits))
+    result = dataclasses.replace(result, logits=logits)
+    return jax.lax.stop_gradient(result)
 
   def shapes(self, image_shape: tuple[int, int, int]) -> outputs.Shapes:
     """Returns the shapes of its outputs for images (H, W, C), unrun."""

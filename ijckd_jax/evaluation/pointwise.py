@@ -4,6 +4,7 @@ Notation: z_t and z_s are the representations (D), h the head that both are read
 by, l_t and l_s its logits (K), p_t and p_s their softmax, y the label.
 """
 
+import dataclasses
 from typing import Any
 
 from flax import struct
@@ -15,6 +16,8 @@ import numpy as np
 # that is not larger than this is taken for none.
 ROUNDING = 1e-5
 CHUNK = 1024  # Rows whose logits are in memory at a time.
+
+_Array = jax.Array | np.ndarray
 
 
 @struct.dataclass
@@ -30,11 +33,11 @@ class Head:
       w_i - w_j.
   """
 
-  kernel: jax.Array
-  bias: jax.Array
-  distances: jax.Array
-  largest_weight: jax.Array
-  span: jax.Array
+  kernel: _Array
+  bias: _Array
+  distances: _Array
+  largest_weight: _Array
+  span: _Array
 
 
 def describe(head: dict[str, Any]) -> Head:
@@ -57,7 +60,7 @@ def describe(head: dict[str, Any]) -> Head:
     kernel=np.asarray(head['kernel'], np.float32),
     bias=np.asarray(head['bias'], np.float32),
     distances=distances.astype(np.float32),
-    largest_weight=np.float32(np.sqrt(squares.max())),
+    largest_weight=np.asarray(np.sqrt(squares.max()), np.float32),
     span=span.astype(np.float32),
   )
 
@@ -131,7 +134,11 @@ class Rows:
 
 
 def from_logits(
-  teacher: jax.Array, student: jax.Array, labels: jax.Array, *, rounding=None
+  teacher: jax.Array,
+  student: jax.Array,
+  labels: jax.Array,
+  *,
+  rounding: jax.Array | None = None,
 ) -> Rows:
   """Returns the rows of any two classifiers of the same classes.
 
@@ -207,7 +214,8 @@ def from_features(
   rounding = ROUNDING * (norms * head.largest_weight + jnp.abs(head.bias).max())
   rows = from_logits(teacher, student, labels, rounding=rounding)
   label_margin = margin(teacher, jnp.maximum(labels, 0), head, rounding)
-  rows = rows.replace(
+  rows = dataclasses.replace(
+    rows,
     feature_distance=jnp.linalg.norm(z_s - z_t, axis=-1),
     head_distance=jnp.linalg.norm(
       jnp.dot(z_s - z_t, head.span, precision='highest'), axis=-1
@@ -220,7 +228,8 @@ def from_features(
       jnp.argmax(logits(z, joint['kernel'], joint['bias']), axis=-1)
       for z in (z_t, z_s)
     ]
-    rows = rows.replace(
+    rows = dataclasses.replace(
+      rows,
       joint_teacher=predicted[0].astype(jnp.int32),
       joint_student=predicted[1].astype(jnp.int32),
     )
@@ -391,6 +400,6 @@ def summarize(
   return result
 
 
-def reach(distance):
+def reach(distance: Any) -> Any:
   """Returns a distance, or a multiple of one, as long as it can truly be."""
   return (1 + ROUNDING) * distance

@@ -9,6 +9,7 @@ made of `programs`, in place of layers. No connectors and no teachers here.
 
 from functools import partial
 import re
+from typing import Any
 
 from ijckd_jax.models import efficientnet
 from ijckd_jax.models import mobilenet_v4
@@ -171,7 +172,7 @@ def is_name(text: str) -> bool:
   return text in BACKBONES or (':' in text and '/' not in text)
 
 
-def build(name: str, **settings) -> Backbone:
+def build(name: str, **settings: Any) -> Backbone:
   """Returns the backbone called `name`, or the one at `package.module:Name`.
 
   Args:

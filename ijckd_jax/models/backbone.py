@@ -204,7 +204,9 @@ class Backbone(nn.Module):
     mask = jax.random.bernoulli(self.make_rng('dropout'), kept, shape)
     return branch * (mask / kept).astype(branch.dtype)
 
-  def stages_of_layers(self, images) -> dict[str, int]:
+  def stages_of_layers(
+    self, images: jax.Array | jax.ShapeDtypeStruct
+  ) -> dict[str, int]:
     """Returns the number of the first stage that needs each layer.
 
     Layers after the last stage have the number that a further stage would have.
@@ -216,7 +218,7 @@ class Backbone(nn.Module):
       A number for each key of the backbone's 'params'.
     """
 
-    def shapes(backbone):
+    def shapes(backbone: 'Backbone') -> Any:
       key = jax.random.key(0)
       return jax.eval_shape(
         lambda x: backbone.init_with_output(key, x, train=False), images
@@ -230,7 +232,9 @@ class Backbone(nn.Module):
       found |= dict.fromkeys(variables['params'], number)
     return found
 
-  def conv(self, features: int, kernel: int, stride: int = 1, **kwargs):
+  def conv(
+    self, features: int, kernel: int, stride: int = 1, **kwargs: Any
+  ) -> nn.Conv:
     """Returns a convolution, see layers.conv."""
     kwargs = {'kernel_init': self.kernel_init, **kwargs}
     return layers.conv(features, kernel, stride, dtype=self.dtype, **kwargs)
@@ -239,7 +243,7 @@ class Backbone(nn.Module):
     """Returns whether batch norm follows the batch's statistics."""
     return train and not self.freeze_statistics
 
-  def norm(self, train: bool | None, **kwargs):
+  def norm(self, train: bool | None, **kwargs: Any) -> layers.BatchNorm:
     """Returns a batch norm, see layers.BatchNorm.
 
     Args:
@@ -266,10 +270,12 @@ class TimmBackbone(Backbone):
 
   usual_size: int = 224
 
-  def torch_name(self, layer):
+  def torch_name(self, layer: str) -> str:
     return layer.removeprefix('pool_').replace('__', '.')
 
-  def depthwise(self, x, kernel: int, stride: int = 1, **kwargs):
+  def depthwise(
+    self, x: jax.Array, kernel: int, stride: int = 1, **kwargs: Any
+  ) -> jax.Array:
     """Applies a convolution to each channel by itself.
 
     Its start counts one channel's window as the fan-out, as in timm.

@@ -4,7 +4,9 @@ All are computed in float32, or in float64 where that is what comes in.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import numpy as np
 import optax
 
 from ijckd_jax.data import mixing
+from ijckd_jax.models import outputs
 from ijckd_jax.runtime import config_utils
 
 PAIRINGS = ('first', 'last')
@@ -44,7 +47,7 @@ def cross_entropy(
     labels: (B,) int32; -1 for an unlabelled row. Or mixing.MixedLabels.
   """
 
-  def rows(labels, smoothing=0.0):
+  def rows(labels: jax.Array, smoothing: float | jax.Array = 0.0) -> jax.Array:
     rows = optax.losses.softmax_cross_entropy_with_integer_labels(
       at_least_float32(logits), jnp.maximum(labels, 0)
     )
@@ -146,7 +149,7 @@ def normalize(x: jax.Array) -> jax.Array:
   return x / jnp.maximum(norm, 1e-12)
 
 
-def warm_up(batch, epochs: float) -> jax.Array | float:
+def warm_up(batch: Mapping[str, Any], epochs: float) -> jax.Array | float:
   """Returns what a term is multiplied by, which grows to one over `epochs`.
 
   In the first epoch it is 1 / epochs. The rows of a batch that crosses epochs
@@ -189,12 +192,12 @@ def pair_stages(
   return list(zip(student[:count], teacher[:count], strict=True))
 
 
-def smaller_size(x, y) -> tuple[int, int]:
+def smaller_size(x: jax.Array, y: jax.Array) -> tuple[int, int]:
   """Returns (h, w), of each the smaller of two maps (B, H, W, C)."""
   return min(x.shape[1], y.shape[1]), min(x.shape[2], y.shape[2])
 
 
-def adaptive_average_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+def adaptive_average_pool(x: jax.Array, size: Sequence[int]) -> jax.Array:
   """Returns a map averaged to `size`, with PyTorch's overlapping bins.
 
   Output row i averages input rows floor(i H / h) to ceil((i+1) H / h) - 1.
@@ -233,7 +236,9 @@ def _averaging_matrix(old: int, new: int) -> np.ndarray:
   return inside / inside.sum(axis=1, keepdims=True)
 
 
-def feature_distance(connected, teacher, site: str) -> jax.Array:
+def feature_distance(
+  connected: outputs.Connected, teacher: outputs.Outputs, site: str
+) -> jax.Array:
   """Returns the mean squared error between two representations.
 
   Args:
@@ -267,4 +272,5 @@ def combine(
     **terms: (weight, function that gives the unweighted term) by name.
   """
   values = {name: term() for name, (weight, term) in terms.items() if weight}
-  return sum(terms[name][0] * value for name, value in values.items()), values
+  total: Any = sum(terms[name][0] * value for name, value in values.items())
+  return total, values

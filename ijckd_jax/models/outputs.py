@@ -100,6 +100,6 @@ class Shapes:
   pooled_signed: bool | None = None
   before: tuple[Any, ...] = ()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.pooled_signed is None:
       object.__setattr__(self, 'pooled_signed', self.signed)

@@ -109,8 +109,8 @@ def convert(
   if backbone.can_be_trained:
     notes += _in_training(bundle, model, parts)
   # Two programs may lack a dtype for one reason.
-  notes = dict.fromkeys([f'cut by {parts.how}', *notes])
-  return Result(bundle, errors, list(notes))
+  notes = list(dict.fromkeys([f'cut by {parts.how}', *notes]))
+  return Result(bundle, errors, notes)
 
 
 def again(model: Any, old: bundles.Bundle) -> Result:
@@ -279,7 +279,7 @@ def _function(parts):
 
 def _check_tied(model, parts, arrays) -> None:
   """Raises UserError where a parameter has two names: one alone would learn."""
-  names = {}
+  names: dict[int, list[str]] = {}
   for name, parameter in model.named_parameters(remove_duplicate=False):
     is_head = parts.head_name and name.startswith(f'{parts.head_name}.')
     if name in arrays or is_head:
@@ -303,7 +303,7 @@ def _training(model, parts, traced, pool, features, notes):
   Raises:
     config_utils.UserError: it cannot be trained.
   """
-  made = {}
+  made: dict[str, Any] = {}
   norms = batch_norm.modules(model)
   if batch_norm.among(norms, traced.arrays):
     shape = features['float32'].takes[1:]
@@ -416,11 +416,11 @@ def _in_training(bundle, model, parts) -> list[str]:
       'in training PyTorch runs other modules of it than in inference; here, '
       'those of inference are trained'
     ]
-  error = np.max([_error(*pair) for pair in zip(given, wanted, strict=True)])
-  if error <= MAX_ERROR:
+  largest = np.max([_error(*pair) for pair in zip(given, wanted, strict=True)])
+  if largest <= MAX_ERROR:
     return []
   return [
-    f'in training its features are {error:.1e} of the scale from those of '
+    f'in training its features are {largest:.1e} of the scale from those of '
     'PyTorch: what the network does there beside batch norm, such as dropout '
     'or stochastic depth, is not done here'
   ]

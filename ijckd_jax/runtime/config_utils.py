@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
@@ -18,6 +19,8 @@ import re
 import runpy
 import sys
 import traceback
+from typing import Any
+from typing import NoReturn
 
 from absl import flags
 import ml_collections
@@ -36,6 +39,8 @@ AUTOMATIC = ('method.factor',)
 # `ijckd` puts the working directory here rather than on Python's own path, on
 # which JAX and others look for modules that need not be installed.
 user_path: list[str] = []
+# As etils' own, which type checkers do not see.
+PathLike = str | os.PathLike[str]
 
 
 class UserError(ValueError):
@@ -65,7 +70,7 @@ def short(value: object) -> str:
 class LineFormatter(logging.Formatter):
   """Formats a log message as one line that a terminal shows as text."""
 
-  def formatMessage(self, record):
+  def formatMessage(self, record: logging.LogRecord) -> str:
     return printable(super().formatMessage(record))
 
 
@@ -75,7 +80,7 @@ def reason(error: OSError) -> str:
   Files are written under a hidden name first, which says nothing to users.
   """
   hidden = os.path.basename(str(error.filename or '')).startswith('.')
-  return error.strerror if hidden else str(error)
+  return str(error.strerror if hidden else error)
 
 
 def unknown(kind: str, name: str, known: Sequence[str]) -> UserError:
@@ -98,7 +103,7 @@ def use_user_path() -> None:
   sys.path.extend(path for path in user_path if path not in sys.path)
 
 
-def resolve(kind: str, name: str, table: Mapping[str, object]):
+def resolve(kind: str, name: str, table: Mapping[str, object]) -> Any:
   """Returns what `name` stands for.
 
   Args:
@@ -145,17 +150,24 @@ def reference(value: object, table: Mapping[str, object]) -> str:
   return f'{cls.__module__}:{cls.__qualname__}'
 
 
-def parse_arg(arg: str | None, **defaults: str) -> ml_collections.ConfigDict:
+def parse_arg(
+  arg: str | None, **defaults: str | tuple[str, ...]
+) -> ml_collections.ConfigDict:
   """Reads a config file's argument, `key=value,key=value`.
 
   Args:
     arg: what stands after the colon in `--config FILE:ARG`, or None.
-    **defaults: every key that the file takes, with its default.
+    **defaults: every key that the file takes, with its default; a tuple has all
+      values that the key takes, the default first.
 
   Raises:
-    UserError: a part is not `key=value`, or its key is not among `defaults`.
+    UserError: a part is not `key=value`, or its key is not among `defaults`, or
+      its value not in the tuple.
   """
-  values = dict(defaults)
+  choices = {
+    k: v if isinstance(v, tuple) else (v,) for k, v in defaults.items()
+  }
+  values = {key: given[0] for key, given in choices.items()}
   for part in (arg or '').split(','):
     if not part:
       continue
@@ -167,6 +179,8 @@ def parse_arg(arg: str | None, **defaults: str) -> ml_collections.ConfigDict:
       )
     if key not in defaults:
       raise unknown('config argument', key, list(defaults))
+    if isinstance(defaults[key], tuple) and value not in choices[key]:
+      raise unknown(key, value, choices[key])
     values[key] = value
   return ml_collections.ConfigDict(values)
 
@@ -177,7 +191,7 @@ def section(cls: type, name: str) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict({'name': name, **values})
 
 
-def _fields(cls, name):
+def _fields(cls: type, name: str) -> tuple[dataclasses.Field, ...]:
   """Returns the fields of a method or data set that a name stands for."""
   if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
     raise UserError(
@@ -186,13 +200,13 @@ def _fields(cls, name):
   return dataclasses.fields(cls)
 
 
-def instantiate(kind: str, cls: type, config: Mapping[str, object]):
+def instantiate(kind: str, cls: type, config: Mapping[str, object]) -> Any:
   """Returns `cls` with the fields that a config section holds.
 
   Raises:
     UserError: the section has a field that `cls` does not know.
   """
-  fields = {field.name: field for field in _fields(cls, config['name'])}
+  fields = {field.name: field for field in _fields(cls, str(config['name']))}
   values = {key: value for key, value in config.items() if key != 'name'}
   for key in values:
     if key not in fields:
@@ -290,7 +304,7 @@ def load(reference: str) -> ml_collections.ConfigDict:
   except Exception as error:  # It is the user's code: anything may be raised.
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == path]
-    line = getattr(error, 'lineno', None) or (lines or ['?'])[-1]
+    line = getattr(error, 'lineno', None) or (lines[-1] if lines else '?')
     raise UserError(
       f'{path}, line {line}: {type(error).__name__}: {error}'
     ) from error
@@ -322,14 +336,14 @@ def from_json(text: str | bytes) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(_with_tuples(content))
 
 
-def _with_tuples(value):
+def _with_tuples(value: Any) -> Any:
   """Returns JSON with tuples for its lists: so configs have them."""
   if isinstance(value, dict):
     return {key: _with_tuples(one) for key, one in value.items()}
   return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
-def parse_value(text: str, like: object) -> object:
+def parse_value(text: str, like: Any) -> Any:
   """Returns a bool, int, float or string out of text, as `like` is one.
 
   Raises:
@@ -401,7 +415,7 @@ def override(
       raise UserError(f'{name}={value!r}: {error}') from error
 
 
-def _check_field(config, name):
+def _check_field(config: Mapping[str, object], name: str) -> None:
   """Raises unless a config has a field of that dotted name."""
   known = list(flatten(config))
   if name not in known:
@@ -431,7 +445,7 @@ def differences(
 class ArgumentParser(argparse.ArgumentParser):
   """argparse, with one line instead of a page for a mistake."""
 
-  def error(self, message):
+  def error(self, message: str) -> NoReturn:
     raise UserError(f'{message} (see {self.prog} --help)')
 
 
@@ -451,7 +465,7 @@ def run_command(command: Callable[[list[str]], int | None]) -> None:
   if sys.unraisablehook is sys.__unraisablehook__:  # And not a test's.
     sys.unraisablehook = drop_closed_loops
 
-  def answer():
+  def answer() -> int | None:
     try:
       return command(sys.argv[1:])
     except UserError as error:
@@ -467,7 +481,9 @@ def run_command(command: Callable[[list[str]], int | None]) -> None:
   sys.exit(streams.guard(answer))
 
 
-def drop_closed_loops(unraisable, show=sys.__unraisablehook__):
+def drop_closed_loops(
+  unraisable: Any, show: Callable[[Any], object] = sys.__unraisablehook__
+) -> None:
   """Shows what could not be raised, but for TensorStore's late answers.
 
   After a checkpoint that could not be written, on a full disk say, TensorStore
@@ -515,7 +531,7 @@ def raise_outside(error: Exception) -> None:
 
 
 @contextlib.contextmanager
-def blame(said: str):
+def blame(said: str) -> Iterator[None]:
   """Makes a UserError of whatever its block raises: `said`, and the reason.
 
   For blocks that read what others have made, which can be wrong in more ways

@@ -23,7 +23,7 @@ from ijckd_jax.distillation import methods
 from ijckd_jax.distillation import network
 from ijckd_jax.distillation import steps
 from ijckd_jax.distillation import stored_outputs
-from ijckd_jax.distillation import teachers
+from ijckd_jax.distillation import teachers as teachers_lib
 from ijckd_jax.runtime import backend
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import parallel
@@ -207,7 +207,7 @@ class Experiment:
   config: ml_collections.ConfigDict
   dataset: Any
   distiller: distiller_lib.Distiller
-  teachers: tuple[teachers.Teacher, ...]
+  teachers: tuple[teachers_lib.Teacher, ...]
   teacher_run: 'Experiment | None'
   augmentation: augment.Augmentation
   mapper: parallel.Mapper
@@ -219,7 +219,7 @@ class Experiment:
   notes: tuple[str, ...] = ()
 
   @property
-  def teacher(self) -> teachers.Teacher | None:
+  def teacher(self) -> teachers_lib.Teacher | None:
     """The teacher that the student is compared with at the end.
 
     It has the joint classifier; None where there is no teacher.
@@ -232,7 +232,9 @@ class Experiment:
     arrays = tuple(teacher.arrays for teacher in self.teachers)
     return distiller_lib.Frozen(arrays, self.distiller.fixed_head)
 
-  def with_teachers(self, given: Sequence[teachers.Teacher]) -> 'Experiment':
+  def with_teachers(
+    self, given: Sequence[teachers_lib.Teacher]
+  ) -> 'Experiment':
     """Returns the same with teachers whose arrays are there.
 
     Args:
@@ -253,17 +255,19 @@ class Experiment:
       key, tuple(self.dataset.image_shape)
     )
     if self.distiller.method.predicts_with == 'copy':
-      variables['params']['head'] = jax.tree.map(jnp.array, self.teacher.head)
+      variables['params']['head'] = jax.tree.map(
+        jnp.array, self.teachers[0].head
+      )
     if self.distiller.adapting is not None:
       for kind in network.COLLECTIONS:
         variables[kind]['teacher'] = jax.tree.map(
-          jnp.array, self.teacher.variables[kind]['backbone']
+          jnp.array, self.teachers[0].variables[kind]['backbone']
         )
     if self.start is None:
       return variables
     return self.start.fill(variables, self.distiller.network.backbone)
 
-  def abstract_teacher(self) -> teachers.Teacher:
+  def abstract_teacher(self) -> teachers_lib.Teacher:
     """Returns the teacher that this run will leave, with shapes for arrays."""
     return teacher_loading.abstract(
       self.distiller.deployed_network,
@@ -339,13 +343,14 @@ class Experiment:
         the run has stored them.
     """
     row = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
-    batch = {
+    batch: dict[str, Any] = {
       'image': jax.ShapeDtypeStruct(
         (num_rows, *self.dataset.image_shape), jnp.uint8
       ),
       **dict.fromkeys(('label', 'index', 'epoch'), row),
     }
     if with_teacher:
+      assert self.stored is not None, 'the run stores no outputs'
       batch['teacher'] = {
         name: jax.ShapeDtypeStruct((num_rows, *shape), self.stored.dtype)
         for name, shape in self.stored.shapes.items()
@@ -373,7 +378,9 @@ class Experiment:
       returns_rows=returns_rows,
     )
 
-  def map_train_step(self, step: Callable, *, rows_out=False) -> Callable:
+  def map_train_step(
+    self, step: Callable, *, rows_out: bool = False
+  ) -> Callable:
     """Returns a training step compiled and mapped; it donates the state."""
     return self.mapper.map(
       step,
@@ -406,7 +413,7 @@ def build(
   config: ml_collections.ConfigDict,
   *,
   dataset: Any = None,
-  teacher: teachers.Teacher | Sequence[teachers.Teacher] | None = None,
+  teacher: teachers_lib.Teacher | Sequence[teachers_lib.Teacher] | None = None,
   devices: Sequence[Any] | None = None,
 ) -> Experiment:
   """Returns the experiment that a config describes; nothing runs or compiles.
@@ -502,7 +509,7 @@ def build(
     teachers=given if method.needs_teacher else given[:1],
     teacher_run=teacher_run,
     augmentation=augment.build(config.augment, dataset, views),
-    mapper=parallel.Mapper(config.mapper, devices and tuple(devices)),
+    mapper=parallel.Mapper(config.mapper, tuple(devices or ()) or None),
     dtype=dtype,
     stored=stored,
     start=start,
@@ -575,7 +582,7 @@ def _teachers(config, dataset, given, dtype):
     dtype: of the computation.
   """
   section = config.teacher
-  if isinstance(given, teachers.Teacher):
+  if isinstance(given, teachers_lib.Teacher):
     given = (given,)
   if given is None:
     given = teacher_loading.load(section, dtype) if section.checkpoint else ()
@@ -590,7 +597,7 @@ def _teachers(config, dataset, given, dtype):
     )
   for teacher in given:
     teacher_loading.check(teacher, dataset)
-  notes = ()
+  notes: tuple[str, ...] = ()
   if section.head != 'fit':
     given, notes = teacher_loading.in_class_order(
       given, dataset, by_number=section.classes_by_number

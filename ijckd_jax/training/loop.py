@@ -76,12 +76,12 @@ class StopSignals:
   is handed on as that.
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.number = signal.SIGTERM  # Of the signal that came.
     self._requested = False
     self._came = time.monotonic()
     self._looks = 0
-    self._before = {}
+    self._before: dict[int, Any] = {}
 
   def __enter__(self):
     caught = [signal.SIGINT, signal.SIGTERM]
@@ -280,12 +280,14 @@ class Loop:
             f'{self.name} stopped after step {step} of {total_steps}{took}',
             stop.number,
           )
-        if refit and step < total_steps:
+        if self.refits is not None and refit and step < total_steps:
           frozen = self.refits.after(step, state, frozen)
         clock = time.perf_counter()
     return state
 
-  def evaluate(self, variables, frozen, split: str) -> evaluator.Evaluation:
+  def evaluate(
+    self, variables: Any, frozen: distiller_lib.Frozen, split: str
+  ) -> evaluator.Evaluation:
     """Evaluates a state on a split, beside the teacher if there is one.
 
     Args:
@@ -339,7 +341,7 @@ class Loop:
     due += [other for other in timed if other > step]
     if self.refits is not None:
       due.append(self.refits.next_due(step))
-    return min(total_steps, *due)
+    return int(min(total_steps, *due))
 
   def frozen_of(self, step: int) -> distiller_lib.Frozen:
     """Returns the arrays beside which a student of a step is evaluated."""

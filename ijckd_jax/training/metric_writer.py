@@ -6,6 +6,7 @@ import logging
 import os
 import tempfile
 import time
+from typing import Any
 from typing import Protocol
 
 from etils import epath
@@ -66,7 +67,7 @@ class JsonLinesWriter:
     self._new = ''
     disk.write_text(self._path, self._old)
 
-  def write(self, step, scalars):
+  def write(self, step: int, scalars: dict[str, float]) -> None:
     self._new += json.dumps({'step': step, **scalars}) + '\n'
 
   def flush(self) -> None:
@@ -87,7 +88,7 @@ class JsonLinesWriter:
         os.fsync(file.fileno())
     self._old, self._new = self._old + self._new, ''
 
-  def close(self):
+  def close(self) -> None:
     self.flush()
 
 
@@ -142,11 +143,11 @@ class TensorBoardWriter:
     restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._write(resume_step + 1, session_log=restart)
 
-  def _write(self, step, **fields):
+  def _write(self, step: int, **fields: Any) -> None:
     event = self._event(wall_time=time.time(), step=step, **fields)
     self._writer.write_event(event)
 
-  def write(self, step, scalars):
+  def write(self, step: int, scalars: dict[str, float]) -> None:
     for name, value in scalars.items():
       self._write(step, summary=self._scalar(name, value))
 
@@ -155,14 +156,14 @@ class TensorBoardWriter:
     self._writer.flush()
     self._copy()
 
-  def close(self):
+  def close(self) -> None:
     self._writer.close()
     self._copy()
     if self._scratch is not None:
       self._scratch.cleanup()
 
-  def _copy(self):
-    if self._remote is not None:
+  def _copy(self) -> None:
+    if self._remote is not None and self._scratch is not None:
       for path in epath.Path(self._scratch.name).iterdir():
         (self._remote / path.name).write_bytes(path.read_bytes())
 
@@ -173,7 +174,7 @@ class Writers:
   def __init__(self, writers: Sequence[MetricWriter]):
     self._writers = writers
 
-  def write(self, step, scalars):
+  def write(self, step: int, scalars: dict[str, float]) -> None:
     for writer in self._writers:
       writer.write(step, scalars)
 
@@ -193,6 +194,6 @@ class Writers:
       if hasattr(writer, 'finish'):
         writer.finish()
 
-  def close(self):
+  def close(self) -> None:
     for writer in self._writers:
       writer.close()

@@ -147,7 +147,7 @@ def _check_names(configs: Mapping[str, ml_collections.ConfigDict]) -> None:
   """Raises UserError where runs cannot have their names, or are the same."""
   if not configs:
     raise config_utils.UserError('there is nothing to run')
-  seen = {}
+  seen: dict[str, str] = {}
   for name, config in configs.items():
     parts = name.split('/')
     if not all(map(NAME_PART.fullmatch, parts)):
@@ -269,7 +269,7 @@ def _without_seed(config) -> str:
 
 def _one_of_each_setting(configs):
   """Returns the first run of each setting, by name."""
-  first = {}
+  first: dict[str, tuple[str, ml_collections.ConfigDict]] = {}
   for name, config in configs.items():
     first.setdefault(_without_seed(config), (name, config))
   return dict(first.values())
@@ -277,17 +277,14 @@ def _one_of_each_setting(configs):
 
 def _with_teachers(tasks) -> list[sweep_processes.Task]:
   """Returns the tasks, and before them the teachers that they wait for."""
-  students = {}
+  teachers: dict[str, sweep_processes.Task] = {}
   for task in tasks:
     if task.is_open and task.teacher is not None:
-      students.setdefault(task.teacher.name, []).append(task)
-  teachers = []
-  for waiting in students.values():
-    teacher = waiting[0].teacher
+      teachers.setdefault(task.teacher.name, task.teacher)
+  for teacher in teachers.values():
     _check_folder(teacher)
     teacher.summary = sweep_processes.summary_of(teacher.folder)
-    teachers.append(teacher)
-  return teachers + tasks
+  return [*teachers.values(), *tasks]
 
 
 def _write_configs(tasks, workdir) -> None:
@@ -353,10 +350,10 @@ def setting_names(
   Runs have the same setting if they differ in their seed only. The name of the
   setting is that of its runs without the seed.
   """
-  groups = {}
+  groups: dict[str, list[str]] = {}
   for name, config in configs.items():
     groups.setdefault(_without_seed(config), []).append(name)
-  found = {}
+  found: dict[str, str] = {}
   for names in groups.values():
     stems = {_stem(name, configs[name].seed, len(names) > 1) for name in names}
     called = stems.pop() if len(stems) == 1 else names[0]

@@ -50,15 +50,14 @@ logger = logging.getLogger('ijckd_jax')
 
 def distill(
   *,
-  teacher: str
-  | epath.PathLike
+  teacher: config_utils.PathLike
   | teachers.Teacher
-  | Sequence[str | epath.PathLike]
+  | Sequence[config_utils.PathLike]
   | Sequence[teachers.Teacher],
   student: str,
-  data: Any,
+  data: str | datasets.Dataset,
   method: str = 'ijckd',
-  workdir: epath.PathLike | None = None,
+  workdir: config_utils.PathLike | None = None,
   settings: Mapping[str, Any] | None = None,
   writers: Sequence[metric_writer.MetricWriter] = (),
   overwrite: bool = False,
@@ -98,23 +97,23 @@ def distill(
       'all of them see'
     )
   _check_given(data, teacher)
-  named = isinstance(data, str)
+  dataset = None if isinstance(data, str) else data
   config = experiment.default_config(
-    dataset=data if named else None,
+    dataset=data if isinstance(data, str) else None,
     teacher='',
     student=student,
     method=method,
   )
-  if not named and hasattr(data, 'fingerprint'):
-    config.dataset.fingerprint = data.fingerprint()
-  several = isinstance(teacher, list | tuple)
-  first, *others = teacher if several else (teacher,)
+  if dataset is not None and hasattr(dataset, 'fingerprint'):
+    config.dataset.fingerprint = dataset.fingerprint()
+  first, *others = teacher if isinstance(teacher, list | tuple) else (teacher,)
+  given: Any = None
   if isinstance(first, teachers.Teacher):
-    config.teacher.backbone = first.name
+    config.teacher.backbone, given = first.name, teacher
   elif models.is_name(str(first)) and not others:
-    config.teacher.backbone, teacher = str(first), None
+    config.teacher.backbone = str(first)
   else:
-    config.teacher.checkpoint, teacher = str(first), None
+    config.teacher.checkpoint = str(first)
     config.teacher.others = tuple(map(str, others))
   config_utils.override(config, settings or {})
   with (
@@ -125,8 +124,8 @@ def distill(
       return train_and_evaluate(
         config,
         scratch if workdir is None else workdir,
-        dataset=None if named else data,
-        teacher=teacher,
+        dataset=dataset,
+        teacher=given,
         writers=writers,
         overwrite=overwrite,
       )
@@ -164,9 +163,9 @@ def _check_given(data: Any, teacher: Any) -> None:
 
 def train_and_evaluate(
   config: ml_collections.ConfigDict,
-  workdir: epath.PathLike,
+  workdir: config_utils.PathLike,
   *,
-  dataset: Any = None,
+  dataset: datasets.Dataset | None = None,
   teacher: teachers.Teacher | Sequence[teachers.Teacher] | None = None,
   writers: Sequence[metric_writer.MetricWriter] = (),
   overwrite: bool = False,
@@ -195,24 +194,24 @@ def train_and_evaluate(
   workers.check_script()
   if not str(workdir):
     raise config_utils.UserError('no workdir is given')
-  workdir = epath.Path(config_utils.expand(workdir))
+  path = epath.Path(config_utils.expand(workdir))
   exp = experiment.build(config, dataset=dataset, teacher=teacher)
   if exp.teachers and exp.teacher_run is None:
     exp = _with_fingerprint(exp)
-  runs = [(exp, workdir)]
+  runs = [(exp, path)]
   if exp.teacher_run is not None:
-    runs.insert(0, (exp.teacher_run, workdir / 'teacher'))
+    runs.insert(0, (exp.teacher_run, path / 'teacher'))
   folders = [(folder, run.config) for run, folder in runs]
   _check_hosts_agree(exp.config)
   hosts.share(lambda: workdirs.check(folders, overwrite=overwrite))
-  finished = None if overwrite else results.found(exp, workdir)
+  finished = None if overwrite else results.found(exp, path)
   try:
     splits, record = _load_data(exp)
   except config_utils.UserError as error:
     if finished is None:
       raise
     logger.warning(
-      '%s: finished, but its data could not be compared: %s', workdir, error
+      '%s: finished, but its data could not be compared: %s', path, error
     )
     return finished
   hosts.check_agree({'data': record['data']})
@@ -220,7 +219,7 @@ def train_and_evaluate(
     lambda: _check_records(folders, record, overwrite=overwrite)
   )
   if finished is not None:
-    logger.info('%s: already finished', workdir)
+    logger.info('%s: already finished', path)
     return finished
   factories = trackers.factories(exp.config.writers)
   check_durations(exp, len(splits['train']))
@@ -229,20 +228,20 @@ def train_and_evaluate(
     feeding.check(run, splits['train'])
   with contextlib.ExitStack() as stack:
     hosts.share(lambda: _take(stack, folders, overwrite, stale))
-    hosts.check_seen(workdir)
+    hosts.check_seen(path)
     trained = results.found(*runs[0]) if exp.teacher_run is not None else None
     if trained is not None:
       logger.info('%s: already finished', runs[0][1])
     if hosts.is_primary():
-      made = [f(exp.config.to_dict(), str(workdir)) for f in factories]
+      made = [f(exp.config.to_dict(), str(path)) for f in factories]
       writers = (*writers, *made)
     stop = stack.enter_context(loop.StopSignals())
     if exp.teacher_run is not None:
       trained = trained or one_run.run(*runs[0], splits, (), stop, record)
       exp = exp.with_teachers((trained.bundle.teacher(),))
     if exp.config.teacher.head:
-      exp = _with_fitted_heads(exp, workdir, splits)
-    return one_run.run(exp, workdir, splits, writers, stop, record)
+      exp = _with_fitted_heads(exp, path, splits)
+    return one_run.run(exp, path, splits, writers, stop, record)
 
 
 def _with_fingerprint(exp):
@@ -273,11 +272,11 @@ def _load_data(exp):
   return splits, record
 
 
-def check_durations(exp, num_examples: int) -> None:
+def check_durations(exp: experiment.Experiment, num_examples: int) -> None:
   """Raises UserError where a duration or rate of a run or its teacher is wrong.
 
   Args:
-    exp: experiment.Experiment.
+    exp: whose durations and rates are checked.
     num_examples: of the training set.
   """
   if exp.teacher_run is not None:

@@ -1,27 +1,19 @@
 """The data sets by name, and what each must be.
 
-A data set is a frozen dataclass, in a module of its own as `Dataset`, whose
-fields can be set in a config. It has these attributes:
-
-  image_shape: (H, W, C) of its uint8 images.
-  class_names: K names; () where the images have no classes, so that a student
-    can learn features alone: then all labels are -1, and 'test' is empty.
-  mean, std: C numbers each, of pixels scaled to [0, 1].
-  crop_padding: zero padding in pixels of the training crop; 0 for none.
-  flip: whether training images are mirrored at random.
-
-and one function, `load(split) -> Arrays`, for 'train', 'validation' and 'test'
-('validation' is held out of 'train', and empty where no part is asked for).
+A data set is a `Dataset`, in a module of its own under that name.
 
 What tfds knows under a name is a `prepared.TfdsDataset` with those attributes
 filled in, which lies in memory, or a `photos.PhotoDataset`, whose images are
 decoded when they are asked for; arrays from Python are an `ArrayDataset`.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import hashlib
 import json
+from typing import Any
+from typing import Protocol
 import zlib
 
 import numpy as np
@@ -42,6 +34,40 @@ DATASETS = {
 SPLITS = ('train', 'validation', 'test')
 
 
+class Dataset(Protocol):
+  """What a data set must offer; nothing needs to be inherited.
+
+  It is a frozen dataclass, whose fields can be set in a config.
+
+  Attributes:
+    image_shape: (H, W, C) of its uint8 images.
+    class_names: K names; () where the images have no classes, so that a student
+      can learn features alone: then all labels are -1, and 'test' is empty.
+    mean, std: C numbers each, of pixels scaled to [0, 1].
+    crop_padding: zero padding in pixels of the training crop; 0 for none.
+    flip: whether training images are mirrored at random.
+  """
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]: ...
+  @property
+  def class_names(self) -> Sequence[str]: ...
+  @property
+  def mean(self) -> Sequence[float]: ...
+  @property
+  def std(self) -> Sequence[float]: ...
+  @property
+  def crop_padding(self) -> int: ...
+  @property
+  def flip(self) -> bool: ...
+
+  def load(self, split: str) -> Any:
+    """Returns the Arrays of 'train', 'validation' or 'test'.
+
+    'validation' is held out of 'train', and empty where no part is asked for.
+    """
+
+
 @dataclasses.dataclass(frozen=True)
 class Arrays:
   """Images in memory: uint8 (N, H, W, C), and labels: int32 (N,).
@@ -57,16 +83,16 @@ class Arrays:
 
   in_memory = True
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name in ('images', 'labels'):
       values = getattr(self, name)
       if type(values) is not np.ndarray:
         object.__setattr__(self, name, _as_numpy(name, values))
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self.labels)
 
-  def take(self, indices: np.ndarray) -> 'Arrays':
+  def take(self, indices: np.ndarray | slice) -> 'Arrays':
     """Returns the examples at `indices`, in their order."""
     return Arrays(self.images[indices], self.labels[indices])
 
@@ -85,7 +111,7 @@ class Arrays:
     digest = hashlib.sha256()
     for array in (self.images, self.labels):
       digest.update(f'{array.shape}{array.dtype}'.encode())
-      digest.update(np.ascontiguousarray(array))
+      digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
 
 
@@ -116,7 +142,7 @@ class ArrayDataset:
     class_names: K names; what is no text becomes one. () for images without
       classes.
     mean, std: C numbers each, of pixels scaled to [0, 1].
-    crop_padding, flip: see the module's docstring.
+    crop_padding, flip: see Dataset.
 
   Raises:
     UserError: they do not fit together.
@@ -131,7 +157,7 @@ class ArrayDataset:
   crop_padding: int = 0
   flip: bool = False
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_crop_padding(self.crop_padding)
     names = tuple(str(name) for name in self.class_names)
     object.__setattr__(self, 'class_names', names)
@@ -184,7 +210,8 @@ class ArrayDataset:
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """(H, W, C)."""
-    return tuple(self.train.images.shape[1:])
+    height, width, channels = self.train.images.shape[1:]
+    return height, width, channels
 
   def fingerprint(self) -> int:
     """Returns a checksum of all that it is, by which a run knows it again."""
@@ -201,7 +228,7 @@ class ArrayDataset:
     checksum = zlib.crc32(json.dumps(described).encode())
     for arrays in splits:
       for array in (arrays.images, arrays.labels):
-        checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
     return checksum
 
   def load(self, split: str) -> Arrays:
@@ -211,12 +238,12 @@ class ArrayDataset:
     return Arrays(arrays.images, arrays.labels.astype(np.int32))
 
 
-def has_classes(dataset) -> bool:
+def has_classes(dataset: Dataset) -> bool:
   """Returns whether the images of a data set have classes."""
   return len(dataset.class_names) > 0
 
 
-def check_labels(dataset, splits) -> None:
+def check_labels(dataset: Dataset, splits: Mapping[str, Any]) -> None:
   """Raises UserError where there is nothing to train on, or labels are wrong.
 
   Those of images without classes must all be -1, where they lie in memory.

@@ -1,6 +1,15 @@
 """What every method is: the whole contract, with its defaults."""
 
+from collections.abc import Callable
+from collections.abc import Mapping
 import functools
+from typing import Any
+
+import jax
+
+from ijckd_jax.distillation import connectors
+from ijckd_jax.distillation.methods import auxiliary as auxiliary_lib
+from ijckd_jax.models import outputs
 
 
 class Method:
@@ -34,14 +43,16 @@ class Method:
       gradients; `teacher.change` says how far it has moved.
   """
 
-  predicts_with = 'own'
-  tap = 'final'
+  predicts_with: str = 'own'
+  tap: str = 'final'
   needs_teacher = True
   remembers = False
-  second_view = None
+  second_view: Callable[[jax.Array, jax.Array], jax.Array] | None = None
   adapts_teacher = False
 
-  def build_connector(self, student, teacher):
+  def build_connector(
+    self, student: outputs.Shapes, teacher: outputs.Shapes
+  ) -> connectors.Connector | None:
     """Returns the connectors.Connector of a student to a teacher, or None.
 
     Args:
@@ -49,16 +60,25 @@ class Method:
       teacher: outputs.Shapes of the teacher.
     """
     del student, teacher
+    return None
 
-  def auxiliary(self, student, teacher):
+  def auxiliary(
+    self, student: outputs.Shapes, teacher: outputs.Shapes
+  ) -> auxiliary_lib.Auxiliary | None:
     """Returns what is trained beside the student, an Auxiliary, or None.
 
     What it gives is `student.auxiliary` in a loss. Arguments are those of
     `build_connector`.
     """
     del student, teacher
+    return None
 
-  def loss(self, student, teacher, batch):
+  def loss(
+    self,
+    student: outputs.Outputs,
+    teacher: outputs.Outputs,
+    batch: Mapping[str, Any],
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns the total, and the unweighted terms by name.
 
     Args:
@@ -72,18 +92,18 @@ class Method:
     """
     raise NotImplementedError
 
-  def memory(self, key, num_examples):
+  def memory(self, key: jax.Array, num_examples: int) -> Any:
     """Returns the memory at the start of a run on `num_examples` images."""
     raise NotImplementedError
 
-  def notes(self, student, batch):
+  def notes(self, student: outputs.Outputs, batch: Mapping[str, Any]) -> Any:
     """Returns what a batch adds to the memory: a row for each image.
 
     They are gathered from all devices. Arguments are those of `loss`.
     """
     raise NotImplementedError
 
-  def remember(self, memory, notes):
+  def remember(self, memory: Any, notes: Any) -> Any:
     """Returns the memory after that, as a pure function."""
     raise NotImplementedError
 
