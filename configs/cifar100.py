@@ -15,8 +15,7 @@ number of a pair: dkd those of mdistiller's configs/cifar100/dkd, reviewkd those
 of its script/reviewKD.sh, dist those of its dist_cifar.yaml.
 """
 
-from ijckd_jax.runtime import config_utils
-from ijckd_jax.training import experiment
+import ijckd_jax
 
 MOBILE = 'mobilenet', 'shufflenet'
 # Fields of a method by teacher and student, where they are not its defaults.
@@ -39,10 +38,10 @@ BY_PAIR = {
 
 def get_config(arg=None):
   """Returns the config for `teacher=...,student=...,method=...`."""
-  arg = config_utils.parse_arg(
+  arg = ijckd_jax.parse_arg(
     arg, teacher='resnet32x4', student='resnet8x4', method='ijckd'
   )
-  config = experiment.default_config(dataset='cifar100', **arg)
+  config = ijckd_jax.default_config(dataset='cifar100', **arg)
   config.total_epochs = 240.0
   config.batch_size = 64
   config.optimizer.schedule = 'step'

@@ -5,15 +5,14 @@
 The data come with scikit-learn.
 """
 
-from ijckd_jax.runtime import config_utils
-from ijckd_jax.training import experiment
+import ijckd_jax
 
 
 def get_config(arg=None):
-  arg = config_utils.parse_arg(
+  arg = ijckd_jax.parse_arg(
     arg, teacher='resnet20', student='resnet8', method='ijckd'
   )
-  config = experiment.default_config(dataset='digits', **arg)
+  config = ijckd_jax.default_config(dataset='digits', **arg)
   config.total_epochs = 20.0
   config.batch_size = 60
   config.eval_batch_size = 180

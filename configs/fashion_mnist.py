@@ -7,16 +7,15 @@ DIR holds the four IDX files; Debian's package dataset-fashion-mnist has them.
 Without --source they are downloaded, which takes the extra `prepare`.
 """
 
-from ijckd_jax.runtime import config_utils
-from ijckd_jax.training import experiment
+import ijckd_jax
 
 
 def get_config(arg=None):
   """Returns the config for `teacher=...,student=...,method=...`."""
-  arg = config_utils.parse_arg(
+  arg = ijckd_jax.parse_arg(
     arg, teacher='resnet20', student='resnet8', method='ijckd'
   )
-  config = experiment.default_config(dataset='fashion_mnist', **arg)
+  config = ijckd_jax.default_config(dataset='fashion_mnist', **arg)
   config.total_epochs = 30.0
   config.batch_size = 128
   config.optimizer.schedule = 'cosine'

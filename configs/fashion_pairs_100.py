@@ -9,13 +9,12 @@ one at 28x56. Baselines share the teacher: `method=ce`, and
 `--config.teacher.checkpoint=runs/pairs/teacher`.
 """
 
-from ijckd_jax.runtime import config_utils
-from ijckd_jax.training import experiment
+import ijckd_jax
 
 
 def get_config(arg=None):
   """Returns the config for `teacher=...,resolution=...,num_train=...` etc."""
-  arg = config_utils.parse_arg(
+  arg = ijckd_jax.parse_arg(
     arg,
     teacher='resnet20',
     student='resnet8',
@@ -24,7 +23,7 @@ def get_config(arg=None):
     num_train='50000',
     num_test='10000',
   )
-  config = experiment.default_config(
+  config = ijckd_jax.default_config(
     dataset='fashion_pairs_100',
     teacher=arg.teacher,
     student=arg.student,

@@ -20,16 +20,15 @@ that its authors published for Flowers102 (100,000 epochs, T = 1) and ImageNet
 (1200 epochs). docs/augmentation.md says what is the same and what is not.
 """
 
-from ijckd_jax.runtime import config_utils
-from ijckd_jax.training import experiment
+import ijckd_jax
 
 
 def get_config(arg=None):
   """Returns the config for `dataset=...,teacher=...,student=...`."""
-  arg = config_utils.parse_arg(
+  arg = ijckd_jax.parse_arg(
     arg, dataset='cifar100', teacher='resnet32x4', student='resnet8x4'
   )
-  config = experiment.default_config(**arg, method='kd')
+  config = ijckd_jax.default_config(**arg, method='kd')
   config.method.cross_entropy_weight = 0.0
   config.method.weight = 1.0
   config.method.temperature = 1.0

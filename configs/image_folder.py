@@ -32,14 +32,13 @@ schedule, 30 epochs of batch 64. From random weights a teacher needs far more.
                    augmentation; method=ce needs no teacher
 """
 
+import ijckd_jax
 from ijckd_jax import models
-from ijckd_jax.runtime import config_utils
-from ijckd_jax.training import experiment
 
 
 def get_config(arg=None):
   """Returns the config for `folder=...,unlabelled=...,size=...` etc."""
-  arg = config_utils.parse_arg(
+  arg = ijckd_jax.parse_arg(
     arg,
     folder='',
     unlabelled='',
@@ -47,11 +46,9 @@ def get_config(arg=None):
     student='resnet18',
     method='ijckd',
     size='224',
-    recipe='short',
+    recipe=tuple(RECIPES),
   )
-  if arg.recipe not in RECIPES:
-    raise config_utils.unknown('recipe', arg.recipe, list(RECIPES))
-  config = experiment.default_config(
+  config = ijckd_jax.default_config(
     dataset='image_folder',
     teacher=arg.teacher,
     student=arg.student,
@@ -81,7 +78,7 @@ def _mobile(config):
   config.optimizer.warmup_epochs = 5.0
   config.optimizer.learning_rate = 1e-3
   if 'factor' in config.method:
-    config.method.factor = config_utils.AUTO
+    config.method.factor = 0  # As `auto` on the command line.
 
 
 def _finetune(config):

@@ -41,8 +41,7 @@ weights of mdistiller's configs/imagenet, reviewkd the width of its own code,
 mlkd (configs/imagenet/r34_r18) and atsc (README) what their authors' code has.
 """
 
-from ijckd_jax.runtime import config_utils
-from ijckd_jax.training import experiment
+import ijckd_jax
 
 RECIPES = ('official', 'pod')
 PAIRS = ('resnet34', 'resnet18'), ('resnet50', 'mobilenet_v1')
@@ -84,16 +83,14 @@ BY_PAIR = {
 
 def get_config(arg=None):
   """Returns the config for `teacher=...,student=...,method=...,recipe=...`."""
-  arg = config_utils.parse_arg(
+  arg = ijckd_jax.parse_arg(
     arg,
     teacher='resnet34',
     student='resnet18',
     method='ijckd',
-    recipe='official',
+    recipe=RECIPES,
   )
-  if arg.recipe not in RECIPES:
-    raise config_utils.unknown('recipe', arg.recipe, RECIPES)
-  config = experiment.default_config(
+  config = ijckd_jax.default_config(
     dataset='imagenet2012',
     teacher=arg.teacher,
     student=arg.student,

@@ -219,11 +219,20 @@ def test_parse_arg():
       'teachers=x',
       "unknown config argument 'teachers'; did you mean 'teacher'",
     ),
+    ('recipe=shor', "unknown recipe 'shor'; did you mean 'short'"),
   ],
 )
 def test_parse_arg_says_what_is_wrong(arg, message):
   with pytest.raises(config_utils.UserError, match=message):
-    config_utils.parse_arg(arg, teacher='a', method='b')
+    config_utils.parse_arg(
+      arg, teacher='a', method='b', recipe=('long', 'short')
+    )
+
+
+def test_parse_arg_of_one_of_several_values():
+  for arg, recipe in ((None, 'long'), ('recipe=short', 'short')):
+    parsed = config_utils.parse_arg(arg, recipe=('long', 'short'))
+    assert parsed.to_dict() == {'recipe': recipe}
 
 
 def test_differences():

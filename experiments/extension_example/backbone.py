@@ -2,11 +2,10 @@
 
 import flax.linen as nn
 
-from ijckd_jax import models
-from ijckd_jax.models import outputs
+import ijckd_jax
 
 
-class PlainNet(models.Backbone):
+class PlainNet(ijckd_jax.Backbone):
   """Channels double as the map halves."""
 
   width: int = 8
@@ -20,4 +19,4 @@ class PlainNet(models.Backbone):
       x = self.conv(self.width * 2**stage, 3, stride=2 if stage else 1)(x)
       x = nn.relu(self.norm(train)(x))
       stages.append(x)
-    return outputs.Features(tuple(stages), x, self.pool(x))
+    return ijckd_jax.Features(tuple(stages), x, self.pool(x))

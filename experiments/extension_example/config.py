@@ -4,14 +4,14 @@
     --config experiments/extension_example/config.py
 """
 
-from ijckd_jax.training import experiment
+import ijckd_jax
 
 HERE = 'experiments.extension_example'
 
 
 def get_config():
   """Returns the config."""
-  config = experiment.default_config(
+  config = ijckd_jax.default_config(
     dataset=f'{HERE}.dataset:Dataset',
     teacher='resnet8',
     student=f'{HERE}.backbone:PlainNet',

@@ -2,10 +2,10 @@
 
 import flax.linen as nn
 
-from ijckd_jax.distillation import connectors
+import ijckd_jax
 
 
-class Gated(connectors.Connector):
+class Gated(ijckd_jax.Connector):
   """The gate looks at the same features."""
 
   @nn.compact

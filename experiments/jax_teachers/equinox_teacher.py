@@ -9,9 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import ijckd_jax
-from ijckd_jax.data import augment
 from ijckd_jax.data.datasets import digits
-from ijckd_jax.models import outputs
 
 
 class Net(eqx.Module):
@@ -32,7 +30,7 @@ class Net(eqx.Module):
     return jax.nn.relu(self.conv2(jax.nn.relu(self.conv1(image))))
 
 
-def teacher(net: Net, preprocessing: augment.Preprocessing):
+def teacher(net: Net, preprocessing: ijckd_jax.Preprocessing):
   """Returns a network as a teacher: a pure function and its arrays."""
   arrays, static = eqx.partition(net, eqx.is_array)
 
@@ -43,7 +41,7 @@ def teacher(net: Net, preprocessing: augment.Preprocessing):
     final = jnp.moveaxis(maps, 1, 3)
     pooled = jnp.mean(final, axis=(1, 2))
     logits = jax.vmap(net.head)(pooled)
-    return outputs.Outputs((final,), final, pooled, logits)
+    return ijckd_jax.Outputs((final,), final, pooled, logits)
 
   return ijckd_jax.Teacher(
     apply=apply,
@@ -81,7 +79,7 @@ def main(num_steps: int = 300, **settings) -> dict[str, float]:
   """Trains a teacher, distils a student, and returns their accuracies."""
   data = digits.Dataset()
   size = data.image_shape[:2]
-  preprocessing = augment.Preprocessing(data.mean, data.std, size)
+  preprocessing = ijckd_jax.Preprocessing(data.mean, data.std, size)
   net = Net(64, len(data.class_names), key=jax.random.key(0))
   examples = data.load('train')
   net = train(net, preprocessing(examples.images), examples.labels, num_steps)

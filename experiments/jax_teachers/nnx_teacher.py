@@ -9,9 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import ijckd_jax
-from ijckd_jax.data import augment
 from ijckd_jax.data.datasets import digits
-from ijckd_jax.models import outputs
 
 
 class Net(nnx.Module):
@@ -27,7 +25,7 @@ class Net(nnx.Module):
     return nnx.relu(self.conv2(nnx.relu(self.conv1(images))))
 
 
-def teacher(net: Net, preprocessing: augment.Preprocessing):
+def teacher(net: Net, preprocessing: ijckd_jax.Preprocessing):
   """Returns a network as a teacher: a pure function and its arrays."""
   graph, state = nnx.split(net)
 
@@ -35,7 +33,7 @@ def teacher(net: Net, preprocessing: augment.Preprocessing):
     net = nnx.merge(graph, state)
     final = net.features(images)
     pooled = jnp.mean(final, axis=(1, 2))
-    return outputs.Outputs((final,), final, pooled, net.head(pooled))
+    return ijckd_jax.Outputs((final,), final, pooled, net.head(pooled))
 
   return ijckd_jax.Teacher(
     apply=apply,
@@ -69,7 +67,7 @@ def main(num_steps: int = 300, **settings) -> dict[str, float]:
   """Trains a teacher, distils a student, and returns their accuracies."""
   data = digits.Dataset()
   size = data.image_shape[:2]
-  preprocessing = augment.Preprocessing(data.mean, data.std, size)
+  preprocessing = ijckd_jax.Preprocessing(data.mean, data.std, size)
   net = Net(64, len(data.class_names), rngs=nnx.Rngs(0))
   examples = data.load('train')
   train(net, preprocessing(examples.images), examples.labels, num_steps)
