@@ -71,7 +71,9 @@ def test_a_config_is_read(tmp_path):
     '  )\n'
   )
   with pytest.warns(
-    FutureWarning, match='is now ijckd_jax.training.experiment'
+    FutureWarning,
+    match='is now ijckd_jax.training.experiment; the old name works until '
+    'version 0.4, which comes no earlier than 2027-06-01',
   ):
     config = config_utils.load(str(path))
   assert config.method.name == 'kd'
@@ -129,5 +131,6 @@ def test_commands_are_found_by_their_old_modules(old, new):
   )
   assert done.stdout.startswith(f'usage: python -m ijckd_jax {new} ')
   assert done.stderr == (
-    f'python -m ijckd_jax.{old} is now python -m ijckd_jax {new}\n'
+    f'python -m ijckd_jax.{old} is now python -m ijckd_jax {new}; the old name '
+    'works until version 0.4, which comes no earlier than 2027-06-01\n'
   )

@@ -1,4 +1,4 @@
-"""Modules that have moved: their old names work in 0.2, and say the new one."""
+"""Modules that have moved: for a while old names work, and say the new ones."""
 
 import importlib
 import importlib.abc
@@ -6,6 +6,14 @@ import importlib.machinery
 import sys
 import warnings
 
+# The version in which the old names go, with this module, and the day before
+# which it does not come out; see docs/promises.md.
+GONE_IN = '0.4'
+NOT_BEFORE = '2027-06-01'
+UNTIL = (
+  f'the old name works until version {GONE_IN}, which comes no earlier than '
+  f'{NOT_BEFORE}'
+)
 # Of the commands: what stands after `python -m ijckd_jax` today.
 COMMANDS = {
   'bounds.__main__': 'bounds',
@@ -152,7 +160,7 @@ def run(old: str) -> None:
   command = COMMANDS[old]
   print(
     f'python -m {PACKAGE}{old.removesuffix(".__main__")} is now '
-    f'python -m ijckd_jax {command}',
+    f'python -m ijckd_jax {command}; {UNTIL}',
     file=sys.stderr,
   )
   sys.argv.insert(1, command)
@@ -178,7 +186,7 @@ def contents(folder: str, new: str):
 
 
 def _warn(old: str, new: str) -> None:
-  warnings.warn(f'{old} is now {new}', FutureWarning, stacklevel=3)
+  warnings.warn(f'{old} is now {new}; {UNTIL}', FutureWarning, stacklevel=3)
 
 
 def install() -> None:
