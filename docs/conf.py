@@ -17,7 +17,7 @@ project = metadata['metadata']['name']
 release = metadata['metadata']['version']
 html_show_copyright = False
 root_doc = 'docs/index'
-include_patterns = ['docs/*.md', 'experiments/**/*.md']
+include_patterns = ['CHANGELOG.md', 'docs/*.md', 'experiments/**/*.md']
 extensions = [
   'myst_parser',
   'sphinx.ext.autodoc',

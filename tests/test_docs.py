@@ -8,6 +8,8 @@ import sys
 import markdown_it
 import pytest
 
+import ijckd_jax
+
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted(
   path.relative_to(ROOT)
@@ -66,3 +68,12 @@ def test_site(tmp_path):
       r'<(script|img|link)[^>]*(src|href)="?http', page.read_text()
     )
   assert 'docs/index.html' in (tmp_path / 'index.html').read_text()
+
+
+def test_the_reference_has_every_public_name():
+  page = (ROOT / 'docs/reference.md').read_text()
+  found = re.findall(r':: ijckd_jax\.(\w+)$', page, re.MULTILINE)
+  assert {*found} - {'models'} == {*ijckd_jax.__all__}
+  modules = re.findall(r'^\.\. automodule:: (.*)$', page, re.MULTILINE)
+  assert modules and all(f'`{name}`' in ijckd_jax.__doc__ for name in modules)
+  assert len(modules) == ijckd_jax.__doc__.count('`ijckd_jax.')

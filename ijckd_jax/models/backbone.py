@@ -25,7 +25,7 @@ class Backbone(nn.Module):
   architecture.
 
   A `pool` that has parameters (a hidden layer, a layer norm) makes its layers
-  in `setup`, as attributes whose names start with 'pool_': by that name they
+  in `setup`, as attributes whose names start with `pool_`: by that name they
   are cut out of the backbone's variables, to serve a student that is connected
   before them. `pool` by itself is that of inference, in float32 whatever
   `dtype` is; `__call__` may give it `train` where it has a batch norm.
@@ -39,7 +39,7 @@ class Backbone(nn.Module):
       is the whole backbone, 'stage' ends at the last stage, and 'stageN' ends
       at `stages[N]`: N counts from 0, which is the stem, or the first stage of
       a backbone whose stem is no stage of its own. At a stage, `final` is
-      `stages[-1]`, `pooled` is its plain average, and there are no 'pool_'
+      `stages[-1]`, `pooled` is its plain average, and there are no `pool_`
       layers.
     axis_name: mapped axis over which batch norm is synchronised, or None.
     dtype: dtype of the computation; parameters stay float32.

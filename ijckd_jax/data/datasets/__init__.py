@@ -43,7 +43,8 @@ class Dataset(Protocol):
     image_shape: (H, W, C) of its uint8 images.
     class_names: K names; () where the images have no classes, so that a student
       can learn features alone: then all labels are -1, and 'test' is empty.
-    mean, std: C numbers each, of pixels scaled to [0, 1].
+    mean: C numbers, of pixels scaled to [0, 1].
+    std: standard deviation, alike.
     crop_padding: zero padding in pixels of the training crop; 0 for none.
     flip: whether training images are mirrored at random.
   """
@@ -137,12 +138,16 @@ class ArrayDataset:
   """A data set from arrays. Labels of -1, in `train` only, mean unlabelled.
 
   Attributes:
-    train, test, validation: images and labels of each split. Only images
-      without classes may lack `test`.
+    train: images and labels to learn from.
+    test: images and labels to judge by; only images without classes may lack
+      them.
+    validation: images and labels to choose the best step by.
     class_names: K names; what is no text becomes one. () for images without
       classes.
-    mean, std: C numbers each, of pixels scaled to [0, 1].
-    crop_padding, flip: see Dataset.
+    mean: C numbers, of pixels scaled to [0, 1].
+    std: standard deviation, alike.
+    crop_padding: zero padding in pixels of the training crop; 0 for none.
+    flip: whether training images are mirrored at random.
 
   Raises:
     UserError: they do not fit together.
