@@ -240,7 +240,7 @@ class Bundle:
     """Writes it; the folder appears whole or not at all."""
     flat = traverse_util.flatten_dict(self.variables, sep='/')
     arrays = safetensors.numpy.save(
-      {key: np.ascontiguousarray(value) for key, value in flat.items()}
+      {key: np.asarray(value, order='C') for key, value in flat.items()}
     )
     spec = {**self.spec(), CHECKSUM: hashlib.sha256(arrays).hexdigest()}
     text = json.dumps(spec, indent=2) + '\n'

@@ -57,7 +57,7 @@ def encode(
     UNREAD: json.dumps(unread),
   }
   return safetensors.numpy.save(
-    {name: np.ascontiguousarray(x) for name, x in arrays.items()}, metadata
+    {name: np.asarray(x, order='C') for name, x in arrays.items()}, metadata
   )
 
 
