@@ -8,7 +8,7 @@ These names are public:
 - data: `ArrayDataset`, `Arrays`, `Preprocessing`;
 - networks: `Teacher`, `Bundle`, `load_bundle`, `Outputs`, `Features`, `Shapes`;
 - what a class of your own inherits, or must look like: `Method`, `Backbone`,
-  `Connector`, `Dataset`, `MetricWriter`.
+  `NnxBackbone`, `FunctionBackbone`, `Connector`, `Dataset`, `MetricWriter`.
 
 And the public functions and classes of these modules:
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
   from ijckd_jax.distillation.connectors import Connector as Connector
   from ijckd_jax.distillation.methods.base import Method as Method
   from ijckd_jax.distillation.teachers import Teacher as Teacher
+  from ijckd_jax.models.adapters import FunctionBackbone as FunctionBackbone
+  from ijckd_jax.models.adapters import NnxBackbone as NnxBackbone
   from ijckd_jax.models.backbone import Backbone as Backbone
   from ijckd_jax.models.outputs import Features as Features
   from ijckd_jax.models.outputs import Outputs as Outputs
@@ -64,9 +66,11 @@ _PUBLIC = {
   'Dataset': 'data.datasets:Dataset',
   'Diverged': 'training.loop:Diverged',
   'Features': 'models.outputs:Features',
+  'FunctionBackbone': 'models.adapters:FunctionBackbone',
   'Interrupted': 'training.loop:Interrupted',
   'Method': 'distillation.methods.base:Method',
   'MetricWriter': 'training.metric_writer:MetricWriter',
+  'NnxBackbone': 'models.adapters:NnxBackbone',
   'Outputs': 'models.outputs:Outputs',
   'Preprocessing': 'data.augment:Preprocessing',
   'Result': 'training.results:Result',

@@ -17,7 +17,7 @@ def shown(tmp_path, monkeypatch):
   text = PAGE.read_text()
   codes = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
   names = re.findall(r'(?:method|student)=(my_\w+):(\w+)', text)
-  assert len(codes) == len(names) == 2
+  assert len(codes) == len(names) == 3
   for (module, _), code in zip(names, codes, strict=True):
     (tmp_path / f'{module}.py').write_text(code)
   monkeypatch.syspath_prepend(tmp_path)
@@ -26,8 +26,10 @@ def shown(tmp_path, monkeypatch):
     sys.modules.pop(module, None)
 
 
-def test_what_the_page_shows_trains(shown, small_config, tmp_path):
-  method, backbone = shown
+# The first backbone, and the one in Flax NNX.
+@pytest.mark.parametrize('number', [1, 2])
+def test_what_the_page_shows_trains(number, shown, small_config, tmp_path):
+  method, backbone = shown[0], shown[number]
   config = small_config(
     method, **{'student.backbone': backbone, 'total_steps': 5}
   )

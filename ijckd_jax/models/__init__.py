@@ -4,11 +4,13 @@ A module of each family has its `Backbone`, built from `layers` and `folding`.
 `cpu_conv` replaces Linen's convolutions on CPUs, by `winograd` and
 `kernel_gradient`, inside the steps that it decorates. `outputs` is what a
 backbone gives, and `losses` what methods are made of. A `converted` backbone is
-made of `programs`, in place of layers. No connectors and no teachers here.
+made of `programs`, in place of layers; one from `adapters` is made of plain
+functions, or of a module of Flax NNX. No connectors and no teachers here.
 """
 
 from functools import partial
 import re
+import sys
 from typing import Any
 
 from ijckd_jax.models import efficientnet
@@ -140,6 +142,13 @@ BACKBONES = {
 }
 
 
+# What is said of a network that is no backbone.
+ADAPT = (
+  'a backbone is a subclass of models.Backbone; for Flax NNX and for plain '
+  'functions there are ijckd_jax.NnxBackbone and ijckd_jax.FunctionBackbone '
+  '(docs/extending.md)'
+)
+
 # Before the colon of a name that is PyTorch's; such a network is not imported.
 PYTORCH = ('hf', 'timm', 'torch', 'torchvision', 'transformers')
 
@@ -172,6 +181,37 @@ def is_name(text: str) -> bool:
   return text in BACKBONES or (':' in text and '/' not in text)
 
 
+def name_of(backbone: str | type[Backbone]) -> str:
+  """Returns the name by which `build` finds a backbone again.
+
+  Args:
+    backbone: its name, or the class, which a module must have by its name.
+
+  Raises:
+    config_utils.UserError: it is something else, or cannot be found by a name.
+  """
+  if isinstance(backbone, str):
+    return backbone
+  if not isinstance(backbone, type):
+    raise config_utils.UserError(
+      f'the student is of type {type(backbone).__name__}: give the name of a '
+      f"backbone, 'package.module:Name', or the backbone's class; {ADAPT}"
+    )
+  if not issubclass(backbone, Backbone):
+    raise config_utils.UserError(
+      f'the student, class {backbone.__name__}, is no backbone: {ADAPT}'
+    )
+  module, name = backbone.__module__, backbone.__qualname__
+  found = getattr(sys.modules.get(module), name, None)
+  if module == '__main__' or found is not backbone:
+    raise config_utils.UserError(
+      f'the student {name} of {module} cannot be imported by that name, which '
+      'its bundle needs: define it at the top level of a module, in a file of '
+      'its own, and import it from there'
+    )
+  return f'{module}:{name}'
+
+
 def build(name: str, **settings: Any) -> Backbone:
   """Returns the backbone called `name`, or the one at `package.module:Name`.
 
@@ -191,13 +231,12 @@ def build(name: str, **settings: Any) -> Backbone:
     backbone = constructor(**settings)
   except TypeError as error:
     raise config_utils.UserError(
-      f'{name!r} does not make a backbone: {error}'
+      f'{name!r} does not make a backbone: {error}; {ADAPT}'
     ) from error
   if _is_pytorch(type(backbone)):
     raise _not_built(name)
   if not isinstance(backbone, Backbone):
     raise config_utils.UserError(
-      f'{name!r} makes a {type(backbone).__name__}, which is not a '
-      'models.Backbone'
+      f'{name!r} makes a {type(backbone).__name__}: {ADAPT}'
     )
   return backbone

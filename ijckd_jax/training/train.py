@@ -54,7 +54,7 @@ def distill(
   | teachers.Teacher
   | Sequence[config_utils.PathLike]
   | Sequence[teachers.Teacher],
-  student: str,
+  student: str | type[models.Backbone],
   data: str | datasets.Dataset,
   method: str = 'ijckd',
   workdir: config_utils.PathLike | None = None,
@@ -69,7 +69,8 @@ def distill(
     teacher: folder of a bundle or a run; a teachers.Teacher; several of either,
       the one whose head is the joint classifier first; or the name of a
       backbone, which is then trained first.
-    student: name of a backbone (models.BACKBONES), or `package.module:Name`.
+    student: name of a backbone (models.BACKBONES), or `package.module:Name`, or
+      the class that has this name.
     data: name of a data set (datasets.DATASETS), `package.module:Name`, or a
       datasets.ArrayDataset.
     method: name of a method (methods.METHODS), or `package.module:Name`.
@@ -101,7 +102,7 @@ def distill(
   config = experiment.default_config(
     dataset=data if isinstance(data, str) else None,
     teacher='',
-    student=student,
+    student=models.name_of(student),
     method=method,
   )
   if dataset is not None and hasattr(dataset, 'fingerprint'):
