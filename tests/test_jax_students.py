@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import sys
 
 import equinox as eqx
 from flax import nnx
@@ -375,6 +376,10 @@ def local():
   return Local
 
 
+def renamed(module, name):
+  return type(name, (nnx_student.Student,), {'__module__': module})
+
+
 @pytest.mark.parametrize(
   'student, said',
   [
@@ -386,13 +391,17 @@ def local():
       'does not make a backbone: .*',
     ),
     (local(), 'Local of tests.test_jax_students cannot be imported by that'),
-    (
-      type('Main', (nnx_student.Student,), {'__module__': '__main__'}),
-      'Main of __main__ cannot be imported .*a file of its own',
-    ),
+    (renamed('__main__', 'Main'), 'Main of __main__ cannot be .* file of its'),
+    # There, another class has the name.
+    (renamed(nnx_student.__name__, 'Student'), 'Student of .* cannot be impo'),
   ],
 )
-def test_students_that_cannot_be_found_again(student, said, data_dir, tmp_path):
+def test_students_that_cannot_be_found_again(
+  student, said, data_dir, tmp_path, monkeypatch
+):
+  if getattr(student, '__module__', '') == '__main__':
+    main = sys.modules['__main__']
+    monkeypatch.setattr(main, student.__name__, student, raising=False)
   with pytest.raises(config_utils.UserError, match=said) as raised:
     ijckd_jax.distill(
       teacher='plain',
