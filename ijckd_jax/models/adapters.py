@@ -68,7 +68,7 @@ class FunctionBackbone(backbone.Backbone):
     raise NotImplementedError
 
   @nn.compact
-  def __call__(self, images, *, train: bool):
+  def __call__(self, images: jax.Array, *, train: bool) -> outputs.Features:
     """Returns Features.
 
     Raises:
@@ -165,14 +165,22 @@ class NnxBackbone(FunctionBackbone):
     norms = (x for _, x in layers if isinstance(x, nnx.BatchNorm))
     return max((norm.momentum for norm in norms), default=0.0)
 
-  def init_fn(self, key, images):
+  def init_fn(self, key: jax.Array, images: jax.Array) -> tuple[Any, Any]:
     del images  # Layers of NNX are told their sizes.
     net = self._made(key)
     _check_kept(net)
     params, state = nnx.state(net, nnx.Param, nnx.BatchStat)
     return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
 
-  def apply_fn(self, params, state, images, *, train, key):
+  def apply_fn(
+    self,
+    params: Any,
+    state: Any,
+    images: jax.Array,
+    *,
+    train: bool,
+    key: jax.Array | None,
+  ) -> tuple[Any, Any]:
     # The streams of random numbers of a module begin at the key.
     net = self._shapes() if key is None else self._made(key)
     nnx.update(net, params)
