@@ -170,9 +170,7 @@ def _held_out(report) -> list[str]:
 def _copies(copies) -> str:
   """Says how many images repeat others, or were trained on."""
   if copies['kept'] == copies['images']:
-    said = (
-      f'None of the {copies["images"]:,} images repeats another, and none is'
-    )
+    said = f'None of the {copies["images"]:,} images repeats another, and none'
   else:
     said = (
       f'Of {copies["images"]:,} images, {copies["repeated"]:,} repeat another '
