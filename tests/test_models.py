@@ -1099,6 +1099,25 @@ def test_multiply_adds_in_vain_are_not_counted():
   assert cost.multiply_adds(last_product, square) == 4
 
 
+def test_cost_of_a_network_by_hand():
+  """Arrays that are not read do not count."""
+  arrays = {
+    'kernel': np.ones((12, 5), np.float32),
+    'other': np.ones((9, 9), np.float32),
+    'scale': np.ones(5, np.float16),
+  }
+
+  def network(arrays, images):
+    logits = images.reshape(len(images), -1) @ arrays['kernel']
+    return logits * arrays['scale']
+
+  found = cost.of_network(network, arrays, (2, 2, 3), 8)
+  assert found['multiply_adds'] == 12 * 5
+  assert found['weight_bytes'] == 4 * 12 * 5 + 2 * 5
+  assert [*found['milliseconds']] == ['1', '8']
+  assert min(found['milliseconds'].values()) > 0
+
+
 def test_multiply_adds_of_loops_and_programs():
   """A scan's are counted for each turn; of a program nobody can tell."""
   square = jnp.ones((2, 2))

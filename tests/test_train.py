@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 import types
 
 import jax
@@ -87,6 +88,17 @@ def test_run_leaves_what_it_promises(finished_run):
   assert summary['student']['last']['top1'] == last
   teacher = json.loads((workdir / 'teacher' / workdirs.SUMMARY).read_text())
   assert summary['teacher']['top1'] == teacher['student']['last']['top1']
+  seconds = summary['training_seconds']
+  assert 0 < seconds['student'] < 1e4
+  assert seconds['teacher'] == teacher['training_seconds']['student']
+  assert teacher['training_seconds']['teacher'] is None
+  for who, times in summary['milliseconds'].items():
+    assert [*times] == ['1', '64'] and min(times.values()) > 0, who
+  size = sum(x.nbytes for x in jax.tree.leaves(result.bundle.variables))
+  assert summary['weight_bytes']['student'] == size
+  assert (
+    summary['weight_bytes']['teacher'] == (teacher['weight_bytes']['student'])
+  )
   assert set(os.listdir(workdir / 'checkpoints')) >= {'8', '12'}
 
 
@@ -139,11 +151,16 @@ def test_run_of_a_version_with_fewer_fields_is_found(
   ],
 )
 def test_stopped_run_continues_to_the_same_bits(
-  finished_run, small_config, tmp_path, stop_at
+  finished_run, small_config, tmp_path, stop_at, monkeypatch
 ):
   reference_dir, reference = finished_run
   teacher = bundles.load(reference_dir / 'teacher').teacher()
-  with pytest.raises(loop.Interrupted, match='the same command continues'):
+  clock = time.perf_counter
+  with (
+    monkeypatch.context() as patch,
+    pytest.raises(loop.Interrupted, match='the same command continues'),
+  ):
+    patch.setattr(time, 'perf_counter', lambda: 1e6 * clock())
     train.train_and_evaluate(
       small_config(), tmp_path, teacher=teacher, writers=[stop_at]
     )
@@ -151,7 +168,12 @@ def test_stopped_run_continues_to_the_same_bits(
   result = train.train_and_evaluate(small_config(), tmp_path, teacher=teacher)
   assert_same_bits(result.state, reference.state)
   assert rows_without_times(tmp_path) == rows_without_times(reference_dir)
-  assert result.summary['student'] == reference.summary['student']
+  same, other = result.summary, reference.summary
+  assert same.keys() == other.keys()
+  names = ('student', 'teacher', 'parameters', 'multiply_adds', 'weight_bytes')
+  assert [same[x] for x in names] == [other[x] for x in names]
+  # By the fast clock of the first part, which counts.
+  assert same['training_seconds']['student'] > 1e4
 
 
 def test_another_seed_is_another_run(finished_run, small_config, tmp_path):

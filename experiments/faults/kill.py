@@ -48,7 +48,10 @@ FIELDS = {
   'eval_steps': 2 * PERIOD,
   'checkpoint_steps': PERIOD,
 }
-TIMES = ('images_per_second', 'train/images_per_second')
+TIMES = (
+  *('images_per_second', 'train/images_per_second'),
+  *('training_seconds', 'milliseconds'),
+)
 # What is being written, by the first part of its path.
 KINDS = {
   'checkpoints': 'saving',

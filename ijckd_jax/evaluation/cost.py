@@ -1,4 +1,4 @@
-"""What a function costs: its multiply-adds, counted in what is traced.
+"""What a function costs: multiply-adds as it is traced, bytes, and time.
 
 XLA's cost_analysis counts otherwise than papers do: elementwise operations, and
 no multiplications with padding.
@@ -6,13 +6,70 @@ no multiplications with padding.
 
 from collections.abc import Callable
 import math
+import statistics
+import time
 from typing import Any
 
 import jax
 from jax.interpreters import partial_eval
+import jax.numpy as jnp
 
 # Calls whose inside cannot be seen.
 OPAQUE = ('call_exported', 'pure_callback', 'io_callback', 'custom_call')
+# Calls are timed for so long, and at least so many: three have a median.
+SECONDS, MIN_CALLS = 0.2, 3
+
+
+def of_network(
+  fn: Callable[..., Any],
+  arrays: Any,
+  image_shape: tuple[int, int, int],
+  batch_size: int,
+) -> dict[str, Any]:
+  """Returns what a network costs when it predicts, as JSON.
+
+  Args:
+    fn: `(arrays, images) -> outputs`.
+    arrays: of the network.
+    image_shape: (H, W, C) of its uint8 images.
+    batch_size: of the batch that is timed beside a single image.
+
+  Returns:
+    'multiply_adds' of one image, as `multiply_adds` counts them; 'weight_bytes'
+    of the arrays that are read; 'milliseconds' of a compiled call on this
+    machine's first device, a median, by batch size.
+  """
+  device = jax.local_devices()[0]
+  call, arrays = jax.jit(fn), jax.device_put(arrays, device)
+  batches = {
+    size: jax.device_put(jnp.zeros((size, *image_shape), jnp.uint8), device)
+    for size in sorted({1, batch_size})
+  }
+  jaxpr, used = _read(call.trace(arrays, batches[1]).jaxpr.jaxpr)
+  leaves = jax.tree.leaves(arrays)
+  return {
+    'multiply_adds': _count(jaxpr),
+    'weight_bytes': sum(
+      leaf.nbytes
+      for leaf, is_used in zip(leaves, used[: len(leaves)], strict=True)
+      if is_used
+    ),
+    'milliseconds': {
+      str(size): 1e3 * _seconds(lambda x=batch: call(arrays, x))
+      for size, batch in batches.items()
+    },
+  }
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+  """Returns the median of a call's seconds, after one that may compile."""
+  jax.block_until_ready(call())
+  taken = []
+  while len(taken) < MIN_CALLS or sum(taken) < SECONDS:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    taken.append(time.perf_counter() - start)
+  return statistics.median(taken)
 
 
 def multiply_adds(fn: Callable[..., Any], *shapes: Any) -> int | None:
@@ -30,10 +87,14 @@ def multiply_adds(fn: Callable[..., Any], *shapes: Any) -> int | None:
     The number; None where a part of the function is a program or a callback,
     or a loop whose length is not known.
   """
-  traced = jax.make_jaxpr(fn)(*shapes).jaxpr
+  jaxpr, _ = _read(jax.make_jaxpr(fn)(*shapes).jaxpr)
+  return _count(jaxpr)
+
+
+def _read(jaxpr):
+  """Returns what its results depend on, and which arguments are read."""
   # A network that is given another head computes its own in vain.
-  read, _ = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
-  return _count(read)
+  return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
 
 
 def _count(jaxpr) -> int | None:

@@ -130,6 +130,7 @@ class Progress:
     examples: trained on while `seconds` were counted.
     seconds: spent in training steps, without those that compile (the first one
       of a process, the first one with stored outputs), evaluations and saves.
+    wall_seconds: spent in all, up to the last save.
     damaged: indices of training images that could not be decoded.
     rows: of metrics, written so far.
   """
@@ -137,6 +138,7 @@ class Progress:
   sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)
   examples: int = 0
   seconds: float = 0.0
+  wall_seconds: float = 0.0
   damaged: list[int] = dataclasses.field(default_factory=list)
   rows: int = 0
 
@@ -212,6 +214,7 @@ class Loop:
     )
     split = self.ranking_split
     frozen = self.frozen
+    began = time.perf_counter() - progress.wall_seconds
     if start and self.refits is not None:
       frozen = self.refits.after(start, state, frozen)
     pending, clock, counted = [], None, start
@@ -270,6 +273,7 @@ class Loop:
           progress.rows += 1
           line.show(step, row)
         if evaluation or save or stopping:
+          progress.wall_seconds = time.perf_counter() - began
           self._save(step, jax.device_get(state), score, progress)
         if stopping and step < total_steps:
           self.checkpoints.wait()

@@ -8,7 +8,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from ijckd_jax.bounds import held_out
 from ijckd_jax.bounds import measure
@@ -17,12 +16,12 @@ from ijckd_jax.bundles import bundles
 from ijckd_jax.bundles import model_card
 from ijckd_jax.data import datasets
 from ijckd_jax.distillation import train_state
-from ijckd_jax.evaluation import cost
 from ijckd_jax.reports import report
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import disk
 from ijckd_jax.runtime import hosts
 from ijckd_jax.runtime import workdirs
+from ijckd_jax.training import costs
 from ijckd_jax.training import experiment
 from ijckd_jax.training import metric_writer
 from ijckd_jax.training import run_record
@@ -212,6 +211,10 @@ def finish(training, workdir, state, progress, history):
     'student': student,
     **facts,
     'images_per_second': progress.images_per_second,
+    'training_seconds': {
+      'student': progress.wall_seconds or None,  # Of an older version.
+      'teacher': hosts.share(lambda: _teacher_seconds(exp, workdir)),
+    },
     'damaged_images': [
       training.splits['train'].name_of(index) for index in progress.damaged
     ],
@@ -346,6 +349,17 @@ def _teachers(config, workdir) -> list[dict[str, Any]]:
     except (OSError, KeyError, TypeError, ValueError):
       found.append({})  # Damaged since it was loaded: nothing is known of it.
   return found
+
+
+def _teacher_seconds(exp, workdir) -> float | None:
+  """Returns how long the run trained its teacher; None where it did not."""
+  if exp.teacher_run is None:
+    return None
+  try:
+    found = disk.read_json(workdir / 'teacher' / workdirs.SUMMARY)
+    return found['training_seconds']['student']
+  except (OSError, KeyError, TypeError, ValueError):
+    return None  # Of an older version, or damaged since.
 
 
 def _choices(training, workdir, history, teachers) -> int | None:
@@ -491,26 +505,9 @@ def _circumstances(exp, bundle, teacher_metrics) -> dict[str, Any]:
       'student': bundles.num_params(bundle.variables),
       'teacher': teacher and teacher.num_params,
     },
-    'multiply_adds': _multiply_adds(bundle, teacher),
+    **costs.of(exp, bundle),
     'seed': exp.config.seed,
     'config': exp.config.to_dict(),
     'versions': run_record.versions(),
     'devices': [device.device_kind for device in jax.devices()],
-  }
-
-
-def _multiply_adds(bundle, teacher) -> dict[str, int | None]:
-  """Returns those of one image; None where they are not known."""
-  network = bundle.network
-  image = jax.ShapeDtypeStruct((1, *bundle.image_shape), jnp.uint8)
-  return {
-    'student': cost.multiply_adds(
-      lambda variables, x: network(variables, network.preprocessing(x)).logits,
-      bundle.variables,
-      image,
-    ),
-    'teacher': teacher
-    and cost.multiply_adds(
-      lambda arrays, x: teacher(arrays, x).logits, teacher.arrays, image
-    ),
   }
