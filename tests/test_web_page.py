@@ -27,7 +27,7 @@ def page():
     TEXT,
     {'plots/a.png': b'plot', 'plots/b.png': b'photos'},
     frozenset({'plots/b.png'}),
-    {'More': 'x < y'},
+    {'More': 'x < *y*'},
   )
 
 
@@ -44,7 +44,7 @@ def test_is_whole(page):
 def test_text_stays_text(page):
   assert '<script' not in page
   assert '&lt;script&gt;' in page and 'alt="the &lt;plot&gt;"' in page
-  assert '<pre>x &lt; y</pre>' in page
+  assert '<summary>More</summary><p>x &lt; <em>y</em></p>' in page
   assert '<title>A &amp; B</title>' in page
   assert '>a | b</td>' in page
 

@@ -22,6 +22,7 @@ LABELS = {
   'own head': "between the student's two heads",
 }
 MAX_BOUNDS = 5  # Beside the measured error.
+HEIGHT = 0.4  # Of a bar, under its title, where a row is 1.
 MOST_SHOWN = 1.2  # Right end of the axis; above 1 a bound says nothing.
 
 
@@ -51,14 +52,14 @@ def _figure(report):
   shown = bound_wording.of_deployed(report)[:MAX_BOUNDS]
   error = report['terms']['student_error']
   right = min(MOST_SHOWN, 1.1 * max(x['upper'] for x in (error, *shown)))
-  figure = plots.new_figure(plots.WIDTH, 1.4 + 0.42 * len(shown))
+  figure = plots.new_figure(plots.WIDTH, 1.7 + 0.5 * len(shown))
   ax = figure.subplots()
-  ax.barh(0, error['value'], color=COLORS['measured'], height=0.6)
+  ax.barh(0, error['value'], color=COLORS['measured'], height=HEIGHT)
   _whisker(ax, 0, error['lower'], error['upper'], right)
-  ticks = ["the student's error (dashed)"]
+  titles = ["the student's error (dashed)"]
   kinds = ['measured']
   for row, bound in enumerate(shown, 1):
-    ticks.append(f'{bound["title"]} ({bound["statement"]})')
+    titles.append(f'{bound["title"]} ({bound["statement"]})')
     left = 0.0
     for part in sorted(bound['parts'], key=_order):
       kinds.append(part['kind'])
@@ -67,7 +68,7 @@ def _figure(report):
         row,
         part['value'],
         left=left,
-        height=0.6,
+        height=HEIGHT,
         edgecolor='white' if not hatch else COLORS[part['kind']],
         color=COLORS[part['kind']],
         linewidth=0.8,
@@ -75,33 +76,36 @@ def _figure(report):
       )
       left += part['value']
     _whisker(ax, row, bound['value'], bound['upper'], right)
-  for row, bound in enumerate([error, *shown]):
+  whole = ax.get_yaxis_transform()
+  for row, (title, bound) in enumerate(
+    zip(titles, [error, *shown], strict=True)
+  ):
+    look = dict(va='center', fontsize=9, transform=whole)
+    # Nothing is to cross the words.
+    room = dict(facecolor='white', edgecolor='none', pad=0.5)
+    ax.text(0.005, row - 0.4, f'{title}:', bbox=room, **look)
     said = f'{bound["value"]:.1%}, at most {bound["upper"]:.1%}'
-    ax.text(1.01, row, said, va='center', transform=ax.get_yaxis_transform())
+    ax.text(1.01, row, said, **look)
   ax.axvline(
     error['value'], color=COLORS['measured'], linestyle=(0, (2, 2)), zorder=0
   )
+  ax.xaxis.set_major_locator(ticker.MaxNLocator(5))
   ax.xaxis.set_major_formatter(ticker.PercentFormatter(1, symbol=''))
   if right > 1:
     ax.axvline(1, color=plots.GREY)
     ax.axvspan(1, 2, color=plots.PALE, zorder=0)
     ax.text(
-      1.1, -0.75, 'says\nnothing', color=plots.GREY, fontsize=7, ha='center'
+      1.1, -0.95, 'says\nnothing', color=plots.GREY, fontsize=8, ha='center'
     )
-  ax.set(xlim=(0, right), ylim=(len(shown) + 0.6, -1.1))
-  ax.set_yticks(range(len(ticks)), ticks)
+  ax.set(xlim=(0, right), ylim=(len(shown) + 0.4, -0.8), yticks=())
   ax.set_xlabel('% of the images; lines end at the limits')
-  ax.set_title("Ways to bound the student's error", fontsize=10)
-  ax.grid(axis='y', visible=False)
-  ax.legend(
+  figure.legend(
     handles=[
       patches.Patch(color=COLORS[kind], label=LABELS[kind])
       for kind in COLORS
       if kind in kinds
     ],
-    loc='upper center',
-    bbox_to_anchor=(0.3, -1.1 / len(ticks)),
-    ncols=2,
+    loc='outside lower left',
     frameon=False,
   )
   return figure

@@ -18,10 +18,9 @@ from ijckd_jax.runtime import progress
 NOT_LOSSES = ('accuracy', 'gradient_norm', 'images_per_second', 'learning_rate')
 MAX_NAMED = 20  # More names do not fit beside a matrix.
 MAX_CELLS = 250  # More cells in a row would fade between pixels.
-MAX_CONFUSIONS = 10
 MAX_IMAGES = 24
 IMAGES = 'images'  # The stem of the picture that is made of them.
-WIDTH = 8.0  # Inches: at 150 dpi a little more than a page of Markdown shows.
+WIDTH = 5.0  # Inches, as of a phone, on which text keeps the size of STYLE.
 COLOR_TICKS = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
 # After Okabe and Ito, whose colours the colour-blind tell apart as well.
@@ -36,10 +35,10 @@ STYLE = {
   'axes.spines.right': False,
   'axes.spines.top': False,
   'axes.titlelocation': 'left',
-  'axes.titlesize': 9,
+  'axes.titlesize': 10,
   'figure.constrained_layout.use': True,
   'figure.dpi': 150,
-  'font.size': 9,
+  'font.size': 10,
   'grid.color': PALE,
   'grid.linewidth': 0.7,
   'legend.edgecolor': 'white',
@@ -256,7 +255,8 @@ def _accuracy(summary, history) -> tuple:
     look['label'] = f'{name} (step {step:,}): test {top1:.2f}'
     ax.plot(epochs.get(step, math.nan), top1, **look)
   ax.set_ylabel('top-1 accuracy, %')
-  ax.legend()
+  # Outside of the axes, where it hides no curve.
+  figure.legend(loc='outside lower left')
   # The first epochs would otherwise press everything else to the ceiling.
   settled += [y for y, _, _ in ends]
   room = 0.08 * max(max(settled) - min(settled), 1)
@@ -279,52 +279,15 @@ def _accuracy(summary, history) -> tuple:
 
 
 def _confusions(summary, evaluation, class_names) -> tuple:
-  """Draws the network's errors by class, beside the teacher's."""
-  import matplotlib
-  from matplotlib import colors
-
+  """Draws the network's errors by class, above the teacher's."""
   panels = {
     markdown.learner(summary): evaluation,
     'teacher': evaluation.teacher,
   }
   panels = {name: panel for name, panel in panels.items() if panel}
   num_classes = len(class_names)
-  named = num_classes <= MAX_NAMED
-  rates = [
-    panel.confusion / np.maximum(panel.confusion.sum(axis=1, keepdims=True), 1)
-    for panel in panels.values()
-  ]
   block = -(-num_classes // MAX_CELLS)
-  errors = [_errors(rate, block) for rate in rates]
-  # A network that is nearly always right should not look alarming.
-  highest = max(0.1, *map(np.max, errors))
-  norm = colors.PowerNorm(0.5, 0, highest)
-  # Pale yellow would be lost on white, where nothing went wrong.
-  ramp = matplotlib.colormaps['YlOrRd'](np.linspace(0.2, 1, 256))
-  diagonal = np.where(np.eye(num_classes), 0, np.nan)
-  figure = new_figure(WIDTH if len(panels) == 2 else WIDTH / 2 + 0.6, 4.1)
-  axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-  for ax, name, rate, error in zip(axes, panels, rates, errors, strict=True):
-    image = ax.imshow(
-      np.ma.masked_equal(error, 0), cmap=colors.ListedColormap(ramp), norm=norm
-    )
-    if block == 1:
-      ax.imshow(diagonal, cmap=colors.ListedColormap([PALE]))
-    ax.set_title(f'{name}: {panels[name].metrics["top1"]:.2%} right')
-    ax.set_xlabel('predicted class')
-    if named:
-      _name_classes(ax, class_names)
-      _write_cells(ax, rate, error > 0.3 * highest)
-    else:
-      tenths = np.linspace(0, len(error), 11) - 0.5
-      ax.set(xticks=tenths, yticks=tenths)
-      ax.tick_params(length=0, labelleft=False, labelbottom=False)
-  axes[0].set_ylabel('true class')
-  ticks = [tick for tick in COLOR_TICKS if tick <= highest]
-  bar = figure.colorbar(image, ax=axes, aspect=30, pad=0.02, shrink=0.8)
-  bar.set_ticks(ticks, labels=[f'{tick:.0%}' for tick in ticks])
-  bar.set_label('share of the true class')
-  bar.outline.set_visible(False)
+  figure = _draw_matrices(panels, class_names, block)
   text = markdown.join(
     'Look for errors that gather in a cell or a column.',
     len(panels) == 2
@@ -334,11 +297,55 @@ def _confusions(summary, evaluation, class_names) -> tuple:
     'are left grey: they would outshine every error.',
     block > 1 and f'A cell is the worst of {block} x {block} pairs of classes.',
     'Numbers are rounded percent of the true class.'
-    if named
+    if num_classes <= MAX_NAMED
     else f"The {num_classes} classes are in the data set's order, with a line "
-    f'after each tenth.\n\n{_frequent(panels, class_names)}',
+    'after each tenth.',
   )
   return ('Confusion by class', 'confusion', figure, text)
+
+
+def _draw_matrices(panels, class_names, block):
+  """Draws a matrix of errors for each of panels (evaluations by name)."""
+  import matplotlib
+  from matplotlib import colors
+
+  rates = [
+    panel.confusion / np.maximum(panel.confusion.sum(axis=1, keepdims=True), 1)
+    for panel in panels.values()
+  ]
+  errors = [_errors(rate, block) for rate in rates]
+  # A network that is nearly always right should not look alarming.
+  highest = max(0.1, *map(np.max, errors))
+  norm = colors.PowerNorm(0.5, 0, highest)
+  # Pale yellow would be lost on white, where nothing went wrong.
+  ramp = matplotlib.colormaps['YlOrRd'](np.linspace(0.2, 1, 256))
+  diagonal = np.where(np.eye(len(class_names)), 0, np.nan)
+  figure = new_figure(WIDTH, 0.9 + 4.5 * len(panels))
+  axes = figure.subplots(len(panels), squeeze=False)[:, 0]
+  for ax, name, rate, error in zip(axes, panels, rates, errors, strict=True):
+    image = ax.imshow(
+      np.ma.masked_equal(error, 0), cmap=colors.ListedColormap(ramp), norm=norm
+    )
+    if block == 1:
+      ax.imshow(diagonal, cmap=colors.ListedColormap([PALE]))
+    ax.set_title(f'{name}: {panels[name].metrics["top1"]:.2%} right')
+    ax.set(xlabel='predicted class', ylabel='true class')
+    if len(class_names) <= MAX_NAMED:
+      _name_classes(ax, class_names)
+      # Of ink and white the one that stands out, on dark pages too.
+      _write_cells(ax, rate, error > 0.18 * highest)
+    else:
+      tenths = np.linspace(0, len(error), 11) - 0.5
+      ax.set(xticks=tenths, yticks=tenths)
+      ax.tick_params(length=0, labelleft=False, labelbottom=False)
+  ticks = [tick for tick in COLOR_TICKS if tick <= highest]
+  bar = figure.colorbar(
+    image, ax=axes, location='bottom', aspect=30, pad=0.02, shrink=0.8
+  )
+  bar.set_ticks(ticks, labels=[f'{tick:.0%}' for tick in ticks])
+  bar.set_label('share of the true class')
+  bar.outline.set_visible(False)
+  return figure
 
 
 def _errors(rate, block) -> np.ndarray:
@@ -354,33 +361,16 @@ def _name_classes(ax, class_names) -> None:
   """Writes the classes beside both axes."""
   ticks = [shorten(name, 14) for name in class_names]
   upright = 90 if sum(map(len, ticks)) > 40 else 0
-  ax.set_xticks(range(len(ticks)), ticks, rotation=upright)
-  ax.set_yticks(range(len(ticks)), ticks)
+  look = dict(fontsize=min(10, 160 / len(ticks)))
+  ax.set_xticks(range(len(ticks)), ticks, rotation=upright, **look)
+  ax.set_yticks(range(len(ticks)), ticks, **look)
   ax.grid(False)
-
-
-def _frequent(panels, class_names):
-  """Returns the network's most frequent errors as a Markdown table."""
-  counts = [panel.confusion for panel in panels.values()]
-  wrong = counts[0] * (1 - np.eye(len(class_names), dtype=np.int64))
-  order = np.argsort(-wrong, axis=None, kind='stable')[:MAX_CONFUSIONS]
-  cells = [['true → predicted', *panels, 'images of the class']]
-  for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True):
-    if wrong[i, j]:
-      pair = ' → '.join(
-        markdown.escape(shorten(class_names[k])) for k in (i, j)
-      )
-      numbers = (*(count[i, j] for count in counts), counts[0][i].sum())
-      cells.append([pair, *(f'{number:,}' for number in numbers)])
-  if len(cells) == 1:
-    return 'No class was taken for another.'
-  return f'The most frequent errors, counted:\n\n{markdown.grid(cells)}'
 
 
 def _write_cells(ax, rates, dark):
   """Writes rounded percentages, but for zeros, into a matrix's cells."""
   percent = np.round(100 * rates)
-  look = dict(ha='center', va='center', fontsize=min(8, 110 / len(rates)))
+  look = dict(ha='center', va='center', fontsize=min(9, 130 / len(rates)))
   for i, j in np.argwhere(percent > 0):
     color = 'white' if dark[i, j] else INK
     ax.text(j, i, f'{percent[i, j]:.0f}', color=color, **look)
@@ -426,12 +416,12 @@ def _draw_images(images, labels, predictions):
   """Draws images in a grid, each under its true and its predicted class."""
   _, height, width, channels = images.shape
   longest = max(map(len, (*labels, *predictions)))
-  columns = 4 if width > 1.5 * height else 8 if longest <= 14 else 6
+  columns = 3 if width > 1.5 * height else 6 if longest <= 4 else 4
   cell_width = WIDTH / columns
   columns = min(columns, len(images))
   num_rows = -(-len(images) // columns)
   num_lines = 1 if longest <= 4 else 2
-  cell_height = (cell_width - 0.06) * height / width + 0.13 * num_lines + 0.07
+  cell_height = (cell_width - 0.06) * height / width + 0.15 * num_lines + 0.07
   figure = new_figure(columns * cell_width, num_rows * cell_height)
   figure.get_layout_engine().set(h_pad=0.02, w_pad=0.02, hspace=0, wspace=0)
   grid = figure.subplots(num_rows, columns, squeeze=False)
@@ -442,8 +432,8 @@ def _draw_images(images, labels, predictions):
     if channels != 3:
       image = image.mean(axis=-1)
     ax.imshow(image, cmap='gray', vmin=0, vmax=255, interpolation='nearest')
-    room = int(cell_width / 0.065) - 2
+    room = int(cell_width / 0.075) - 2
     label, prediction = (shorten(name, room) for name in names)
     title = f'{label}{" " if num_lines == 1 else chr(10)}→ {prediction}'
-    ax.set_title(title, fontsize=7.5, loc='center', pad=3)
+    ax.set_title(title, fontsize=8.5, loc='center', pad=3)
   return figure

@@ -15,6 +15,7 @@ from ijckd_jax.distillation import methods
 from ijckd_jax.reports import bound_plots
 from ijckd_jax.reports import bound_wording
 from ijckd_jax.reports import plots
+from ijckd_jax.reports import tables
 from ijckd_jax.reports import web_page
 from ijckd_jax.runtime import config_utils
 from ijckd_jax.runtime import disk
@@ -30,10 +31,15 @@ def table(summary: Mapping[str, Any]) -> str:
   Args:
     summary: as in `summary.json`.
   """
-  counts = [f'- {line}' for line in _counts(summary)]
+  counts = '\n'.join(f'- {line}' for line in _counts(summary))
+  return '\n\n'.join([*_metrics(summary), counts])
+
+
+def _metrics(summary) -> list[str]:
+  """Returns the table of accuracies; none where the images have no classes."""
   learner, student = markdown.learner(summary), summary['student']
-  if not student:  # The images have no classes.
-    return '\n'.join(counts)
+  if not student:
+    return []
   best_by = 'the test set' if summary['best_by'] == 'test' else 'validation'
   best = f'{learner}, best by {best_by} (step {summary["best_step"]:,})'
   rows = {
@@ -43,7 +49,7 @@ def table(summary: Mapping[str, Any]) -> str:
     f'{learner}, last without EMA': student.get('last_without_ema'),
   }
   rows = {name: metrics for name, metrics in rows.items() if metrics}
-  return '\n'.join([markdown.metrics(rows), '', *counts])
+  return [markdown.metrics(rows)]
 
 
 def _counts(summary):
@@ -104,19 +110,27 @@ def write(
   if measured is not None:
     sections += bound_plots.draw(measured.report)
     details[IN_FULL] = bound_wording.full(measured.report)
-  parts = [_headline(summary, evaluation), table(summary)]
+  parts = [_headline(summary, evaluation), *_metrics(summary)]
   if summary['best_by'] == 'test' and evaluation is not None:
     parts.append(
       "'Best' was chosen on the test set, so its numbers flatter: compare runs "
       'by their last step, or hold out a validation split '
       '(`--config.dataset.validation_fraction=0.1`).'
     )
+  parts += ['## Size and speed', tables.costs(summary)]
+  if evaluation is not None:
+    rows = tables.classes(summary, evaluation, class_names)
+    shown = rows[: 1 + tables.MAX_CLASSES]
+    parts += ['## Each class, the worst first', markdown.grid(shown)]
+    if rows[len(shown) :]:
+      title = f'All {len(rows) - 1:,} classes'
+      parts.append(f"'{title}' is folded away at the end of this page.")
+      details[title] = markdown.grid(rows)
   parts += _tell(sections)
   parts.append(_circumstances(workdir, summary))
   fields = config_utils.flatten(summary['config']).items()
-  details['The whole config'] = '\n'.join(
-    f'{name} = {value!r}' for name, value in fields
-  )
+  lines = '\n'.join(f'{name} = {value!r}' for name, value in fields)
+  details['The whole config'] = f'```text\n{lines}\n```'
   _write_pages(workdir, parts, sections, details)
 
 
@@ -169,12 +183,11 @@ def _write_pages(folder: epath.Path, parts, sections, details) -> None:
     folder: where; the pictures go to a folder in it.
     parts: of the page, in Markdown.
     sections: plots.Section each, whose pictures it shows.
-    details: plain texts at its end, folded away, by title.
+    details: Markdown at its end, folded away, by title.
   """
   text = '\n\n'.join(parts)
   folded = [
-    f'<details><summary>{title}</summary>\n\n```text\n{words}\n```\n\n'
-    '</details>'
+    f'<details><summary>{title}</summary>\n\n{words}\n\n</details>'
     for title, words in details.items()
   ]
   page = web_page.page(
@@ -227,37 +240,51 @@ def _headline(summary, evaluation):
       'images with classes.'
     )
   teacher_evaluation = evaluation.teacher
-  if teacher_evaluation is None:
-    done = f'trained without a teacher by **{by}** on **{on}**'
-  elif method.needs_teacher:
-    done = f'distilled from **{teacher}** by **{by}** on **{on}**'
-  else:
-    done = f'trained by **{by}** on **{on}**, only judged by **{teacher}**'
-  if teacher_evaluation is not None and method.predicts_with == 'teacher':
-    done += ", and predicts through the teacher's own head"
-  best = config['bundle'] == 'best' and summary['best_step'] < summary['steps']
   count, mine = summary['test_examples'], evaluation.metrics['top1']
-  worth = (
-    f'The {"best" if best else "last"} step, which is bundled and shown below, '
-    f'gets **{mine:.2%}** of the {count:,} test images right'
+  title = f'# {name} by {by} on {on}'
+  worth = f'**{name}** gets **{mine:.2%}** of the {count:,} test images right'
+  best = config['bundle'] == 'best' and summary['best_step'] < summary['steps']
+  shown = f'The {"best" if best else "last"} step is bundled, and shown here.'
+  if teacher_evaluation is None:
+    done = f'It was trained without a teacher by **{by}** on **{on}**.'
+    return f'{title}\n\n{worth}.\n\n{done} {shown}'
+  theirs = teacher_evaluation.metrics['top1']
+  sizes = {who: sum(x.values()) for who, x in summary['parameters'].items()}
+  share = sizes['student'] / sizes['teacher']
+  if method.needs_teacher:
+    done = f'The student was distilled by **{by}** on **{on}**'
+  else:
+    done = (
+      f'The student was trained by **{by}** on **{on}**; the teacher is only '
+      'there to compare with'
+    )
+  if method.predicts_with == 'teacher':
+    done += ", and predicts through the teacher's own head"
+  return (
+    f'{title}\n\n{worth}, and the teacher **{teacher}** {theirs:.2%}. '
+    f"The student has {share:.0%} of the teacher's parameters.\n\n"
+    f'{done}. {shown} {_compared(evaluation)}'
   )
-  if teacher_evaluation is not None:
-    theirs = teacher_evaluation.metrics['top1']
-    worth += (
-      f', the teacher **{theirs:.2%}**: {100 * (mine - theirs):+.2f} points'
-    )
-  labels = evaluation.labels
-  if teacher_evaluation is not None:
-    right = [e.predictions == labels for e in (evaluation, teacher_evaluation)]
-    won, lost = right[0] & ~right[1], right[1] & ~right[0]
-    error = np.std(won.astype(int) - lost) / math.sqrt(len(labels))
-    error *= markdown.HALF_WIDTH
-    worth += (
-      f' ± {100 * error:.2f} (95% interval of the paired difference, from '
-      f'the choice of test images alone). The student alone is right on '
-      f'{np.sum(won):,}, the teacher alone on {np.sum(lost):,}'
-    )
-  return f'# {name} by {by} on {on}\n\n**{name}** was {done}. {worth}.'
+
+
+def _compared(evaluation) -> str:
+  """Returns the difference to the teacher on the same images, and its error."""
+  labels, teacher = evaluation.labels, evaluation.teacher
+  right = [e.predictions == labels for e in (evaluation, teacher)]
+  won, lost = right[0] & ~right[1], right[1] & ~right[0]
+  error = np.std(won.astype(int) - lost) / math.sqrt(len(labels))
+  error *= 100 * markdown.HALF_WIDTH
+  points = 100 * (evaluation.metrics['top1'] - teacher.metrics['top1'])
+  said = (
+    f'Student minus teacher: {points:+.2f} points ± {error:.2f} (95% interval '
+    'of the paired difference, from the choice of test images alone)'
+  )
+  if abs(points) <= error:
+    said += '; these images cannot tell which one is better'
+  return (
+    f'{said}. The student alone is right on {np.sum(won):,}, the teacher alone '
+    f'on {np.sum(lost):,}.'
+  )
 
 
 def _circumstances(workdir, summary):

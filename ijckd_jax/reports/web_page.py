@@ -20,13 +20,12 @@ a { color: var(--link); }
   overflow-wrap: normal; }
 table { border-collapse: collapse; font-size: .875rem;
   font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
-th { text-align: left; } td:first-child, th:first-child { white-space: normal;
-  min-width: 11rem; overflow-wrap: break-word; }
-img { display: block; max-width: 100%; height: auto; background: #ffffff;
-  border-radius: .3rem; }
-img.plot { min-width: 36rem; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); }
+th { text-align: left; } td:first-child, th:first-child { min-width: 6rem;
+  overflow-wrap: break-word; }
+@media (max-width: 40rem) { th, td { padding: .3rem; } }
+img { display: block; max-width: min(100%, 36rem); height: auto;
+  background: #ffffff; border-radius: .3rem; }
 @media (prefers-color-scheme: dark) { img.plot {
   filter: invert(.91) hue-rotate(180deg); } }
 pre { overflow-x: auto; padding: .7rem; background: var(--pale);
@@ -47,7 +46,7 @@ def page(
     text: Markdown; no HTML in it is taken for such.
     pictures: PNG files by the path that the text has for them.
     photos: those that keep their colours where the page is dark.
-    details: plain texts that are folded away at the end, by title.
+    details: Markdown that is folded away at the end, by title.
   """
   import markdown_it
 
@@ -65,8 +64,7 @@ def page(
     token.attrs['alt'] = alt
     if path not in photos:
       token.attrs['class'] = 'plot'
-    drawn = renderer.renderToken(tokens, index, options, env)
-    return f'<span class="wide">{drawn}</span>'
+    return renderer.renderToken(tokens, index, options, env)
 
   parser.add_render_rule('image', image)
   parser.add_render_rule('table_open', lambda *_: '<div class="wide"><table>\n')
@@ -85,7 +83,7 @@ def page(
   for name, words in details.items():
     body += (
       f'<details><summary>{html.escape(name)}</summary>'
-      f'<pre>{html.escape(words)}</pre></details>\n'
+      f'{parser.render(words)}</details>\n'
     )
   return (
     '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
