@@ -66,6 +66,7 @@ def summary(top1, teacher=None):
   return {
     'student': {'last': {'top1': top1}},
     'teacher': teacher and {'top1': teacher},
+    'parameters': {'student': {'backbone': 7000, 'head': 500}},
   }
 
 
@@ -108,12 +109,12 @@ def test_numbers_of_the_table_by_hand():
   cells = [[x.strip() for x in line.split('|')[1:-1]] for line in lines[:6]]
   assert cells[0] == [
     *('setting', 'seeds', 'top-1 %', 'std, points', 'difference, points'),
-    *('95% interval, points', 'pairs', "teacher's top-1 %"),
+    *('95% interval, points', 'pairs', "teacher's top-1 %", 'parameters'),
   ]
-  assert cells[2] == ['kd', '3', '73.00', '2.65', '', '', '', '90.00']
+  assert cells[2] == ['kd', '3', '73.00', '2.65', '', '', '', '90.00', '7,500']
   assert cells[3][4:7] == ['+2.67', '± 3.79', '3']
-  assert cells[4] == ['ce', '1', '64.00', '', '-10.00', '', '1', '']
-  assert cells[5] == ['at', '0', '', '', '', '', '0', '']
+  assert cells[4] == ['ce', '1', '64.00', '', '-10.00', '', '1', '', '7,500']
+  assert cells[5] == ['at', '0', '', '', '', '', '0', '', '']
 
 
 def test_one_setting_has_no_differences():

@@ -35,15 +35,17 @@ def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
   of the last student in per cent, by its 'mean' and its sample standard
   deviation 'std'; 'difference' to the first setting over the seeds that both
   have, in points, by its 'mean', the 'half_width' of its 95% t-interval and the
-  number of 'pairs'; 'teacher_top1' in per cent. A number for which there are
-  too few runs is None.
+  number of 'pairs'; 'teacher_top1' in per cent; 'parameters' of the student. A
+  number for which there are too few runs is None.
   """
-  scores, teachers = {}, {}
+  scores, teachers, sizes = {}, {}, {}
   for run in runs:
     found = scores.setdefault(run.setting, {})
     judged = teachers.setdefault(run.setting, [])
     if run.summary is not None:
       found[run.seed] = 100 * run.summary['student']['last']['top1']
+      counts = run.summary['parameters']['student']
+      sizes[run.setting] = sum(counts.values())
       if run.summary['teacher']:
         judged.append(100 * run.summary['teacher']['top1'])
   first = next(iter(scores))
@@ -65,6 +67,7 @@ def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
           'pairs': len(differences),
         },
         'teacher_top1': _mean(teachers[setting]),
+        'parameters': sizes.get(setting),
       }
     )
   return table
@@ -102,6 +105,7 @@ def text(table: Sequence[Mapping[str, Any]]) -> str:
     titles += ['difference, points', '95% interval, points', 'pairs']
   if with_teacher:
     titles += ["teacher's top-1 %"]
+  titles += ['parameters']
   cells = [titles]
   for row in table:
     top1, difference = row['top1'], row['difference'] or {}
@@ -113,6 +117,8 @@ def text(table: Sequence[Mapping[str, Any]]) -> str:
       line += [f'{difference["pairs"]}' if difference else '']
     if with_teacher:
       line += [_number(row['teacher_top1'])]
+    size = row['parameters']
+    line += ['' if size is None else f'{size:,}']
     cells.append(line)
   said = (
     'Top-1 is that of the last student on the test split, as a mean over the '
