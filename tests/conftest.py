@@ -39,7 +39,7 @@ gc.set_threshold(100_000, 20, 50)
 
 # Long files: last, they would keep one worker busy when all else is done.
 LONG = (
-  *('test_torch_model', 'test_quickstart', 'test_kill', 'test_bound_mutations'),
+  *('test_torch_model', 'test_notebooks', 'test_kill', 'test_bound_mutations'),
   *('test_hosts', 'test_export'),
   *('test_stored_outputs', 'test_models', 'test_configs', 'test_train'),
 )
