@@ -29,9 +29,7 @@ myst_heading_anchors = 3
 # Blocks that are indented and name no language are commands, trees and logs.
 highlight_language = 'text'
 autodoc_member_order = 'bysource'
-autodoc_typehints = (
-  'none'  # Docstrings say what types do not: shapes and units.
-)
+autodoc_typehints_format = 'short'
 napoleon_use_ivar = True
 html_theme = 'furo'
 html_title = f'{project} {release}'

@@ -1,5 +1,6 @@
 """Links lead somewhere, and the pages make a site without a warning."""
 
+import itertools
 import pathlib
 import re
 import subprocess
@@ -29,9 +30,14 @@ def tokens_of(page):
 
 def anchors_of(page):
   """Returns the anchors that a forge and the site make of a page's titles."""
+  tokens = list(tokens_of(page))
+  titles = [
+    after.content
+    for token, after in itertools.pairwise(tokens)
+    if token.type == 'heading_open' and token.tag in ('h1', 'h2', 'h3')
+  ]
   return {
-    re.sub(r'[^\w\- ]', '', text.lower()).replace(' ', '-')
-    for text in re.findall(r'^#+ (.*)$', page.read_text(), re.MULTILINE)
+    re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in titles
   }
 
 

@@ -28,14 +28,19 @@ class FunctionBackbone(backbone.Backbone):
   """
 
   signed = True  # False: the last map is never negative, as after a ReLU.
-  momentum = 0.0  # Not known, so that no run is called short for it.
+
+  @property
+  def momentum(self) -> float:
+    """Not known: 0 warns of no run that is too short for it."""
+    return 0.0
 
   def init_fn(self, key: jax.Array, images: jax.Array) -> tuple[Any, Any]:
     """Returns the fresh parameters and the fresh state.
 
     Both are pytrees of arrays. The parameters are trained. The state, such as
     running statistics, is what `apply_fn` returned last; () where there is
-    none. Of several devices it is averaged.
+    none. With several devices it
+    is averaged over them.
 
     Args:
       key: random key.
@@ -161,13 +166,13 @@ class NnxBackbone(FunctionBackbone):
   @property
   def momentum(self) -> float:
     """The largest momentum of the batch norms; 0 where there are none."""
-    layers = nnx.iter_modules(self._shapes())
+    layers = nnx.iter_modules(self._abstract())
     norms = (x for _, x in layers if isinstance(x, nnx.BatchNorm))
     return max((norm.momentum for norm in norms), default=0.0)
 
   def init_fn(self, key: jax.Array, images: jax.Array) -> tuple[Any, Any]:
     del images  # Layers of NNX are told their sizes.
-    net = self._made(key)
+    net = self._fresh(key)
     _check_kept(net)
     params, state = nnx.state(net, nnx.Param, nnx.BatchStat)
     return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
@@ -181,8 +186,8 @@ class NnxBackbone(FunctionBackbone):
     train: bool,
     key: jax.Array | None,
   ) -> tuple[Any, Any]:
-    # The streams of random numbers of a module begin at the key.
-    net = self._shapes() if key is None else self._made(key)
+    # In training, the random streams of the module start from the key.
+    net = self._abstract() if key is None else self._fresh(key)
     nnx.update(net, params)
     nnx.update(net, state)
     net.set_attributes(
@@ -193,11 +198,11 @@ class NnxBackbone(FunctionBackbone):
     maps = net(images)
     return maps, nnx.to_pure_dict(nnx.state(net, nnx.BatchStat))
 
-  def _shapes(self):
+  def _abstract(self):
     """Returns the module with shapes in place of arrays."""
-    return nnx.eval_shape(lambda: self._made(jax.random.key(0)))
+    return nnx.eval_shape(lambda: self._fresh(jax.random.key(0)))
 
-  def _made(self, key):
+  def _fresh(self, key):
     """Returns a fresh module that follows the config."""
     net = self.network(nnx.Rngs(key))
     if not isinstance(net, nnx.Module):
@@ -206,7 +211,7 @@ class NnxBackbone(FunctionBackbone):
         'is not an nnx.Module'
       )
     for _, layer in nnx.iter_modules(net):
-      if getattr(layer, 'dtype', 0) is None:
+      if hasattr(layer, 'dtype') and layer.dtype is None:
         layer.dtype = self.dtype
       if isinstance(layer, nnx.BatchNorm):
         layer.axis_name = layer.axis_name or self.axis_name

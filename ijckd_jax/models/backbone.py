@@ -60,7 +60,6 @@ class Backbone(nn.Module):
   has_branches = False  # Whether it calls `drop_branch`.
   usual_size = 32  # Side of the square images that it was made for.
   torch_head = 'fc'  # The head's name in the published PyTorch network.
-  momentum = 0.9  # What batch norm keeps of its running statistics at a step.
   kernel_init = staticmethod(layers.KAIMING_FAN_OUT)  # Of convolutions.
 
   @property
@@ -90,6 +89,11 @@ class Backbone(nn.Module):
         f'stage{len(stages) - 1}: its __call__ must build no more stages where '
         'len(stages) == self.num_stages'
       )
+
+  @property
+  def momentum(self) -> float:
+    """What batch norm keeps of its running statistics at a step."""
+    return 0.9
 
   @property
   def pools_map(self) -> bool:

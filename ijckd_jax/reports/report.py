@@ -117,7 +117,7 @@ def write(
       'by their last step, or hold out a validation split '
       '(`--config.dataset.validation_fraction=0.1`).'
     )
-  parts += ['## Size and speed', tables.costs(summary)]
+  parts += ['## Size and speed', tables.size_and_speed(summary)]
   if evaluation is not None:
     rows = tables.classes(summary, evaluation, class_names)
     shown = rows[: 1 + tables.MAX_CLASSES]

@@ -13,7 +13,7 @@ from ijckd_jax.runtime import progress
 MAX_CLASSES = 20  # More are folded away.
 
 
-def costs(summary: Mapping[str, Any]) -> str:
+def size_and_speed(summary: Mapping[str, Any]) -> str:
   """Returns size and speed, the student's beside the teacher's, in Markdown.
 
   Args:
@@ -28,11 +28,11 @@ def costs(summary: Mapping[str, Any]) -> str:
   cells = [['', *(learner if x == 'student' else x for x in numbers)]]
   if len(numbers) == 2:
     cells[0].append('share')
-  for name, form in numbers['student'].items():
-    found = [costs.get(name, (None,))[0] for costs in numbers.values()]
+  for name, (_, form) in numbers['student'].items():
+    found = [of_one.get(name, (None,))[0] for of_one in numbers.values()]
     if not any(found):
       continue
-    row = [name, *('' if x is None else f'{x:{form[1]}}' for x in found)]
+    row = [name, *('' if x is None else f'{x:{form}}' for x in found)]
     if len(numbers) == 2:
       row.append(f'{found[0] / found[1]:.1%}' if all(found) else '')
     cells.append(row)
@@ -45,26 +45,26 @@ def _costs(summary, who) -> dict[str, tuple[float | None, str]]:
   def of(key):
     return (summary.get(key) or {}).get(who)
 
-  parts, multiply_adds, size = (
+  parts, multiply_adds, weight_bytes = (
     of(key) for key in ('parameters', 'multiply_adds', 'weight_bytes')
   )
   return {
     'parameters': (sum(parts.values()), ',d'),
     **{f'in the {part}': (count, ',d') for part, count in parts.items()},
-    'weights, MB': (size and size / 1e6, ',.2f'),
+    'weights, MB': (weight_bytes and weight_bytes / 1e6, ',.2f'),
     'multiply-adds for an image, M': (
       multiply_adds and multiply_adds / 1e6,
       ',.1f',
     ),
     **{
-      f'{_images(size)}, ms': (taken, ',.2f')
-      for size, taken in (of('milliseconds') or {}).items()
+      f'{_images(count)}, ms': (taken, ',.2f')
+      for count, taken in (of('milliseconds') or {}).items()
     },
   }
 
 
-def _images(size: str) -> str:
-  return 'one image' if size == '1' else f'{size} images'
+def _images(count: str) -> str:
+  return 'one image' if count == '1' else f'{count} images'
 
 
 def _times(summary) -> str:

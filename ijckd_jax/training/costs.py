@@ -8,7 +8,7 @@ import jax
 from ijckd_jax.evaluation import cost
 from ijckd_jax.runtime import config_utils
 
-# Of the images that are timed together.
+# Number of images that are timed together.
 BATCH_SIZE = 64
 
 logger = logging.getLogger('ijckd_jax')
@@ -32,7 +32,7 @@ def of(exp, bundle) -> dict[str, dict[str, Any]]:
       bundle.variables,
       exp,
     ),
-    'teacher': teacher and _measure(teacher.__call__, teacher.arrays, exp),
+    'teacher': teacher and _measure(teacher, teacher.arrays, exp),
   }
   return {
     key: {who: found and found[key] for who, found in costs.items()}
@@ -45,7 +45,7 @@ def _measure(fn, arrays, exp) -> dict[str, Any] | None:
 
   def predict(arrays, images):
     outputs = fn(arrays, images)
-    # Without classes, XLA would leave out all that only the logits are made of.
+    # A network without classes has empty logits: XLA would leave out all of it.
     return outputs.logits, outputs.pooled
 
   # No device is given more images than in an evaluation.
