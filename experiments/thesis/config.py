@@ -120,9 +120,10 @@ def get_config(arg=None):
     config.total_epochs = config.eval_epochs = epochs
     config.optimizer.warmup_steps = 0
     config.optimizer.warmup_epochs = 1.0
-  elif arg.cell not in ('ce', 'mlkd', 'atsc'):
-    # The students see no crops: one output for each image is all there is. Of
-    # mlkd the second view is another one in each epoch; atsc's teacher moves.
+  elif arg.cell not in ('ce', 'control', 'mlkd', 'atsc'):
+    # The students see no crops: one output for each image is all there is. The
+    # control reads none; mlkd's second view is another one in each epoch; and
+    # atsc's teacher moves.
     config.teacher.store.views = 1
   if arg.labels != 'all':
     config.dataset.num_labelled = number = LABELS[arg.labels]
