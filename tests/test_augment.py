@@ -190,6 +190,19 @@ def test_transforms_follow_in_order_and_each_draws_by_itself():
   )
 
 
+@pytest.mark.parametrize(
+  'given, said',
+  [
+    (((8, 8), (0.5,), (0.5,)), r'the size \(0.5,\): give mean, std and then'),
+    (((0.5,), (0.5,), (8, 0)), r'the size \(8, 0\)'),
+    (((0.5,), (0.5, 0.5), (8, 8)), '1 numbers as the mean and 2 as the std'),
+  ],
+)
+def test_preprocessing_is_refused(given, said):
+  with pytest.raises(config_utils.UserError, match=said):
+    augment.Preprocessing(*given)
+
+
 def test_preprocessing_by_hand():
   preprocessing = augment.Preprocessing((0.2, 0.5), (0.1, 0.25), (1, 2))
   images = np.array([[[[0, 255], [51, 102]]]], np.uint8)

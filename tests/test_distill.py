@@ -177,6 +177,8 @@ def test_other_arrays_are_another_run(data, tmp_path):
     ({'teacher': 'nowhere'}, 'no bundle in nowhere'),
     ({'data': (np.zeros(3), np.zeros(3))}, 'data is of type tuple: .*Arrays'),
     ({'data': [1, 2]}, 'data is of type list'),
+    ({'data': ijckd_jax.ArrayDataset}, 'data is the class ArrayDataset'),
+    ({'settings': ['batch_size=3']}, 'settings is of type list: give a dict'),
     (
       {'teacher': np.zeros(3)},
       'of type ndarray.*converter.convert',

@@ -383,7 +383,10 @@ def renamed(module, name):
 @pytest.mark.parametrize(
   'student, said',
   [
-    (nnx_student.Student(), 'student is of type Student: give the name of a'),
+    (
+      nnx_student.Student(),
+      'the student is an object of type Student: give',
+    ),
     (nnx_student.Net(2, rngs=nnx.Rngs(0)), 'of type Net: .*NnxBackbone'),
     (nnx_student.Net, 'the student, class Net, is no backbone: .*NnxBackbone'),
     (

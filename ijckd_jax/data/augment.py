@@ -26,12 +26,28 @@ class Preprocessing:
     size: (H, W) that the network wants.
     interpolation: how images of another size are resized, antialiased: one of
       INTERPOLATIONS.
+
+  Raises:
+    config_utils.UserError: they are no such numbers.
   """
 
   mean: tuple[float, ...]
   std: tuple[float, ...]
   size: tuple[int, int]
   interpolation: str = 'bilinear'
+
+  def __post_init__(self) -> None:
+    size = tuple(self.size)
+    if len(size) != 2 or not all(isinstance(x, int) and x > 0 for x in size):
+      raise config_utils.UserError(
+        f'Preprocessing has the size {self.size}: give mean, std and then '
+        'size, which is (H, W) in pixels'
+      )
+    if len(self.mean) != len(self.std):
+      raise config_utils.UserError(
+        f'Preprocessing has {len(self.mean)} numbers as the mean and '
+        f'{len(self.std)} as the std: give one of each for a channel'
+      )
 
   def __call__(self, images: jax.Array) -> jax.Array:
     """Returns (B, *size, C) float32 from (B, H, W, C) of 0 to 255."""

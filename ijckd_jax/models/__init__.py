@@ -144,9 +144,8 @@ BACKBONES = {
 
 # What is said of a network that is no backbone.
 ADAPT = (
-  'a backbone is a subclass of models.Backbone; for Flax NNX and for plain '
-  'functions there are ijckd_jax.NnxBackbone and ijckd_jax.FunctionBackbone '
-  '(docs/extending.md)'
+  'a backbone is a subclass of ijckd_jax.Backbone; for Flax NNX and for plain '
+  'functions there are ijckd_jax.NnxBackbone and ijckd_jax.FunctionBackbone'
 )
 
 # Before the colon of a name that is PyTorch's; such a network is not imported.
@@ -194,8 +193,9 @@ def name_of(backbone: str | type[Backbone]) -> str:
     return backbone
   if not isinstance(backbone, type):
     raise config_utils.UserError(
-      f'the student is of type {type(backbone).__name__}: give the name of a '
-      f"backbone, 'package.module:Name', or the backbone's class; {ADAPT}"
+      f'the student is an object of type {type(backbone).__name__}: give '
+      "the name of a backbone, 'package.module:Name', or a backbone's class; "
+      f'{ADAPT}'
     )
   if not issubclass(backbone, Backbone):
     raise config_utils.UserError(

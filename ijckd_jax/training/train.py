@@ -90,6 +90,8 @@ def distill(
     config_utils.UserError: something asked for is unknown or does not fit.
     loop.Diverged: a metric is not finite.
   """
+  _check_given(data, teacher, settings)
+  name = models.name_of(student)
   workers.check_script()
   backend.start()
   if workdir is None and jax.process_count() > 1:
@@ -97,12 +99,11 @@ def distill(
       f'no workdir, but {jax.process_count()} processes: give a folder that '
       'all of them see'
     )
-  _check_given(data, teacher)
   dataset = None if isinstance(data, str) else data
   config = experiment.default_config(
     dataset=data if isinstance(data, str) else None,
     teacher='',
-    student=models.name_of(student),
+    student=name,
     method=method,
   )
   if dataset is not None and hasattr(dataset, 'fingerprint'):
@@ -140,12 +141,14 @@ def distill(
       raise
 
 
-def _check_given(data: Any, teacher: Any) -> None:
-  """Raises UserError where data or teacher are of another type than can be."""
+def _check_given(data: Any, teacher: Any, settings: Any) -> None:
+  """Raises UserError where something is of another type than can be."""
   needed = ('load', 'image_shape', 'class_names', 'mean', 'std')
-  if not isinstance(data, str) and not all(hasattr(data, x) for x in needed):
+  if not isinstance(data, str) and (
+    isinstance(data, type) or not all(hasattr(data, x) for x in needed)
+  ):
     raise config_utils.UserError(
-      f'data is of type {type(data).__name__}: give the name of a data set, or '
+      f'data is {_kind(data)}: give the name of a data set, or '
       'ijckd_jax.ArrayDataset(train=ijckd_jax.Arrays(images, labels), '
       'test=..., class_names=..., mean=..., std=...)'
     )
@@ -153,13 +156,25 @@ def _check_given(data: Any, teacher: Any) -> None:
   for one in teacher if several else (teacher,):
     if not isinstance(one, str | os.PathLike | teachers.Teacher):
       raise config_utils.UserError(
-        f'a teacher is of type {type(one).__name__}: give the folder of a '
+        f'a teacher is {_kind(one)}: give the folder of a '
         'bundle or a run, the name of a backbone, or an ijckd_jax.Teacher; a '
         'module of PyTorch becomes one by '
         'ijckd_jax.pytorch.converter.convert(...).bundle.teacher()'
       )
   if several and not teacher:
     raise config_utils.UserError('no teacher is given')
+  if settings is not None and not isinstance(settings, Mapping):
+    raise config_utils.UserError(
+      f'settings is {_kind(settings)}: give a dict of fields by their dotted '
+      "names, such as {'batch_size': 64}"
+    )
+
+
+def _kind(value: Any) -> str:
+  """Returns what a value is, in words."""
+  if isinstance(value, type):
+    return f'the class {value.__name__}'
+  return f'of type {type(value).__name__}'
 
 
 def train_and_evaluate(
