@@ -55,7 +55,7 @@ def test_links_lead_to_files_and_titles(page):
 
 def test_site(tmp_path):
   """Needs the extra `docs`."""
-  pytest.importorskip('sphinx')
+  pytest.importorskip('sphinx', reason="needs pip install -e '.[docs]'")
   build = subprocess.run(
     [
       *(sys.executable, '-m', 'sphinx', '--fail-on-warning'),

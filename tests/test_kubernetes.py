@@ -17,7 +17,9 @@ import yaml
 
 from experiments.benchmarks import classifiers
 
-kubernetes_validate = pytest.importorskip('kubernetes_validate')
+kubernetes_validate = pytest.importorskip(
+  'kubernetes_validate', reason="needs pip install -e '.[kubernetes]'"
+)
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / 'experiments' / 'kubernetes'
 # Kubernetes of the first version in which pod failure policies are stable, and

@@ -664,7 +664,10 @@ def test_build_reaches_outside_and_passes_settings_on():
   [
     ('json:loads', 'does not make a backbone: loads'),
     ('json:__name__', 'does not make a backbone: .* not callable'),
-    ('collections:OrderedDict', 'makes a OrderedDict, which is not a models'),
+    (
+      'collections:OrderedDict',
+      'makes a OrderedDict: a backbone is',
+    ),
     ('flax.linen:Module', 'does not make a backbone: '),
   ],
 )

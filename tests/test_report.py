@@ -489,7 +489,7 @@ def test_size_and_speed_by_hand():
     },
     training_seconds={'student': 754.0, 'teacher': 9000.0},
   )
-  text = tables.costs(summary)
+  text = tables.size_and_speed(summary)
   titles, rows = read_table(text)
   assert titles == ['student', 'teacher', 'share']
   assert rows == {
@@ -511,7 +511,7 @@ def test_size_and_speed_by_hand():
 
 
 def test_size_and_speed_of_older_runs_and_without_a_teacher():
-  text = tables.costs(make_summary('ce', teacher=False))
+  text = tables.size_and_speed(make_summary('ce', teacher=False))
   titles, rows = read_table(text)
   assert titles == ['network']
   assert [*rows] == [

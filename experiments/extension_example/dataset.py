@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 
-from ijckd_jax.data.datasets import digits
+from ijckd_jax.data import datasets
 
 
 @dataclasses.dataclass(frozen=True)
-class Dataset(digits.Dataset):
+class Dataset(datasets.get('digits')):
   """About half of scikit-learn's digits."""
 
   class_names = tuple('01234')

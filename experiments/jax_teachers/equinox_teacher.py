@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import ijckd_jax
-from ijckd_jax.data.datasets import digits
+from ijckd_jax.data import datasets
 
 
 class Net(eqx.Module):
@@ -77,7 +77,7 @@ def train(net: Net, images, labels, num_steps: int) -> Net:
 
 def main(num_steps: int = 300, **settings) -> dict[str, float]:
   """Trains a teacher, distils a student, and returns their accuracies."""
-  data = digits.Dataset()
+  data = datasets.get('digits')()
   size = data.image_shape[:2]
   preprocessing = ijckd_jax.Preprocessing(data.mean, data.std, size)
   net = Net(64, len(data.class_names), key=jax.random.key(0))
