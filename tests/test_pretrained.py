@@ -128,11 +128,13 @@ def connected(small_config, workdir, **fields):
 def test_a_connected_student_is_fine_tuned(
   finished_run, small_config, tmp_path, caplog
 ):
-  """Nothing changes at a rate of nearly nothing, head and connector too."""
+  """Nothing changes at a rate of nearly nothing, head and connector too.
+
+  Nor does the moving average, which has the same arrays.
+  """
   workdir, _ = finished_run
-  config = connected(
-    small_config, workdir, **{'optimizer.learning_rate': 1e-12}
-  )
+  rates = {'optimizer.learning_rate': 1e-12, 'ema_decay': 0.9}
+  config = connected(small_config, workdir, **rates)
   with caplog.at_level('INFO', logger='ijckd_jax'):
     train.train_and_evaluate(config, tmp_path / 'run')
   said = f'starts with the backbone, connector, head of {workdir}, and draws'

@@ -92,8 +92,9 @@ class Start:
         )
     filled = {kind: dict(variables[kind]) for kind in network.COLLECTIONS}
     for kind in network.COLLECTIONS:
-      for part in self.parts:
-        like = variables[kind].get(part, {})
+      # A head has no statistics, and gets no empty ones.
+      for part in [part for part in self.parts if part in variables[kind]]:
+        like = variables[kind][part]
         own = self.variables[kind].get(part, {})
         if part == 'backbone' and kind == 'params':
           own = self._fit(own, backbone)
