@@ -1,4 +1,4 @@
-"""What a function costs: multiply-adds as it is traced, bytes, and time.
+"""Cost of a function: multiply-adds, bytes of its arrays, time of a call.
 
 XLA's cost_analysis counts otherwise than papers do: elementwise operations, and
 no multiplications with padding.
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 # Calls whose inside cannot be seen.
 OPAQUE = ('call_exported', 'pure_callback', 'io_callback', 'custom_call')
-# Calls are timed for so long, and at least so many: three have a median.
+# Seconds for which calls are timed, and how many calls there are at least.
 SECONDS, MIN_CALLS = 0.2, 3
 
 

@@ -31,7 +31,7 @@ class FunctionBackbone(backbone.Backbone):
 
   @property
   def momentum(self) -> float:
-    """Not known: 0 warns of no run that is too short for it."""
+    """Zero, because it is not known: no run is called too short for it."""
     return 0.0
 
   def init_fn(self, key: jax.Array, images: jax.Array) -> tuple[Any, Any]:
@@ -39,8 +39,7 @@ class FunctionBackbone(backbone.Backbone):
 
     Both are pytrees of arrays. The parameters are trained. The state, such as
     running statistics, is what `apply_fn` returned last; () where there is
-    none. With several devices it
-    is averaged over them.
+    none. With several devices, the state is averaged over them.
 
     Args:
       key: random key.

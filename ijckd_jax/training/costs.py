@@ -14,7 +14,7 @@ BATCH_SIZE = 64
 logger = logging.getLogger('ijckd_jax')
 
 
-def of(exp, bundle) -> dict[str, dict[str, Any]]:
+def measure(exp, bundle) -> dict[str, dict[str, Any]]:
   """Returns what a student and its teacher cost when they predict.
 
   Args:

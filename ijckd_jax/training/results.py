@@ -505,7 +505,7 @@ def _circumstances(exp, bundle, teacher_metrics) -> dict[str, Any]:
       'student': bundles.num_params(bundle.variables),
       'teacher': teacher and teacher.num_params,
     },
-    **costs.of(exp, bundle),
+    **costs.measure(exp, bundle),
     'seed': exp.config.seed,
     'config': exp.config.to_dict(),
     'versions': run_record.versions(),
